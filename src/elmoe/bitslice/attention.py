@@ -1,0 +1,146 @@
+"""Normalisation, rotary embedding and attention over an fp16 KV cache, in the canonical order.
+
+The cache is paged. A page holds ``page_positions`` positions of every layer; within it keys lie in blocks of 16 positions
+with one SIMD lane per position, values lie position by position. A score is one chain over the head's dimensions
+(ascending); the softmax takes the exact maximum first, sums its denominator over 16 lanes (position mod 16); an output is
+one chain over positions (ascending) and one division. So no result depends on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.bitslice.arithmetic import LANES, exp, lane_sum
+from elmoe.bitslice.matmul import nested_matmul
+from elmoe.bitslice.nested import NestedMatrix
+from elmoe.errors import NumericsError
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """Weights of one attention block.
+
+    ``query_key_value``: rows of q, then k, then v. ``query_norm``, ``key_norm``: (head_dim,) or None for families without.
+    """
+
+    norm: NDArray[np.float32]
+    query_key_value: NestedMatrix
+    query_norm: NDArray[np.float32] | None
+    key_norm: NDArray[np.float32] | None
+    output: NestedMatrix
+    heads: int
+    kv_heads: int
+    head_dim: int
+    epsilon: float
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """Pages of keys and values, fp16.
+
+    ``keys``: (pages, layers, kv_heads, page_positions / 16, head_dim, 16). ``values``: (pages, layers, kv_heads,
+    page_positions, head_dim). ``table``: (slots, pages per slot) int32 page of each stretch of a slot's positions, -1
+    where none is assigned.
+    """
+
+    keys: NDArray[np.float16]
+    values: NDArray[np.float16]
+    table: NDArray[np.int32]
+
+    @property
+    def page_positions(self) -> int:
+        """Positions in a page, a multiple of 16."""
+        return self.values.shape[3]
+
+    def gather(self, layer: int, slot: int, length: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """Keys and values of positions 0..length-1 of a slot: (kv_heads, length, head_dim) each."""
+        pages = self.table[slot, : -(-length // self.page_positions)]
+        blocks = self.keys[pages, layer]  # (pages, kv_heads, blocks, head_dim, 16)
+        kv_heads, head_dim = blocks.shape[1], blocks.shape[3]
+        keys = blocks.transpose(1, 0, 2, 4, 3).reshape(kv_heads, -1, head_dim)
+        values = self.values[pages, layer].transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
+        return keys[:, :length], values[:, :length]
+
+    def write(self, layer: int, slot: int, position: int, keys: NDArray[np.float16], values: NDArray[np.float16]) -> None:
+        """Store one position's (kv_heads, head_dim) keys and values."""
+        page, within = self.table[slot, position // self.page_positions], position % self.page_positions
+        self.keys[page, layer, :, within // LANES, :, within % LANES] = keys
+        self.values[page, layer, :, within] = values
+
+
+def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]:
+    """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last axis (Zhang and Sennrich, arXiv 1910.07467)."""
+    mean = lane_sum(x * x) / np.float32(x.shape[-1])
+    inverse = np.float32(1) / np.sqrt(mean + np.float32(epsilon))
+    return (x * inverse[..., None]) * weight
+
+
+def rotate(x: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rotary embedding, half-split form (arXiv 2104.09864): x (tokens, heads, head_dim), tables (tokens, head_dim / 2)."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    cosine, sine = cosine[:, None, :], sine[:, None, :]
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def attend(
+    query: NDArray[np.float32], keys: NDArray[np.float16], values: NDArray[np.float16]
+) -> NDArray[np.float32]:
+    """One token: query (heads, head_dim), keys and values (kv_heads, length, head_dim) -> (heads, head_dim)."""
+    heads, head_dim = query.shape
+    kv_heads, length, _ = keys.shape
+    repeat = heads // kv_heads
+    wide_keys = np.repeat(keys.astype(np.float32), repeat, axis=0)
+    wide_values = np.repeat(values.astype(np.float32), repeat, axis=0)
+    scores = np.zeros((heads, length), np.float32)
+    for i in range(head_dim):
+        scores = scores + query[:, i, None] * wide_keys[:, :, i]
+    scores = scores * (np.float32(1) / np.sqrt(np.float32(head_dim)))
+    weights = exp(scores - scores.max(axis=1, keepdims=True))
+    result = np.zeros((heads, head_dim), np.float32)
+    for position in range(length):
+        result = result + weights[:, position, None] * wide_values[:, position]
+    return result / lane_sum(weights)[:, None]
+
+
+def attention_block(
+    weights: AttentionWeights,
+    x: NDArray[np.float32],
+    cache: KVCache,
+    layer: int,
+    slots: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    cosine: NDArray[np.float32],
+    sine: NDArray[np.float32],
+) -> None:
+    """Add attention to the residual stream ``x`` (tokens, hidden) in place and write keys and values to the cache.
+
+    Token i sits at ``positions[i]`` of cache slot ``slots[i]`` and attends to positions 0..positions[i] of that slot,
+    tokens of this call included. ``cosine``, ``sine``: tables (positions, head_dim / 2) indexed by position.
+
+    :raises NumericsError: a key or value is not finite in fp16.
+    """
+    tokens = x.shape[0]
+    heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
+    projected = nested_matmul(weights.query_key_value, rms_norm(x, weights.norm, weights.epsilon))
+    projected = projected.reshape(tokens, heads + 2 * kv_heads, head_dim)
+    query, key, value = np.split(projected, [heads, heads + kv_heads], axis=1)
+    if weights.query_norm is not None and weights.key_norm is not None:
+        query = rms_norm(query, weights.query_norm, weights.epsilon)
+        key = rms_norm(key, weights.key_norm, weights.epsilon)
+    query = rotate(query, cosine[positions], sine[positions])
+    with np.errstate(over="ignore"):
+        key16 = rotate(key, cosine[positions], sine[positions]).astype(np.float16)
+        value16 = value.astype(np.float16)
+    if not (np.isfinite(key16).all() and np.isfinite(value16).all()):
+        raise NumericsError(f"layer {layer}: a key or value is not finite in fp16")
+    for token in range(tokens):
+        cache.write(layer, int(slots[token]), int(positions[token]), key16[token], value16[token])
+    attended = np.empty((tokens, heads * head_dim), np.float32)
+    for token in range(tokens):
+        keys, values = cache.gather(layer, int(slots[token]), int(positions[token]) + 1)
+        attended[token] = attend(query[token], keys, values).reshape(-1)
+    x += nested_matmul(weights.output, attended)

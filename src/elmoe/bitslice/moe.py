@@ -1,0 +1,179 @@
+"""Router, expert FFN, embedding and vocabulary projection, in the canonical order.
+
+The router is float32: logits by 16 lane sums, softmax over all experts, ties to the lowest id. A token's experts are
+combined in ascending id from 0, then added to the residual stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.bitslice.arithmetic import exp, lane_sum
+from elmoe.bitslice.attention import rms_norm
+from elmoe.bitslice.expert import ExpertLayout
+from elmoe.bitslice.matmul import nested_matmul
+from elmoe.bitslice.nested import BLOCK_ROWS, GROUP, NestedMatrix
+from elmoe.errors import NumericsError
+
+
+@dataclass(frozen=True, eq=False)
+class RouterWeights:
+    """``norm`` (hidden,) of the FFN input and ``router`` (experts, hidden), float32; ``normalize``: scale the weights of
+    the chosen experts to sum to one."""
+
+    norm: NDArray[np.float32]
+    router: NDArray[np.float32]
+    epsilon: float
+    top_k: int
+    normalize: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """What the router said of each token.
+
+    ``hidden`` (tokens, hidden): the normed FFN input. ``ranked`` (tokens, 2 * top_k or fewer) int32: best experts by
+    probability, unmasked; ``scores``: their probabilities. ``experts`` (tokens, k) int32: the experts to run, ascending;
+    ``weights`` (tokens, k) float32.
+    """
+
+    hidden: NDArray[np.float32]
+    ranked: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    experts: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+
+def ascending_sum(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sum over the last axis as one chain from 0."""
+    total = np.zeros(x.shape[:-1], np.float32)
+    for i in range(x.shape[-1]):
+        total = total + x[..., i]
+    return total
+
+
+def route(
+    weights: RouterWeights,
+    x: NDArray[np.float32],
+    allowed: NDArray[np.uint8] | None = None,
+    draft_top_k: int | None = None,
+    rescale: bool = True,
+) -> Routing:
+    """Norm the residual stream ``x`` (tokens, hidden), route it and choose experts.
+
+    :param allowed: (experts,) nonzero where a draft may use an expert; None routes naturally. Scores always come from the
+        softmax over all experts.
+    :param draft_top_k: experts a draft runs per token, at most top_k; fewer where fewer are allowed.
+    :param rescale: scale the draft's weights to the natural choice's final weight sum; otherwise keep them as they are
+        (divided by the natural choice's sum where the family normalises).
+    :raises NumericsError: no expert is allowed, or a router logit is not finite.
+    """
+    hidden = rms_norm(x, weights.norm, weights.epsilon)
+    logits = lane_sum(hidden[:, None, :] * weights.router[None])
+    if not np.isfinite(logits).all():
+        raise NumericsError("a router logit is NaN or infinite", "check the checkpoint's weights")
+    shifted = exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = shifted / lane_sum(shifted)[:, None]
+    count = min(2 * weights.top_k, logits.shape[1])
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    ranked = order[:, :count].astype(np.int32)
+    natural = np.sort(order[:, : weights.top_k], axis=1)
+    natural_sum = ascending_sum(np.take_along_axis(probabilities, natural, axis=1))
+    if allowed is None:
+        experts = natural
+    else:
+        size = min(draft_top_k or weights.top_k, weights.top_k, int(np.count_nonzero(allowed)))
+        if size == 0:
+            raise NumericsError("a draft has no expert it may use")
+        masked = np.where(allowed[None, :] != 0, probabilities, np.float32(-1))
+        experts = np.sort(np.argsort(-masked, axis=1, kind="stable")[:, :size], axis=1)
+    chosen = np.take_along_axis(probabilities, experts, axis=1)
+    if allowed is not None and rescale:
+        target = np.ones_like(natural_sum) if weights.normalize else natural_sum
+        chosen_sum = ascending_sum(chosen)
+        # A draft whose experts all have probability 0 (underflow) shares the weight evenly.
+        dead = (chosen_sum == 0)[:, None]
+        factor = np.divide(target, chosen_sum, out=np.zeros_like(target), where=chosen_sum != 0)
+        even = (target / np.float32(experts.shape[1]))[:, None]
+        chosen = np.where(dead, even, chosen * factor[:, None])
+    elif weights.normalize:
+        chosen = chosen / natural_sum[:, None]
+    return Routing(
+        hidden, ranked, np.take_along_axis(probabilities, ranked, axis=1), experts.astype(np.int32), chosen
+    )
+
+
+def silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``x / (1 + exp(-x))``."""
+    return x / (np.float32(1) + exp(-x))
+
+
+def expert_matrices(
+    layout: ExpertLayout, addresses: NDArray[np.int64], expert: int, draft: bool
+) -> dict[str, NestedMatrix]:
+    """The matrices of an expert whose records lie at ``addresses[expert]`` = (msb, lsb)."""
+
+    def record(slice_index: int, size: int) -> NDArray[np.uint8]:
+        address = int(addresses[expert, slice_index])
+        if address == 0:
+            raise NumericsError(f"expert {expert}: the {('MSB', 'LSB')[slice_index]} slice is not resident")
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+
+    lsb = None if draft else record(1, layout.lsb_bytes)
+    return layout.unpack(record(0, layout.msb_bytes), lsb)
+
+
+def expert_ffn(
+    layout: ExpertLayout,
+    addresses: NDArray[np.int64],
+    hidden: NDArray[np.float32],
+    experts: NDArray[np.int32],
+    weights: NDArray[np.float32],
+    x: NDArray[np.float32],
+    draft: bool = False,
+    offset: float = 8.0,
+) -> None:
+    """Run SwiGLU experts on ``hidden`` (tokens, hidden) and add the weighted sum to the residual stream ``x`` in place.
+
+    :param addresses: (experts, 2) int64, where each expert's MSB and LSB record lies in memory; 0 = not resident.
+    :param experts: (tokens, k) int32 ascending expert ids; ``weights`` (tokens, k) float32.
+    :param draft: read MSB slices only, with ``offset`` below them.
+    :raises NumericsError: a slice that is needed is not resident.
+    """
+    total = np.zeros_like(x)
+    for expert in np.unique(experts):
+        tokens, place = np.nonzero(experts == expert)
+        matrices = expert_matrices(layout, addresses, int(expert), draft)
+        inputs = hidden[tokens]
+        gate = nested_matmul(matrices["gate"], inputs, draft, offset=offset)
+        up = nested_matmul(matrices["up"], inputs, draft, offset=offset)
+        down = nested_matmul(matrices["down"], silu(gate) * up, draft, offset=offset)
+        total[tokens] = total[tokens] + weights[tokens, place][:, None] * down
+    x += total
+
+
+def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Rows of the embedding, dequantised (exactly): (tokens, hidden) float32."""
+    if tokens.size and not (0 <= tokens.min() and tokens.max() < matrix.rows):
+        raise NumericsError(f"token id outside 0..{matrix.rows - 1}")
+    scales = matrix.row_scales[tokens]
+    codes = matrix.codes[tokens].astype(np.float32).reshape(len(tokens), -1, GROUP)
+    return np.ascontiguousarray((codes * scales[:, :, None]).reshape(len(tokens), -1)[:, : matrix.columns])
+
+
+def logits(norm: NDArray[np.float32], epsilon: float, head: NestedMatrix, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Final norm and vocabulary projection: (tokens, hidden) -> (tokens, vocabulary) float32; NumericsError if not finite."""
+    result = nested_matmul(head, rms_norm(x, norm, epsilon))
+    if not np.isfinite(result).all():
+        raise NumericsError("a logit is NaN or infinite", "check the checkpoint's weights")
+    return result
+
+
+__all__ = [
+    "BLOCK_ROWS", "RouterWeights", "Routing", "ascending_sum", "embed", "expert_ffn", "expert_matrices", "logits", "route",
+    "silu",
+]  # fmt: skip

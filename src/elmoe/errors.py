@@ -1,0 +1,51 @@
+"""Every error elmoe raises on purpose.
+
+::
+
+    ElmoeError
+    ├── NumericsError     a weight or an activation is NaN or infinite, or a scale overflows
+    ├── KernelError       native kernels are missing, or a requested variant cannot run here
+    ├── StoreError        a store (or a file in it) is damaged, from the future, or not a store
+    ├── ConvertError      a checkpoint cannot be converted (unsupported, incomplete, no room)
+    ├── BudgetError       the fast-memory budget cannot hold what must be resident
+    ├── RequestError      a generation request is malformed (empty prompt, too long, bad sampling)
+    └── TraceError        a trace file is damaged or belongs to another model
+
+Each takes a message and an optional ``hint`` that tells how to mend it; the command line prints both.
+"""
+
+
+class ElmoeError(Exception):
+    """Base of all errors raised on purpose; ``hint`` says how to mend it."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class NumericsError(ElmoeError):
+    """A non-finite weight or activation, or an overflowing scale."""
+
+
+class KernelError(ElmoeError):
+    """Native kernels missing, or a variant this processor cannot run."""
+
+
+class StoreError(ElmoeError):
+    """A damaged, truncated, foreign or too new store."""
+
+
+class ConvertError(ElmoeError):
+    """A checkpoint that cannot be converted."""
+
+
+class BudgetError(ElmoeError):
+    """A fast-memory budget below the minimum."""
+
+
+class RequestError(ElmoeError):
+    """A malformed generation request."""
+
+
+class TraceError(ElmoeError):
+    """A damaged trace, or one of another model."""

@@ -1,0 +1,1 @@
+"""Frozen types that cross a seam between packages. Knows no file, no clock and no array."""
