@@ -49,7 +49,7 @@ def exp(x: NDArray[np.float32]) -> NDArray[np.float32]:
     n = np.rint(bounded * LOG2_E)
     r = bounded - n * LN2_HIGH
     r = r - n * LN2_LOW
-    p = np.full_like(r, EXP_POLYNOMIAL[0])
+    p: NDArray = np.full_like(r, EXP_POLYNOMIAL[0])
     for coefficient in EXP_POLYNOMIAL[1:]:
         p = p * r + coefficient
     p = (p * (r * r) + r) + _f(1)
@@ -78,11 +78,11 @@ def log(x: NDArray[np.float64]) -> NDArray[np.float64]:
 def sine_cosine(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(sin, cos) of float64, for 0 <= x < 1.6e6."""
     n = np.rint(x * TWO_OVER_PI)
-    r = x
+    r: NDArray = x
     for part in HALF_PI_PARTS:
         r = r - n * part
     z = r * r
-    s = np.full_like(z, SIN_POLYNOMIAL[0])
+    s: NDArray = np.full_like(z, SIN_POLYNOMIAL[0])
     for coefficient in SIN_POLYNOMIAL[1:]:
         s = s * z + coefficient
     sine = r + r * (z * s)

@@ -73,8 +73,8 @@ class KVCache:
 
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]:
     """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last axis (Zhang and Sennrich, arXiv 1910.07467)."""
-    mean = lane_sum(x * x) / np.float32(x.shape[-1])
-    inverse = np.float32(1) / np.sqrt(mean + np.float32(epsilon))
+    mean: NDArray = lane_sum(x * x) / np.float32(x.shape[-1])
+    inverse: NDArray = np.float32(1) / np.sqrt(mean + np.float32(epsilon))
     return (x * inverse[..., None]) * weight
 
 
@@ -86,9 +86,7 @@ def rotate(x: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np
     return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
-def attend(
-    query: NDArray[np.float32], keys: NDArray[np.float16], values: NDArray[np.float16]
-) -> NDArray[np.float32]:
+def attend(query: NDArray[np.float32], keys: NDArray[np.float16], values: NDArray[np.float16]) -> NDArray[np.float32]:
     """One token: query (heads, head_dim), keys and values (kv_heads, length, head_dim) -> (heads, head_dim)."""
     heads, head_dim = query.shape
     kv_heads, length, _ = keys.shape

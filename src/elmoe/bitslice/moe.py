@@ -16,7 +16,7 @@ from elmoe.bitslice.arithmetic import exp, lane_sum
 from elmoe.bitslice.attention import rms_norm
 from elmoe.bitslice.expert import ExpertLayout
 from elmoe.bitslice.matmul import nested_matmul
-from elmoe.bitslice.nested import BLOCK_ROWS, GROUP, NestedMatrix
+from elmoe.bitslice.nested import GROUP, NestedMatrix
 from elmoe.errors import NumericsError
 
 
@@ -102,9 +102,7 @@ def route(
         chosen = np.where(dead, even, chosen * factor[:, None])
     elif weights.normalize:
         chosen = chosen / natural_sum[:, None]
-    return Routing(
-        hidden, ranked, np.take_along_axis(probabilities, ranked, axis=1), experts.astype(np.int32), chosen
-    )
+    return Routing(hidden, ranked, np.take_along_axis(probabilities, ranked, axis=1), experts.astype(np.int32), chosen)
 
 
 def silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -112,16 +110,14 @@ def silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return x / (np.float32(1) + exp(-x))
 
 
-def expert_matrices(
-    layout: ExpertLayout, addresses: NDArray[np.int64], expert: int, draft: bool
-) -> dict[str, NestedMatrix]:
+def expert_matrices(layout: ExpertLayout, addresses: NDArray[np.int64], expert: int, draft: bool) -> dict[str, NestedMatrix]:
     """The matrices of an expert whose records lie at ``addresses[expert]`` = (msb, lsb)."""
 
     def record(slice_index: int, size: int) -> NDArray[np.uint8]:
         address = int(addresses[expert, slice_index])
         if address == 0:
             raise NumericsError(f"expert {expert}: the {('MSB', 'LSB')[slice_index]} slice is not resident")
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     lsb = None if draft else record(1, layout.lsb_bytes)
     return layout.unpack(record(0, layout.msb_bytes), lsb)
@@ -158,7 +154,7 @@ def expert_ffn(
 
 def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """Rows of the embedding, dequantised (exactly): (tokens, hidden) float32."""
-    if tokens.size and not (0 <= tokens.min() and tokens.max() < matrix.rows):
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < matrix.rows):
         raise NumericsError(f"token id outside 0..{matrix.rows - 1}")
     scales = matrix.row_scales[tokens]
     codes = matrix.codes[tokens].astype(np.float32).reshape(len(tokens), -1, GROUP)
@@ -166,14 +162,8 @@ def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32
 
 
 def logits(norm: NDArray[np.float32], epsilon: float, head: NestedMatrix, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Final norm and vocabulary projection: (tokens, hidden) -> (tokens, vocabulary) float32; NumericsError if not finite."""
+    """Final norm and vocabulary projection: (tokens, hidden) -> (tokens, vocabulary) float32, checked finite."""
     result = nested_matmul(head, rms_norm(x, norm, epsilon))
     if not np.isfinite(result).all():
         raise NumericsError("a logit is NaN or infinite", "check the checkpoint's weights")
     return result
-
-
-__all__ = [
-    "BLOCK_ROWS", "RouterWeights", "Routing", "ascending_sum", "embed", "expert_ffn", "expert_matrices", "logits", "route",
-    "silu",
-]  # fmt: skip

@@ -75,10 +75,12 @@ def quantize(weights: NDArray[np.float32], name: str = "weight") -> tuple[NDArra
 def split(codes: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Codes to (hi, lo) nibbles, one per byte."""
     unsigned = (codes.astype(np.int16) + 128).astype(np.uint8)
-    return unsigned >> 4, unsigned & 15
+    hi: NDArray[np.uint8] = unsigned >> np.uint8(4)
+    lo: NDArray[np.uint8] = unsigned & np.uint8(15)
+    return hi, lo
 
 
-def recombine(hi: NDArray[np.uint8], lo: NDArray[np.uint8]) -> NDArray[np.int8]:
+def recombine(hi: NDArray[np.uint8], lo: NDArray[np.uint8] | int) -> NDArray[np.int8]:
     """(hi, lo) nibbles to codes: the inverse of :func:`split`."""
     return (16 * (hi.astype(np.int16) - 8) + lo).astype(np.int8)
 
@@ -156,7 +158,10 @@ class NestedMatrix:
         blocks, groups = (rows + padding) // BLOCK_ROWS, padded_columns // GROUP
         interleaved = padded_scales.reshape(blocks, BLOCK_ROWS, groups).transpose(0, 2, 1)
         return cls(
-            rows, padded_columns if columns is None else columns, pack_plane(hi), pack_plane(lo),
+            rows,
+            padded_columns if columns is None else columns,
+            pack_plane(hi),
+            pack_plane(lo),
             np.ascontiguousarray(interleaved),
         )
 
@@ -182,7 +187,7 @@ class NestedMatrix:
     def values(self, bits: int = 8, offset: float | None = None) -> NDArray[np.float32]:
         """Unscaled operands (blocks * 16, groups * 32) as :func:`draft_values`; 4 bits or fewer need no LSB slice."""
         if self.lo is None and bits <= 4:
-            return draft_values(recombine(unpack_plane(self.hi), np.uint8(0)), bits, offset)
+            return draft_values(recombine(unpack_plane(self.hi), 0), bits, offset)
         return draft_values(self.codes, bits, offset)
 
     def dequantize(self, bits: int = 8, offset: float | None = None) -> NDArray[np.float32]:

@@ -1,0 +1,309 @@
+"""The serving loop: admit and prefill, draft, verify, commit. Output is the target's, whatever the draft does."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence as Items
+from dataclasses import dataclass, field
+from time import perf_counter
+from types import ModuleType
+from typing import Literal, Protocol
+
+import numpy as np
+
+from elmoe.bitslice import Routing
+from elmoe.bitslice.sampling import Sample
+from elmoe.engine.kv import KVPool, pages_for
+from elmoe.engine.request import Request, Result, Sequence
+from elmoe.engine.statistics import Phase, Statistics
+from elmoe.engine.tier import ExpertTier, committed_routing, tier_sizes
+from elmoe.errors import RequestError
+from elmoe.models.decoder import Decoder, Draft, Tokens, WeightReader
+from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, plan_slots
+from elmoe.policy.draft_length import DraftLengthController
+from elmoe.policy.residency import ResidencyParameters
+
+Mode = Literal["plain", "cache", "elastic"]
+PREFILL_CHUNK = 256
+"""Prompt tokens computed in one pass."""
+MAX_BATCH = 64
+
+
+class StoreReader(WeightReader, Protocol):
+    """A weight reader that also tells how many bytes its dense parts take."""
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of everything but routed experts."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to serve. ``fast_memory``: budget in bytes, a share of the expert bytes (float in 0..1), or None for all of
+    them. ``draft_length``: tokens to draft, None lets the controller choose. ``batch``: sequences served at once."""
+
+    mode: Mode = "elastic"
+    fast_memory: int | float | None = None
+    split: Split = "msb_first"
+    draft_length: int | None = None
+    draft_top_k: int | None = None
+    draft_rescale: bool = True
+    draft_offset: float = 8.0
+    batch: int = 1
+    residency: ResidencyParameters = field(default_factory=ResidencyParameters)
+    keep_kv_digest: bool = False
+
+
+class Recorder(Protocol):
+    """Receives the facts of every computed pass."""
+
+    def record(
+        self, phase: Phase, step: int, sequences: Items[Sequence], tokens: Tokens, routings: list[Routing],
+        samples: dict[int, Sample], drafts: dict[int, tuple[int, float]], resident: np.ndarray,
+    ) -> None:  # fmt: skip
+        """``samples``: target (or draft) sample by token row; ``drafts``: draft token and its confidence judged by a row."""
+        ...
+
+
+class Engine:
+    """Serves requests on a store; keep one per model. Not for use from several threads at once."""
+
+    def __init__(self, reader: StoreReader, backend: ModuleType, options: EngineOptions | None = None) -> None:
+        self.options = options = options or EngineOptions()
+        if not 1 <= options.batch <= MAX_BATCH:
+            raise RequestError(f"batch is {options.batch}, allowed is 1..{MAX_BATCH}")
+        if options.draft_length is not None and not 0 <= options.draft_length <= 64:
+            raise RequestError(f"draft_length is {options.draft_length}, allowed is 0..64")
+        self.schema = reader.schema
+        if options.draft_top_k is not None and not 1 <= options.draft_top_k <= self.schema.top_k:
+            raise RequestError(f"draft_top_k is {options.draft_top_k}, allowed is 1..{self.schema.top_k}")
+        self._reader = reader
+        self._backend = backend
+        self._decoder = Decoder(reader, backend)
+
+    def sizes(self, requests: Items[Request]) -> FastTierSizes:
+        """What competes for the fast tier while these requests are served."""
+        needs = sorted((pages_for(self._positions(request)) for request in requests), reverse=True)
+        page = KVPool(self.schema, 1, 1, 0).page_bytes
+        return tier_sizes(self._reader, self._reader.dense_bytes, sum(needs[: self.options.batch]) * page)
+
+    def slots(self, requests: Items[Request]) -> SlotPlan | None:
+        """The slot plan for these requests; None in plain mode. Raises BudgetError below the minimum."""
+        if self.options.mode == "plain":
+            return None
+        sizes, budget = self.sizes(requests), self.options.fast_memory
+        if budget is None:
+            budget = 1.0
+        return plan_slots(sizes.budget_of_share(budget) if isinstance(budget, float) else budget, sizes, self.options.split)
+
+    def _positions(self, request: Request) -> int:
+        """Cache positions a request can come to need: all its tokens, and none beyond the context."""
+        return min(len(request.prompt) + request.max_tokens, self.schema.max_positions)
+
+    def generate(
+        self,
+        requests: Items[Request],
+        decode: Callable[[list[int]], str] | None = None,
+        recorder: Recorder | None = None,
+        on_commit: Callable[[int, list[int]], None] | None = None,
+    ) -> tuple[list[Result], Statistics]:
+        """Serve requests, ``options.batch`` at a time; results come in the order of the requests.
+
+        :param decode: output ids to text, needed where a request has stop strings.
+        :param on_commit: called with (request index, new token ids) after every step.
+        :raises RequestError: a request cannot be served. :raises BudgetError: the budget is below the minimum.
+        """
+        for request in requests:
+            request.check(self.schema.vocabulary, self.schema.max_positions)
+            if request.stop and decode is None:
+                raise RequestError("stop strings need a tokenizer to decode with")
+        run = _Run(self, requests, decode, recorder, on_commit)
+        return run.serve(), run.statistics
+
+
+class _Run:
+    """One call of ``generate``: the state of its sequences, tier and cache."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Items[Request],
+        decode: Callable[[list[int]], str] | None,
+        recorder: Recorder | None,
+        on_commit: Callable[[int, list[int]], None] | None,
+    ) -> None:
+        self.options, self.schema = engine.options, engine.schema
+        self.decoder, self.backend = engine._decoder, engine._backend
+        self.requests, self.decode, self.recorder, self.on_commit = requests, decode, recorder, on_commit
+        self.statistics = Statistics(dense_bytes=engine._reader.dense_bytes)
+        slots = engine.slots(requests)
+        self.tier = ExpertTier(engine._reader, slots, self.options.residency, self.statistics)
+        drafts = self.options.mode == "elastic"
+        self.controller = DraftLengthController(fixed=self.options.draft_length if drafts else 0)
+        longest = max((engine._positions(request) for request in requests), default=1)
+        self.decoder.reserve_positions(longest)
+        self.pool = KVPool(self.schema, min(self.options.batch, max(1, len(requests))), longest)
+        self.free_slots = list(range(self.pool.cache.table.shape[0]))
+        self.waiting = deque(enumerate(requests))
+        self.running: list[Sequence] = []
+        self.results: dict[int, Result] = {}
+        self.step_index = 0
+
+    def serve(self) -> list[Result]:
+        started = perf_counter()
+        while self.waiting or self.running:
+            self.admit()
+            self.step()
+            self.retire()
+        self.statistics.engine_seconds = perf_counter() - started
+        return [self.results[index] for index in range(len(self.requests))]
+
+    def step(self) -> None:
+        """Draft, verify, commit."""
+        began = perf_counter()
+        limit = self.controller.limit() if self.tier.can_draft else 0
+        self.draft(limit)
+        drafted = any(sequence.draft for sequence in self.running)
+        committed = self.verify("verify" if drafted else "plain")
+        self.controller.observe(drafted, len(self.running), committed, perf_counter() - began)
+        self.step_index += 1
+
+    def admit(self) -> None:
+        """Fill free slots with waiting requests and compute their prompts but for the last token."""
+        while self.waiting and self.free_slots:
+            index, request = self.waiting.popleft()
+            limit = min(len(request.prompt) + request.max_tokens, self.schema.max_positions)
+            sequence = Sequence(index, request, self.free_slots.pop(0), limit, list(request.prompt))
+            self.pool.reserve(sequence.slot, len(request.prompt))
+            for start in range(0, len(request.prompt) - 1, PREFILL_CHUNK):
+                stop = min(start + PREFILL_CHUNK, len(request.prompt) - 1)
+                tokens = _tokens([(sequence, position, request.prompt[position]) for position in range(start, stop)])
+                self.compute("prefill", [sequence] * (stop - start), tokens, committed=list(range(stop - start)), rows=[])
+            self.running.append(sequence)
+
+    def draft(self, limit: int) -> None:
+        """Draft up to ``limit`` tokens for each running sequence with resident MSB slices only."""
+        for sequence in self.running:
+            sequence.draft, sequence.confidences = [], []
+        options = self.options
+        plan = Draft(
+            self.tier.allowed, options.draft_top_k or self.schema.top_k, options.draft_rescale, options.draft_offset
+        )
+        # The last committed token always comes from the target, so a draft of room - 1 tokens can fill the room.
+        active = [sequence for sequence in self.running if min(limit, sequence.room - 1) > 0]
+        while active:
+            rows = []
+            for sequence in active:
+                position = len(sequence.tokens) - 1 + len(sequence.draft)
+                self.pool.reserve(sequence.slot, position + 1)
+                rows.append((sequence, position, sequence.draft[-1] if sequence.draft else sequence.tokens[-1]))
+            samples = self.compute("draft", active, _tokens(rows), draft=plan)
+            for sequence, sample in zip(active, samples, strict=True):
+                sequence.draft.append(sample.token)
+                sequence.confidences.append(sample.confidence)
+            self.statistics.drafted += len(active)
+            more = self.controller.proceed([sequence.confidences for sequence in active])
+            active = [
+                sequence
+                for sequence, proceed in zip(active, more, strict=True)
+                if proceed and len(sequence.draft) < min(limit, sequence.room - 1)
+            ]
+
+    def verify(self, phase: Phase) -> int:
+        """Compute every drafted position and one more with the target; commit the agreeing prefix and its successor."""
+        rows = []
+        for sequence in self.running:
+            first = len(sequence.tokens) - 1
+            self.pool.reserve(sequence.slot, first + 1 + len(sequence.draft))
+            rows += [(sequence, first + i, token) for i, token in enumerate([sequence.tokens[-1], *sequence.draft])]
+        samples = iter(enumerate(self.compute(phase, [row[0] for row in rows], _tokens(rows), end=False)))
+        kept: list[int] = []
+        total = 0
+        for sequence in self.running:
+            before, judged = len(sequence.tokens), False
+            for draft_token in [*sequence.draft, None]:
+                row, sample = next(samples)
+                if judged or sequence.finish is not None:
+                    continue  # behind the first disagreement, or behind the end of the sequence
+                kept.append(row)
+                sequence.commit(sample.token, sample.logprob, self.schema.eos_tokens, self.decode)
+                if draft_token is not None:
+                    accepted = sample.token == draft_token
+                    confidence = sequence.confidences[len(sequence.tokens) - 1 - before]
+                    self.controller.calibration.observe(confidence, accepted)
+                    self.statistics.accepted += accepted
+                    self.statistics.rejected += not accepted
+                    judged = not accepted
+            total += len(sequence.tokens) - before
+            if sequence.draft:
+                self.statistics.verifications += 1
+                self.statistics.verified += len(sequence.tokens) - before
+            if self.on_commit is not None:
+                self.on_commit(sequence.index, sequence.tokens[before:])
+        self.statistics.committed += total
+        self.tier.end_step(phase, committed_routing(self._routings, kept))
+        return total
+
+    def compute(
+        self,
+        phase: Phase,
+        sequences: list[Sequence],
+        tokens: Tokens,
+        draft: Draft | None = None,
+        rows: list[int] | None = None,
+        committed: list[int] | None = None,
+        end: bool = True,
+    ) -> list[Sample]:
+        """One pass: forward, sample each wanted row for the position after it, count and record."""
+        began = perf_counter()
+        wanted = None if rows is None else np.array(rows, np.int64)
+        logits, self._routings = self.decoder.forward(tokens, self.pool.cache, self.tier, draft, wanted)
+        owners = sequences if rows is None else [sequences[row] for row in rows]
+        samples = [
+            self.backend.sample(logits[i], owner.request.sampling, int(tokens.positions[i]) + 1)
+            for i, owner in enumerate(owners)
+        ]
+        seconds = perf_counter() - began
+        counters = self.statistics.phases[phase]
+        counters.steps += 1
+        counters.tokens += len(sequences)
+        counters.seconds += seconds
+        if phase == "draft":
+            self.controller.draft_cost.observe(len(sequences), seconds)
+        elif phase != "prefill":
+            self.controller.verify_cost.observe(len(sequences), seconds)
+        if self.recorder is not None:
+            judged: dict[int, tuple[int, float]] = {}
+            if phase == "verify":
+                for row, (owner, position) in enumerate(zip(sequences, tokens.positions, strict=True)):
+                    depth = int(position) + 1 - len(owner.tokens)
+                    if depth < len(owner.draft):
+                        judged[row] = (owner.draft[depth], owner.confidences[depth])
+            self.recorder.record(
+                phase, self.step_index, sequences, tokens, self._routings,
+                dict(zip(range(len(samples)) if rows is None else rows, samples, strict=True)), judged, self.tier.resident.msb,
+            )  # fmt: skip
+        if end:
+            routing = None if committed is None else committed_routing(self._routings, committed)
+            self.tier.end_step(phase, routing)
+        return samples
+
+    def retire(self) -> None:
+        """Turn finished sequences into results and free their slots."""
+        for sequence in [s for s in self.running if s.finish is not None]:
+            digest = self.pool.digest(sequence.slot, len(sequence.tokens) - 1) if self.options.keep_kv_digest else None
+            finish = sequence.finish or "length"
+            self.results[sequence.index] = Result(tuple(sequence.output), tuple(sequence.logprobs), finish, digest)
+            self.pool.release(sequence.slot)
+            self.free_slots.append(sequence.slot)
+            self.running.remove(sequence)
+
+
+def _tokens(rows: list[tuple[Sequence, int, int]]) -> Tokens:
+    """(sequence, position, token id) rows as arrays."""
+    return Tokens(
+        np.array([token for _, _, token in rows], np.int32),
+        np.array([sequence.slot for sequence, _, _ in rows], np.int32),
+        np.array([position for _, position, _ in rows], np.int32),
+    )

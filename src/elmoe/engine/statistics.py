@@ -1,0 +1,75 @@
+"""Counters of a run: what was drafted, accepted, found resident and read, and where the time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Phase = str
+"""``prefill``, ``plain``, ``draft`` or ``verify``."""
+PHASES = ("prefill", "plain", "draft", "verify")
+
+
+@dataclass
+class PhaseCounters:
+    """Per phase. Bytes are of expert slices: ``fast`` were resident, ``slow`` came from the slow tier. A hit is a slice of
+    an expert active in a step and layer that was resident."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    fast_bytes: int = 0
+    slow_bytes: int = 0
+    msb_hits: int = 0
+    msb_misses: int = 0
+    lsb_hits: int = 0
+    lsb_misses: int = 0
+
+
+@dataclass
+class Statistics:
+    """A run. ``drafted``, ``accepted``, ``rejected``: draft tokens; those behind a rejection count as neither of the last
+    two. ``verifications``: drafts verified, one per sequence and step; ``verified``: tokens they committed."""
+
+    phases: dict[Phase, PhaseCounters] = field(default_factory=lambda: {phase: PhaseCounters() for phase in PHASES})
+    committed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    verifications: int = 0
+    verified: int = 0
+    draft_slow_reads: int = 0
+    dense_bytes: int = 0
+    engine_seconds: float = 0.0
+
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds of all phases but prefill."""
+        return sum(self.phases[phase].seconds for phase in PHASES if phase != "prefill")
+
+    def as_dict(self) -> dict[str, object]:
+        """Rates and counters for ``--json`` and tables."""
+        target = [self.phases["plain"], self.phases["verify"]]
+        msb_hits, lsb_hits = sum(p.msb_hits for p in target), sum(p.lsb_hits for p in target)
+        msb_all = msb_hits + sum(p.msb_misses for p in target)
+        lsb_all = lsb_hits + sum(p.lsb_misses for p in target)
+        judged = self.accepted + self.rejected
+        return {
+            "committed_tokens": self.committed,
+            "tokens_per_second": _ratio(self.committed, self.decode_seconds),
+            "acceptance_rate": _ratio(self.accepted, judged),
+            "drafted_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
+            "tokens_per_verification": _ratio(self.verified, self.verifications),
+            "msb_hit_rate": _ratio(msb_hits, msb_all),
+            "lsb_hit_rate": _ratio(lsb_hits, lsb_all),
+            "fast_bytes": sum(self.phases[p].fast_bytes for p in PHASES if p != "prefill"),
+            "slow_bytes": sum(self.phases[p].slow_bytes for p in PHASES if p != "prefill"),
+            "slow_bytes_per_token": _ratio(sum(self.phases[p].slow_bytes for p in PHASES if p != "prefill"), self.committed),
+            "draft_slow_reads": self.draft_slow_reads,
+            "phases": {phase: vars(counters).copy() for phase, counters in self.phases.items()},
+        }
+
+
+def _ratio(value: float, base: float) -> float | None:
+    """``value / base``, None where there is no base."""
+    return value / base if base else None

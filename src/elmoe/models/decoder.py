@@ -1,0 +1,167 @@
+"""The forward pass shared by the families: embedding, attention and MoE blocks, vocabulary projection.
+
+Runs on any backend with the signatures of ``elmoe.bitslice``. Knows nothing of budgets, sampling or sequences: it is told
+where each token sits and asks an expert source for the bytes of the experts it needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.bitslice import AttentionWeights, ExpertLayout, KVCache, NestedMatrix, RouterWeights, Routing, rotary_tables
+from elmoe.schema.model import ModelSchema
+
+
+class WeightReader(Protocol):
+    """What the decoder needs of a store."""
+
+    @property
+    def schema(self) -> ModelSchema:
+        """The model's shapes."""
+        ...
+
+    def nested(self, name: str) -> NestedMatrix:
+        """A nested matrix by its store name."""
+        ...
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """A float32 tensor by its store name."""
+        ...
+
+    def expert_layout(self, layer: int) -> ExpertLayout:
+        """How an expert (or the dense FFN) of a layer lies in memory."""
+        ...
+
+    def expert_addresses(self, layer: int) -> NDArray[np.int64]:
+        """(experts, 2) addresses of the MSB and LSB records of a layer."""
+        ...
+
+
+class ExpertSource(Protocol):
+    """Where the bytes of experts come from; called once per MoE layer and step."""
+
+    def fetch(self, layer: int, experts: NDArray[np.int32], draft: bool) -> NDArray[np.int64]:
+        """Make the slices of ``experts`` (tokens, k) readable and return the layer's (experts, 2) address table."""
+        ...
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How a draft step computes: ``allowed`` (layers, experts) uint8 marks the experts it may use."""
+
+    allowed: NDArray[np.uint8]
+    top_k: int
+    rescale: bool = True
+    offset: float = 8.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One token per row: its id, the cache slot of its sequence and its absolute position, int32 each."""
+
+    ids: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    positions: NDArray[np.int32]
+
+
+class Decoder:
+    """A model on a backend. ``forward`` may be called from one thread at a time."""
+
+    def __init__(self, reader: WeightReader, backend: ModuleType) -> None:
+        self.schema = schema = reader.schema
+        self._backend = backend
+        self._embedding = reader.nested("embedding")
+        self._head = self._embedding if schema.tied_embeddings else reader.nested("head")
+        self._final_norm = reader.array("final_norm")
+        self._attention = [self._attention_weights(reader, layer) for layer in range(schema.layers)]
+        self._dense = {
+            layer: (reader.array(f"layers.{layer}.ffn_norm"), reader.expert_addresses(layer)) for layer in schema.dense_layers
+        }
+        self._layouts = [reader.expert_layout(layer) for layer in range(schema.layers)]
+        self._routers = {
+            layer: RouterWeights(
+                reader.array(f"layers.{layer}.ffn_norm"),
+                reader.array(f"layers.{layer}.router"),
+                schema.norm_epsilon,
+                schema.top_k,
+                schema.normalize_top_k,
+            )
+            for layer in schema.moe_layers
+        }
+        self._cosine, self._sine = rotary_tables(0, schema.head_dim, schema.rope_theta)
+
+    def _attention_weights(self, reader: WeightReader, layer: int) -> AttentionWeights:
+        schema = self.schema
+        return AttentionWeights(
+            norm=reader.array(f"layers.{layer}.attention_norm"),
+            query_key_value=reader.nested(f"layers.{layer}.query_key_value"),
+            query_norm=reader.array(f"layers.{layer}.query_norm"),
+            key_norm=reader.array(f"layers.{layer}.key_norm"),
+            output=reader.nested(f"layers.{layer}.attention_output"),
+            heads=schema.heads,
+            kv_heads=schema.kv_heads,
+            head_dim=schema.head_dim,
+            epsilon=schema.norm_epsilon,
+        )
+
+    def reserve_positions(self, positions: int) -> None:
+        """Extend the rotary tables to ``positions``; a row depends on its position only, so no result changes."""
+        if positions > self._cosine.shape[0]:
+            self._cosine, self._sine = rotary_tables(positions, self.schema.head_dim, self.schema.rope_theta)
+
+    def forward(
+        self,
+        tokens: Tokens,
+        cache: KVCache,
+        source: ExpertSource,
+        draft: Draft | None = None,
+        rows: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], list[Routing]]:
+        """Compute the tokens and store their keys and values.
+
+        :param draft: None computes the target; otherwise MSB slices of allowed experts only.
+        :param rows: the tokens whose logits are wanted; None is all.
+        :returns: logits (rows, vocabulary) float32 and the routing of each MoE layer.
+        :raises NumericsError: a non-finite value appeared, or an expert's slice was not readable.
+        """
+        backend, schema = self._backend, self.schema
+        x = backend.embed(self._embedding, tokens.ids)
+        routings: list[Routing] = []
+        for layer in range(schema.layers):
+            backend.attention_block(
+                self._attention[layer], x, cache, layer, tokens.slots, tokens.positions, self._cosine, self._sine
+            )
+            if layer in self._dense:
+                self._dense_ffn(layer, x)
+                continue
+            weights = self._routers[layer]
+            if draft is None:
+                routing = backend.route(weights, x)
+                addresses = source.fetch(layer, routing.experts, False)
+                backend.expert_ffn(self._layouts[layer], addresses, routing.hidden, routing.experts, routing.weights, x)
+            else:
+                routing = backend.route(weights, x, draft.allowed[len(routings)], draft.top_k, draft.rescale)
+                addresses = source.fetch(layer, routing.experts, True)
+                backend.expert_ffn(
+                    self._layouts[layer], addresses, routing.hidden, routing.experts, routing.weights, x, True, draft.offset
+                )
+            routings.append(routing)
+        if rows is not None:
+            x = np.ascontiguousarray(x[rows])
+        if x.shape[0] == 0:
+            return np.empty((0, schema.vocabulary), np.float32), routings
+        return backend.logits(self._final_norm, schema.norm_epsilon, self._head, x), routings
+
+    def _dense_ffn(self, layer: int, x: NDArray[np.float32]) -> None:
+        """A dense FFN is one expert of weight 1, always at full precision."""
+        norm, addresses = self._dense[layer]
+        hidden = self._backend.rms_norm(x, norm, self.schema.norm_epsilon)
+        tokens = x.shape[0]
+        self._backend.expert_ffn(
+            self._layouts[layer], addresses, hidden, np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32), x
+        )

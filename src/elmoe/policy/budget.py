@@ -1,0 +1,96 @@
+"""Splitting the fast tier's byte budget into dense parts, KV, staging and slots for expert slices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from elmoe.errors import BudgetError
+
+Split = Literal["msb_first", "whole_experts"]
+"""Corners of the slice split: the paper's (all MSB slices before any LSB slice), or what an expert cache does."""
+
+
+@dataclass(frozen=True)
+class FastTierSizes:
+    """Bytes that compete for the fast tier. ``msb``, ``lsb``: one expert's slices in each MoE layer."""
+
+    dense: int
+    kv: int
+    staging: int
+    msb: tuple[int, ...]
+    lsb: tuple[int, ...]
+    experts: int
+    top_k: int
+
+    @property
+    def fixed(self) -> int:
+        """Bytes resident whatever the experts."""
+        return self.dense + self.kv + self.staging
+
+    @property
+    def minimum(self) -> int:
+        """The smallest budget: everything fixed and top-k MSB slices in every layer."""
+        return self.fixed + self.top_k * sum(self.msb)
+
+    @property
+    def all_experts(self) -> int:
+        """Both slices of every expert, bytes."""
+        return self.experts * (sum(self.msb) + sum(self.lsb))
+
+    def budget_of_share(self, share: float) -> int:
+        """The budget that holds ``share`` (0..1) of the expert bytes beside the fixed parts, never below the minimum."""
+        return max(self.minimum, self.fixed + int(share * self.all_experts))
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """How many MSB and LSB slices each MoE layer may keep resident; every LSB slice lies beside its MSB slice."""
+
+    msb: tuple[int, ...]
+    lsb: tuple[int, ...]
+    bytes: int
+
+
+def plan_slots(budget: int, sizes: FastTierSizes, split: Split = "msb_first") -> SlotPlan:
+    """Divide what the fixed parts leave of ``budget`` bytes evenly over the layers.
+
+    ``msb_first`` gives every layer MSB slices until all have all, then LSB slices. ``whole_experts`` starts from top-k MSB
+    slices per layer (a draft's minimum), completes those with their LSB slices, then adds whole experts.
+
+    :raises BudgetError: the budget is below the minimum, which the message names.
+    """
+    if budget < sizes.minimum:
+        raise BudgetError(
+            f"the fast-memory budget of {budget} bytes is below the minimum of {sizes.minimum} bytes "
+            f"(dense {sizes.dense} + KV {sizes.kv} + staging {sizes.staging} + top-{sizes.top_k} MSB slices per layer)",
+            f"give at least --fast-memory {-(-sizes.minimum // 2**20)}MiB, or lower the context or the batch",
+        )
+    layers = len(sizes.msb)
+    msb = [sizes.top_k] * layers
+    lsb = [0] * layers
+    left = budget - sizes.minimum
+
+    def fill(slots: list[int], limits: list[int], cost: list[int], paired: list[int] | None = None) -> None:
+        """One more slot per layer and round, in layer order, while bytes last; ``paired`` slots grow along."""
+        nonlocal left
+        progress = True
+        while progress:
+            progress = False
+            for layer in range(layers):
+                if slots[layer] < limits[layer] and cost[layer] <= left:
+                    slots[layer] += 1
+                    left -= cost[layer]
+                    if paired is not None:
+                        paired[layer] += 1
+                    progress = True
+
+    every = [sizes.experts] * layers
+    if split == "msb_first":
+        fill(msb, every, list(sizes.msb))
+        fill(lsb, msb, list(sizes.lsb))
+    else:
+        fill(lsb, msb.copy(), list(sizes.lsb))
+        fill(msb, every, [m + x for m, x in zip(sizes.msb, sizes.lsb, strict=True)], lsb)
+    used = sum(m * a + x * b for m, a, x, b in zip(msb, sizes.msb, lsb, sizes.lsb, strict=True))
+    return SlotPlan(tuple(msb), tuple(lsb), sizes.fixed + used)

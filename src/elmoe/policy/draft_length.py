@@ -1,0 +1,156 @@
+"""How long to draft: an inner stop by marginal gain per marginal cost, an outer choice between drafting and not.
+
+Costs are seconds the engine measured (or the simulator modelled) and handed in; acceptance is calibrated to the draft's
+confidence. The outer loop follows Cascade (arXiv 2506.20675): utility = tokens gained / time ratio, and gamma = 0 is
+always allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+CONFIDENCE_EDGES = (0.3, 0.5, 0.7, 0.9, 0.97)
+"""Bins in which acceptance is calibrated to the draft's confidence."""
+
+
+def confidence_bin(confidence: float) -> int:
+    """Index of the calibration bin of a confidence in 0..1."""
+    return sum(confidence >= edge for edge in CONFIDENCE_EDGES)
+
+
+class Calibration:
+    """Acceptance by confidence bin: Beta counts that start at the bin's own confidence and decay slowly."""
+
+    def __init__(self, prior_weight: float = 4.0, decay: float = 0.995) -> None:
+        edges = (0.0, *CONFIDENCE_EDGES, 1.0)
+        middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        self._accepted = [prior_weight * middle for middle in middles]
+        self._seen = [prior_weight] * len(middles)
+        self._decay = decay
+
+    def acceptance(self, confidence: float) -> float:
+        """Probability that a draft token of this confidence is accepted, given that its prefix was."""
+        index = confidence_bin(confidence)
+        return self._accepted[index] / self._seen[index]
+
+    def mean(self) -> float:
+        """Acceptance over all bins."""
+        return sum(self._accepted) / sum(self._seen)
+
+    def observe(self, confidence: float, accepted: bool) -> None:
+        """Learn from one draft token whose prefix was accepted."""
+        index = confidence_bin(confidence)
+        self._accepted[index] = self._accepted[index] * self._decay + accepted
+        self._seen[index] = self._seen[index] * self._decay + 1
+
+
+class LinearCost:
+    """Seconds of a step as ``base + slope * tokens``: least squares over an exponentially decayed past."""
+
+    def __init__(self, decay: float = 0.95) -> None:
+        self._decay = decay
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was observed."""
+        return self._n > 0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Learn from one step."""
+        values = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
+        old = (self._n, self._x, self._y, self._xx, self._xy)
+        self._n, self._x, self._y, self._xx, self._xy = (
+            self._decay * previous + value for previous, value in zip(old, values, strict=True)
+        )
+
+    def seconds(self, tokens: float) -> float:
+        """Predicted seconds; the slope is taken as 0 where it cannot be told or comes out negative."""
+        mean_x, mean_y = self._x / self._n, self._y / self._n
+        variance = self._xx / self._n - mean_x * mean_x
+        covariance = self._xy / self._n - mean_x * mean_y
+        slope = max(0.0, covariance / variance) if variance > 1e-9 else 0.0
+        return max(mean_y + slope * (tokens - mean_x), 0.1 * mean_y)
+
+
+@dataclass
+class DraftLengthController:
+    """Chooses how many tokens to draft. ``fixed`` switches every choice off and always drafts that many.
+
+    Used per step: ``limit()`` before drafting, ``proceed()`` after each draft step, ``observe()`` at the end.
+    """
+
+    fixed: int | None = None
+    longest: int = 8
+    calibration: Calibration = field(default_factory=Calibration)
+    draft_cost: LinearCost = field(default_factory=LinearCost)
+    verify_cost: LinearCost = field(default_factory=LinearCost)
+    _plain_rate: float = 0.0
+    _elastic_rate: float = 0.0
+    _wait: int = 0
+    _back_off: int = 8
+    _since_plain: int = 0
+    _since_elastic: int = 0
+
+    def limit(self) -> int:
+        """Most tokens to draft in the next step; 0 is plain decoding."""
+        if self.fixed is not None:
+            return self.fixed
+        if self._plain_rate == 0.0:
+            return 0  # measure plain decoding first
+        if self._wait > 0:
+            self._wait -= 1
+            return 0
+        # Re-measure plain decoding now and then, rarely enough to cost under 2 %.
+        if self._since_plain >= 64:
+            return 0
+        return self.longest
+
+    def proceed(self, confidences: Sequence[Sequence[float]]) -> list[bool]:
+        """For each sequence of the draft batch, whether to draft one more token after those of these confidences.
+
+        Continues while the expected token of one more draft pays at least the rate of the step so far:
+        ``reach * acceptance / marginal seconds > expected tokens / seconds``.
+        """
+        if self.fixed is not None:
+            return [len(row) < self.fixed for row in confidences]
+        if not (self.draft_cost.known and self.verify_cost.known):
+            return [len(row) < self.longest for row in confidences]
+        mean = self.calibration.mean()
+        sequences = len(confidences)
+        drafted = sum(len(row) for row in confidences)
+        expected, reaches = float(sequences), []
+        for row in confidences:
+            reach = 1.0
+            for confidence in row:
+                reach *= self.calibration.acceptance(confidence)
+                expected += reach
+            reaches.append(reach)
+        depth = max((len(row) for row in confidences), default=0)
+        verify_base = self.verify_cost.seconds(sequences + drafted)
+        spent = depth * self.draft_cost.seconds(sequences) + verify_base
+        verify_more = (self.verify_cost.seconds(2 * sequences + drafted) - verify_base) / sequences
+        marginal = self.draft_cost.seconds(sequences) / sequences + verify_more
+        return [
+            len(row) < self.longest and reach * mean * spent > expected * marginal
+            for row, reach in zip(confidences, reaches, strict=True)
+        ]
+
+    def observe(self, drafted: bool, sequences: int, committed: int, seconds: float) -> None:
+        """Learn from a whole step: whether it drafted, the tokens it committed and the seconds it took."""
+        if self.fixed is not None or seconds <= 0:
+            return
+        rate = committed / sequences / seconds
+        if drafted:
+            self._since_plain += 1
+            self._elastic_rate = rate if self._elastic_rate == 0.0 else 0.8 * self._elastic_rate + 0.2 * rate
+            self._since_elastic += 1
+            if self._since_elastic >= 4 and self._elastic_rate < self._plain_rate:
+                self._wait, self._since_elastic, self._elastic_rate = self._back_off, 0, 0.0
+                self._back_off = min(2 * self._back_off, 512)
+            elif self._since_elastic >= 16:
+                self._back_off = 8
+        else:
+            self._since_plain = 0
+            self._plain_rate = rate if self._plain_rate == 0.0 else 0.8 * self._plain_rate + 0.2 * rate
