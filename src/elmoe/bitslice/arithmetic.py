@@ -47,7 +47,7 @@ def exp(x: NDArray[np.float32]) -> NDArray[np.float32]:
     x = np.asarray(x, np.float32)
     bounded = np.minimum(np.maximum(x, EXP_LOW), EXP_HIGH)
     n = np.rint(bounded * LOG2_E)
-    r = bounded - n * LN2_HIGH
+    r: NDArray = bounded - n * LN2_HIGH
     r = r - n * LN2_LOW
     p: NDArray = np.full_like(r, EXP_POLYNOMIAL[0])
     for coefficient in EXP_POLYNOMIAL[1:]:

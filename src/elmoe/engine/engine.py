@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from time import perf_counter
 from types import ModuleType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from elmoe.models.decoder import Decoder, Draft, Tokens, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, plan_slots
 from elmoe.policy.draft_length import DraftLengthController
 from elmoe.policy.residency import ResidencyParameters
+
+if TYPE_CHECKING:  # pyarrow loads only when a trace is wanted
+    from elmoe.trace import TraceRecorder
 
 Mode = Literal["plain", "cache", "elastic"]
 PREFILL_CHUNK = 256
@@ -41,7 +45,8 @@ class StoreReader(WeightReader, Protocol):
 @dataclass(frozen=True)
 class EngineOptions:
     """How to serve. ``fast_memory``: budget in bytes, a share of the expert bytes (float in 0..1), or None for all of
-    them. ``draft_length``: tokens to draft, None lets the controller choose. ``batch``: sequences served at once."""
+    them. ``draft_length``: tokens to draft, None lets the controller choose. ``draft_bits`` 8 is an ablation (the expert axis
+    alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once."""
 
     mode: Mode = "elastic"
     fast_memory: int | float | None = None
@@ -50,20 +55,10 @@ class EngineOptions:
     draft_top_k: int | None = None
     draft_rescale: bool = True
     draft_offset: float = 8.0
+    draft_bits: Literal[4, 8] = 4
     batch: int = 1
     residency: ResidencyParameters = field(default_factory=ResidencyParameters)
     keep_kv_digest: bool = False
-
-
-class Recorder(Protocol):
-    """Receives the facts of every computed pass."""
-
-    def record(
-        self, phase: Phase, step: int, sequences: Items[Sequence], tokens: Tokens, routings: list[Routing],
-        samples: dict[int, Sample], drafts: dict[int, tuple[int, float]], resident: np.ndarray,
-    ) -> None:  # fmt: skip
-        """``samples``: target (or draft) sample by token row; ``drafts``: draft token and its confidence judged by a row."""
-        ...
 
 
 class Engine:
@@ -105,7 +100,7 @@ class Engine:
         self,
         requests: Items[Request],
         decode: Callable[[list[int]], str] | None = None,
-        recorder: Recorder | None = None,
+        recorder: TraceRecorder | None = None,
         on_commit: Callable[[int, list[int]], None] | None = None,
     ) -> tuple[list[Result], Statistics]:
         """Serve requests, ``options.batch`` at a time; results come in the order of the requests.
@@ -130,7 +125,7 @@ class _Run:
         engine: Engine,
         requests: Items[Request],
         decode: Callable[[list[int]], str] | None,
-        recorder: Recorder | None,
+        recorder: TraceRecorder | None,
         on_commit: Callable[[int, list[int]], None] | None,
     ) -> None:
         self.options, self.schema = engine.options, engine.schema
@@ -149,6 +144,7 @@ class _Run:
         self.running: list[Sequence] = []
         self.results: dict[int, Result] = {}
         self.step_index = 0
+        self._routings: list[Routing] = []
 
     def serve(self) -> list[Result]:
         started = perf_counter()
@@ -188,7 +184,11 @@ class _Run:
             sequence.draft, sequence.confidences = [], []
         options = self.options
         plan = Draft(
-            self.tier.allowed, options.draft_top_k or self.schema.top_k, options.draft_rescale, options.draft_offset
+            self.tier.allowed,
+            options.draft_top_k or self.schema.top_k,
+            options.draft_rescale,
+            options.draft_offset,
+            options.draft_bits,
         )
         # The last committed token always comes from the target, so a draft of room - 1 tokens can fill the room.
         active = [sequence for sequence in self.running if min(limit, sequence.room - 1) > 0]
@@ -274,20 +274,42 @@ class _Run:
         elif phase != "prefill":
             self.controller.verify_cost.observe(len(sequences), seconds)
         if self.recorder is not None:
-            judged: dict[int, tuple[int, float]] = {}
-            if phase == "verify":
-                for row, (owner, position) in enumerate(zip(sequences, tokens.positions, strict=True)):
-                    depth = int(position) + 1 - len(owner.tokens)
-                    if depth < len(owner.draft):
-                        judged[row] = (owner.draft[depth], owner.confidences[depth])
-            self.recorder.record(
-                phase, self.step_index, sequences, tokens, self._routings,
-                dict(zip(range(len(samples)) if rows is None else rows, samples, strict=True)), judged, self.tier.resident.msb,
-            )  # fmt: skip
+            self.record(self.recorder, phase, sequences, tokens, samples)
         if end:
             routing = None if committed is None else committed_routing(self._routings, committed)
             self.tier.end_step(phase, routing)
         return samples
+
+    def record(
+        self, recorder: TraceRecorder, phase: Phase, sequences: list[Sequence], tokens: Tokens, samples: list[Sample]
+    ) -> None:
+        """Hand the facts of a pass to the recorder."""
+        count = len(sequences)
+        targets: list[int | None] = [None] * count
+        drafts: list[int | None] = [None] * count
+        confidences: list[float | None] = [None] * count
+        if phase == "draft":
+            drafts, confidences = [sample.token for sample in samples], [sample.confidence for sample in samples]
+        elif phase != "prefill":
+            targets = [sample.token for sample in samples]
+            for row, sequence in enumerate(sequences):
+                depth = int(tokens.positions[row]) + 1 - len(sequence.tokens)
+                if depth < len(sequence.draft):
+                    drafts[row], confidences[row] = sequence.draft[depth], sequence.confidences[depth]
+        recorder.record(
+            phase=phase,
+            step=self.step_index,
+            sequences=np.array([sequence.index for sequence in sequences], np.int32),
+            positions=tokens.positions,
+            tokens=tokens.ids,
+            targets=targets,
+            drafts=drafts,
+            confidences=confidences,
+            draft_lengths=[len(sequence.draft) for sequence in sequences],
+            ranked=[routing.ranked for routing in self._routings],
+            scores=[routing.scores for routing in self._routings],
+            resident=self.tier.resident.msb,
+        )
 
     def retire(self) -> None:
         """Turn finished sequences into results and free their slots."""

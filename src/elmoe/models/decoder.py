@@ -52,12 +52,14 @@ class ExpertSource(Protocol):
 
 @dataclass(frozen=True)
 class Draft:
-    """How a draft step computes: ``allowed`` (layers, experts) uint8 marks the experts it may use."""
+    """How a draft step computes: ``allowed`` (layers, experts) uint8 marks the experts it may use; ``bits`` is 4, or 8 in
+    the ablation that cuts the expert axis alone."""
 
     allowed: NDArray[np.uint8]
     top_k: int
     rescale: bool = True
     offset: float = 8.0
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Decoder:
         self._final_norm = reader.array("final_norm")
         self._attention = [self._attention_weights(reader, layer) for layer in range(schema.layers)]
         self._dense = {
-            layer: (reader.array(f"layers.{layer}.ffn_norm"), reader.expert_addresses(layer)) for layer in schema.dense_layers
+            layer: (reader.array(f"layers.{layer}.ffn_norm"), reader.expert_addresses(layer))
+            for layer in schema.dense_layers
         }
         self._layouts = [reader.expert_layout(layer) for layer in range(schema.layers)]
         self._routers = {
@@ -148,7 +151,7 @@ class Decoder:
                 routing = backend.route(weights, x, draft.allowed[len(routings)], draft.top_k, draft.rescale)
                 addresses = source.fetch(layer, routing.experts, True)
                 backend.expert_ffn(
-                    self._layouts[layer], addresses, routing.hidden, routing.experts, routing.weights, x, True, draft.offset
+                    self._layouts[layer], addresses, routing.hidden, routing.experts, routing.weights, x, draft.bits == 4, draft.offset
                 )
             routings.append(routing)
         if rows is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 CONFIDENCE_EDGES = (0.3, 0.5, 0.7, 0.9, 0.97)
 """Bins in which acceptance is calibrated to the draft's confidence."""
@@ -24,7 +25,7 @@ class Calibration:
 
     def __init__(self, prior_weight: float = 4.0, decay: float = 0.995) -> None:
         edges = (0.0, *CONFIDENCE_EDGES, 1.0)
-        middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+        middles = [(low + high) / 2 for low, high in pairwise(edges)]
         self._accepted = [prior_weight * middle for middle in middles]
         self._seen = [prior_weight] * len(middles)
         self._decay = decay

@@ -1,0 +1,74 @@
+"""``elmoe bench``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from elmoe.cli.common import (
+    IntegerList,
+    elastic_options,
+    json_option,
+    number,
+    percent,
+    print_json,
+    print_table,
+    progress_bar,
+    size,
+    tier_label,
+    use_threads,
+)
+
+
+@click.command("bench")
+@click.argument("store")
+@click.option("--modes", default="plain,cache,elastic", show_default=True, help="Comma-separated modes.")
+@click.option("--batch", "batches", type=IntegerList(), default="1,4", show_default=True, help="Batch sizes.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs per row; medians are shown.")
+@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompt tokens and of sampling.")
+@elastic_options
+@json_option
+def command(
+    store: str, modes: str, batches: tuple[int, ...], prompt_tokens: int, max_tokens: int, repeats: int, temperature: float,
+    seed: int, fast_memory: int | float | None, split: Any, draft_length: int | None, draft_top_k: int | None,
+    threads: int | None, backend: Any, as_json: bool,
+) -> None:  # fmt: skip
+    """Throughput of STORE for modes and batch sizes; every row must give the same tokens."""
+    from elmoe.bitslice import SamplingParameters
+    from elmoe.engine.benchmark import benchmark, random_prompts
+    from elmoe.engine.engine import EngineOptions
+    from elmoe.engine.session import Session
+    from elmoe.errors import RequestError
+
+    names: list[Any] = modes.split(",")
+    for name in names:
+        if name not in ("plain", "cache", "elastic"):
+            raise RequestError(f"'{name}' is no mode", "use plain, cache or elastic")
+    options = EngineOptions(
+        fast_memory=fast_memory, split=split, draft_length=draft_length, draft_top_k=draft_top_k, batch=max(batches)
+    )  # fmt: skip
+    with Session(store, options, backend) as session:
+        use_threads(backend, threads)
+        sampling = SamplingParameters(temperature, seed=seed)
+        requests = random_prompts(session, max(batches), prompt_tokens, max_tokens, sampling)
+        with progress_bar("runs", (repeats + 1) * len(names) * len(batches)) as bar:
+            done = iter(range(1, 10**6))
+            rows = benchmark(session, requests, options, names, batches, repeats, lambda: bar(next(done)))
+    if as_json:
+        print_json({"tier": tier_label(fast_memory), "rows": rows})
+        return
+    print_table(
+        f"{len(requests)} sequences x {max_tokens} tokens; {tier_label(fast_memory)}; median of {repeats}",
+        ("mode", "batch", "tokens/s", "acceptance", "tokens/verification", "MSB hits", "slow bytes/token",
+         "overhead ms/token", "identical"),
+        [
+            (row["mode"], row["batch"], number(row["tokens_per_second"], 1), percent(row["acceptance_rate"]),
+             number(row["tokens_per_verification"]), percent(row["msb_hit_rate"]), size(row["slow_bytes_per_token"]),
+             number(row["overhead_ms_per_token"], 3), "yes" if row["identical"] else "NO")
+            for row in rows
+        ],
+    )  # fmt: skip

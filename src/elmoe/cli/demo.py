@@ -1,0 +1,84 @@
+"""``elmoe demo``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from elmoe.cli.common import (
+    FastMemory,
+    json_option,
+    number,
+    percent,
+    print_json,
+    print_table,
+    size,
+    threads_option,
+    tier_label,
+    use_threads,
+)
+
+PROMPTS = (
+    "It is a truth universally acknowledged, that",
+    "The whale was",
+    "def read_file(path):\n",
+    "SELECT name FROM",
+)
+
+
+@click.command("demo")
+@click.option("--max-tokens", type=click.IntRange(1, 1024), default=64, show_default=True)
+@click.option("--draft-length", type=click.IntRange(1, 16), default=4, show_default=True)
+@click.option("--fast-memory", type=FastMemory(), default="50%", show_default=True, help="Budget of the fast tier.")
+@threads_option
+@json_option
+def command(max_tokens: int, draft_length: int, fast_memory: int | float, threads: int | None, as_json: bool) -> None:
+    """Write text with the embedded model, plainly and elastically, and compare."""
+    from elmoe.engine.engine import EngineOptions
+    from elmoe.engine.request import Request
+    from elmoe.engine.session import Session
+
+    with Session("demo") as session:
+        use_threads("native", threads)
+        requests = [Request(session.encode(prompt), max_tokens, ignore_eos=True) for prompt in PROMPTS]
+        runs: dict[str, Any] = {}
+        for mode in ("plain", "cache", "elastic"):
+            options = EngineOptions(
+                mode=mode, fast_memory=fast_memory, draft_length=draft_length, batch=len(PROMPTS), keep_kv_digest=True
+            )  # fmt: skip
+            runs[mode] = session.with_options(options).generate(requests)
+        texts = [session.text_of(*pair) for pair in zip(requests, runs["elastic"][0], strict=True)]
+    # Results hold tokens, log-probabilities and a hash of the KV bytes: equality is exact.
+    identical = runs["elastic"][0] == runs["plain"][0] == runs["cache"][0]
+    facts = {mode: statistics.as_dict() for mode, (_, statistics) in runs.items()}
+    if as_json:
+        print_json(
+            {
+                "prompts": PROMPTS,
+                "texts": texts,
+                "identical": identical,
+                "tier": tier_label(fast_memory),
+                "modes": facts,
+            }
+        )
+    else:
+        for prompt, text in zip(PROMPTS, texts, strict=True):
+            click.secho(prompt, bold=True, nl=False)
+            click.echo(text + "\n")
+        rows: list[tuple[str, Any]] = [
+            ("tokens per second (measured)", lambda f: number(f["tokens_per_second"], 0)),
+            ("acceptance rate of draft tokens", lambda f: percent(f["acceptance_rate"])),
+            ("tokens per verification", lambda f: number(f["tokens_per_verification"])),
+            ("hit rate, MSB slices", lambda f: percent(f["msb_hit_rate"])),
+            ("hit rate, LSB slices", lambda f: percent(f["lsb_hit_rate"])),
+            ("expert bytes from the fast tier", lambda f: size(f["fast_bytes"])),
+            ("expert bytes from the slow tier", lambda f: size(f["slow_bytes"])),
+            ("slow-tier bytes per token", lambda f: size(f["slow_bytes_per_token"])),
+            ("slow-tier reads while drafting", lambda f: f["draft_slow_reads"]),
+        ]
+        title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {tier_label(fast_memory)}"
+        print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in rows])
+        click.echo(f"identical output: {'yes' if identical else 'NO'}")
+    if not identical:
+        raise SystemExit(1)

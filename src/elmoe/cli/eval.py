@@ -1,0 +1,52 @@
+"""``elmoe eval``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elmoe.cli.common import backend_option, json_option, percent, print_json, print_table, progress_bar, threads_option, use_threads
+
+
+@click.command("eval")
+@click.argument("store")
+@click.option("--text", "text_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--window", type=click.IntRange(2), default=256, show_default=True, help="Tokens per window.")
+@click.option("--windows", type=click.IntRange(1), help="Score only this many windows.")
+@click.option("--draft-experts", type=click.FloatRange(0, 1), default=1.0, show_default=True,
+              help="Share of each layer's experts the draft may use.")  # fmt: skip
+@threads_option
+@backend_option
+@json_option
+def command(
+    store: str, text_path: Path, window: int, windows: int | None, draft_experts: float, threads: int | None, backend: Any,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Perplexity of STORE's target and of its 4-bit draft on a text file."""
+    from elmoe.engine.perplexity import evaluate
+    from elmoe.engine.session import Session
+    from elmoe.errors import RequestError
+
+    try:
+        text = text_path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"'{text_path}' is not UTF-8 text: {error}") from error
+    with Session(store, backend=backend) as session, progress_bar("windows", windows) as bar:
+        use_threads(backend, threads)
+        result = evaluate(session, text, window, windows, draft_experts, lambda done, total: bar(done))
+    data = {"target_perplexity": result.target, "draft_perplexity": result.draft, **asdict(result)}
+    if as_json:
+        print_json(data)
+        return
+    print_table(
+        f"{result.tokens} positions in windows of {window}",
+        ("model", "nats per token", "perplexity"),
+        [
+            ("target (8 bits, natural routing)", f"{result.target_nats:.4f}", f"{result.target:.3f}"),
+            (f"draft (4 bits, {draft_experts:.0%} of experts)", f"{result.draft_nats:.4f}", f"{result.draft:.3f}"),
+        ],
+    )
+    click.echo(f"same most likely token: {percent(result.agreement)}")

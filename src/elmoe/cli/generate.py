@@ -1,0 +1,82 @@
+"""``elmoe generate``."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import click
+
+from elmoe.cli.common import elastic_options, json_option, print_json, tier_label, use_threads
+
+
+@click.command("generate")
+@click.argument("store")
+@click.option("--prompt", required=True, multiple=True, help="Text to continue; give it several times for a batch.")
+@click.option("--chat", is_flag=True, help="Put each prompt through the store's chat template as a user message.")
+@click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--batch", type=click.IntRange(1, 64), help="Sequences served at once [default: all prompts, up to 16].")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--min-p", type=float, default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stop", multiple=True, help="End the text before this string; may be repeated.")
+@click.option("--ignore-eos", is_flag=True, help="Do not stop at the end-of-sequence token.")
+@click.option("--trace", "trace_path", type=click.Path(dir_okay=False), help="Record the run's routing facts (Parquet).")
+@elastic_options
+@json_option
+def command(
+    store: str, prompt: tuple[str, ...], chat: bool, mode: Any, max_tokens: int, batch: int | None, temperature: float,
+    top_k: int, top_p: float, min_p: float, seed: int, stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None,
+    fast_memory: int | float | None, split: Any, draft_length: int | None, draft_top_k: int | None, threads: int | None,
+    backend: Any, as_json: bool,
+) -> None:  # fmt: skip
+    """Generate text from STORE (a path, or ``demo``). The output is the target model's in every mode."""
+    from elmoe.bitslice import SamplingParameters
+    from elmoe.engine.engine import EngineOptions
+    from elmoe.engine.request import Request
+    from elmoe.engine.session import Session
+
+    options = EngineOptions(
+        mode=mode, fast_memory=fast_memory, split=split, draft_length=draft_length, draft_top_k=draft_top_k,
+        batch=batch or min(len(prompt), 16),
+    )  # fmt: skip
+    with Session(store, options, backend) as session:
+        use_threads(backend, threads)
+        sampling = SamplingParameters(temperature, top_k, top_p, min_p, seed)
+        texts = [session.chat_prompt([{"role": "user", "content": text}]) if chat else text for text in prompt]
+        requests = [Request(session.encode(text), max_tokens, sampling, stop, ignore_eos) for text in texts]
+        recorder: Any = nullcontext()
+        if trace_path is not None:
+            from elmoe.trace import TraceRecorder
+
+            recorder = TraceRecorder(trace_path, session.reader.schema, {"mode": mode, "store": session.path.name})
+        with recorder:
+            results, statistics = session.generate(requests, recorder if trace_path else None)
+        answers = [
+            {
+                "prompt": text,
+                "text": session.text_of(request, result),
+                "token_ids": list(result.tokens),
+                "logprobs": list(result.logprobs),
+                "finish_reason": result.finish,
+            }
+            for text, request, result in zip(prompt, requests, results, strict=True)
+        ]
+    facts = statistics.as_dict()
+    tier = tier_label(fast_memory)
+    if as_json:
+        first = answers[0] if len(answers) == 1 else {"results": answers}
+        print_json({**first, "mode": mode, "tier": tier, "statistics": facts})
+        return
+    for answer in answers:
+        click.echo(f"{answer['prompt']}{answer['text']}")
+    rate = facts["tokens_per_second"]
+    click.echo(
+        f"[{mode}; {tier}] {statistics.committed} tokens"
+        + (f", {rate:.0f} tokens/s" if isinstance(rate, float) else "")
+        + (f", acceptance {facts['acceptance_rate']:.1%}" if facts["acceptance_rate"] is not None else ""),
+        err=True,
+    )

@@ -1,0 +1,55 @@
+"""``elmoe inspect``."""
+
+from __future__ import annotations
+
+import click
+import msgspec
+
+from elmoe.cli.common import json_option, print_json, print_table, progress_bar, size
+
+
+@click.command("inspect")
+@click.argument("store")
+@click.option("--verify", "do_verify", is_flag=True, help="Recompute every checksum.")
+@json_option
+def command(store: str, do_verify: bool, as_json: bool) -> None:
+    """What is in STORE, its sizes per tier, and whether its checksums hold."""
+    from elmoe.engine.tier import tier_sizes
+    from elmoe.store import open_store, verify
+
+    with open_store(store) as reader:
+        schema = reader.schema
+        if do_verify:
+            total = sum(file.bytes for file in reader.manifest.files)
+            with progress_bar("verifying", total, bytes_=True) as bar:
+                verify(reader, bar)
+        kv = schema.kv_bytes_per_position
+        sizes = tier_sizes(reader, reader.dense_bytes, 64 * kv)
+        experts = len(schema.moe_layers) * schema.experts
+        data = {
+            "path": reader.path.name,
+            "model": msgspec.to_builtins(schema),
+            "experts": experts,
+            "msb_bytes": sum(sizes.msb) * schema.experts,
+            "lsb_bytes": sum(sizes.lsb) * schema.experts,
+            "dense_bytes": reader.dense_bytes,
+            "kv_bytes_per_position": kv,
+            "minimum_fast_memory": sizes.minimum,
+            "verified": do_verify,
+        }
+    if as_json:
+        print_json(data)
+        return
+    print_table(
+        f"{schema.family}: {schema.layers} layers, {schema.experts} experts, top-{schema.top_k}",
+        ("part", "size"),
+        [
+            ("dense parts (fast tier)", size(reader.dense_bytes)),
+            (f"MSB slices of {experts} experts", size(sum(sizes.msb) * schema.experts)),
+            (f"LSB slices of {experts} experts", size(sum(sizes.lsb) * schema.experts)),
+            ("KV per position", size(kv)),
+            ("smallest --fast-memory (64 positions)", size(sizes.minimum)),
+        ],
+    )
+    if do_verify:
+        click.echo("checksums: all hold")

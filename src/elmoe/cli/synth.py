@@ -1,0 +1,33 @@
+"""``elmoe synth``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from elmoe.cli.common import json_option, print_json, progress_bar
+
+
+@click.command("synth")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--layers", type=click.IntRange(1), help="Write only this many layers.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+def command(config: Path, store: Path, layers: int | None, seed: int, as_json: bool) -> None:
+    """Write STORE with the shapes of a Hugging Face CONFIG (config.json) and deterministic random weights."""
+    from elmoe.errors import ConvertError
+    from elmoe.store import synthesize
+
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConvertError(f"'{config}' is not JSON: {error}") from error
+    with progress_bar("layers", None) as bar:
+        synthesize(values, store, layers, seed, lambda done, total: bar(done))
+    if as_json:
+        print_json({"store": str(store)})
+    else:
+        click.echo(f"wrote {store}")

@@ -1,0 +1,92 @@
+"""Throughput of modes and batch sizes on one store, with the time spent outside the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from statistics import median
+from time import perf_counter
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from elmoe.bitslice import SamplingParameters
+from elmoe.engine.engine import Engine, EngineOptions, Mode
+from elmoe.engine.request import Request, Result
+from elmoe.engine.session import Session
+
+TIMED = ("embed", "attention_block", "route", "expert_ffn", "rms_norm", "logits", "sample")
+
+
+class TimedBackend(SimpleNamespace):
+    """A backend that adds up the seconds spent inside its calls."""
+
+    def __init__(self, backend: ModuleType) -> None:
+        super().__init__(seconds=0.0)
+        for name in TIMED:
+            setattr(self, name, self._timed(getattr(backend, name)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            began = perf_counter()
+            result = function(*arguments)
+            self.seconds += perf_counter() - began
+            return result
+
+        return call
+
+
+def benchmark(
+    session: Session,
+    requests: list[Request],
+    options: EngineOptions,
+    modes: Iterable[Mode],
+    batches: Iterable[int],
+    repeats: int = 3,
+    progress: Callable[[], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per mode and batch size: medians over ``repeats`` interleaved runs after one warm-up.
+
+    The requests are served ``batch`` at a time, the same for every row, so ``identical`` tells whether a row's tokens and
+    log-probabilities equal those of the first.
+    """
+    cases = [(mode, batch) for mode in modes for batch in batches]
+    runs: dict[tuple[Mode, int], list[dict[str, Any]]] = {case: [] for case in cases}
+    reference: list[Result] | None = None
+    identical = dict.fromkeys(cases, True)
+    for repeat in range(repeats + 1):
+        for case in cases:
+            mode, batch = case
+            timed = TimedBackend(session.backend)
+            engine = Engine(session.reader, cast(ModuleType, timed), replace(options, mode=mode, batch=batch))
+            results, statistics = engine.generate(requests, session.decode)
+            reference = reference or results
+            identical[case] &= results == reference
+            row = statistics.as_dict()
+            passes = sum(counters.steps for counters in statistics.phases.values())
+            row["overhead_ms_per_token"] = 1e3 * (statistics.engine_seconds - timed.seconds) / max(1, statistics.committed)
+            row["overhead_ms_per_pass"] = 1e3 * (statistics.engine_seconds - timed.seconds) / max(1, passes)
+            if repeat:
+                runs[case].append(row)
+            if progress is not None:
+                progress()
+    rows = []
+    for (mode, batch), samples in runs.items():
+        row = dict(samples[-1])
+        for key in ("tokens_per_second", "overhead_ms_per_token", "overhead_ms_per_pass"):
+            row[key] = median(sample[key] for sample in samples)
+        rows.append({"mode": mode, "batch": batch, "identical": identical[(mode, batch)], **row})
+    return rows
+
+
+def random_prompts(
+    session: Session, count: int, length: int, max_tokens: int, sampling: SamplingParameters
+) -> list[Request]:
+    """``count`` requests of random token ids; end-of-sequence tokens are ignored so that all rows do equal work."""
+    rng = np.random.default_rng(sampling.seed)
+    vocabulary = session.reader.schema.vocabulary
+    return [
+        Request(tuple(rng.integers(0, vocabulary, length).tolist()), max_tokens, sampling, ignore_eos=True)
+        for _ in range(count)
+    ]

@@ -1,0 +1,106 @@
+"""Perplexity of the target and of a draft on a text, teacher-forced in windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from elmoe.bitslice.arithmetic import exp, lane_sum, log
+from elmoe.engine.kv import KVPool
+from elmoe.engine.session import Session
+from elmoe.errors import RequestError
+from elmoe.models.decoder import Draft, Tokens
+
+CHUNK = 128
+"""Tokens computed in one pass."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """``nats``: mean cross-entropy per token of the target and of the draft; ``agreement``: share of positions at which
+    both have the same most likely token; ``tokens``: positions scored."""
+
+    target_nats: float
+    draft_nats: float
+    agreement: float
+    tokens: int
+
+    @property
+    def target(self) -> float:
+        """exp(nats) of the target."""
+        return float(np.exp(self.target_nats))
+
+    @property
+    def draft(self) -> float:
+        """exp(nats) of the draft."""
+        return float(np.exp(self.draft_nats))
+
+
+class _AllExperts:
+    """An expert source for a model that is wholly readable; counts how often each expert is used."""
+
+    def __init__(self, session: Session) -> None:
+        schema = session.reader.schema
+        self._rows = {layer: row for row, layer in enumerate(schema.moe_layers)}
+        self._addresses = {layer: session.reader.expert_addresses(layer) for layer in schema.moe_layers}
+        self.counts = np.zeros((len(self._rows), schema.experts), np.int64)
+
+    def fetch(self, layer: int, experts: np.ndarray, draft: bool) -> np.ndarray:
+        if not draft:
+            self.counts[self._rows[layer]] += np.bincount(experts.ravel(), minlength=self.counts.shape[1])
+        return self._addresses[layer]
+
+
+def evaluate(
+    session: Session,
+    text: str,
+    window: int = 256,
+    windows: int | None = None,
+    share: float = 1.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Score a text in windows of ``window`` tokens that do not overlap.
+
+    :param share: share of each layer's experts the draft may use: those the target used most in the window before
+        (all of them in the first).
+    :raises RequestError: the text is shorter than one window, or the window is longer than the context.
+    """
+    decoder, schema = session.engine._decoder, session.reader.schema
+    if not 2 <= window <= schema.max_positions:
+        raise RequestError(f"a window of {window} tokens does not fit the context of {schema.max_positions}")
+    ids = np.array(session.encode(text), np.int32)
+    count = len(ids) // window if windows is None else min(windows, len(ids) // window)
+    if count == 0:
+        raise RequestError(f"the text has {len(ids)} tokens, a window needs {window}", "give a longer text or --window")
+    decoder.reserve_positions(window)
+    pool, source = KVPool(schema, 1, window), _AllExperts(session)
+    pool.reserve(0, window)
+    keep = max(schema.top_k, round(share * schema.experts))
+    allowed = np.ones((len(schema.moe_layers), schema.experts), np.uint8)
+    sums = np.zeros(2)
+    agreed = scored = 0
+    for index in range(count):
+        tokens = ids[index * window : (index + 1) * window]
+        source.counts[:] = 0
+        best = []
+        for which, draft in enumerate((None, Draft(allowed, schema.top_k))):
+            parts = []
+            for start in range(0, window - 1, CHUNK):
+                positions = np.arange(start, min(start + CHUNK, window - 1), dtype=np.int32)
+                batch = Tokens(tokens[positions], np.zeros_like(positions), positions)
+                logits, _ = decoder.forward(batch, pool.cache, source, draft)
+                top = logits.max(axis=1, keepdims=True)
+                total = log(lane_sum(exp(logits - top).astype(np.float64)))
+                sums[which] += float((total - (logits - top)[np.arange(len(positions)), tokens[positions + 1]]).sum())
+                parts.append(logits.argmax(axis=1))
+            best.append(np.concatenate(parts))
+        agreed += int((best[0] == best[1]).sum())
+        scored += window - 1
+        order = np.argsort(-source.counts, axis=1, kind="stable")[:, :keep]
+        allowed = np.zeros_like(allowed)
+        np.put_along_axis(allowed, order, 1, axis=1)
+        if progress is not None:
+            progress(index + 1, count)
+    return Perplexity(sums[0] / scored, sums[1] / scored, agreed / scored, scored)

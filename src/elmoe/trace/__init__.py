@@ -1,0 +1,8 @@
+"""Traces: facts of a run (routing, draft agreement), one row per computed position. Never decisions (hits, evictions), so
+that a study can replay the facts under other decisions. Knows nothing of the engine or the simulator; both import it.
+"""
+
+from elmoe.trace.format import TRACE_VERSION, Trace, read_trace
+from elmoe.trace.record import TraceRecorder
+
+__all__ = ["TRACE_VERSION", "Trace", "TraceRecorder", "read_trace"]
