@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import backend_option, json_option, percent, print_json, print_table, progress_bar, threads_option, use_threads
+from elmoe.cli.common import (
+    backend_option,
+    json_option,
+    percent,
+    print_json,
+    print_table,
+    progress_bar,
+    threads_option,
+    use_threads,
+)
 
 
 @click.command("eval")

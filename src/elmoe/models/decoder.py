@@ -151,7 +151,14 @@ class Decoder:
                 routing = backend.route(weights, x, draft.allowed[len(routings)], draft.top_k, draft.rescale)
                 addresses = source.fetch(layer, routing.experts, True)
                 backend.expert_ffn(
-                    self._layouts[layer], addresses, routing.hidden, routing.experts, routing.weights, x, draft.bits == 4, draft.offset
+                    self._layouts[layer],
+                    addresses,
+                    routing.hidden,
+                    routing.experts,
+                    routing.weights,
+                    x,
+                    draft.bits == 4,
+                    draft.offset,
                 )
             routings.append(routing)
         if rows is not None:

@@ -1,0 +1,168 @@
+"""A third backend with bitslice's signatures: ordinary float64 NumPy on the dequantised weights.
+
+Activations are not quantised, so what the decoder computes on this backend is the float model that transformers computes
+with the same dequantised weights: a difference beyond rounding is an error of the wiring. It exists for parity only, so
+np.exp, BLAS and einsum are fine here, and no promise about bits is made.
+
+Keys and values live in float64 beside the fp16 cache, in pages of the same table: the pages' bookkeeping is exercised, the
+rounding is not, and the fp16 arrays (hence ``kv_digest``) stay zero.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe import bitslice
+from elmoe.bitslice import (
+    AttentionWeights,
+    ExpertLayout,
+    KVCache,
+    NestedMatrix,
+    RouterWeights,
+    Routing,
+    Sample,
+    SamplingParameters,
+)
+from elmoe.bitslice.moe import expert_matrices
+
+Float = NDArray[np.float64]
+
+_dense: WeakKeyDictionary[NestedMatrix, Float] = WeakKeyDictionary()
+_shadows: WeakKeyDictionary[KVCache, tuple[Float, Float]] = WeakKeyDictionary()
+
+
+def _weights(matrix: NestedMatrix, draft: bool, bits: int = 4, offset: float | None = None) -> Float:
+    if draft:
+        return matrix.dequantize(bits, offset).astype(np.float64)
+    if matrix not in _dense:
+        _dense[matrix] = matrix.dequantize().astype(np.float64)
+    return _dense[matrix]
+
+
+def _shadow(cache: KVCache) -> tuple[Float, Float]:
+    """Keys and values (pages, layers, kv_heads, page_positions, head_dim) in float64."""
+    if cache not in _shadows:
+        _shadows[cache] = np.zeros(cache.values.shape), np.zeros(cache.values.shape)
+    return _shadows[cache]
+
+
+def nested_matmul(
+    matrix: NestedMatrix, x: NDArray, draft: bool = False, bits: int = 4, offset: float | None = None
+) -> Float:
+    return x.astype(np.float64) @ _weights(matrix, draft, bits, offset).T
+
+
+def rms_norm(x: NDArray, weight: NDArray, epsilon: float) -> Float:
+    x = x.astype(np.float64)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon) * weight
+
+
+def _softmax(x: Float) -> Float:
+    shifted = np.exp(x - x.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def _rotate(x: Float, cosine: NDArray, sine: NDArray) -> Float:
+    """``x * cos + rotate_half(x) * sin`` with tables repeated over both halves."""
+    half = x.shape[-1] // 2
+    turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    return x * np.tile(cosine, 2)[:, None, :] + turned * np.tile(sine, 2)[:, None, :]
+
+
+def attention_block(
+    weights: AttentionWeights,
+    x: NDArray,
+    cache: KVCache,
+    layer: int,
+    slots: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    cosine: NDArray[np.float32],
+    sine: NDArray[np.float32],
+) -> None:
+    heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
+    projected = nested_matmul(weights.query_key_value, rms_norm(x, weights.norm, weights.epsilon))
+    projected = projected.reshape(len(x), heads + 2 * kv_heads, head_dim)
+    query, key, value = np.split(projected, [heads, heads + kv_heads], axis=1)
+    if weights.query_norm is not None and weights.key_norm is not None:
+        query = rms_norm(query, weights.query_norm, weights.epsilon)
+        key = rms_norm(key, weights.key_norm, weights.epsilon)
+    query = _rotate(query, cosine[positions], sine[positions]).reshape(len(x), kv_heads, heads // kv_heads, head_dim)
+    key = _rotate(key, cosine[positions], sine[positions])
+    keys, values = _shadow(cache)
+    pages, within = cache.table[slots, positions // cache.page_positions], positions % cache.page_positions
+    if (pages < 0).any():
+        raise IndexError("a position has no page")
+    keys[pages, layer, :, within] = key
+    values[pages, layer, :, within] = value
+    attended = np.empty((len(x), heads * head_dim))
+    for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        seen = np.arange(position + 1)
+        page, place = cache.table[slot, seen // cache.page_positions], seen % cache.page_positions
+        scores = np.einsum("grd,pgd->grp", query[token], keys[page, layer, :, place]) / np.sqrt(head_dim)
+        attended[token] = np.einsum("grp,pgd->grd", _softmax(scores), values[page, layer, :, place]).reshape(-1)
+    x += nested_matmul(weights.output, attended)
+
+
+def route(
+    weights: RouterWeights,
+    x: NDArray,
+    allowed: NDArray[np.uint8] | None = None,
+    draft_top_k: int | None = None,
+    rescale: bool = True,
+) -> Routing:
+    hidden = rms_norm(x, weights.norm, weights.epsilon)
+    probabilities = _softmax(hidden @ weights.router.astype(np.float64).T)
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    natural = np.sort(order[:, : weights.top_k], axis=1)
+    natural_sum = np.take_along_axis(probabilities, natural, axis=1).sum(axis=1, keepdims=True)
+    experts = natural
+    if allowed is not None:
+        size = min(draft_top_k or weights.top_k, weights.top_k, int(np.count_nonzero(allowed)))
+        masked = np.where(allowed != 0, probabilities, -1.0)
+        experts = np.sort(np.argsort(-masked, axis=1, kind="stable")[:, :size], axis=1)
+    chosen = np.take_along_axis(probabilities, experts, axis=1)
+    if allowed is not None and rescale:
+        chosen = chosen / chosen.sum(axis=1, keepdims=True) * (1.0 if weights.normalize else natural_sum)
+    elif weights.normalize:
+        chosen = chosen / natural_sum
+    ranked = order[:, : 2 * weights.top_k].astype(np.int32)
+    return Routing(hidden, ranked, np.take_along_axis(probabilities, ranked, axis=1), experts.astype(np.int32), chosen)
+
+
+def expert_ffn(
+    layout: ExpertLayout,
+    addresses: NDArray[np.int64],
+    hidden: NDArray,
+    experts: NDArray[np.int32],
+    weights: NDArray,
+    x: NDArray,
+    draft: bool = False,
+    offset: float = 8.0,
+) -> None:
+    for expert in np.unique(experts):
+        tokens, place = np.nonzero(experts == expert)
+        matrices = expert_matrices(layout, addresses, int(expert), draft)
+        gate = nested_matmul(matrices["gate"], hidden[tokens], draft, offset=offset)
+        up = nested_matmul(matrices["up"], hidden[tokens], draft, offset=offset)
+        down = nested_matmul(matrices["down"], gate / (1 + np.exp(-gate)) * up, draft, offset=offset)
+        x[tokens] += weights[tokens, place][:, None] * down
+
+
+def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> Float:
+    return _weights(matrix, False)[tokens]
+
+
+def logits(norm: NDArray, epsilon: float, head: NestedMatrix, x: NDArray) -> Float:
+    return nested_matmul(head, rms_norm(x, norm, epsilon))
+
+
+def sample(logits: NDArray, parameters: SamplingParameters, position: int) -> Sample:
+    """Greedy in float64; other temperatures are left to bitslice."""
+    if parameters.temperature != 0:
+        return bitslice.sample(logits.astype(np.float32), parameters, position)
+    probabilities = _softmax(logits.astype(np.float64))
+    token = int(np.argmax(logits))
+    return Sample(token, float(probabilities[token]), float(np.log(probabilities[token])))

@@ -1,0 +1,188 @@
+"""The serving loop on tiny random models and the NumPy definition: losslessness, stops, budgets, counters, bad requests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from elmoe import bitslice
+from elmoe.bitslice import SamplingParameters
+from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.kv import KVPool
+from elmoe.engine.request import Request
+from elmoe.errors import BudgetError, NumericsError, RequestError
+from elmoe.trace import TraceRecorder, read_trace
+from tests.tiny import TinyReader, tiny_schema
+
+READER = TinyReader(tiny_schema())
+PLAIN = EngineOptions(mode="plain", keep_kv_digest=True)
+
+
+def requests(temperature: float = 0.0, lengths: tuple[int, ...] = (5, 1, 17, 30, 2)) -> list[Request]:
+    rng = np.random.default_rng(1)
+    sampling = SamplingParameters(temperature, seed=5, top_p=0.95 if temperature else 1.0)
+    return [Request(tuple(rng.integers(1, 97, n).tolist()), 6 + 3 * i, sampling) for i, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dense_layers": (1,)},
+        {"tied_embeddings": False, "normalize_top_k": False, "kv_heads": 4},
+        {"layers": 2, "dense_layers": (0,), "experts": 5, "top_k": 3},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_mode_gives_the_plain_output(changes, temperature):
+    reader = TinyReader(tiny_schema(**changes), seed=3)
+    reference, _ = Engine(reader, bitslice, PLAIN).generate(requests(temperature))
+    assert all(result.kv_digest for result in reference)
+    for options in (
+        EngineOptions(mode="plain", batch=3),
+        EngineOptions(mode="cache", fast_memory=0.5, batch=2),
+        EngineOptions(mode="elastic", fast_memory=0.0, draft_length=1),
+        EngineOptions(mode="elastic", fast_memory=0.3, draft_length=4, batch=5, split="whole_experts"),
+        EngineOptions(mode="elastic", fast_memory=1.0, draft_length=8, batch=2, draft_offset=0.0),
+        EngineOptions(mode="elastic", fast_memory=0.6, batch=2, draft_top_k=1, draft_rescale=False),
+        EngineOptions(mode="elastic", fast_memory=0.6, draft_length=3, draft_bits=8),
+    ):
+        results, statistics = Engine(reader, bitslice, replace(options, keep_kv_digest=True)).generate(requests(temperature))
+        assert results == reference, options
+        assert statistics.draft_slow_reads == 0
+        assert statistics.committed == sum(len(result.tokens) for result in results)
+
+
+def test_drafting_with_everything_resident_is_accepted():
+    """All experts and all bits: the draft is the target, so every judged token is accepted."""
+    options = EngineOptions(mode="elastic", fast_memory=1.0, draft_length=4, draft_bits=8)
+    lengths = (60, 60)  # a prefill long enough to make every expert resident
+    _, statistics = Engine(READER, bitslice, options).generate(requests(lengths=lengths))
+    assert statistics.accepted > 0 and statistics.rejected == 0
+
+
+def test_counters_agree_with_the_trace(tmp_path):
+    options = EngineOptions(mode="elastic", fast_memory=0.5, draft_length=3, batch=2, keep_kv_digest=True)
+    reference, _ = Engine(READER, bitslice, options).generate(requests())
+    with TraceRecorder(tmp_path / "run.trace", READER.schema, {"mode": "elastic"}) as recorder:
+        results, statistics = Engine(READER, bitslice, options).generate(requests(), recorder=recorder)
+    assert results == reference
+    trace = read_trace(tmp_path / "run.trace")
+    phase, target, draft = trace.column("phase"), trace.column("target"), trace.column("draft")
+    for name, counters in statistics.phases.items():
+        assert counters.tokens == np.count_nonzero(phase == name)
+    assert statistics.drafted == np.count_nonzero(phase == "draft") == np.count_nonzero((phase == "verify") & (draft >= 0))
+    # accepted: the prefix of each verification on which draft and target agree
+    verify = [(int(s), int(q), int(p), int(t), int(d)) for s, q, p, t, d, f in zip(
+        trace.column("step"), trace.column("sequence"), trace.column("position"), target, draft, phase, strict=True
+    ) if f == "verify"]  # fmt: skip
+    accepted = 0
+    for key in {row[:2] for row in verify}:
+        for row in sorted(row for row in verify if row[:2] == key):
+            if row[4] < 0 or row[3] != row[4]:
+                break
+            accepted += 1
+    assert statistics.accepted <= accepted <= statistics.accepted + 3 * len(results)  # the end of a sequence cuts judging
+    # experts used by the target rows, by step and layer, give the bytes of both tiers
+    experts = trace.routing()[:, :, : READER.schema.top_k]
+    counters = statistics.phases["verify"]
+    active = sum(
+        len(np.unique(experts[(phase == "verify") & (trace.column("step") == step), layer]))
+        for step in np.unique(trace.column("step")[phase == "verify"])
+        for layer in range(experts.shape[1])
+    )
+    assert counters.msb_hits + counters.msb_misses == active == counters.lsb_hits + counters.lsb_misses
+    layout = READER.expert_layout(0)
+    assert counters.fast_bytes + counters.slow_bytes == active * (layout.msb_bytes + layout.lsb_bytes)
+    assert counters.slow_bytes == counters.msb_misses * layout.msb_bytes + counters.lsb_misses * layout.lsb_bytes
+
+
+def test_stop_conditions():
+    base = requests(lengths=(12,))[0]
+    (result,), _ = Engine(READER, bitslice, PLAIN).generate([replace(base, max_tokens=12)])
+    assert result.finish == "length" and len(result.tokens) == 12
+    decode = "".join
+    words = [f"<{token}>" for token in result.tokens]
+    stop = "".join(words[4:6])[1:-1]
+    first = next(i for i in range(1, 13) if stop in decode(words[:i]))
+    for options in (PLAIN, EngineOptions(mode="elastic", fast_memory=1.0, draft_length=8, keep_kv_digest=True)):
+        engine = Engine(READER, bitslice, options)
+        (stopped,), _ = engine.generate(
+            [replace(base, max_tokens=12, stop=("never", stop))], lambda ids: "".join(f"<{i}>" for i in ids)
+        )
+        assert stopped.finish == "stop" and stopped.tokens == result.tokens[:first]
+    eos = TinyReader(tiny_schema(eos_tokens=(result.tokens[5],)))
+    for options in (PLAIN, EngineOptions(mode="elastic", fast_memory=1.0, draft_length=8)):
+        (ended,), _ = Engine(eos, bitslice, options).generate([replace(base, max_tokens=12)])
+        assert ended.finish == "eos" and ended.tokens == result.tokens[: result.tokens.index(result.tokens[5]) + 1]
+        (ignored,), _ = Engine(eos, bitslice, options).generate([replace(base, max_tokens=12, ignore_eos=True)])
+        assert ignored.tokens == result.tokens
+
+
+def test_the_context_ends_a_sequence():
+    reader = TinyReader(tiny_schema(max_positions=20))
+    for options in (PLAIN, EngineOptions(mode="elastic", fast_memory=1.0, draft_length=8)):
+        (result,), _ = Engine(reader, bitslice, options).generate([Request(tuple(range(1, 13)), 50)])
+        assert result.finish == "length" and len(result.tokens) == 8
+
+
+@pytest.mark.parametrize(
+    "request_,message",
+    [
+        (Request(()), "empty"),
+        (Request(tuple([1] * 256)), "context"),
+        (Request((97,)), "outside"),
+        (Request((1,), max_tokens=0), "max_tokens"),
+        (Request((1,), sampling=SamplingParameters(-1.0)), "temperature"),
+        (Request((1,), sampling=SamplingParameters(float("nan"))), "temperature"),
+        (Request((1,), sampling=SamplingParameters(1.0, top_p=0.0)), "top_p"),
+        (Request((1,), sampling=SamplingParameters(1.0, min_p=2.0)), "min_p"),
+        (Request((1,), sampling=SamplingParameters(1.0, top_k=-1)), "top_k"),
+        (Request((1,), stop=("",)), "stop"),
+        (Request((1,), stop=("x",)), "tokenizer"),
+    ],
+)
+def test_bad_requests_name_what_is_wrong(request_, message):
+    with pytest.raises(RequestError, match=message):
+        Engine(READER, bitslice, PLAIN).generate([request_])
+
+
+@pytest.mark.parametrize("changes", [{"batch": 0}, {"batch": 65}, {"draft_length": -1}, {"draft_top_k": 3}])
+def test_bad_options_are_refused(changes):
+    with pytest.raises(RequestError):
+        Engine(READER, bitslice, EngineOptions(**changes))
+
+
+def test_a_budget_below_the_minimum_is_refused():
+    with pytest.raises(BudgetError, match="minimum"):
+        Engine(READER, bitslice, EngineOptions(fast_memory=1000)).generate(requests())
+
+
+def test_an_engine_survives_a_failed_request():
+    engine = Engine(READER, bitslice, PLAIN)
+    reference, _ = engine.generate(requests())
+    with pytest.raises(RequestError):
+        engine.generate([Request(())])
+    assert engine.generate(requests())[0] == reference
+    assert engine.generate([])[0] == []
+
+
+def test_nan_weights_surface_as_an_error_not_as_text():
+    reader = TinyReader(tiny_schema())
+    reader._arrays["final_norm"][3] = np.nan
+    with pytest.raises(NumericsError):
+        Engine(reader, bitslice, PLAIN).generate(requests())
+
+
+def test_kv_pages_are_returned_and_reused():
+    pool = KVPool(tiny_schema(), 2, 200, pages=4)
+    pool.reserve(0, 130)
+    pool.reserve(1, 1)
+    assert pool.bytes_in_use == 4 * pool.page_bytes
+    with pytest.raises(BudgetError):
+        pool.reserve(1, 65)
+    pool.release(0)
+    pool.reserve(1, 65)
+    assert len({*pool.cache.table[1, :2].tolist()}) == 2 and (pool.cache.table[0] == -1).all()

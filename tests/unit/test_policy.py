@@ -1,0 +1,145 @@
+"""Policies: budgets, residency and draft length, each against what it promises."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elmoe.errors import BudgetError
+from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
+from elmoe.policy.draft_length import Calibration, DraftLengthController, LinearCost, confidence_bin
+from elmoe.policy.residency import ResidencyParameters, ResidentSet, refill, updated_hotness
+
+SIZES = FastTierSizes(dense=1000, kv=100, staging=50, msb=(9, 9, 12), lsb=(8, 8, 11), experts=16, top_k=2)
+
+
+@given(st.integers(SIZES.minimum, SIZES.fixed + SIZES.all_experts + 100), st.sampled_from(["msb_first", "whole_experts"]))
+def test_a_plan_keeps_the_budget_and_uses_it(budget, split):
+    plan = plan_slots(budget, SIZES, split)
+    assert plan.bytes <= budget
+    used = sum(m * a + x * b for m, a, x, b in zip(plan.msb, SIZES.msb, plan.lsb, SIZES.lsb, strict=True))
+    assert plan.bytes == SIZES.fixed + used
+    for msb, lsb in zip(plan.msb, plan.lsb, strict=True):
+        assert SIZES.top_k <= msb <= SIZES.experts and 0 <= lsb <= msb
+    full = all(lsb == SIZES.experts for lsb in plan.lsb)
+    assert full or budget - plan.bytes < max(SIZES.msb) + max(SIZES.lsb)
+
+
+def test_the_two_corners():
+    budget = SIZES.budget_of_share(0.4)
+    paper, cache = plan_slots(budget, SIZES, "msb_first"), plan_slots(budget, SIZES, "whole_experts")
+    assert not any(paper.lsb) and sum(paper.msb) > sum(cache.msb)
+    assert cache.msb == cache.lsb
+    assert plan_slots(SIZES.budget_of_share(1.0), SIZES).lsb == (16, 16, 16)
+
+
+def test_a_budget_below_the_minimum_names_it():
+    assert plan_slots(SIZES.minimum, SIZES).msb == (2, 2, 2)
+    with pytest.raises(BudgetError, match=str(SIZES.minimum)) as error:
+        plan_slots(SIZES.minimum - 1, SIZES)
+    assert "MiB" in (error.value.hint or "")
+
+
+def test_hotness_counts_and_decays():
+    parameters = ResidencyParameters(decay=0.5)
+    hotness = updated_hotness(np.array([[4.0, 0, 0]]), np.array([[[0, 2]]], np.int32), parameters)
+    assert hotness.tolist() == [[3.0, 0.0, 1.0]]
+    hotness = updated_hotness(hotness, np.array([[[0, 1], [1, 2]]], np.int32), parameters)
+    assert hotness.tolist() == [[1.75, 2.0, 1.25]]
+
+
+@given(st.integers(0, 2**31))
+def test_refill_takes_only_what_was_streamed(seed):
+    rng = np.random.default_rng(seed)
+    slots = SlotPlan((3, 5), (1, 2), 0)
+    resident = ResidentSet.empty(2, 12)
+    for _ in range(6):
+        hotness, streamed = rng.random((2, 12)), rng.random((2, 12)) < 0.4
+        after = refill(resident, hotness, streamed, slots, ResidencyParameters())
+        assert not (after.msb & ~resident.msb & ~streamed).any()
+        assert not (after.lsb & ~resident.lsb & ~streamed).any()
+        assert not (after.lsb & ~after.msb).any()
+        assert (after.msb.sum(axis=1) <= slots.msb).all() and (after.lsb.sum(axis=1) <= slots.lsb).all()
+        assert (after.msb.sum(axis=1) >= resident.msb.sum(axis=1)).all()
+        resident = after
+
+
+def test_hysteresis_and_swap_cap():
+    resident = ResidentSet(np.array([[True, True, False, False]]), np.zeros((1, 4), bool))
+    streamed = np.array([[False, False, True, True]])
+    slots = SlotPlan((2,), (0,), 0)
+
+    def swap(hotness: list[float], **parameters: float) -> list[bool]:
+        return refill(resident, np.array([hotness]), streamed, slots, ResidencyParameters(**parameters)).msb[0].tolist()
+
+    assert swap([1.0, 1.0, 1.05, 0], hysteresis=0.1) == [True, True, False, False]
+    assert swap([1.0, 0.9, 1.05, 0], hysteresis=0.1) == [True, False, True, False]
+    assert swap([1.0, 1.0, 5, 6], swap_cap=1) == [True, False, False, True]
+    assert swap([1.0, 1.0, 5, 6], swap_cap=2) == [False, False, True, True]
+
+
+def test_calibration_learns_each_bin():
+    calibration = Calibration()
+    for _ in range(400):
+        calibration.observe(0.95, True)
+        calibration.observe(0.1, False)
+    assert calibration.acceptance(0.92) > 0.95 and calibration.acceptance(0.2) < 0.05
+    assert confidence_bin(0.0) == 0 and confidence_bin(1.0) == 5
+
+
+def test_linear_cost():
+    cost = LinearCost()
+    assert not cost.known
+    for tokens in (1, 4, 2, 8, 3) * 5:
+        cost.observe(tokens, 2.0 + 0.5 * tokens)
+    assert cost.seconds(6) == pytest.approx(5.0)
+    flat = LinearCost()
+    flat.observe(3, 1.0)
+    assert flat.seconds(100) == 1.0
+
+
+def simulate(accept: float, draft: float, plain: float, per_token: float, steps: int = 600) -> tuple[float, float]:
+    """(rate of the controller, rate of plain decoding) for one sequence with constant costs and acceptance."""
+    rng = np.random.default_rng(0)
+    controller = DraftLengthController()
+    clock = tokens = 0.0
+    for _ in range(steps):
+        limit, confidences = controller.limit(), []
+        while len(confidences) < limit:
+            confidences.append(0.8)
+            controller.draft_cost.observe(1, draft)
+            if not controller.proceed([confidences])[0]:
+                break
+        verify = plain + per_token * len(confidences)
+        controller.verify_cost.observe(1 + len(confidences), verify)
+        committed = 1
+        for confidence in confidences:
+            accepted = rng.random() < accept
+            controller.calibration.observe(confidence, accepted)
+            if not accepted:
+                break
+            committed += 1
+        seconds = verify + draft * len(confidences)
+        controller.observe(bool(confidences), 1, committed, seconds)
+        clock, tokens = clock + seconds, tokens + committed
+    return tokens / clock, 1 / plain
+
+
+def test_the_controller_drafts_where_it_pays():
+    elastic, plain = simulate(accept=0.9, draft=0.1, plain=1.0, per_token=0.05)
+    assert elastic > 2 * plain
+
+
+def test_the_controller_gives_up_where_it_does_not_pay():
+    for accept, draft in ((0.1, 0.8), (0.5, 1.0), (0.0, 0.3)):
+        elastic, plain = simulate(accept, draft, plain=1.0, per_token=0.5)
+        assert elastic > 0.95 * plain
+
+
+def test_a_fixed_length_is_kept():
+    controller = DraftLengthController(fixed=3)
+    assert controller.limit() == 3
+    assert controller.proceed([[0.1], [0.1, 0.1, 0.1]]) == [True, False]
+    assert DraftLengthController(fixed=0).limit() == 0
