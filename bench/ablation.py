@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
-import sys
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.lossless import prompts
 
 from elmoe.cli.common import percent, print_table, progress_bar
 from elmoe.engine.engine import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
-from tests.lossless import prompts
 
 BASE = EngineOptions("elastic", draft_length=4, batch=8)
 ROWS = (

@@ -26,9 +26,11 @@ THREADS = (1, 2)
 TEMPERATURES = (0.0, 0.8)
 OPENINGS = (
     "It was a dark night and", "def solve(problem):\n    ", "The king said unto the people,", "CREATE TABLE users (",
-    "To make the soup, take", "use std::collections::HashMap;\n", "A prime number is", "The sea was",
+    "To make the soup, take", "use std::collections::HashMap;\n", "A prime number is",
+    "The sea was",
     "import numpy as np\n\n", "She had not been long in the house before", "The Second World War", "Q: What is a whale?\nA:",
-    "class Node:\n    def __init__(self", "In mathematics, a group", "And it came to pass", "SELECT count(*) FROM orders WHERE",
+    "class Node:\n    def __init__(self", "In mathematics, a group", "And it came to pass", 
+    "SELECT count(*) FROM orders WHERE",
     "He walked", "x", "fn main() {", "Ingredients:\n- two eggs\n- flour\n",
 )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 Activations are not quantised, so what the decoder computes on this backend is the float model that transformers computes
 with the same dequantised weights: a difference beyond rounding is an error of the wiring. It exists for parity only, so
-np.exp, BLAS and einsum are fine here, and no promise about bits is made.
+np.exp, BLAS and einsum are fine here, and no promise about bits is made. Within :func:`int8_activations` the inputs of
+matmuls are quantised as bitslice does, and what is left between the two is float32 rounding and the fp16 cache.
 
 Keys and values live in float64 beside the fp16 cache, in pages of the same table: the pages' bookkeeping is exercised, the
 rounding is not, and the fp16 arrays (hence ``kv_digest``) stay zero.
@@ -10,6 +11,8 @@ rounding is not, and the fp16 arrays (hence ``kv_digest``) stay zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -32,6 +35,18 @@ Float = NDArray[np.float64]
 
 _dense: WeakKeyDictionary[NestedMatrix, Float] = WeakKeyDictionary()
 _shadows: WeakKeyDictionary[KVCache, tuple[Float, Float]] = WeakKeyDictionary()
+_int8 = False
+
+
+@contextmanager
+def int8_activations() -> Iterator[None]:
+    """Quantise activations while the context lasts."""
+    global _int8
+    _int8 = True
+    try:
+        yield
+    finally:
+        _int8 = False
 
 
 def _weights(matrix: NestedMatrix, draft: bool, bits: int = 4, offset: float | None = None) -> Float:
@@ -52,6 +67,10 @@ def _shadow(cache: KVCache) -> tuple[Float, Float]:
 def nested_matmul(
     matrix: NestedMatrix, x: NDArray, draft: bool = False, bits: int = 4, offset: float | None = None
 ) -> Float:
+    if _int8:
+        quantized = quantize_activations(x.astype(np.float32))
+        grouped = quantized.codes.reshape(*quantized.scales.shape, -1) * quantized.scales.astype(np.float64)[:, :, None]
+        x = grouped.reshape(len(x), -1)[:, : matrix.columns]
     return x.astype(np.float64) @ _weights(matrix, draft, bits, offset).T
 
 

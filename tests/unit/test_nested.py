@@ -101,7 +101,7 @@ def test_subnormal_scales_never_clip(magnitude):
 def test_non_finite_weights_name_the_tensor(bad):
     weights = np.zeros((2, 32), np.float32)
     weights[1, 3] = bad
-    with pytest.raises(NumericsError, match="layers.3.router"):
+    with pytest.raises(NumericsError, match=r"layers\.3\.router"):
         quantize(weights, "layers.3.router")
 
 

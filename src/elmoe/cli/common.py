@@ -55,7 +55,7 @@ def elastic_options(command: Callable) -> Callable:
     """The options that shape elastic decoding."""
     for option in reversed(
         (
-            click.option("--fast-memory", type=FastMemory(), help="Budget of the fast tier, e.g. 2GiB, or 25% of the experts."),
+            click.option("--fast-memory", type=FastMemory(), help="Budget of the fast tier: 2GiB, or 25% of the experts."),
             click.option(
                 "--split", type=click.Choice(["msb_first", "whole_experts"]), default="msb_first", show_default=True,
                 help="How the budget is divided: all MSB slices first (paper), or whole experts.",

@@ -45,7 +45,7 @@ class StoreReader(WeightReader, Protocol):
 @dataclass(frozen=True)
 class EngineOptions:
     """How to serve. ``fast_memory``: budget in bytes, a share of the expert bytes (float in 0..1), or None for all of
-    them. ``draft_length``: tokens to draft, None lets the controller choose. ``draft_bits`` 8 is an ablation (the expert axis
+    them. ``draft_length``: tokens to draft, None lets the controller choose. ``draft_bits`` 8 is an ablation (expert axis
     alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once."""
 
     mode: Mode = "elastic"

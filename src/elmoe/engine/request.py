@@ -29,7 +29,7 @@ class Request:
             raise RequestError("the prompt is empty", "give at least one token of text")
         if len(self.prompt) >= max_positions:
             raise RequestError(
-                f"the prompt has {len(self.prompt)} tokens, the model's context is {max_positions} and one is for the answer",
+                f"the prompt has {len(self.prompt)} tokens, the context is {max_positions}, of which one is to answer",
                 "shorten the prompt",
             )
         if not all(0 <= token < vocabulary for token in self.prompt):

@@ -50,7 +50,7 @@ class TraceRecorder:
         scores: list[NDArray[np.float32]],
         resident: NDArray[np.bool_],
     ) -> None:
-        """Add the rows of one pass. ``ranked``, ``scores``: (tokens, ranks) per MoE layer; ``resident``: (layers, experts)."""
+        """Add a pass. ``ranked``, ``scores``: (tokens, ranks) per MoE layer; ``resident``: (layers, experts)."""
         rows = len(tokens)
         columns = self._columns
         columns["step"].append(np.full(rows, step, np.int32))
