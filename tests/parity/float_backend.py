@@ -28,6 +28,7 @@ from elmoe.bitslice import (
     Routing,
     Sample,
     SamplingParameters,
+    quantize_activations,
 )
 from elmoe.bitslice.moe import expert_matrices
 
@@ -114,8 +115,8 @@ def attention_block(
     pages, within = cache.table[slots, positions // cache.page_positions], positions % cache.page_positions
     if (pages < 0).any():
         raise IndexError("a position has no page")
-    keys[pages, layer, :, within] = key
-    values[pages, layer, :, within] = value
+    keys[pages, layer, :, within] = key.astype(np.float16) if _int8 else key
+    values[pages, layer, :, within] = value.astype(np.float16) if _int8 else value
     attended = np.empty((len(x), heads * head_dim))
     for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         seen = np.arange(position + 1)

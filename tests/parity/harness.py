@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,24 +11,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
+from elmoe.bitslice import SamplingParameters
 from elmoe.bitslice.moe import expert_matrices
 from elmoe.convert import convert_checkpoint
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.kv import KVPool
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
+from elmoe.errors import KernelError, StoreError
 from elmoe.models.decoder import Decoder, Tokens, WeightReader
-from elmoe.store import open_store
-from tests.parity.tiny_checkpoints import Recipe, write_checkpoint
+from elmoe.store import open_store, resolve_store
+from tests.parity import float_backend
+from tests.parity.bounds import Measured
+from tests.parity.tiny_checkpoints import Dtype, Recipe, bfloat16_bits, write_checkpoint
 
 
 def native_kernels() -> ModuleType | None:
     """elmoe.kernels, or None where the package is installed without them."""
     if find_spec("elmoe.kernels") is None:
         return None
-    from elmoe.errors import KernelError
-
     try:
         return import_module("elmoe.kernels")
     except (ImportError, KernelError):
@@ -86,6 +90,52 @@ def rms_error(values: NDArray, reference: NDArray) -> float:
     return float(np.sqrt(np.mean((values.astype(np.float64) - reference) ** 2) / np.mean(np.square(reference))))
 
 
+def position_errors(values: NDArray, reference: NDArray) -> NDArray[np.float64]:
+    """For each position the root mean square of a - b over that of all b."""
+    difference = values.astype(np.float64) - reference
+    return np.sqrt(np.mean(difference**2, axis=1) / np.mean(np.square(reference)))
+
+
+def int8_float_logits(reader: WeightReader, ids: NDArray[np.int32]) -> NDArray:
+    """Logits of the float backend with INT8 activations and an fp16 cache: bitslice but for the order of operations."""
+    with float_backend.int8_activations():
+        return decoder_logits(reader, float_backend, ids)
+
+
+def measure(w8a8: NDArray, exact: NDArray, int8_float: NDArray) -> Measured:
+    """How far W8A8 logits are from the float model, and for how long they follow the float model with INT8 activations."""
+    apart = np.abs(w8a8 - int8_float).max(axis=1) > 1e-5 * np.abs(int8_float).max()
+    return Measured(
+        relative_error(w8a8, exact),
+        rms_error(w8a8, exact),
+        float(np.median(position_errors(w8a8, exact))),
+        int(np.argmax(apart)) if apart.any() else len(apart),
+    )
+
+
+def check(found: Measured, measured: Measured) -> None:
+    """Fail where an error is twice what was measured, or where the INT8 models part in half the positions."""
+    assert found.maximum <= 2 * measured.maximum
+    assert found.rms <= 2 * measured.rms
+    assert found.median <= 2 * measured.median
+    assert 2 * found.agreeing >= measured.agreeing
+
+
+def as_written(values: NDArray[np.float32], dtype: Dtype) -> NDArray[np.float32]:
+    """Values as a checkpoint of this type holds them."""
+    if dtype == "float32":
+        return values
+    return (bfloat16_bits(values).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def demo_store(checkpoint: Path, folder: Path) -> Any:
+    """The embedded demo store, or where there is none, the checkpoint converted into ``folder``."""
+    try:
+        return open_store(resolve_store("demo"))
+    except StoreError:
+        return convert(checkpoint, folder / "demo")
+
+
 def cross_entropy(logits: NDArray, targets: NDArray) -> float:
     """Sum of the targets' negative log-probabilities, nats, in float64."""
     shifted = logits.astype(np.float64)
@@ -121,3 +171,27 @@ def dequantized_tensors(reader: WeightReader) -> dict[str, NDArray[np.float32]]:
             for projection, matrix in expert_matrices(layout, addresses, expert, False).items():
                 values[prefix + f"{projection}_proj.weight"] = matrix.dequantize()
     return values
+
+
+def weights_digest(reader: WeightReader) -> str:
+    """A hash of everything :func:`dequantized_tensors` gives."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(dequantized_tensors(reader).items()):
+        state.update(name.encode() + np.ascontiguousarray(value, "<f4").tobytes())
+    return state.hexdigest()
+
+
+def demo_result(prompt: str, sampling: dict[str, Any], count: int, backend: ModuleType, **options: Any) -> dict[str, Any]:
+    """What the embedded demo model answers, down to the bytes of its cache, in JSON's types."""
+    reader = open_store(resolve_store("demo"))
+    try:
+        ids = Tokenizer.from_file(str(reader.tokenizer_path)).encode(prompt).ids
+        request = Request(tuple(ids), count, SamplingParameters(**sampling))
+        engine = Engine(reader, backend, EngineOptions(keep_kv_digest=True, **options))
+        result = engine.generate([request])[0][0]
+    finally:
+        reader.close()
+    return {
+        "prompt_ids": ids, "tokens": list(result.tokens), "logprobs": list(result.logprobs), "finish": result.finish,
+        "kv_digest": result.kv_digest,
+    }  # fmt: skip

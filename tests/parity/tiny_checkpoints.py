@@ -56,9 +56,9 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("gqa_tied"),
+    Recipe("gqa_tied", seed=7),
     Recipe(
-        "wide_heads_bf16", dtype="bfloat16", hidden=96, heads=8, kv_heads=1, head_dim=32, experts=16, top_k=4,
+        "wide_heads_bf16", seed=2, dtype="bfloat16", hidden=96, heads=8, kv_heads=1, head_dim=32, experts=16, top_k=4,
         expert_width=64, normalize=False, tied=False, rope_theta=1e6,
     ),
     Recipe(
@@ -66,18 +66,21 @@ RECIPES = (
         epsilon=1e-2, vocabulary=300,
     ),
     Recipe(
-        "dense_layers_bf16", dtype="bfloat16", layers=4, heads=6, kv_heads=3, head_dim=32, mlp_only_layers=(0, 2),
+        "dense_layers_bf16", seed=8, dtype="bfloat16", layers=4, heads=6, kv_heads=3, head_dim=32, mlp_only_layers=(0, 2),
         dense_width=112, expert_width=48, normalize=False,
     ),
     Recipe(
-        "sparse_step_shards", hidden=48, layers=4, head_dim=8, sparse_step=2, dense_width=72, expert_width=40, shards=3,
-        new_rope=True, rope_theta=5000.0,
+        "sparse_step_shards", seed=2, hidden=48, layers=4, head_dim=8, sparse_step=2, dense_width=72, expert_width=40,
+        shards=3, new_rope=True, rope_theta=5000.0,
     ),
     Recipe(
-        "all_experts", layers=4, heads=4, kv_heads=1, head_dim=32, experts=4, top_k=4, sparse_step=2, mlp_only_layers=(3,),
-        tied=False, normalize=False,
+        "all_experts", seed=4, layers=4, heads=4, kv_heads=1, head_dim=32, experts=4, top_k=4, sparse_step=2,
+        mlp_only_layers=(3,), tied=False, normalize=False,
     ),
-    Recipe("top_one", hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, experts=32, top_k=1, expert_width=16),
+    Recipe(
+        "top_one", seed=6, hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, experts=32, top_k=1, expert_width=16,
+        normalize=False, tied=False,
+    ),
 )  # fmt: skip
 
 

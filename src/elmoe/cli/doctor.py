@@ -1,0 +1,55 @@
+"""``elmoe doctor``."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from elmoe.cli.common import json_option, print_json, print_table, size
+
+
+@click.command("doctor")
+@click.option("--store", default="demo", show_default=True, help="Store whose disk is measured.")
+@click.option("--quick", is_flag=True, help="Leave out the bandwidth measurements.")
+@json_option
+def command(store: str, quick: bool, as_json: bool) -> None:
+    """What this machine can do: instruction set, threads, memory and disk bandwidth, native kernels."""
+    from elmoe import __version__, kernels
+    from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
+    from elmoe.store import available_memory, open_store
+
+    cores, available = len(os.sched_getaffinity(0)), available_memory()
+    data: dict[str, object] = {
+        "elmoe": __version__,
+        "native_kernels": True,  # importing elmoe.kernels fails without them
+        "variant": kernels.variant(),
+        "variants": list(kernels.variants()),
+        "cores": cores,
+        "available_memory_bytes": available,
+    }
+    with open_store(store) as reader:
+        data["store_bytes"] = sum(file.bytes for file in reader.manifest.files)
+        if not quick:
+            # Beyond any last-level cache where memory allows.
+            probe = min(2 << 30, available // 4)
+            for threads in sorted({1, cores}):
+                data[f"memory_read_bytes_per_second_{threads}_threads"] = memory_bandwidth(probe, threads)
+            largest = max(reader.manifest.files, key=lambda file: file.bytes)
+            data["disk_read_bytes_per_second"] = disk_bandwidth(reader.path / largest.name)
+    if as_json:
+        print_json(data)
+        return
+    print_table(
+        "this machine",
+        ("", "value"),
+        [
+            (
+                key.replace("_bytes_per_second", "").replace("_bytes", "").replace("_", " "),
+                f"{value / 1e9:.1f} GB/s" if key.endswith("second") or "second_" in key
+                else size(value) if "bytes" in key
+                else ", ".join(value) if isinstance(value, list) else value,
+            )
+            for key, value in data.items()
+        ],
+    )  # type: ignore[operator, arg-type]  # fmt: skip

@@ -1,0 +1,88 @@
+"""Promises about the package itself: light imports, native kernels present, verbs and documents in step."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import elmoe
+from elmoe.cli.main import VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fresh(code: str) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_loads_nothing_heavy():
+    """What keeps ``elmoe --help`` under 0.2 s: no NumPy, Arrow, tokenizers or rich before a verb runs."""
+    loaded = fresh("import sys; import elmoe.cli.main; print(' '.join(sys.modules))").split()
+    assert not {"numpy", "pyarrow", "tokenizers", "rich", "msgspec", "jinja2"} & set(loaded)
+
+
+def test_generation_loads_no_arrow_and_nothing_loads_torch():
+    loaded = fresh("import sys; import elmoe.engine.session; print(' '.join(sys.modules))").split()
+    assert not {"pyarrow", "torch", "transformers"} & set(loaded)
+
+
+def test_native_kernels_are_present():
+    """A broken compiler must fail here, not fall back."""
+    from elmoe import kernels
+
+    assert "portable" in kernels.variants() and kernels.variant() in kernels.variants()
+
+
+def test_the_package_version_is_the_metadata_version():
+    from importlib.metadata import version
+
+    assert version("elmoe") == elmoe.__version__
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_json_and_a_line_in_the_readme(verb):
+    run = subprocess.run(
+        [sys.executable, "-m", "elmoe.cli.main", verb, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--json" in run.stdout
+    assert f"`elmoe {verb}" in (ROOT / "README.md").read_text()
+
+
+def test_links_in_the_readme_lead_somewhere():
+    for document in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_tree_in_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("## What is where") :].split("```")[1]
+    folder = ROOT
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        folder = ROOT / "src" / "elmoe" if line.startswith("  ") else ROOT
+        assert (folder / name).is_dir(), name
+
+
+def test_every_package_says_what_it_is():
+    for package in (ROOT / "src" / "elmoe").rglob("__init__.py"):
+        assert package.read_text().lstrip().startswith('"""'), package
+
+
+def test_compiled_code_has_no_fused_multiply_add():
+    """Contraction would change bits between instruction sets."""
+    import shutil
+
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    (library,) = {Path(line) for line in [fresh("import elmoe._native as n; print(n.__file__)").strip()]}
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True, check=True
+    )
+    assert "vpdpbusd" in listing.stdout or "x86" not in sys.platform
+    assert not re.search(r"\bvfn?m(add|sub)", listing.stdout)

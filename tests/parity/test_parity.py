@@ -1,0 +1,142 @@
+"""elmoe against transformers: tiny checkpoints of many shapes, and the perplexity of the demo model.
+
+Needs the parity extra (torch, transformers). Run with ``make parity``; the tables are printed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from elmoe import bitslice  # noqa: E402
+from tests.parity import float_backend, harness  # noqa: E402
+from tests.parity import transformers_reference as reference  # noqa: E402
+from tests.parity.bounds import FLOAT_BOUND, MEASURED  # noqa: E402
+from tests.parity.tiny_checkpoints import RECIPES, Recipe, config, tensors, token_sequence, write_folder  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("default")  # torch and transformers warn of their own affairs
+
+PROMPT, GENERATED = 12, 40
+WINDOW, WINDOWS = 256, 40
+
+
+@dataclass(frozen=True)
+class Case:
+    recipe: Recipe
+    reader: Any
+    model: Any
+    ids: np.ndarray
+    logits: np.ndarray
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids=lambda r: r.name)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    recipe, folder = request.param, tmp_path_factory.mktemp(request.param.name)
+    reader = harness.convert_recipe(recipe, folder)
+    values = harness.dequantized_tensors(reader)
+    write_folder(folder / "dequantized", config(recipe, "float32"), values, "float32")
+    model = reference.load(folder / "dequantized")
+    ids = token_sequence(recipe)
+    yield Case(recipe, reader, model, ids, reference.logits(model, ids))
+    reader.close()
+
+
+def test_store_holds_the_checkpoint(case: Case) -> None:
+    """Norms and routers exactly, matrices within half a step of their group's scale."""
+    stored = harness.dequantized_tensors(case.reader)
+    source = {name: harness.as_written(value, case.recipe.dtype) for name, value in tensors(case.recipe)}
+    assert stored.keys() == source.keys()
+    for name, value in source.items():
+        if value.ndim == 1 or name.endswith("mlp.gate.weight"):
+            assert np.array_equal(stored[name], value), name
+        else:
+            # half a step, and the scale itself is rounded to fp16
+            assert np.abs(stored[name] - value).max() <= np.abs(value).max() * (0.5 / 127 + 1 / 2048), name
+
+
+def test_float_backend_equals_transformers(case: Case) -> None:
+    for chunk in (1, 32, len(case.ids)):
+        ours = harness.decoder_logits(case.reader, float_backend, case.ids, chunk)
+        error = harness.relative_error(ours, case.logits)
+        print(f"\n{case.recipe.name}: float, {chunk} tokens at a time: max relative error {error:.1e}", end="")
+        assert error < FLOAT_BOUND
+
+
+def test_w8a8_error(case: Case) -> None:
+    ours = harness.decoder_logits(case.reader, bitslice, case.ids)
+    errors = harness.measure(ours, case.logits, harness.int8_float_logits(case.reader, case.ids))
+    agreement = np.mean(ours.argmax(axis=1) == case.logits.argmax(axis=1))
+    print(f"\n{case.recipe.name}: W8A8 {errors}, same top token at {agreement:.1%}", end="")
+    harness.check(errors, MEASURED[case.recipe.name])
+
+
+def test_native_kernels_equal_bitslice(case: Case) -> None:
+    kernels = harness.native_kernels()
+    if kernels is None:
+        pytest.skip("no native kernels")
+    for chunk in (1, 7, len(case.ids)):
+        expected = harness.decoder_logits(case.reader, bitslice, case.ids, chunk)
+        assert np.array_equal(harness.decoder_logits(case.reader, kernels, case.ids, chunk), expected)
+
+
+def test_greedy_generation(case: Case) -> None:
+    """Plain and elastic, one request or three at once: transformers' tokens."""
+    prompts = [case.ids[:PROMPT], case.ids[20:21], case.ids[30:50]]
+    expected = [reference.greedy(case.model, prompt, GENERATED) for prompt in prompts]
+    for options in (
+        {"mode": "plain"},
+        {"mode": "cache", "fast_memory": 0.5},
+        {"mode": "elastic", "fast_memory": 0.5, "draft_length": 3},
+        {"mode": "elastic", "fast_memory": 0.6, "draft_length": 4, "batch": 3},
+    ):
+        results, statistics = harness.greedy(case.reader, float_backend, prompts, GENERATED, **options)
+        assert [result.tokens for result in results] == expected, options
+        if options["mode"] == "elastic":
+            assert statistics.accepted > 0
+            print(f"\n{case.recipe.name}: {options}: {statistics.accepted} of {statistics.drafted} drafts accepted", end="")
+
+
+def test_demo_perplexity(tmp_path: Path) -> None:
+    """W8A8 loses less than 0.5 % of perplexity against the bf16 checkpoint in transformers."""
+    place = os.environ.get("ELMOE_DEMO_CHECKPOINT")
+    if not place:
+        pytest.skip("ELMOE_DEMO_CHECKPOINT names no checkpoint")
+    from tokenizers import Tokenizer
+
+    folder = Path(place)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = np.array(tokenizer.encode((folder / "heldout.txt").read_text(encoding="utf-8")).ids, np.int32)
+    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)[:WINDOWS]
+    scored = windows.shape[0] * (WINDOW - 1)
+
+    def perplexity(logits: Any) -> float:
+        return float(np.exp(sum(harness.cross_entropy(logits(window[:-1]), window[1:]) for window in windows) / scored))
+
+    results = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = reference.load(folder, dtype)
+        results[f"transformers, weights bf16, computed in {dtype}"] = perplexity(lambda w, m=model: reference.logits(m, w))
+    bf16, float32 = results.values()
+    reader = harness.demo_store(folder, tmp_path)
+    try:
+        backend = harness.native_kernels() or bitslice
+        target = perplexity(lambda w: harness.decoder_logits(reader, backend, w, 128))
+        results[f"elmoe W8A8, {backend.__name__}"] = target
+    finally:
+        reader.close()
+    for name, value in results.items():
+        print(
+            f"\n{name}: perplexity {value:.4f} ({value / bf16 - 1:+.3%} of bf16, {value / float32 - 1:+.3%} of float32)",
+            end="",
+        )
+    assert abs(target / bf16 - 1) < 0.005
+    assert abs(target / float32 - 1) < 0.005

@@ -1,0 +1,126 @@
+"""The command line on real input: every verb, its JSON, and its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elmoe.trace import read_trace
+
+
+def elmoe(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "elmoe.cli.main", *arguments],
+        capture_output=True, text=True, check=check, env=os.environ | environment, timeout=300,
+    )  # fmt: skip
+
+
+def elmoe_json(*arguments: str) -> dict:
+    return json.loads(elmoe(*arguments, "--json").stdout)
+
+
+def test_demo():
+    run = elmoe("demo", "--max-tokens", "24")
+    for text in (
+        "identical output: yes",
+        "acceptance rate",
+        "tokens per verification",
+        "hit rate",
+        "slow tier",
+        "simulated tier",
+    ):
+        assert text in run.stdout
+    data = elmoe_json("demo", "--max-tokens", "16")
+    assert data["identical"] is True and set(data["modes"]) == {"plain", "cache", "elastic"}
+    assert data["modes"]["elastic"]["draft_slow_reads"] == 0 and data["modes"]["elastic"]["acceptance_rate"] > 0.3
+
+
+def test_generate_is_the_same_in_every_mode(tmp_path):
+    common = ("generate", "demo", "--prompt", "The whale", "--max-tokens", "20", "--temperature", "0.8", "--seed", "4")
+    plain = elmoe_json(*common, "--mode", "plain")
+    trace = tmp_path / "run.trace"
+    elastic = elmoe_json(*common, "--fast-memory", "25%", "--draft-length", "4", "--trace", str(trace))
+    for key in ("text", "token_ids", "logprobs", "finish_reason"):
+        assert plain[key] == elastic[key]
+    assert len(plain["token_ids"]) == len(plain["logprobs"]) <= 20 and elastic["tier"].startswith("simulated tier")
+    assert read_trace(trace).table.num_rows > 20
+    text = elmoe(*common, "--mode", "plain").stdout
+    assert text == f"The whale{plain['text']}\n"
+
+
+def test_generate_a_batch_with_stop_strings():
+    data = elmoe_json(
+        "generate", "demo", "--prompt", "The sea", "--prompt", "def f(x):", "--max-tokens", "30", "--stop", " the"
+    )
+    assert len(data["results"]) == 2
+    assert all(" the" not in row["text"] for row in data["results"])
+
+
+def test_inspect_and_verify():
+    data = elmoe_json("inspect", "demo", "--verify")
+    assert data["verified"] and data["experts"] == 512 and data["minimum_fast_memory"] > data["dense_bytes"]
+    assert "MSB slices" in elmoe("inspect", "demo").stdout
+
+
+def test_eval(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The whale is a large animal that lives in the sea. " * 40)
+    data = elmoe_json("eval", "demo", "--text", str(text), "--window", "64", "--windows", "3")
+    assert 1 < data["target_perplexity"] < 200 and data["tokens"] == 3 * 63 and 0.5 < data["agreement"] <= 1
+
+
+def test_bench():
+    data = elmoe_json("bench", "demo", "--batch", "1,2", "--max-tokens", "8", "--repeats", "1", "--fast-memory", "50%",
+                      "--draft-length", "2")  # fmt: skip
+    assert len(data["rows"]) == 6 and all(row["identical"] for row in data["rows"])
+    assert all(row["tokens_per_second"] > 0 and row["overhead_ms_per_token"] > 0 for row in data["rows"])
+
+
+def test_synth_and_bench_of_it(tmp_path):
+    config = dict(
+        architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=300, hidden_size=64, intermediate_size=64,
+        moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_experts=8, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+        rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=256, tie_word_embeddings=False, hidden_act="silu",
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    elmoe("synth", str(tmp_path / "config.json"), str(tmp_path / "store"), "--layers", "2", "--seed", "3")
+    assert elmoe_json("inspect", str(tmp_path / "store"), "--verify")["model"]["layers"] == 2
+    rows = elmoe_json("bench", str(tmp_path / "store"), "--batch", "2", "--max-tokens", "4", "--repeats", "1")["rows"]
+    assert all(row["identical"] for row in rows)
+
+
+def test_doctor():
+    data = elmoe_json("doctor", "--quick")
+    assert data["native_kernels"] is True and data["variant"] in data["variants"]
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("generate", "missing-store", "--prompt", "x"), "missing-store"),
+        (("generate", "demo", "--prompt", ""), "prompt is empty"),
+        (("generate", "demo", "--prompt", "word " * 4000), "context is 2048"),
+        (("generate", "demo", "--prompt", "x", "--fast-memory", "1MiB"), "minimum of"),
+        (("generate", "demo", "--prompt", "x", "--fast-memory", "lots"), "not an amount of memory"),
+        (("generate", "demo", "--prompt", "x", "--temperature", "-1"), "temperature"),
+        (("generate", "demo", "--prompt", "x", "--chat"), "chat template"),
+        (("generate", "demo", "--prompt", "x", "--trace", "no/such/folder/t"), "cannot write trace"),
+        (("bench", "demo", "--modes", "fast"), "no mode"),
+        (("convert", "no-such-folder", "out"), "no-such-folder"),
+    ],
+)
+def test_errors_name_the_thing(arguments, message, tmp_path):
+    run = elmoe(*arguments, check=False)
+    assert run.returncode != 0 and message in run.stderr and "Traceback" not in run.stderr
+    assert not Path("out").exists()
+
+
+def test_a_variant_this_processor_lacks_is_named():
+    run = elmoe("generate", "demo", "--prompt", "x", check=False, ELMOE_VARIANT="sve2")
+    assert run.returncode == 1 and "sve2" in run.stderr and "Traceback" not in run.stderr
