@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,12 +29,11 @@ from tests.parity.tiny_checkpoints import Dtype, Recipe, bfloat16_bits, write_ch
 
 def native_kernels() -> ModuleType | None:
     """elmoe.kernels, or None where the package is installed without them."""
-    if find_spec("elmoe.kernels") is None:
-        return None
     try:
-        return import_module("elmoe.kernels")
+        module = import_module("elmoe.kernels")
     except (ImportError, KernelError):
         return None
+    return module if hasattr(module, "expert_ffn") else None
 
 
 def convert(source: Path, store: Path) -> Any:
@@ -128,12 +126,15 @@ def as_written(values: NDArray[np.float32], dtype: Dtype) -> NDArray[np.float32]
     return (bfloat16_bits(values).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def demo_store(checkpoint: Path, folder: Path) -> Any:
-    """The embedded demo store, or where there is none, the checkpoint converted into ``folder``."""
+def demo_path(checkpoint: Path, folder: Path) -> Path:
+    """Where the embedded demo store is, or if there is none, the checkpoint converted into ``folder``."""
     try:
-        return open_store(resolve_store("demo"))
+        path = resolve_store("demo")
+        open_store(path).close()
     except StoreError:
-        return convert(checkpoint, folder / "demo")
+        path = folder / "demo"
+        convert_checkpoint(checkpoint, path)
+    return path
 
 
 def cross_entropy(logits: NDArray, targets: NDArray) -> float:

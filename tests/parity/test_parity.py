@@ -6,7 +6,7 @@ Needs the parity extra (torch, transformers). Run with ``make parity``; the tabl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from elmoe import bitslice  # noqa: E402
+from elmoe.engine.perplexity import evaluate  # noqa: E402
+from elmoe.engine.session import Session  # noqa: E402
 from tests.parity import float_backend, harness  # noqa: E402
 from tests.parity import transformers_reference as reference  # noqa: E402
 from tests.parity.bounds import FLOAT_BOUND, MEASURED  # noqa: E402
@@ -105,38 +107,52 @@ def test_greedy_generation(case: Case) -> None:
             print(f"\n{case.recipe.name}: {options}: {statistics.accepted} of {statistics.drafted} drafts accepted", end="")
 
 
-def test_demo_perplexity(tmp_path: Path) -> None:
-    """W8A8 loses less than 0.5 % of perplexity against the bf16 checkpoint in transformers."""
+@dataclass(frozen=True)
+class Demo:
+    folder: Path
+    text: str
+    windows: np.ndarray
+    session: Session
+
+    def perplexity(self, logits: Callable[[np.ndarray], np.ndarray], windows: int = WINDOWS) -> float:
+        """Of the first windows, each computed afresh from its first token."""
+        used = self.windows[:windows]
+        return float(np.exp(sum(harness.cross_entropy(logits(w[:-1]), w[1:]) for w in used) / (len(used) * (WINDOW - 1))))
+
+    def target(self, ids: np.ndarray) -> np.ndarray:
+        return harness.decoder_logits(self.session.reader, self.session.backend, ids, 128)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     place = os.environ.get("ELMOE_DEMO_CHECKPOINT")
     if not place:
         pytest.skip("ELMOE_DEMO_CHECKPOINT names no checkpoint")
-    from tokenizers import Tokenizer
-
     folder = Path(place)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = np.array(tokenizer.encode((folder / "heldout.txt").read_text(encoding="utf-8")).ids, np.int32)
-    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)[:WINDOWS]
-    scored = windows.shape[0] * (WINDOW - 1)
+    store = harness.demo_path(folder, tmp_path_factory.mktemp("demo"))
+    text = (folder / "heldout.txt").read_text(encoding="utf-8")
+    with Session(store, backend="native" if harness.native_kernels() else "reference") as session:
+        ids = np.array(session.encode(text), np.int32)
+        yield Demo(folder, text, ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW), session)
 
-    def perplexity(logits: Any) -> float:
-        return float(np.exp(sum(harness.cross_entropy(logits(window[:-1]), window[1:]) for window in windows) / scored))
 
-    results = {}
+def test_demo_perplexity(demo: Demo) -> None:
+    """W8A8 changes the perplexity of the bf16 checkpoint in transformers by less than 0.5 %."""
+    found = {}
     for dtype in (torch.bfloat16, torch.float32):
-        model = reference.load(folder, dtype)
-        results[f"transformers, weights bf16, computed in {dtype}"] = perplexity(lambda w, m=model: reference.logits(m, w))
-    bf16, float32 = results.values()
-    reader = harness.demo_store(folder, tmp_path)
-    try:
-        backend = harness.native_kernels() or bitslice
-        target = perplexity(lambda w: harness.decoder_logits(reader, backend, w, 128))
-        results[f"elmoe W8A8, {backend.__name__}"] = target
-    finally:
-        reader.close()
-    for name, value in results.items():
+        model = reference.load(demo.folder, dtype)
+        found[f"transformers, {dtype}"] = demo.perplexity(lambda ids, model=model: reference.logits(model, ids))
+    bf16, float32 = found.values()
+    target = found[f"W8A8, {demo.session.backend.__name__}"] = demo.perplexity(demo.target)
+    for name, value in found.items():
         print(
-            f"\n{name}: perplexity {value:.4f} ({value / bf16 - 1:+.3%} of bf16, {value / float32 - 1:+.3%} of float32)",
+            f"\n{name}: perplexity {value:.4f}, {value / bf16 - 1:+.3%} of bf16, {value / float32 - 1:+.3%} of float32",
             end="",
         )
     assert abs(target / bf16 - 1) < 0.005
     assert abs(target / float32 - 1) < 0.005
+
+
+def test_evaluate_agrees(demo: Demo) -> None:
+    """``elmoe eval`` reports the perplexity that this file computes from the logits."""
+    assert evaluate(demo.session, demo.text, WINDOW, 2).target == pytest.approx(demo.perplexity(demo.target, 2), rel=1e-6)

@@ -120,8 +120,8 @@ def size(value: float | None) -> str | None:
 
 
 @contextmanager
-def progress_bar(description: str, total: float | None, bytes_: bool = False) -> Iterator[Callable[[float], None]]:
-    """A progress bar on stderr; yields a function that takes the amount done so far."""
+def progress_bar(description: str, total: float | None, bytes_: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; yields a function of the amount done so far and, once known, the total."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -130,4 +130,4 @@ def progress_bar(description: str, total: float | None, bytes_: bool = False) ->
         TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn(), console=Console(stderr=True)
     ) as progress:  # fmt: skip
         task = progress.add_task(description, total=total)
-        yield lambda completed: progress.update(task, completed=completed)
+        yield lambda completed, total=None: progress.update(task, completed=completed, total=total)

@@ -17,8 +17,8 @@ def command(source: Path, store: Path, as_json: bool) -> None:
     """Convert the Hugging Face folder SOURCE to STORE. Resumes where a killed conversion stopped."""
     from elmoe.convert import convert_checkpoint
 
-    with progress_bar("tensors", None) as bar:
-        convert_checkpoint(source, store, lambda done, total: bar(done))
+    with progress_bar("tensors and experts", None) as bar:
+        convert_checkpoint(source, store, lambda done, total: bar(done, total))
     if as_json:
         print_json({"store": str(store)})
     else:

@@ -15,16 +15,16 @@ from elmoe.cli.common import json_option, print_json, print_table, progress_bar,
 def command(store: str, do_verify: bool, as_json: bool) -> None:
     """What is in STORE, its sizes per tier, and whether its checksums hold."""
     from elmoe.engine.tier import tier_sizes
-    from elmoe.store import open_store, verify
+    from elmoe.store import open_store
 
     with open_store(store) as reader:
         schema = reader.schema
         if do_verify:
             total = sum(file.bytes for file in reader.manifest.files)
             with progress_bar("verifying", total, bytes_=True) as bar:
-                verify(reader, bar)
-        kv = schema.kv_bytes_per_position
-        sizes = tier_sizes(reader, reader.dense_bytes, 64 * kv)
+                reader.verify(bar)
+        kv, dense = schema.kv_bytes_per_position, reader.dense_bytes
+        sizes = tier_sizes(reader, dense, 64 * kv)
         experts = len(schema.moe_layers) * schema.experts
         data = {
             "path": reader.path.name,
@@ -32,7 +32,7 @@ def command(store: str, do_verify: bool, as_json: bool) -> None:
             "experts": experts,
             "msb_bytes": sum(sizes.msb) * schema.experts,
             "lsb_bytes": sum(sizes.lsb) * schema.experts,
-            "dense_bytes": reader.dense_bytes,
+            "dense_bytes": dense,
             "kv_bytes_per_position": kv,
             "minimum_fast_memory": sizes.minimum,
             "verified": do_verify,
@@ -44,7 +44,7 @@ def command(store: str, do_verify: bool, as_json: bool) -> None:
         f"{schema.family}: {schema.layers} layers, {schema.experts} experts, top-{schema.top_k}",
         ("part", "size"),
         [
-            ("dense parts (fast tier)", size(reader.dense_bytes)),
+            ("dense parts (fast tier)", size(dense)),
             (f"MSB slices of {experts} experts", size(sum(sizes.msb) * schema.experts)),
             (f"LSB slices of {experts} experts", size(sum(sizes.lsb) * schema.experts)),
             ("KV per position", size(kv)),

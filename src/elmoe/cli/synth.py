@@ -18,15 +18,19 @@ from elmoe.cli.common import json_option, print_json, progress_bar
 @json_option
 def command(config: Path, store: Path, layers: int | None, seed: int, as_json: bool) -> None:
     """Write STORE with the shapes of a Hugging Face CONFIG (config.json) and deterministic random weights."""
+    from elmoe.convert import schema_of_config
     from elmoe.errors import ConvertError
-    from elmoe.store import synthesize
+    from elmoe.store.synthetic import synthesize
 
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConvertError(f"'{config}' is not JSON: {error}") from error
-    with progress_bar("layers", None) as bar:
-        synthesize(values, store, layers, seed, lambda done, total: bar(done))
+    if layers is not None:
+        values["num_hidden_layers"] = layers
+    schema = schema_of_config(values)
+    with progress_bar("experts", len(schema.moe_layers) * schema.experts) as bar:
+        synthesize(store, schema, seed, lambda done, total: bar(done))
     if as_json:
         print_json({"store": str(store)})
     else:

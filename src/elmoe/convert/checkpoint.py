@@ -1,0 +1,162 @@
+"""A Hugging Face folder: config, shards, tokenizer, each checked before it is used."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.errors import ConvertError
+
+HEADER_LIMIT = 100 << 20
+"""Bytes of the largest safetensors header that is read (the format's own limit)."""
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; ConvertError names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConvertError(f"'{path.name}' is missing in '{path.parent}'", "give a complete Hugging Face folder") from None
+    except (OSError, ValueError) as error:
+        raise ConvertError(f"'{path.name}' cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConvertError(f"'{path.name}' does not hold an object")
+    return value
+
+
+class Shard:
+    """One safetensors file, mapped; offsets are checked against shapes and the file's size.
+
+    The ``safetensors`` package cannot hand out bf16 rows to NumPy, and its format is a length, a JSON header and raw data.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        try:
+            with open(path, "rb") as handle:
+                size = handle.seek(0, 2)
+                self._map = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ) if size else b""
+        except FileNotFoundError:
+            raise ConvertError(f"shard '{path.name}' is missing in '{path.parent}'", "complete the download") from None
+        except OSError as error:
+            raise ConvertError(f"shard '{path.name}' cannot be opened: {error.strerror}") from error
+        length = struct.unpack("<Q", self._map[:8])[0] if size >= 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            raise ConvertError(f"shard '{self.name}' is no safetensors file", "complete the download")
+        try:
+            header = json.loads(bytes(self._map[8 : 8 + length]))
+            header.pop("__metadata__", None)
+            self._entries = {
+                name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConvertError(f"shard '{self.name}' has a damaged header") from error
+        self._start, self._end = 8 + length, size
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, after all its header fields were checked."""
+        dtype, shape, begin, end = self._entries[name]
+        if dtype not in ITEM_BYTES:
+            raise ConvertError(f"tensor '{name}' has dtype {dtype}", f"supported are {', '.join(ITEM_BYTES)}")
+        if not all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end)):
+            raise ConvertError(f"tensor '{name}' in '{self.name}' has a damaged shape or offsets")
+        count = 1
+        for side in shape:
+            count *= side
+        if end - begin != count * ITEM_BYTES[dtype] or self._start + end > self._end:
+            raise ConvertError(f"tensor '{name}' in '{self.name}' lies outside its file", "complete the download")
+        return shape
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+        """Rows [first, last) along the first axis, as float32."""
+        shape = self.shape(name)
+        dtype, _, begin, _ = self._entries[name]
+        last = shape[0] if last is None else last
+        per_row = ITEM_BYTES[dtype] * int(np.prod(shape[1:], dtype=np.int64))
+        start = self._start + begin + first * per_row
+        raw = self._map[start : start + (last - first) * per_row]
+        if dtype == "BF16":
+            values = (np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        else:
+            values = np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
+        return values.reshape(last - first, *shape[1:])
+
+
+class Checkpoint:
+    """A folder with one or many shards."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ConvertError(f"there is no folder '{folder}'", "give a Hugging Face folder with config.json")
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        if (folder / "model.safetensors.index.json").exists():
+            index = read_json(folder / "model.safetensors.index.json").get("weight_map")
+            if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+                raise ConvertError("'model.safetensors.index.json' has no weight_map")
+            names = sorted(set(index.values()))
+            for name in names:
+                if Path(name).name != name:
+                    raise ConvertError(f"'model.safetensors.index.json' names '{name}' outside the folder")
+        else:
+            names = ["model.safetensors"]
+        self.shards = [Shard(folder / name) for name in names]
+
+    def fingerprint(self) -> str:
+        """What tells one source from another: config, and names, sizes and times of the files."""
+        files = [self.folder / shard.name for shard in self.shards] + [self.folder / "tokenizer.json"]
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+        return json.dumps([self.config, stats], sort_keys=True)
+
+    def _shard(self, name: str) -> Shard:
+        for shard in self.shards:
+            if name in shard:
+                return shard
+        raise ConvertError(f"tensor '{name}' is missing", "the checkpoint is incomplete, or of another architecture")
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """ConvertError unless a tensor exists with this shape."""
+        found = self._shard(name).shape(name)
+        if found != shape:
+            raise ConvertError(f"tensor '{name}' has shape {list(found)}, the config says {list(shape)}")
+
+    def rows(self, names: list[str], first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+        """Rows [first, last) of tensors laid one below the other, as float32."""
+        parts, before = [], 0
+        for name in names:
+            shard = self._shard(name)
+            count = shard.shape(name)[0]
+            low, high = max(first - before, 0), count if last is None else min(last - before, count)
+            if low < high:
+                parts.append(shard.rows(name, low, high))
+            before += count
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def tokenizer(self) -> bytes:
+        """The tokenizer's file."""
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise ConvertError(
+                f"'tokenizer.json' is missing in '{self.folder}'", "save it with AutoTokenizer.save_pretrained(folder)"
+            )
+        return file.read_bytes()
+
+    def chat_template(self) -> str | None:
+        """The chat template, from its own file or from tokenizer_config.json."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        if (self.folder / "tokenizer_config.json").is_file():
+            template = read_json(self.folder / "tokenizer_config.json").get("chat_template")
+            return template if isinstance(template, str) else None
+        return None

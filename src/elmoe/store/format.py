@@ -1,0 +1,121 @@
+"""What is in a store: names, manifest types, the header page of data files.
+
+A store is a directory: ``manifest.json``, ``dense.bin`` (everything but routed experts), one ``layer-NNN.experts`` for each
+MoE layer, ``tokenizer.json`` and perhaps ``chat_template.jinja``. Every data file begins with one header page. In a layer
+file the records of an expert lie side by side, MSB then LSB, each padded to whole pages: a slice is one contiguous,
+page-aligned read, and so is a whole expert.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from typing import Literal
+
+import msgspec
+
+from elmoe.bitslice.expert import PAGE
+from elmoe.errors import StoreError
+from elmoe.schema.model import ModelSchema
+
+FORMAT = "elmoe-store"
+VERSION = 1
+MAGIC = b"ELMOESTR"
+MANIFEST = "manifest.json"
+DENSE_FILE = "dense.bin"
+DENSE_ROLE, EXPERTS_ROLE = 0, 1
+_HEADER = struct.Struct("<8sIII")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all manifest parts."""
+
+
+class FileEntry(_Part, frozen=True):
+    """A file of the store and its size."""
+
+    name: str
+    bytes: int
+
+
+class TextFile(_Part, frozen=True):
+    """A tokenizer or chat template with its checksum."""
+
+    name: str
+    checksum: str
+
+
+class TensorEntry(_Part, frozen=True):
+    """A tensor of ``dense.bin``. ``offsets``: of ``data`` (float32), of ``hi``, ``lo``, ``scales`` (nested), or of ``msb``
+    and ``lsb`` records (expert: a dense FFN). ``checksum``: over the named sections in that order."""
+
+    name: str
+    kind: Literal["nested", "float32", "expert"]
+    shape: tuple[int, ...]
+    offsets: dict[str, int]
+    checksum: str
+
+
+class LayerEntry(_Part, frozen=True):
+    """The experts of a layer. Expert ``e`` has its MSB record at ``offset + e * stride``, its LSB record behind it.
+    ``checksums``: [msb, lsb] of every expert."""
+
+    layer: int
+    file: str
+    experts: int
+    offset: int
+    stride: int
+    msb_bytes: int
+    lsb_bytes: int
+    checksums: tuple[tuple[str, str], ...]
+
+
+class Manifest(_Part, frozen=True):
+    """The whole manifest; ``source`` says how the store was made."""
+
+    format: str
+    version: int
+    model: ModelSchema
+    files: tuple[FileEntry, ...]
+    tensors: tuple[TensorEntry, ...]
+    layers: tuple[LayerEntry, ...]
+    tokenizer: TextFile
+    chat_template: TextFile | None = None
+    source: str = ""
+
+
+def layer_file(layer: int) -> str:
+    """Name of the file with a layer's experts."""
+    return f"layer-{layer:03d}.experts"
+
+
+def header_page(role: int, layer: int) -> bytes:
+    """The first page of a data file."""
+    return _HEADER.pack(MAGIC, VERSION, role, layer).ljust(PAGE, b"\0")
+
+
+def check_header(page: bytes, name: str, role: int, layer: int) -> None:
+    """Raise StoreError where a data file does not begin as it must."""
+    if len(page) < _HEADER.size or page[:8] != MAGIC:
+        raise StoreError(f"'{name}' does not begin with the magic of an elmoe data file", "the file is damaged or foreign")
+    _, version, found_role, found_layer = _HEADER.unpack_from(page)
+    if version > VERSION:
+        raise StoreError(f"'{name}' has version {version}, this elmoe reads up to {VERSION}", "update elmoe")
+    if (found_role, found_layer) != (role, layer):
+        raise StoreError(f"'{name}' is the file of another role or layer", "convert the model anew")
+
+
+def check_name(name: str, field: str) -> None:
+    """Raise StoreError unless a file name stays inside the store."""
+    if not _PLAIN_NAME.fullmatch(name):
+        raise StoreError(f"manifest.json: {field} '{name}' is not a plain file name", "the manifest is damaged or hostile")
+
+
+def checksum(*parts: bytes | memoryview) -> str:
+    """Checksum of bytes, 16 hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
