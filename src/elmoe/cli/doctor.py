@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
-from elmoe.cli.common import json_option, print_json, print_table, size
+from elmoe.cli.common import json_option, print_json, print_table
+from elmoe.units import format_bytes
 
 
 @click.command("doctor")
@@ -40,16 +42,13 @@ def command(store: str, quick: bool, as_json: bool) -> None:
     if as_json:
         print_json(data)
         return
-    print_table(
-        "this machine",
-        ("", "value"),
-        [
-            (
-                key.replace("_bytes_per_second", "").replace("_bytes", "").replace("_", " "),
-                f"{value / 1e9:.1f} GB/s" if key.endswith("second") or "second_" in key
-                else size(value) if "bytes" in key
-                else ", ".join(value) if isinstance(value, list) else value,
-            )
-            for key, value in data.items()
-        ],
-    )  # type: ignore[operator, arg-type]  # fmt: skip
+    print_table("this machine", ("", "value"), [(key.replace("_", " "), _shown(key, value)) for key, value in data.items()])
+
+
+def _shown(key: str, value: Any) -> str:
+    """A value with the unit its key ends in."""
+    if "bytes_per_second" in key:
+        return f"{value / 1e9:.1f} GB/s"
+    if key.endswith("bytes"):
+        return format_bytes(value)
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def convert_checkpoint(source: str | Path, store: str | Path, progress: Callable
     writer.dense_file(fill)
     layout = ExpertLayout(schema.hidden, schema.expert_width)
     for layer in schema.moe_layers:
-        writer.layer(layer, layout, lambda expert, layer=layer: records(layout, layer, expert), step)
+        writer.layer(layer, layout, partial(records, layout, layer), step)
         done = max(done, len(sources) + schema.experts * (schema.moe_layers.index(layer) + 1))  # resumed files count too
     writer.finish(tokenizer, template)
 

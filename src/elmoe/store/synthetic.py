@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,5 +85,5 @@ def synthesize(path: Path, schema: ModelSchema, seed: int = 0, progress: Callabl
     writer.dense_file(fill)
     layout = ExpertLayout(schema.hidden, schema.expert_width)
     for layer in schema.moe_layers:
-        writer.layer(layer, layout, lambda index, layer=layer: expert(layout, 4, layer, index), step)  # type: ignore[misc]
+        writer.layer(layer, layout, partial(expert, layout, 4, layer), step)
     writer.finish(byte_tokenizer(schema.vocabulary))

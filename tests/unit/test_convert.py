@@ -1,0 +1,293 @@
+"""Converting checkpoints: what comes out, what is refused, and what a killed conversion leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elmoe import bitslice
+from elmoe.bitslice import NestedMatrix
+from elmoe.convert import convert_checkpoint
+from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.request import Request
+from elmoe.errors import ConvertError, ElmoeError, NumericsError
+from elmoe.models.qwen3_moe import ffn_sources, read_config
+from elmoe.store import open_store
+from tests.checkpoints import random_weights, tiny_config, write_checkpoint, write_safetensors
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False, "mlp_only_layers": [1]},
+        {"decoder_sparse_step": 2, "num_hidden_layers": 4},
+        {"head_dim": 32, "num_key_value_heads": 4, "eos_token_id": [0, 7]},
+    ],
+)
+def test_a_store_holds_the_quantised_weights(tmp_path, changes):
+    config = tiny_config(**changes)
+    weights = random_weights(config)
+    convert_checkpoint(write_checkpoint(tmp_path / "source", config, weights), tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        reader.verify()
+        schema = reader.schema
+        assert schema == read_config(config)
+
+        def same(ours: NestedMatrix, theirs: np.ndarray) -> bool:
+            expected = NestedMatrix.from_weights(theirs)
+            return np.array_equal(ours.dequantize(), expected.dequantize()) and np.array_equal(ours.hi, expected.hi)
+
+        assert same(reader.nested("embedding"), weights["model.embed_tokens.weight"])
+        if not schema.tied_embeddings:
+            assert same(reader.nested("head"), weights["lm_head.weight"])
+        prefix = "model.layers.1.self_attn."
+        stacked = np.concatenate([weights[f"{prefix}{name}_proj.weight"] for name in "qkv"])
+        assert same(reader.nested("layers.1.query_key_value"), stacked)
+        assert np.array_equal(reader.array("layers.0.query_norm"), weights["model.layers.0.self_attn.q_norm.weight"])
+        for layer in range(schema.layers):
+            layout, addresses = reader.expert_layout(layer), reader.expert_addresses(layer)
+            assert addresses.shape == (1 if layer in schema.dense_layers else schema.experts, 2)
+            for expert in range(len(addresses)):
+                matrices = bitslice.moe.expert_matrices(layout, addresses, expert, draft=False)
+                for projection, (name, _) in ffn_sources(schema, layer, expert).items():
+                    assert same(matrices[projection], weights[name])
+        results, _ = Engine(reader, bitslice, EngineOptions(mode="plain")).generate([Request((5, 6, 7), 4)])
+        assert len(results[0].tokens) >= 1
+
+
+def test_records_are_aligned_for_direct_reads(tmp_path):
+    convert_checkpoint(write_checkpoint(tmp_path / "source", tiny_config()), tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        for layer in reader.manifest.layers:
+            assert layer.offset % 4096 == layer.msb_bytes % 4096 == layer.lsb_bytes % 4096 == 0
+        assert (reader.expert_addresses(0) % 4096 == 0).all()
+
+
+def test_shards_types_and_templates(tmp_path):
+    config = tiny_config()
+    weights = {name: values.astype(np.float16).astype(np.float32) for name, values in random_weights(config).items()}
+    weights = {
+        k: (v.view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float16).astype(np.float32)
+        for k, v in weights.items()
+    }
+    stores = []
+    for index, (shards, dtype) in enumerate(((1, "F32"), (3, "F32"), (1, "F16"))):
+        source = write_checkpoint(tmp_path / f"source{index}", config, weights, shards, dtype)
+        convert_checkpoint(source, tmp_path / f"store{index}")
+        stores.append({name: data for name, data in content(tmp_path / f"store{index}").items() if name != "manifest.json"})
+    assert stores[0] == stores[1] == stores[2]
+    source = write_checkpoint(tmp_path / "bf16", config, random_weights(config), dtype="BF16")
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 0]}))
+    convert_checkpoint(source, tmp_path / "bf16_store")
+    with open_store(tmp_path / "bf16_store") as reader:
+        assert reader.chat_template() == "{{ messages[0].content }}!" and reader.schema.eos_tokens == (0, 3)
+        expected = (random_weights(config)["model.norm.weight"].view(np.uint32) & 0xFFFF0000).view(np.float32)
+        assert np.array_equal(reader.array("final_norm"), expected)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"architectures": None}, "architecture"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
+        ({"num_experts": 0}, "num_experts"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok"),
+        ({"hidden_size": "48"}, "hidden_size"),
+        ({"head_dim": 24}, "head_dim"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"mlp_only_layers": "all"}, "mlp_only_layers"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"hidden_size": 64}, "has shape"),
+        ({"num_hidden_layers": 4}, "model.layers.3"),
+    ],
+)
+def test_unsupported_configs_are_named(tmp_path, changes, message):
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    (source / "config.json").write_text(json.dumps(tiny_config(**changes)))
+    with pytest.raises(ConvertError, match=message):
+        convert_checkpoint(source, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def broken(tmp_path: Path, change) -> ElmoeError:
+    source = write_checkpoint(tmp_path / "source", tiny_config(), shards=2)
+    change(source)
+    with pytest.raises(ElmoeError) as error:
+        convert_checkpoint(source, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    return error.value
+
+
+def test_incomplete_and_damaged_checkpoints_are_named(tmp_path):
+    first = "model-00001-of-00002.safetensors"
+
+    def edit(source: Path, **changes: object) -> None:
+        path = source / first
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        header["model.embed_tokens.weight"] |= changes
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+    cases = {
+        "00001-of-00002": lambda source: (source / first).unlink(),
+        "tokenizer.json": lambda source: (source / "tokenizer.json").unlink(),
+        "config.json' is missing": lambda source: (source / "config.json").unlink(),
+        "config.json' cannot": lambda source: (source / "config.json").write_text("{"),
+        "outside its file": lambda source: os.truncate(source / first, (source / first).stat().st_size - 10),
+        "no safetensors": lambda source: (source / first).write_bytes(b"\xff" * 100),
+        "damaged header": lambda source: (source / first).write_bytes((5).to_bytes(8, "little") + b"{,,,}" * 2),
+        "outside the folder": lambda source: (source / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"x": "../secret"}})
+        ),
+        "no weight_map": lambda source: (source / "model.safetensors.index.json").write_text("{}"),
+        "dtype I64": lambda source: edit(source, dtype="I64"),
+        r"embed_tokens.*damaged shape": lambda source: edit(source, shape=[-300, 48]),
+        r"embed_tokens.*lies outside": lambda source: edit(source, data_offsets=[2**60, 2**60 + 57600]),
+    }
+    for index, (message, change) in enumerate(cases.items()):
+        error = broken(tmp_path / str(index), change)
+        assert isinstance(error, ConvertError), message
+        assert re.search(message, str(error)), (message, str(error))
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    weights = random_weights(tiny_config())
+    del weights["model.layers.1.mlp.experts.4.up_proj.weight"]
+    source = write_checkpoint(tmp_path / "source", tiny_config(), weights)
+    with pytest.raises(ConvertError, match=r"layers\.1\.mlp\.experts\.4\.up_proj"):
+        convert_checkpoint(source, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.experts.3.down_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_nan_weights_name_the_tensor(tmp_path, name):
+    weights = random_weights(tiny_config())
+    weights[name].reshape(-1)[5] = np.nan
+    source = write_checkpoint(tmp_path / "source", tiny_config(), weights)
+    with pytest.raises((NumericsError, ConvertError), match=name):
+        convert_checkpoint(source, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_existing_target_and_a_full_disk(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    (tmp_path / "store").mkdir()
+    with pytest.raises(ConvertError, match="exists already"):
+        convert_checkpoint(source, tmp_path / "store")
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ConvertError, match="more bytes of disk, 1000 are free"):
+        convert_checkpoint(source, tmp_path / "other")
+
+
+def test_a_write_that_fails_midway_can_be_resumed(tmp_path, monkeypatch):
+    """ENOSPC while a layer is written: a clear error, no store, and the next run finishes with equal bytes."""
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    convert_checkpoint(source, tmp_path / "whole")
+    limit = (tmp_path / "whole" / "dense.bin").stat().st_size + 30_000
+
+    def convert() -> subprocess.CompletedProcess[str]:
+        code = f"""
+            import resource, signal
+            from elmoe.convert import convert_checkpoint
+            from elmoe.errors import ConvertError
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({limit // 2}, {limit // 2}))
+            try:
+                convert_checkpoint({str(source)!r}, {str(tmp_path / "store")!r})
+            except ConvertError as error:
+                print(error)
+        """
+        return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+
+    assert "cannot write" in convert().stdout
+    assert not (tmp_path / "store").exists()
+    convert_checkpoint(source, tmp_path / "store")
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_a_killed_conversion_leaves_no_store_and_resumes(tmp_path):
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    convert_checkpoint(source, tmp_path / "whole")
+    code = f"""
+        import os, signal
+        from elmoe.convert import convert_checkpoint
+        def progress(done, total):
+            if done > total - 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+        convert_checkpoint({str(source)!r}, {str(tmp_path / "store")!r}, progress)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert run.returncode == -signal.SIGKILL
+    partial = tmp_path / "store.partial"
+    assert partial.exists() and not (tmp_path / "store").exists()
+    kept = partial / "layer-000.experts"
+    stamp = kept.stat().st_mtime_ns
+    with open(partial / "journal.jsonl", "ab") as journal:
+        journal.write(b'{"file": {"na')  # as if killed while writing a line
+    seen = []
+    convert_checkpoint(source, tmp_path / "store", lambda done, total: seen.append((done, total)))
+    assert content(tmp_path / "store") == content(tmp_path / "whole") and not partial.exists()
+    assert (tmp_path / "store" / kept.name).stat().st_mtime_ns == stamp, "the finished layer was written again"
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_another_source_starts_anew(tmp_path):
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    partial = tmp_path / "store.partial"
+    partial.mkdir()
+    (partial / "journal.jsonl").write_text('{"fingerprint":"another"}\n{"file":{"name":"dense.bin","bytes":4096}}\n')
+    convert_checkpoint(source, tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        reader.verify()
+
+
+def test_memory_stays_bounded(tmp_path):
+    """A large embedding is quantised in row blocks: peak memory below twice the largest tensor plus 200 MB."""
+    config = tiny_config(vocab_size=400_000, hidden_size=128, num_hidden_layers=1)
+    weights = random_weights(config | {"vocab_size": 300})
+    weights["model.embed_tokens.weight"] = np.zeros((400_000, 128), np.float32)  # 205 MB
+    source = write_checkpoint(tmp_path / "source", config, weights)
+    code = f"""
+        import resource
+        from elmoe.convert import convert_checkpoint
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        convert_checkpoint({str(source)!r}, {str(tmp_path / "store")!r})
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert int(run.stdout) * 1024 < 2 * 205e6 + 200e6
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
+
+
+def test_float64_is_refused(tmp_path):
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    write_safetensors(source / "model.safetensors", random_weights(tiny_config()), "F64")
+    with pytest.raises(ConvertError, match="dtype F64"):
+        convert_checkpoint(source, tmp_path / "store")

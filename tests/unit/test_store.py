@@ -1,0 +1,152 @@
+"""Opening stores: damaged, foreign, hostile and future ones are refused with the file and the field."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elmoe.convert import convert_checkpoint, schema_of_config
+from elmoe.errors import StoreError
+from elmoe.store import open_store
+from elmoe.store.synthetic import synthesize
+from tests.checkpoints import tiny_config, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("original")
+    convert_checkpoint(write_checkpoint(folder / "source", tiny_config(mlp_only_layers=[1])), folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture
+def store(original, tmp_path) -> Path:
+    return shutil.copytree(original, tmp_path / "store")
+
+
+def edit(store: Path, change) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    change(manifest)
+    (store / "manifest.json").write_text(json.dumps(manifest))
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with open(path, "r+b") as handle:
+        handle.seek(offset)
+        handle.write(data)
+
+
+def tensor(manifest: dict, name: str) -> dict:
+    return next(entry for entry in manifest["tensors"] if entry["name"] == name)
+
+
+def test_an_intact_store_verifies(store):
+    with open_store(store) as reader:
+        seen: list[float] = []
+        reader.verify(seen.append)
+        assert seen == sorted(seen) and seen[-1] > 0
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (lambda s: overwrite(s / "dense.bin", 0, b"NOTASTOR"), "dense.bin.*magic"),
+        (lambda s: overwrite(s / "layer-000.experts", 8, b"\x09"), "layer-000.experts.*version 9"),
+        (lambda s: overwrite(s / "layer-000.experts", 16, b"\x02"), "another role or layer"),
+        (lambda s: os.truncate(s / "layer-002.experts", 8192), "layer-002.experts.*8192 bytes"),
+        (lambda s: (s / "layer-002.experts").unlink(), "layer-002.experts"),
+        (lambda s: (s / "tokenizer.json").unlink(), "tokenizer.json"),
+        (lambda s: (s / "manifest.json").unlink(), "manifest.json"),
+        (lambda s: (s / "manifest.json").write_text("{"), "manifest.json is not JSON"),
+        (lambda s: (s / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json is not JSON"),
+        (lambda s: edit(s, lambda m: m.update(format="zip")), "'format'"),
+        (lambda s: edit(s, lambda m: m.update(version=2)), "newer elmoe"),
+        (lambda s: edit(s, lambda m: m.update(extra=1)), "extra"),
+        (lambda s: edit(s, lambda m: m["model"].update(hidden="x")), "model.hidden"),
+        (lambda s: edit(s, lambda m: m["model"].update(hidden=-5)), "model.hidden"),
+        (lambda s: edit(s, lambda m: m["model"].update(top_k=99)), "top_k"),
+        (lambda s: edit(s, lambda m: m["model"].update(layers=4)), "'layers'"),
+        (lambda s: edit(s, lambda m: m["model"].update(expert_width=400)), "sizes of the model's experts"),
+        (lambda s: edit(s, lambda m: m["layers"][0].update(offset=2**40)), r"layers.0.offset"),
+        (lambda s: edit(s, lambda m: m["layers"][0].update(offset=100)), r"layers.0.offset"),
+        (lambda s: edit(s, lambda m: m["layers"][0].update(checksums=[])), r"checksums"),
+        (lambda s: edit(s, lambda m: m["layers"][0].update(file="../manifest.json")), "plain file name|lacks|belongs"),
+        (lambda s: edit(s, lambda m: m["files"][0].update(name="/etc/passwd")), "plain file name"),
+        (lambda s: edit(s, lambda m: m["tokenizer"].update(name="../../x")), "plain file name"),
+        (lambda s: edit(s, lambda m: m["files"].pop()), "'files' lacks"),
+        (lambda s: edit(s, lambda m: tensor(m, "embedding")["offsets"].update(lo=2**50)), r"tensors.embedding.offsets.lo"),
+        (lambda s: edit(s, lambda m: tensor(m, "embedding")["offsets"].update(lo=-64)), r"tensors.embedding.offsets.lo"),
+        (lambda s: edit(s, lambda m: tensor(m, "embedding")["offsets"].pop("lo")), r"tensors.embedding.offsets"),
+        (lambda s: edit(s, lambda m: tensor(m, "embedding").update(shape=[2**30, 2**30])), r"tensors.embedding"),
+        (lambda s: edit(s, lambda m: tensor(m, "embedding").update(shape=[])), r"tensors.embedding.shape"),
+        (lambda s: edit(s, lambda m: tensor(m, "layers.1.dense_ffn").update(shape=[9999, 99999])), r"dense_ffn"),
+    ],
+)
+def test_damage_is_named(store, damage, message):
+    damage(store)
+    with pytest.raises(StoreError, match=message):
+        open_store(store)
+
+
+def test_missing_tensors_are_named(store):
+    edit(store, lambda m: m["tensors"].remove(tensor(m, "final_norm")))
+    with open_store(store) as reader, pytest.raises(StoreError, match="final_norm"):
+        reader.array("final_norm")
+
+
+@pytest.mark.parametrize(
+    "file,offset,message",
+    [
+        ("layer-002.experts", 4096, "layer-002.experts: expert 0, MSB slice"),
+        ("layer-000.experts", -1, "layer-000.experts: expert 5, LSB slice"),
+        ("tokenizer.json", 0, "tokenizer.json"),
+    ],
+)
+def test_checksums_find_a_flipped_byte(store, file, offset, message):
+    path = store / file
+    offset = offset if offset >= 0 else path.stat().st_size + offset
+    byte = path.read_bytes()[offset]
+    overwrite(path, offset, bytes([byte ^ 1]))
+    with open_store(store) as reader, pytest.raises(StoreError, match=message):
+        reader.verify()
+
+
+def test_checksums_find_every_tensor(store):
+    with open_store(store) as reader:
+        sections = [(entry.name, offset) for entry in reader.manifest.tensors for offset in entry.offsets.values()]
+    for name, offset in sections[::5]:
+        byte = (store / "dense.bin").read_bytes()[offset]
+        overwrite(store / "dense.bin", offset, bytes([byte ^ 0x80]))
+        with open_store(store) as reader, pytest.raises(StoreError, match=name):
+            reader.verify()
+        overwrite(store / "dense.bin", offset, bytes([byte]))
+
+
+def test_views_are_read_only(store):
+    with open_store(store) as reader:
+        with pytest.raises(ValueError, match="read-only"):
+            reader.array("final_norm")[0] = 1
+        with pytest.raises(ValueError, match="read-only"):
+            reader.nested("embedding").hi[0, 0, 0] = 1
+
+
+def test_no_store():
+    with pytest.raises(StoreError, match="there is no store"):
+        open_store("does/not/exist")
+
+
+def test_synthetic_stores_are_deterministic(tmp_path):
+    schema = schema_of_config(tiny_config(tie_word_embeddings=False, mlp_only_layers=[0]))
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        synthesize(tmp_path / name, schema, seed)
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in "abc"]
+    assert files[0] == files[1] and files[0]["layer-001.experts"] != files[2]["layer-001.experts"]
+    with open_store(tmp_path / "a") as reader:
+        reader.verify()
+        values = reader.nested("head").dequantize()
+        assert 0.5 < np.std(values) * np.sqrt(schema.hidden) < 2
