@@ -28,9 +28,9 @@ class Measured:
 MEASURED = {
     "gqa_tied": Measured(0.272, 0.096, 0.045, 80),
     "wide_heads_bf16": Measured(0.118, 0.055, 0.041, 34),
-    "mha_odd_widths": Measured(0.065, 0.037, 0.033, 80),
+    "mha_odd_widths": Measured(0.194, 0.065, 0.039, 10),
     "dense_layers_bf16": Measured(0.116, 0.047, 0.035, 5),
-    "sparse_step_shards": Measured(0.153, 0.050, 0.031, 63),
+    "sparse_step_shards": Measured(0.255, 0.090, 0.041, 80),
     "all_experts": Measured(0.084, 0.040, 0.034, 67),
     "top_one": Measured(0.469, 0.118, 0.027, 20),
 }

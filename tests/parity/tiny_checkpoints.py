@@ -62,7 +62,7 @@ RECIPES = (
         expert_width=64, normalize=False, tied=False, rope_theta=1e6,
     ),
     Recipe(
-        "mha_odd_widths", hidden=80, heads=4, kv_heads=4, head_dim=24, experts=6, top_k=3, expert_width=48, tied=False,
+        "mha_odd_widths", seed=4, hidden=80, heads=4, kv_heads=4, head_dim=48, experts=6, top_k=3, expert_width=48, tied=False,
         epsilon=1e-2, vocabulary=300,
     ),
     Recipe(
@@ -70,7 +70,7 @@ RECIPES = (
         dense_width=112, expert_width=48, normalize=False,
     ),
     Recipe(
-        "sparse_step_shards", seed=2, hidden=48, layers=4, head_dim=8, sparse_step=2, dense_width=72, expert_width=40,
+        "sparse_step_shards", seed=5, hidden=48, layers=4, sparse_step=2, dense_width=72, expert_width=40,
         shards=3, new_rope=True, rope_theta=5000.0,
     ),
     Recipe(

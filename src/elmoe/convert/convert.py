@@ -79,9 +79,7 @@ def convert_checkpoint(source: str | Path, store: str | Path, progress: Callable
                 dense.array(name, values)
             else:
                 rows = sum(shape[0] for shape in shapes)
-                dense.nested(
-                    name, (rows, shapes[0][1]), lambda first, last, names=names: checkpoint.rows(names, first, last)
-                )
+                dense.nested(name, (rows, shapes[0][1]), partial(checkpoint.rows, names), ", ".join(names))
             step()
         for layer in schema.dense_layers:
             layout = ExpertLayout(schema.hidden, schema.dense_width)

@@ -184,7 +184,7 @@ class DenseFile:
         return offsets
 
     def _put(self, data: NDArray, offset: int) -> None:
-        view = memoryview(np.ascontiguousarray(data)).cast("B")
+        view = np.ascontiguousarray(data).data.cast("B")
         while view:
             written = os.pwrite(self._handle, view, offset)
             view, offset = view[written:], offset + written
@@ -195,13 +195,13 @@ class DenseFile:
             TensorEntry(name=name, kind=kind, shape=shape, offsets=offsets, checksum=checksum(*parts))  # type: ignore[arg-type]
         )
 
-    def nested(self, name: str, shape: tuple[int, int], rows: Rows) -> None:
-        """Quantise and add a matrix, ``ROW_BLOCK`` rows at a time."""
+    def nested(self, name: str, shape: tuple[int, int], rows: Rows, source: str) -> None:
+        """Quantise and add a matrix, ``ROW_BLOCK`` rows at a time; errors name its ``source``."""
         cells, groups = ceil_div(shape[0], BLOCK_ROWS) * ceil_div(shape[1], GROUP), ceil_div(shape[1], GROUP)
         sizes = {"hi": cells * GROUP_BYTES, "lo": cells * GROUP_BYTES, "scales": cells * 2 * BLOCK_ROWS}
         offsets = self._allocate(sizes)
         for first in range(0, shape[0], ROW_BLOCK):
-            matrix = NestedMatrix.from_weights(rows(first, min(first + ROW_BLOCK, shape[0])), name)
+            matrix = NestedMatrix.from_weights(rows(first, min(first + ROW_BLOCK, shape[0])), source)
             before = first // BLOCK_ROWS * groups
             for section, plane, per_cell in (
                 ("hi", matrix.hi, GROUP_BYTES), ("lo", matrix.lo, GROUP_BYTES), ("scales", matrix.scales, 2 * BLOCK_ROWS)

@@ -1,0 +1,67 @@
+// The kernels that exist once per instruction set, behind one table of function pointers.
+//
+// Every function computes its outputs in the canonical order that elmoe.bitslice defines, so all tables give the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace elmoe {
+
+constexpr int kGroup = 32;        // weights that share a scale
+constexpr int kBlockRows = 16;    // output rows interleaved in a block
+constexpr int kGroupBytes = 256;  // one plane, one group, one block
+
+inline int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+// Planes as they lie in a store: hi, lo (blocks, groups, 256), scales (blocks, groups, 16) fp16 bits.
+struct Matrix {
+    int rows, columns;
+    const uint8_t *hi, *lo;
+    const uint16_t* scales;
+    int blocks() const { return ceil_div(rows, kBlockRows); }
+    int groups() const { return ceil_div(columns, kGroup); }
+};
+
+// One token's quantised activations. `correction` per group is (offset - 128) * sum(codes), or -128 * sum(codes) for the
+// full product: with it the unsigned nibbles' dot product becomes that of the signed weights.
+struct Activation {
+    const int8_t* codes;
+    const float* scales;
+    const int32_t* correction;
+};
+
+// Keys and values of one (slot, layer, kv head): page p begins at keys[p], values[p].
+struct HeadPages {
+    const uint16_t* const* keys;
+    const uint16_t* const* values;
+    int page_positions;
+};
+
+struct Kernels {
+    const char* name;
+    // x (columns) -> codes (groups * 32), scales, correction; false if a value is NaN or infinite.
+    bool (*quantize)(const float* x, int columns, int8_t* codes, float* scales, int32_t* correction, int factor);
+    // y[token * stride + row] for the rows of blocks [first, last); rows are written up to the end of a block.
+    void (*matmul)(const Matrix& matrix, bool draft, int first, int last, const Activation* tokens, int count, float* y,
+                   int64_t stride);
+    void (*rms_norm)(const float* x, const float* weight, float* y, int size, float epsilon);
+    // out[row] = canonical dot product of x with row `row` of a (rows, size) matrix.
+    void (*dots)(const float* x, const float* rows, int count, int size, float* out);
+    // x -> exp(x - max(x)) in place; returns the canonical sum.
+    float (*softmax_numerators)(float* x, int size);
+    void (*exp_shifted)(const float* x, float shift, float* y, int size);  // y = exp(x - shift)
+    void (*swiglu)(const float* gate, const float* up, float* out, int size);
+    // out (head_dim) of one query head over positions 0..length-1; scores: scratch of length rounded up to 16.
+    void (*attend)(const float* query, const HeadPages& pages, int length, int head_dim, float scale, float* scores,
+                   float* out);
+    // Round to nearest even; returns false if a result is not finite.
+    bool (*to_half)(const float* x, uint16_t* y, int size);
+    void (*multiply_add)(float* total, float weight, const float* y, int size);  // total = total + weight * y
+    uint64_t (*read)(const uint8_t* data, int64_t size);                         // bandwidth probe: sums 64-bit words
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();    // null where the processor lacks them
+const Kernels* avx512_kernels();  // null where the processor lacks them
+
+}  // namespace elmoe

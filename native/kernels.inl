@@ -1,0 +1,224 @@
+// The kernels, written once on 16 lanes; included by each instruction set after its `Lanes` and `block_product`.
+
+// exp of elmoe.bitslice.arithmetic: Cody-Waite reduction, Cephes polynomial, 0 below -87.
+inline Lanes exp(Lanes x) {
+    const Lanes low = set1(-87.0f);
+    Lanes bounded = minimum(maximum(x, low), set1(88.0f));
+    Lanes n = rint(bounded * set1(1.44269504f));
+    Lanes r = bounded - n * set1(0.693359375f);
+    r = r - n * set1(-2.12194440e-4f);
+    Lanes p = set1(1.9875691500e-4f);
+    p = p * r + set1(1.3981999507e-3f);
+    p = p * r + set1(8.3334519073e-3f);
+    p = p * r + set1(4.1665795894e-2f);
+    p = p * r + set1(1.6666665459e-1f);
+    p = p * r + set1(5.0000001201e-1f);
+    p = (p * (r * r) + r) + set1(1.0f);
+    return zero_where_less(x, low, p * power_of_two(n));
+}
+
+inline float tree_sum(Lanes a) {
+    float lane[16];
+    store(lane, a);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] = lane[i] + lane[i + half];
+    return lane[0];
+}
+
+inline float largest(Lanes a) {
+    float lane[16], best;
+    store(lane, a);
+    best = lane[0];
+    for (float value : lane) best = value > best ? value : best;
+    return best;
+}
+
+// The last, partial group of 16 of an array, filled up.
+inline Lanes load_tail(const float* p, int count, float fill) {
+    float lane[16];
+    for (int i = 0; i < 16; ++i) lane[i] = i < count ? p[i] : fill;
+    return load(lane);
+}
+inline Lanes load_some(const float* p, int count, float fill) { return count >= 16 ? load(p) : load_tail(p, count, fill); }
+inline void store_some(float* p, Lanes a, int count) {
+    if (count >= 16) return store(p, a);
+    float lane[16];
+    store(lane, a);
+    for (int i = 0; i < count; ++i) p[i] = lane[i];
+}
+
+bool quantize(const float* x, int columns, int8_t* codes, float* scales, int32_t* correction, int factor) {
+    const int groups = ceil_div(columns, kGroup);
+    for (int g = 0; g < groups; ++g) {
+        float padded[kGroup];
+        const float* p = x + g * kGroup;
+        if (columns - g * kGroup < kGroup) {
+            for (int i = 0; i < kGroup; ++i) padded[i] = g * kGroup + i < columns ? p[i] : 0.0f;
+            p = padded;
+        }
+        uint32_t low = largest_magnitude(p), high = largest_magnitude(p + 16), bits = low > high ? low : high;
+        if (bits >= 0x7F800000u) return false;
+        float absmax;
+        __builtin_memcpy(&absmax, &bits, 4);
+        float scale = absmax / 127.0f;
+        scales[g] = scale;
+        int sum = 0;
+        if (scale == 0.0f) {
+            for (int i = 0; i < kGroup; ++i) codes[g * kGroup + i] = 0;
+        } else {
+            const Lanes s = set1(scale), bound = set1(127.0f), lower = set1(-127.0f);
+            for (int half = 0; half < kGroup; half += 16) {
+                Lanes code = minimum(maximum(rint(load(p + half) / s), lower), bound);
+                sum += store_codes(codes + g * kGroup + half, code);
+            }
+        }
+        correction[g] = factor * sum;
+    }
+    return true;
+}
+
+template <int T>
+inline void tile(const Matrix& m, bool draft, int block, const Activation* tokens, float* y, int64_t stride) {
+    const int64_t groups = m.groups(), at = block * groups;
+    const uint8_t *hi = m.hi + at * kGroupBytes, *lo = draft ? hi : m.lo + at * kGroupBytes;
+    const uint16_t* scales = m.scales + at * kBlockRows;
+    y += static_cast<int64_t>(block) * kBlockRows;
+    if (draft)
+        block_product<T, false>(hi, lo, scales, static_cast<int>(groups), tokens, y, stride);
+    else
+        block_product<T, true>(hi, lo, scales, static_cast<int>(groups), tokens, y, stride);
+}
+
+void matmul(const Matrix& m, bool draft, int first, int last, const Activation* tokens, int count, float* y, int64_t stride) {
+    for (int block = first; block < last; ++block) {
+        int t = 0;
+        if constexpr (kTile >= 8)
+            for (; t + 8 <= count; t += 8) tile<8>(m, draft, block, tokens + t, y + t * stride, stride);
+        for (; t + 4 <= count; t += 4) tile<4>(m, draft, block, tokens + t, y + t * stride, stride);
+        switch (count - t) {
+            case 3: tile<3>(m, draft, block, tokens + t, y + t * stride, stride); break;
+            case 2: tile<2>(m, draft, block, tokens + t, y + t * stride, stride); break;
+            case 1: tile<1>(m, draft, block, tokens + t, y + t * stride, stride); break;
+        }
+    }
+}
+
+void rms_norm(const float* x, const float* weight, float* y, int size, float epsilon) {
+    Lanes squares = set1(0);
+    for (int i = 0; i < size; i += 16) {
+        Lanes a = load_some(x + i, size - i, 0);
+        squares = squares + a * a;
+    }
+    float mean = tree_sum(squares) / static_cast<float>(size);
+    float root;
+    root = __builtin_sqrtf(mean + epsilon);
+    const Lanes inverse = set1(1.0f / root);
+    for (int i = 0; i < size; i += 16)
+        store_some(y + i, load_some(x + i, size - i, 0) * inverse * load_some(weight + i, size - i, 0), size - i);
+}
+
+void dots(const float* x, const float* rows, int count, int size, float* out) {
+    for (int row = 0; row < count; ++row, rows += size) {
+        Lanes sum = set1(0);
+        for (int i = 0; i < size; i += 16) sum = sum + load_some(x + i, size - i, 0) * load_some(rows + i, size - i, 0);
+        out[row] = tree_sum(sum);
+    }
+}
+
+inline float maximum_of(const float* x, int size) {
+    Lanes best = load_some(x, size, x[0]);
+    for (int i = 16; i < size; i += 16) best = maximum(best, load_some(x + i, size - i, x[0]));
+    return largest(best);
+}
+
+void exp_shifted(const float* x, float shift, float* y, int size) {
+    const Lanes s = set1(shift);
+    for (int i = 0; i < size; i += 16) store_some(y + i, exp(load_some(x + i, size - i, shift) - s), size - i);
+}
+
+float softmax_numerators(float* x, int size) {
+    const Lanes s = set1(maximum_of(x, size));
+    Lanes sum = set1(0);
+    for (int i = 0; i < size; i += 16) {
+        Lanes e = keep_first(exp(load_some(x + i, size - i, 0) - s), size - i < 16 ? size - i : 16, 0.0f);
+        store_some(x + i, e, size - i);
+        sum = sum + e;
+    }
+    return tree_sum(sum);
+}
+
+void swiglu(const float* gate, const float* up, float* out, int size) {
+    for (int i = 0; i < size; i += 16) {
+        Lanes g = load_some(gate + i, size - i, 0), u = load_some(up + i, size - i, 0);
+        store_some(out + i, g / (set1(1.0f) + exp(g * set1(-1.0f))) * u, size - i);
+    }
+}
+
+template <int C>  // C chunks of 16 dimensions at once
+inline void weigh_values(const HeadPages& pages, int length, int head_dim, int chunk, const float* weights, Lanes divisor,
+                         float* out) {
+    Lanes total[C];
+    for (int c = 0; c < C; ++c) total[c] = set1(0);
+    for (int page = 0, position = 0; position < length; ++page) {
+        const uint16_t* values = pages.values[page] + chunk * 16;
+        const int end = length - position < pages.page_positions ? length - position : pages.page_positions;
+        for (int i = 0; i < end; ++i, ++position, values += head_dim) {
+            const Lanes weight = set1(weights[position]);
+            for (int c = 0; c < C; ++c) total[c] = total[c] + weight * load_half(values + 16 * c);
+        }
+    }
+    for (int c = 0; c < C; ++c) store(out + (chunk + c) * 16, total[c] / divisor);
+}
+
+void attend(const float* query, const HeadPages& pages, int length, int head_dim, float scale, float* scores, float* out) {
+    const float least = -__builtin_inff();
+    Lanes best = set1(least);
+    for (int start = 0; start < length; start += 16) {
+        const uint16_t* keys = pages.keys[start / pages.page_positions];
+        keys += static_cast<int64_t>(start % pages.page_positions) * head_dim;
+        Lanes sum = set1(0);
+        for (int i = 0; i < head_dim; ++i) sum = sum + set1(query[i]) * load_half(keys + 16 * i);
+        sum = sum * set1(scale);
+        if (length - start < 16) sum = keep_first(sum, length - start, least);
+        store(scores + start, sum);
+        best = maximum(best, sum);
+    }
+    const Lanes shift = set1(largest(best));
+    Lanes sum = set1(0);
+    for (int start = 0; start < length; start += 16) {
+        Lanes e = exp(load(scores + start) - shift);  // positions beyond the length hold -infinity: weight 0
+        store(scores + start, e);
+        sum = sum + e;
+    }
+    const Lanes divisor = set1(tree_sum(sum));
+    int chunk = 0;
+    for (; chunk + 8 <= head_dim / 16; chunk += 8) weigh_values<8>(pages, length, head_dim, chunk, scores, divisor, out);
+    for (; chunk + 4 <= head_dim / 16; chunk += 4) weigh_values<4>(pages, length, head_dim, chunk, scores, divisor, out);
+    for (; chunk + 2 <= head_dim / 16; chunk += 2) weigh_values<2>(pages, length, head_dim, chunk, scores, divisor, out);
+    for (; chunk < head_dim / 16; ++chunk) weigh_values<1>(pages, length, head_dim, chunk, scores, divisor, out);
+}
+
+bool to_half(const float* x, uint16_t* y, int size) {
+    bool finite = true;
+    for (int i = 0; i < size; i += 16) {
+        uint16_t lane[16];
+        store_half(lane, load_some(x + i, size - i, 0));
+        for (int k = 0; k < 16 && i + k < size; ++k) {
+            y[i + k] = lane[k];
+            finite &= (lane[k] & 0x7C00) != 0x7C00;
+        }
+    }
+    return finite;
+}
+
+void multiply_add(float* total, float weight, const float* y, int size) {
+    const Lanes w = set1(weight);
+    for (int i = 0; i < size; i += 16)
+        store_some(total + i, load_some(total + i, size - i, 0) + w * load_some(y + i, size - i, 0), size - i);
+}
+
+const Kernels* table() {
+    static const Kernels kernels = {kName,       quantize, matmul,  rms_norm, dots,         softmax_numerators,
+                                    exp_shifted, swiglu,   attend,  to_half,  multiply_add, read};
+    return &kernels;
+}

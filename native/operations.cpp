@@ -1,0 +1,177 @@
+// What all operations share: the choice of kernels, rounding mode, scratch, quantised rows, matmul over the pool.
+#include "operations.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace elmoe {
+
+namespace {
+std::vector<const Kernels*> all_kernels() {
+    std::vector<const Kernels*> found;
+    for (const Kernels* one : {avx512_kernels(), avx2_kernels(), portable_kernels()})
+        if (one) found.push_back(one);
+    return found;
+}
+std::atomic<const Kernels*> chosen{nullptr};
+}  // namespace
+
+const Kernels& kernels() {
+    const Kernels* one = chosen.load(std::memory_order_acquire);
+    if (!one) {
+        one = all_kernels().front();
+        chosen.store(one, std::memory_order_release);
+    }
+    return *one;
+}
+
+bool set_variant(const std::string& name) {
+    for (const Kernels* one : all_kernels())
+        if (name.empty() || name == one->name) {
+            chosen.store(one, std::memory_order_release);
+            return true;
+        }
+    return false;
+}
+
+std::vector<std::string> available_variants() {
+    std::vector<std::string> names;
+    for (const Kernels* one : all_kernels()) names.emplace_back(one->name);
+    return names;
+}
+
+// Workers start with the default control word; only the caller's may have been changed.
+Operation::Operation() : lock_(Pool::instance().lock()) {
+#if defined(__x86_64__)
+    control_ = _mm_getcsr();
+    _mm_setcsr(0x1F80);
+#endif
+    scratch().reset();
+}
+
+Operation::~Operation() {
+#if defined(__x86_64__)
+    _mm_setcsr(control_);
+#endif
+}
+
+Scratch& scratch() {
+    static Scratch instance;
+    return instance;
+}
+
+void Scratch::reset() {
+    if (chunks_.size() > 1) {  // join the chunks, so that the next operation of this size takes one
+        size_t total = 0;
+        for (auto& chunk : chunks_) total += chunk.size;
+        chunks_.clear();
+        chunk_ = used_ = 0;
+        bytes(total);
+    }
+    chunk_ = used_ = 0;
+}
+
+void* Scratch::bytes(size_t size) {
+    size = (size + 63) & ~size_t{63};
+    while (chunk_ < chunks_.size() && used_ + size > chunks_[chunk_].size) {
+        ++chunk_;
+        used_ = 0;
+    }
+    if (chunk_ == chunks_.size()) {
+        const size_t least = size_t{1} << 20, capacity = size > least ? size : least;
+        auto* data = static_cast<std::byte*>(::operator new[](capacity, std::align_val_t{64}));
+        chunks_.push_back({std::unique_ptr<std::byte[], Free>(data), capacity});
+    }
+    void* result = chunks_[chunk_].data.get() + used_;
+    used_ += size;
+    return result;
+}
+
+std::vector<Activation> quantize_rows(const float* x, int count, int columns, int64_t stride, int factor) {
+    const size_t groups = ceil_div(columns, kGroup);
+    auto* codes = scratch().get<int8_t>(count * groups * kGroup);
+    auto* scales = scratch().get<float>(count * groups);
+    auto* correction = scratch().get<int32_t>(count * groups);
+    std::vector<Activation> rows(count);
+    for (int i = 0; i < count; ++i) rows[i] = {codes + i * groups * kGroup, scales + i * groups, correction + i * groups};
+    std::atomic<bool> finite{true};
+    const Kernels& k = kernels();
+    auto one = [&](int i, int) {
+        if (!k.quantize(x + i * stride, columns, codes + i * groups * kGroup, scales + i * groups, correction + i * groups,
+                        factor))
+            finite = false;
+    };
+    if (count < 8)
+        for (int i = 0; i < count; ++i) one(i, 0);
+    else
+        Pool::instance().run(count, one);
+    if (!finite) throw NumericsFailure("activations hold NaN or infinite values");
+    return rows;
+}
+
+void matmul_all(const Matrix& matrix, bool draft, const std::vector<Activation>& tokens, float* y, int64_t stride) {
+    const Kernels& k = kernels();
+    const int blocks = matrix.blocks(), count = static_cast<int>(tokens.size());
+    const int64_t block_bytes = static_cast<int64_t>(matrix.groups()) * (2 * kGroupBytes + 2 * kBlockRows);
+    // A task reads at least 32 KiB, so that claiming is cheap; there are several per thread, so that they balance.
+    const int pieces = 8 * Pool::instance().threads();
+    const int per_task = static_cast<int>(std::max<int64_t>(ceil_div(blocks, pieces), (32 << 10) / block_bytes + 1));
+    Pool::instance().run(ceil_div(blocks, per_task), [&](int task, int) {
+        const int first = task * per_task;
+        k.matmul(matrix, draft, first, std::min(blocks, first + per_task), tokens.data(), count, y, stride);
+    });
+}
+
+void matmul_exact(const Matrix& matrix, bool draft, int offset, const float* x, int count, float* y) {
+    auto rows = quantize_rows(x, count, matrix.columns, matrix.columns, correction_factor(draft, offset));
+    if (matrix.rows % kBlockRows == 0) return matmul_all(matrix, draft, rows, y, matrix.rows);
+    const int64_t stride = static_cast<int64_t>(matrix.blocks()) * kBlockRows;
+    auto* padded = scratch().get<float>(count * stride);
+    matmul_all(matrix, draft, rows, padded, stride);
+    for (int i = 0; i < count; ++i) std::memcpy(y + static_cast<int64_t>(i) * matrix.rows, padded + i * stride, 4 * matrix.rows);
+}
+
+void embed(const Matrix& matrix, const int32_t* tokens, int count, float* out) {
+    const int groups = matrix.groups();
+    auto* codes = scratch().get<float>(kGroup);
+    auto* scale = scratch().get<float>(1);
+    for (int i = 0; i < count; ++i) {
+        const int block = tokens[i] / kBlockRows, n = tokens[i] % kBlockRows;
+        for (int g = 0; g < groups; ++g) {
+            const int64_t at = (static_cast<int64_t>(block) * groups + g) * kGroupBytes;
+            const uint16_t half = matrix.scales[(static_cast<int64_t>(block) * groups + g) * kBlockRows + n];
+            // fp16 to float, exactly: also for subnormal scales
+            const int exponent = half >> 10 & 31, mantissa = half & 1023;
+            *scale = exponent ? static_cast<float>(1024 + mantissa) : static_cast<float>(mantissa);
+            for (int e = exponent ? exponent : 1; e < 25; ++e) *scale *= 0.5f;
+            for (int e = 25; e < exponent; ++e) *scale *= 2.0f;
+            for (int c = 0; c < kGroup; ++c) {
+                const int byte = 64 * (c % 16 / 4) + 4 * n + c % 4, shift = c < 16 ? 0 : 4;
+                const int hi = matrix.hi[at + byte] >> shift & 15, lo = matrix.lo[at + byte] >> shift & 15;
+                codes[c] = static_cast<float>(16 * (hi - 8) + lo);
+            }
+            for (int c = 0; c < kGroup && g * kGroup + c < matrix.columns; ++c)
+                out[static_cast<int64_t>(i) * matrix.columns + g * kGroup + c] = codes[c] * *scale;
+        }
+    }
+}
+
+uint64_t stream_read(const uint8_t* data, int64_t size) {
+    // Large contiguous pieces, enough of them to balance.
+    const int pieces = 16 * Pool::instance().threads();
+    const int64_t each = (size / pieces + 4096) & ~int64_t{4095};
+    std::atomic<uint64_t> total{0};
+    const Kernels& k = kernels();
+    Pool::instance().run(pieces, [&](int piece, int) {
+        const int64_t first = piece * each;
+        if (first < size) total += k.read(data + first, std::min(each, size - first));
+    });
+    return total;
+}
+
+}  // namespace elmoe

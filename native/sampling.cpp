@@ -1,0 +1,133 @@
+// Sampling: processors, Philox4x64-10, Gumbel noise; float64 in plain C++, one rounding per operation.
+#include <algorithm>
+#include <cstring>
+
+#include "operations.hpp"
+
+namespace elmoe {
+
+namespace {
+
+// Natural logarithm of a positive normal number: FreeBSD's e_log.c without its special cases, as in arithmetic.py.
+double log64(double x) {
+    int64_t bits;
+    std::memcpy(&bits, &x, 8);
+    int64_t k = (bits >> 52) - 1023;
+    bits = (bits & 0x000FFFFFFFFFFFFF) | 0x3FE0000000000000;
+    double m;
+    std::memcpy(&m, &bits, 8);  // in [1/2, 1)
+    if (m < 0.70710678118654752440)
+        m = m + m;
+    else
+        ++k;
+    const double f = m - 1.0, s = f / (2.0 + f), z = s * s;
+    double p = 1.479819860511658591e-01;
+    for (double c : {1.531383769920937332e-01, 1.818357216161805012e-01, 2.222219843214978396e-01, 2.857142874366239149e-01,
+                     3.999999999940941908e-01, 6.666666666666735130e-01})
+        p = p * z + c;
+    const double half_square = 0.5 * f * f, exponent = static_cast<double>(k);
+    return exponent * 6.93147180369123816490e-01 -
+           ((half_square - (s * (half_square + z * p) + exponent * 1.90821492927058770002e-10)) - f);
+}
+
+uint64_t multiply_high(uint64_t a, uint64_t b, uint64_t& low) {
+    const auto product = static_cast<unsigned __int128>(a) * b;
+    low = static_cast<uint64_t>(product);
+    return static_cast<uint64_t>(product >> 64);
+}
+
+// First word of Philox4x64-10 with key (seed, choice) and counter (position, token, 0, 0).
+uint64_t philox(uint64_t seed, uint64_t choice, uint64_t position, uint64_t token) {
+    uint64_t c0 = position, c1 = token, c2 = 0, c3 = 0;
+    for (int round = 0; round < 10; ++round) {
+        uint64_t low0, low1;
+        const uint64_t high0 = multiply_high(0xD2E7470EE14C6C93, c0, low0);
+        const uint64_t high1 = multiply_high(0xCA5A826395121157, c2, low1);
+        c0 = high1 ^ c1 ^ seed;
+        c1 = low1;
+        c2 = high0 ^ c3 ^ choice;
+        c3 = low0;
+        seed += 0x9E3779B97F4A7C15;
+        choice += 0xBB67AE8584CAA73B;
+    }
+    return c0;
+}
+
+double gumbel(const SamplingParameters& p, int64_t position, int64_t token) {
+    const uint64_t k = philox(p.seed, p.choice, static_cast<uint64_t>(position), static_cast<uint64_t>(token)) >> 12;
+    const double u = (static_cast<double>(k) + 0.5) * 0x1p-52;
+    return -log64(-log64(u));
+}
+
+// Sum of float32 values as float64 in 16 lanes and a tree; `keep` may be null.
+double lane_sum(const float* values, const uint8_t* keep, int size) {
+    double lane[16] = {};
+    for (int i = 0; i < size; ++i) lane[i % 16] = lane[i % 16] + (keep && !keep[i] ? 0.0 : static_cast<double>(values[i]));
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] = lane[i] + lane[i + half];
+    return lane[0];
+}
+
+}  // namespace
+
+Sampled sample(const float* logits, int vocabulary, const SamplingParameters& p, int64_t position) {
+    const Kernels& k = kernels();
+    int best = 0;
+    for (int i = 1; i < vocabulary; ++i)
+        if (logits[i] > logits[best]) best = i;
+    auto* plain = scratch().get<float>(vocabulary);
+    k.exp_shifted(logits, logits[best], plain, vocabulary);
+    const double plain_sum = lane_sum(plain, nullptr, vocabulary);
+    auto result = [&](int token, double confidence) {
+        const double distance = static_cast<double>(logits[token]) - static_cast<double>(logits[best]);
+        return Sampled{token, confidence, distance - log64(plain_sum)};
+    };
+    if (p.temperature == 0) return result(best, static_cast<double>(plain[best]) / plain_sum);
+
+    auto* z = scratch().get<double>(vocabulary);
+    auto* rounded = scratch().get<float>(vocabulary);
+    auto* weights = scratch().get<float>(vocabulary);
+    auto* alive = scratch().get<uint8_t>(vocabulary);
+    const double highest = static_cast<double>(logits[best]) / p.temperature;
+    for (int i = 0; i < vocabulary; ++i) {
+        z[i] = static_cast<double>(logits[i]) / p.temperature - highest;
+        rounded[i] = static_cast<float>(z[i]);
+        alive[i] = 1;
+    }
+    k.exp_shifted(rounded, 0.0f, weights, vocabulary);
+    auto* order = scratch().get<int32_t>(vocabulary);
+    for (int i = 0; i < vocabulary; ++i) order[i] = i;
+    auto before = [logits](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
+    int survivors = vocabulary;
+    if (p.top_k > 0 && p.top_k < vocabulary) {
+        survivors = static_cast<int>(p.top_k);
+        std::nth_element(order, order + survivors - 1, order + vocabulary, before);
+        for (int i = survivors; i < vocabulary; ++i) alive[order[i]] = 0;
+    }
+    const double total = lane_sum(weights, alive, vocabulary);
+    if (p.top_p < 1) {
+        const double limit = p.top_p * total;
+        double reached = 0;
+        auto after = [&](int32_t a, int32_t b) { return before(b, a); };
+        int32_t* end = order + survivors;  // a heap: only as many are sorted as are kept
+        std::make_heap(order, end, after);
+        for (; end != order && reached < limit; --end) {
+            reached = reached + static_cast<double>(weights[order[0]]);
+            std::pop_heap(order, end, after);
+        }
+        for (int32_t* dead = order; dead != end; ++dead) alive[*dead] = 0;
+    }
+    int token = -1;
+    double highest_noisy = 0;
+    for (int i = 0; i < vocabulary; ++i) {
+        if (!alive[i] || (p.min_p > 0 && !(static_cast<double>(weights[i]) >= p.min_p))) continue;
+        const double noisy = z[i] + gumbel(p, position, i);
+        if (token < 0 || noisy > highest_noisy) {
+            token = i;
+            highest_noisy = noisy;
+        }
+    }
+    return result(token, static_cast<double>(weights[token]) / total);
+}
+
+}  // namespace elmoe

@@ -1,0 +1,248 @@
+"""The one door to native code: the signatures of ``elmoe.bitslice``, the same bits, the speed of the machine.
+
+Native objects made of weights are kept on the weights themselves, so a call on the decode path passes few arrays.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.bitslice import (
+    AttentionWeights,
+    ExpertLayout,
+    KVCache,
+    NestedMatrix,
+    RouterWeights,
+    Routing,
+    Sample,
+    SamplingParameters,
+    rotary_tables,
+)
+from elmoe.bitslice.expert import PROJECTIONS
+from elmoe.errors import KernelError, NumericsError
+
+try:
+    from elmoe import _native  # noqa: TID251 - this module is the door
+except ImportError as error:
+    raise KernelError(
+        f"the native kernels are missing ({error})", "reinstall with a C++20 compiler (make demo), or use --backend reference"
+    ) from error
+
+__all__ = [
+    "AttentionWeights",
+    "ExpertLayout",
+    "KVCache",
+    "NestedMatrix",
+    "RouterWeights",
+    "Routing",
+    "Sample",
+    "SamplingParameters",
+    "attention_block",
+    "embed",
+    "expert_ffn",
+    "logits",
+    "nested_matmul",
+    "rms_norm",
+    "rotary_tables",
+    "route",
+    "sample",
+    "set_threads",
+    "set_variant",
+    "stream_read",
+    "threads",
+    "variant",
+    "variants",
+]
+
+_HANDLE = "_native_handle"
+_WORD = 1 << 64
+
+
+def variants() -> list[str]:
+    """Instruction-set variants this processor can run, best first."""
+    return list(_native.variants())
+
+
+def variant() -> str:
+    """The variant in use."""
+    return str(_native.variant())
+
+
+def set_variant(name: str | None) -> None:
+    """Use a variant (None: the best); KernelError if this processor cannot run it."""
+    if not _native.set_variant(name or ""):
+        raise KernelError(f"this processor cannot run the kernel variant '{name}'", f"it can run {', '.join(variants())}")
+
+
+def threads() -> int:
+    """Threads the kernels use."""
+    return int(_native.threads())
+
+
+def set_threads(count: int) -> None:
+    """Use ``count`` threads, 1..64; results do not depend on it."""
+    if not 1 <= count <= 64:
+        raise KernelError(f"{count} kernel threads", "use 1 to 64")
+    _native.set_threads(count)
+
+
+set_variant(os.environ.get("ELMOE_VARIANT"))
+
+
+def _handle(owner: Any, make: Any) -> Any:
+    """The native object of a frozen dataclass, made at first use and kept on it."""
+    try:
+        return owner.__dict__[_HANDLE]
+    except KeyError:
+        handle = make(owner)
+        object.__setattr__(owner, _HANDLE, handle)
+        return handle
+
+
+def _matrix(matrix: NestedMatrix) -> Any:
+    return _native.Matrix(matrix.rows, matrix.columns, matrix.hi, matrix.lo, matrix.scales.view(np.uint16))
+
+
+def _attention(weights: AttentionWeights) -> Any:
+    return _native.Attention(
+        weights.norm, _handle(weights.query_key_value, _matrix), weights.query_norm, weights.key_norm,
+        _handle(weights.output, _matrix), weights.heads, weights.kv_heads, weights.head_dim, weights.epsilon,
+    )  # fmt: skip
+
+
+def _router(weights: RouterWeights) -> Any:
+    return _native.Router(weights.norm, weights.router, weights.top_k, weights.epsilon, weights.normalize)
+
+
+def _cache(cache: KVCache) -> Any:
+    return _native.Cache(cache.keys.view(np.uint16), cache.values.view(np.uint16), cache.table)
+
+
+def _expert(layout: ExpertLayout) -> Any:
+    msb = [layout.msb[0][f"{projection}_{kind}"] for kind in ("hi", "scales") for projection in PROJECTIONS]
+    return _native.Expert(layout.hidden, layout.width, msb, [layout.lsb[0][f"{name}_lo"] for name in PROJECTIONS])
+
+
+def nested_matmul(
+    matrix: NestedMatrix, x: NDArray[np.float32], draft: bool = False, offset: float = 8.0
+) -> NDArray[np.float32]:
+    """(tokens, columns) float32 times the matrix transposed: (tokens, rows) float32."""
+    y = np.empty((x.shape[0], matrix.rows), np.float32)
+    if matrix.lo is None and not draft:
+        raise NumericsError("the LSB slice is not at hand")
+    try:
+        _native.nested_matmul(_handle(matrix, _matrix), x, y, draft, offset)
+    except _native.NumericsFailure as error:
+        raise NumericsError(str(error), "check the checkpoint's weights") from None
+    return y
+
+
+def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]:
+    """``x / sqrt(mean(x^2) + epsilon) * weight`` over the last axis of (tokens, size)."""
+    y = np.empty_like(x)
+    _native.rms_norm(x, weight, y, epsilon)
+    return y
+
+
+def attention_block(
+    weights: AttentionWeights,
+    x: NDArray[np.float32],
+    cache: KVCache,
+    layer: int,
+    slots: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    cosine: NDArray[np.float32],
+    sine: NDArray[np.float32],
+) -> None:
+    """Add attention to ``x`` in place and write the cache; see ``bitslice.attention_block``."""
+    try:
+        _native.attention_block(
+            _handle(weights, _attention), x, _handle(cache, _cache), layer, slots, positions, cosine, sine
+        )  # fmt: skip
+    except _native.NumericsFailure as error:
+        raise NumericsError(str(error), "check the checkpoint's weights") from None
+
+
+def route(
+    weights: RouterWeights,
+    x: NDArray[np.float32],
+    allowed: NDArray[np.uint8] | None = None,
+    draft_top_k: int | None = None,
+    rescale: bool = True,
+) -> Routing:
+    """Norm, route and choose experts; see ``bitslice.route``."""
+    tokens, top_k = x.shape[0], weights.top_k
+    ranks, size = min(2 * top_k, weights.router.shape[0]), top_k
+    if allowed is not None:
+        size = min(draft_top_k or top_k, top_k, int(np.count_nonzero(allowed)))
+        if size == 0:
+            raise NumericsError("a draft has no expert it may use")
+    routing = Routing(
+        np.empty_like(x),
+        np.empty((tokens, ranks), np.int32),
+        np.empty((tokens, ranks), np.float32),
+        np.empty((tokens, size), np.int32),
+        np.empty((tokens, size), np.float32),
+    )
+    try:
+        _native.route(
+            _handle(weights, _router), x, allowed, rescale, routing.hidden, routing.ranked, routing.scores, routing.experts,
+            routing.weights,
+        )  # fmt: skip
+    except _native.NumericsFailure as error:
+        raise NumericsError(str(error), "check the checkpoint's weights") from None
+    return routing
+
+
+def expert_ffn(
+    layout: ExpertLayout,
+    addresses: NDArray[np.int64],
+    hidden: NDArray[np.float32],
+    experts: NDArray[np.int32],
+    weights: NDArray[np.float32],
+    x: NDArray[np.float32],
+    draft: bool = False,
+    offset: float = 8.0,
+) -> None:
+    """Run experts and add their weighted sum to ``x`` in place; see ``bitslice.expert_ffn``."""
+    try:
+        _native.expert_ffn(_handle(layout, _expert), addresses, hidden, experts, weights, x, draft, offset)
+    except _native.NumericsFailure as error:
+        raise NumericsError(str(error), "check the checkpoint's weights") from None
+
+
+def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Rows of the embedding, dequantised: (tokens, hidden) float32."""
+    out = np.empty((len(tokens), matrix.columns), np.float32)
+    try:
+        _native.embed(_handle(matrix, _matrix), tokens, out)
+    except _native.NumericsFailure as error:
+        raise NumericsError(str(error)) from None
+    return out
+
+
+def logits(norm: NDArray[np.float32], epsilon: float, head: NestedMatrix, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Final norm and vocabulary projection: (tokens, hidden) -> (tokens, vocabulary) float32, checked finite."""
+    out = np.empty((x.shape[0], head.rows), np.float32)
+    try:
+        _native.logits(norm, epsilon, _handle(head, _matrix), x, out)
+    except _native.NumericsFailure as error:
+        raise NumericsError(str(error), "check the checkpoint's weights") from None
+    return out
+
+
+def sample(logits: NDArray[np.float32], parameters: SamplingParameters, position: int) -> Sample:
+    """Sample one token for the given absolute position; see ``bitslice.sample``."""
+    p = parameters
+    return Sample(
+        *_native.sample(logits, p.temperature, p.top_k, p.top_p, p.min_p, p.seed % _WORD, p.choice % _WORD, position)
+    )
+
+
+def stream_read(data: NDArray[np.uint8]) -> int:
+    """Read every byte of a flat array with all threads and return a checksum: a probe of memory bandwidth."""
+    return int(_native.stream_read(data))
