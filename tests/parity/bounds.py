@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOAT_BOUND = 1e-5
-"""Float backend against transformers; measured 1.5e-6 at most."""
+FLOAT_BOUND = 2e-5
+"""Float backend against transformers; measured 3.7e-6 at most, most of it from float32 norms there."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from elmoe.engine.kv import KVPool
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import KernelError, StoreError
-from elmoe.models.decoder import Decoder, Tokens, WeightReader
+from elmoe.models.decoder import Decoder, Draft, Tokens, WeightReader
 from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
 from tests.parity.bounds import Measured
@@ -57,7 +57,9 @@ class AllExperts:
         return self._addresses[layer]
 
 
-def decoder_logits(reader: WeightReader, backend: ModuleType, ids: NDArray[np.int32], chunk: int = 32) -> NDArray:
+def decoder_logits(
+    reader: WeightReader, backend: ModuleType, ids: NDArray[np.int32], chunk: int = 32, draft: Draft | None = None
+) -> NDArray:
     """Logits (tokens, vocabulary) of every position of one sequence, computed ``chunk`` tokens at a time."""
     decoder, pool = Decoder(reader, backend), KVPool(reader.schema, 1, len(ids))
     decoder.reserve_positions(len(ids))
@@ -66,7 +68,7 @@ def decoder_logits(reader: WeightReader, backend: ModuleType, ids: NDArray[np.in
     for start in range(0, len(ids), chunk):
         positions = np.arange(start, min(start + chunk, len(ids)), dtype=np.int32)
         tokens = Tokens(ids[positions], np.zeros_like(positions), positions)
-        parts.append(decoder.forward(tokens, pool.cache, AllExperts(reader))[0])
+        parts.append(decoder.forward(tokens, pool.cache, AllExperts(reader), draft)[0])
     return np.concatenate(parts)
 
 

@@ -21,6 +21,7 @@ from elmoe import bitslice  # noqa: E402
 from elmoe.engine.perplexity import evaluate  # noqa: E402
 from elmoe.engine.session import Session  # noqa: E402
 from elmoe.errors import ConvertError  # noqa: E402
+from elmoe.models.decoder import Draft  # noqa: E402
 from tests.parity import float_backend, harness  # noqa: E402
 from tests.parity import transformers_reference as reference  # noqa: E402
 from tests.parity.bounds import FLOAT_BOUND, MEASURED  # noqa: E402
@@ -92,12 +93,24 @@ def test_w8a8_error(case: Case) -> None:
 
 
 def test_native_kernels_equal_bitslice(case: Case) -> None:
+    """Every variant this processor runs, target and draft, in pieces of any size: the same bits."""
     kernels = harness.native_kernels()
     if kernels is None:
         pytest.skip("no native kernels")
-    for chunk in (1, 7, len(case.ids)):
-        expected = harness.decoder_logits(case.reader, bitslice, case.ids, chunk)
-        assert np.array_equal(harness.decoder_logits(case.reader, kernels, case.ids, chunk), expected)
+    schema = case.reader.schema
+    allowed = np.zeros((len(schema.moe_layers), schema.experts), np.uint8)
+    allowed[:, ::2] = 1
+    used = kernels.variant()
+    for draft in (None, Draft(allowed, schema.top_k), Draft(allowed, 1, rescale=False, offset=0.0)):
+        expected = harness.decoder_logits(case.reader, bitslice, case.ids, draft=draft)
+        for variant in kernels.variants():
+            kernels.set_variant(variant)
+            try:
+                for chunk in (1, 7, len(case.ids)):
+                    found = harness.decoder_logits(case.reader, kernels, case.ids, chunk, draft)
+                    assert np.array_equal(found, expected), (variant, chunk, draft)
+            finally:
+                kernels.set_variant(used)
 
 
 def test_greedy_generation(case: Case) -> None:

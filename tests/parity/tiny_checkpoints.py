@@ -62,8 +62,8 @@ RECIPES = (
         expert_width=64, normalize=False, tied=False, rope_theta=1e6,
     ),
     Recipe(
-        "mha_odd_widths", seed=4, hidden=80, heads=4, kv_heads=4, head_dim=48, experts=6, top_k=3, expert_width=48, tied=False,
-        epsilon=1e-2, vocabulary=300,
+        "mha_odd_widths", seed=4, hidden=80, heads=4, kv_heads=4, head_dim=48, experts=6, top_k=3, expert_width=48,
+        tied=False, epsilon=1e-2, vocabulary=300,
     ),
     Recipe(
         "dense_layers_bf16", seed=8, dtype="bfloat16", layers=4, heads=6, kv_heads=3, head_dim=32, mlp_only_layers=(0, 2),

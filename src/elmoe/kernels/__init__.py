@@ -29,7 +29,8 @@ try:
     from elmoe import _native  # noqa: TID251 - this module is the door
 except ImportError as error:
     raise KernelError(
-        f"the native kernels are missing ({error})", "reinstall with a C++20 compiler (make demo), or use --backend reference"
+        f"the native kernels are missing ({error})",
+        "reinstall with a C++20 compiler (make demo), or use --backend reference",
     ) from error
 
 __all__ = [
