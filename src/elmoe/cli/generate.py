@@ -44,6 +44,7 @@ def command(
         batch=batch or min(len(prompt), 16),
     )  # fmt: skip
     with Session(store, options, backend) as session:
+        click.echo(session.reader_note, err=True)
         use_threads(backend, threads)
         sampling = SamplingParameters(temperature, top_k, top_p, min_p, seed)
         texts = [session.chat_prompt([{"role": "user", "content": text}]) if chat else text for text in prompt]

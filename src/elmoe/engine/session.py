@@ -16,7 +16,8 @@ from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import RequestError, StoreError
-from elmoe.store import open_store, resolve_store
+from elmoe.store import available_memory, open_store, resolve_store
+from elmoe.units import format_bytes
 
 if TYPE_CHECKING:
     from elmoe.trace import TraceRecorder
@@ -36,6 +37,7 @@ class Session:
         module = load_backend(backend)
         self.path = resolve_store(store)
         self.reader = open_store(self.path)
+        self.reader_note = _reader_note(sum(file.bytes for file in self.reader.manifest.files), available_memory())
         try:
             self.tokenizer = Tokenizer.from_file(str(self.reader.tokenizer_path))
         except Exception as error:  # tokenizers raises bare Exception
@@ -95,6 +97,14 @@ class Session:
     ) -> tuple[list[Result], Statistics]:
         """Serve requests as ``Engine.generate`` does, with this store's tokenizer for stop strings."""
         return self.engine.generate(requests, self.decode, recorder, on_commit)
+
+
+def _reader_note(store_bytes: int, available: int) -> str:
+    """Which reader serves a store, and why, in words for a log."""
+    sizes = f"{format_bytes(store_bytes)} store, {format_bytes(available)} of memory available"
+    if store_bytes <= available:
+        return f"reader: memory ({sizes})"
+    return f"reader: memory ({sizes}: larger than memory, so reads go through the page cache and will be slow)"
 
 
 def _refuse(message: Any) -> None:

@@ -1,0 +1,90 @@
+"""Types of the compiled module; ``elmoe.kernels`` is its only importer."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+class NumericsFailure(Exception): ...
+
+class Matrix:
+    def __init__(
+        self, rows: int, columns: int, hi: NDArray[np.uint8], lo: NDArray[np.uint8] | None, scales: NDArray[np.uint16]
+    ) -> None: ...
+
+class Attention:
+    def __init__(
+        self,
+        norm: NDArray[np.float32],
+        query_key_value: Matrix,
+        query_norm: NDArray[np.float32] | None,
+        key_norm: NDArray[np.float32] | None,
+        output: Matrix,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        epsilon: float,
+    ) -> None: ...
+
+class Router:
+    def __init__(
+        self, norm: NDArray[np.float32], router: NDArray[np.float32], top_k: int, epsilon: float, normalize: bool
+    ) -> None: ...
+
+class Cache:
+    def __init__(self, keys: NDArray[np.uint16], values: NDArray[np.uint16], table: NDArray[np.int32]) -> None: ...
+
+class Expert:
+    def __init__(self, hidden: int, width: int, msb: list[int], lsb: list[int]) -> None: ...
+
+def nested_matmul(matrix: Matrix, x: NDArray[np.float32], y: NDArray[np.float32], draft: bool, offset: float) -> None: ...
+def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], y: NDArray[np.float32], epsilon: float) -> None: ...
+def attention_block(
+    weights: Attention,
+    x: NDArray[np.float32],
+    cache: Cache,
+    layer: int,
+    slots: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    cosine: NDArray[np.float32],
+    sine: NDArray[np.float32],
+) -> None: ...
+def route(
+    router: Router,
+    x: NDArray[np.float32],
+    allowed: NDArray[np.uint8] | None,
+    rescale: bool,
+    hidden: NDArray[np.float32],
+    ranked: NDArray[np.int32],
+    scores: NDArray[np.float32],
+    experts: NDArray[np.int32],
+    weights: NDArray[np.float32],
+) -> None: ...
+def expert_ffn(
+    layout: Expert,
+    addresses: NDArray[np.int64],
+    hidden: NDArray[np.float32],
+    experts: NDArray[np.int32],
+    weights: NDArray[np.float32],
+    x: NDArray[np.float32],
+    draft: bool,
+    offset: float,
+) -> None: ...
+def embed(matrix: Matrix, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None: ...
+def logits(
+    norm: NDArray[np.float32], epsilon: float, head: Matrix, x: NDArray[np.float32], out: NDArray[np.float32]
+) -> None: ...
+def sample(
+    logits: NDArray[np.float32],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    choice: int,
+    position: int,
+) -> tuple[int, float, float]: ...
+def stream_read(data: NDArray[np.uint8]) -> int: ...
+def set_threads(count: int) -> None: ...
+def threads() -> int: ...
+def set_variant(name: str) -> bool: ...
+def variant() -> str: ...
+def variants() -> list[str]: ...

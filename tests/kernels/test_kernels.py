@@ -1,0 +1,396 @@
+"""Every native function against its NumPy definition, bit for bit, on every variant and several thread counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from elmoe import bitslice, kernels
+from elmoe.bitslice import (
+    AttentionWeights,
+    ExpertLayout,
+    KVCache,
+    NestedMatrix,
+    RouterWeights,
+    SamplingParameters,
+    rotary_tables,
+)
+from elmoe.errors import KernelError, NumericsError
+
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33)
+
+
+@pytest.fixture(params=[(v, t) for v in kernels.variants() for t in (1, 2, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
+def machine(request):
+    variant, threads = request.param
+    kernels.set_variant(variant)
+    kernels.set_threads(threads)
+    yield variant
+    kernels.set_variant(None)
+    kernels.set_threads(2)
+
+
+def same_bits(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+
+
+def normal(rng: np.random.Generator, *shape: int, magnitude: float = 1.0) -> np.ndarray:
+    return (rng.standard_normal(shape) * magnitude).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows,columns", [(1, 1), (15, 31), (16, 32), (17, 33), (33, 70), (160, 256)])
+def test_matmul(machine, rows, columns):
+    rng = np.random.default_rng(rows)
+    matrix = NestedMatrix.from_weights(normal(rng, rows, columns))
+    draft_only = replace(matrix, lo=None)
+    for tokens in TOKENS:
+        x = normal(rng, tokens, columns)
+        assert same_bits(kernels.nested_matmul(matrix, x), bitslice.nested_matmul(matrix, x))
+        for offset in (8.0, 0.0, 3.0):
+            expected = bitslice.nested_matmul(matrix, x, True, offset=offset)
+            assert same_bits(kernels.nested_matmul(draft_only, x, True, offset), expected)
+
+
+def test_matmul_of_all_codes_and_extreme_values(machine):
+    """All 256 codes (-128 too), subnormal and huge scales, zero groups, activations from subnormal to huge."""
+    codes = np.tile(np.arange(-128, 128).astype(np.int8), (20, 1))
+    scales = np.ones((20, 8), np.float16)
+    scales[:, 1], scales[:, 2], scales[:, 3] = 6e-8, 65504, 0
+    scales[3] = np.float16(2e-6)
+    matrix = NestedMatrix.from_codes(codes, scales)
+    rng = np.random.default_rng(0)
+    for magnitude in (1e-44, 1e-38, 1e-20, 1.0, 1e30):
+        x = normal(rng, 5, 256, magnitude=magnitude)
+        x[1, 32:64] = 0
+        x[2] = 0
+        for draft in (False, True):
+            with np.errstate(over="ignore"):
+                expected = bitslice.nested_matmul(matrix, x, draft, offset=8.0)
+            assert same_bits(kernels.nested_matmul(matrix, x, draft), expected)
+
+
+def test_values_at_the_rounding_border_are_rounded_to_even(machine):
+    matrix = NestedMatrix.from_weights(np.eye(32, dtype=np.float32))
+    x = np.zeros((1, 32), np.float32)
+    x[0] = np.arange(32) - 16 + 0.5
+    x[0, 0] = 127  # scale 1: all others lie on .5
+    assert same_bits(kernels.nested_matmul(matrix, x), bitslice.nested_matmul(matrix, x))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_activations_are_refused(machine, bad):
+    matrix = NestedMatrix.from_weights(np.ones((16, 64), np.float32))
+    for tokens in (1, 12):
+        x = np.ones((tokens, 64), np.float32)
+        x[-1, 40] = bad
+        with pytest.raises(NumericsError, match="NaN or infinite"):
+            kernels.nested_matmul(matrix, x)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 48, 192, 2048])
+def test_rms_norm(machine, size):
+    rng = np.random.default_rng(size)
+    x, weight = normal(rng, 3, size), normal(rng, size)
+    assert same_bits(kernels.rms_norm(x, weight, 1e-6), bitslice.rms_norm(x, weight, 1e-6))
+
+
+def attention_case(rng, hidden, heads, kv_heads, head_dim, norms=True):
+    weights = AttentionWeights(
+        normal(rng, hidden) + 1,
+        NestedMatrix.from_weights(normal(rng, (heads + 2 * kv_heads) * head_dim, hidden, magnitude=hidden**-0.5)),
+        normal(rng, head_dim) + 1 if norms else None,
+        normal(rng, head_dim) + 1 if norms else None,
+        NestedMatrix.from_weights(normal(rng, hidden, heads * head_dim, magnitude=0.1)),
+        heads, kv_heads, head_dim, 1e-6,
+    )  # fmt: skip
+
+    def cache() -> KVCache:
+        table = np.array([[3, 0, 5], [1, 4, 2]], np.int32)
+        return KVCache(
+            np.zeros((6, 2, kv_heads, 2, head_dim, 16), np.float16), np.zeros((6, 2, kv_heads, 32, head_dim), np.float16), table
+        )  # fmt: skip
+
+    return weights, cache(), cache()
+
+
+@pytest.mark.parametrize(
+    "hidden,heads,kv_heads,head_dim,norms",
+    [(48, 4, 2, 16, True), (40, 8, 1, 32, True), (64, 3, 3, 48, False), (64, 2, 1, 128, True)],
+)
+def test_attention(machine, hidden, heads, kv_heads, head_dim, norms):
+    """Prompts and single steps over page borders, two sequences mixed in a call; outputs and cache bytes."""
+    rng = np.random.default_rng(hidden)
+    weights, ours, theirs = attention_case(rng, hidden, heads, kv_heads, head_dim, norms)
+    cosine, sine = rotary_tables(96, head_dim, 10000.0)
+    lengths = [0, 0]
+    for counts in ((1, 0), (14, 3), (1, 1), (1, 12), (16, 1), (2, 1), (40, 20), (1, 1), (9, 0)):
+        slots = np.repeat([0, 1], counts).astype(np.int32)
+        positions = np.concatenate([np.arange(lengths[s], lengths[s] + counts[s]) for s in (0, 1)]).astype(np.int32)
+        lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
+        x = normal(rng, len(slots), hidden)
+        expected = x.copy()
+        bitslice.attention_block(weights, expected, theirs, 1, slots, positions, cosine, sine)
+        kernels.attention_block(weights, x, ours, 1, slots, positions, cosine, sine)
+        assert same_bits(x, expected)
+        assert same_bits(ours.keys, theirs.keys) and same_bits(ours.values, theirs.values)
+
+
+def test_attention_ignores_what_lies_behind_the_length(machine):
+    """Rejected drafts leave garbage in the cache; nothing of it may be seen."""
+    rng = np.random.default_rng(5)
+    weights, ours, theirs = attention_case(rng, 48, 4, 2, 16)
+    ours.keys[:], ours.values[:] = np.float16(60000), np.float16(-60000)
+    cosine, sine = rotary_tables(96, 16, 10000.0)
+    for start, count in ((0, 5), (5, 1), (6, 12), (18, 1)):
+        positions = np.arange(start, start + count, dtype=np.int32)
+        x = normal(rng, count, 48)
+        expected = x.copy()
+        bitslice.attention_block(weights, expected, theirs, 0, np.zeros_like(positions), positions, cosine, sine)
+        kernels.attention_block(weights, x, ours, 0, np.zeros_like(positions), positions, cosine, sine)
+        assert same_bits(x, expected)
+
+
+def test_attention_refuses_bad_places_and_values(machine):
+    rng = np.random.default_rng(6)
+    weights, cache, _ = attention_case(rng, 48, 4, 2, 16)
+    cosine, sine = rotary_tables(200, 16, 10000.0)
+
+    def call(slot: int, position: int, x: np.ndarray, layer: int = 0) -> None:
+        kernels.attention_block(
+            weights, x, cache, layer, np.array([slot], np.int32), np.array([position], np.int32), cosine, sine
+        )  # fmt: skip
+
+    for slot, position, layer in ((2, 0, 0), (-1, 0, 0), (0, -1, 0), (0, 96, 0), (0, 199, 0), (0, 0, 2), (0, 0, -1)):
+        with pytest.raises(ValueError, match=r"range|page|cache"):
+            call(slot, position, np.ones((1, 48), np.float32), layer)
+    cache.table[0, 1] = -1
+    with pytest.raises(ValueError, match="page"):
+        call(0, 40, np.ones((1, 48), np.float32))
+    huge = replace(weights, key_norm=np.full(16, 1e30, np.float32))
+    with pytest.raises(NumericsError, match="layer 1"):
+        kernels.attention_block(
+            huge, normal(rng, 1, 48), cache, 1, np.zeros(1, np.int32), np.zeros(1, np.int32), cosine, sine
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("experts,top_k,hidden", [(8, 2, 48), (64, 4, 192), (5, 5, 33), (128, 8, 64)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route(machine, experts, top_k, hidden, normalize):
+    rng = np.random.default_rng(experts)
+    weights = RouterWeights(normal(rng, hidden) + 1, normal(rng, experts, hidden), 1e-6, top_k, normalize)
+    for tokens in (1, 3, 17, 40):
+        x = normal(rng, tokens, hidden)
+        mask = (rng.random(experts) < 0.4).astype(np.uint8)
+        mask[0] = 1
+        one = np.zeros(experts, np.uint8)
+        one[-1] = 1
+        for arguments in ((), (mask,), (mask, 1), (mask, None, False), (one,), (np.ones(experts, np.uint8), top_k, False)):
+            ours, theirs = kernels.route(weights, x, *arguments), bitslice.route(weights, x, *arguments)
+            for field in ("hidden", "ranked", "scores", "experts", "weights"):
+                assert same_bits(getattr(ours, field), getattr(theirs, field)), field
+
+
+def test_route_breaks_ties_by_id_and_survives_underflow(machine):
+    weights = RouterWeights(np.ones(16, np.float32), np.zeros((8, 16), np.float32), 1e-6, 3, True)
+    x = np.ones((1, 16), np.float32)
+    assert kernels.route(weights, x).experts.tolist() == [[0, 1, 2]]
+    router = np.full((8, 16), -100, np.float32)
+    router[0] = 100  # all others underflow to probability 0
+    steep = replace(weights, router=router)
+    mask = np.array([0, 0, 1, 1, 1, 0, 0, 0], np.uint8)
+    ours, theirs = kernels.route(steep, x, mask), bitslice.route(steep, x, mask)
+    assert same_bits(ours.weights, theirs.weights) and abs(ours.weights.sum() - 1) < 1e-6
+    for backend in (kernels, bitslice):
+        with pytest.raises(NumericsError, match="no expert"):
+            backend.route(weights, x, np.zeros(8, np.uint8))
+        with pytest.raises(NumericsError, match="router"):
+            backend.route(weights, x * np.nan)
+
+
+def packed_experts(rng, layout: ExpertLayout, count: int):
+    records, addresses = [], np.zeros((count, 2), np.int64)
+    for expert in range(count):
+        pair = layout.pack({name: NestedMatrix.from_weights(normal(rng, *layout.shape(name), magnitude=0.2))
+                            for name in ("gate", "up", "down")})  # fmt: skip
+        records.append(pair)
+        addresses[expert] = [record.ctypes.data for record in pair]
+    return records, addresses
+
+
+@pytest.mark.parametrize("hidden,width,count,k", [(48, 40, 6, 2), (192, 96, 16, 4), (33, 17, 3, 3), (64, 64, 1, 1)])
+def test_expert_ffn(machine, hidden, width, count, k):
+    rng = np.random.default_rng(hidden)
+    layout = ExpertLayout(hidden, width)
+    records, addresses = packed_experts(rng, layout, count)
+    assert len(records) == count
+    for tokens in TOKENS:
+        ids = np.sort(np.argsort(rng.random((tokens, count)), axis=1)[:, :k], axis=1).astype(np.int32)
+        weights, inputs, x = np.abs(normal(rng, tokens, k)), normal(rng, tokens, hidden), normal(rng, tokens, hidden)
+        for draft, offset in ((False, 8.0), (True, 8.0), (True, 0.0)):
+            ours, theirs = x.copy(), x.copy()
+            kernels.expert_ffn(layout, addresses, inputs, ids, weights, ours, draft, offset)
+            bitslice.expert_ffn(layout, addresses, inputs, ids, weights, theirs, draft, offset)
+            assert same_bits(ours, theirs)
+
+
+def test_expert_ffn_needs_its_slices(machine):
+    layout = ExpertLayout(48, 32)
+    records, addresses = packed_experts(np.random.default_rng(0), layout, 3)
+    assert len(records) == 3
+    ids, weights = np.array([[0, 2]], np.int32), np.ones((1, 2), np.float32)
+    x = np.ones((1, 48), np.float32)
+    without_lsb, without_msb = addresses.copy(), addresses.copy()
+    without_lsb[2, 1] = without_msb[0, 0] = 0
+    for backend in (kernels, bitslice):
+        backend.expert_ffn(layout, without_lsb, x, ids, weights, x.copy(), True)
+        with pytest.raises(NumericsError, match="expert 2: the LSB slice is not resident"):
+            backend.expert_ffn(layout, without_lsb, x, ids, weights, x.copy())
+        with pytest.raises(NumericsError, match="expert 0: the MSB slice is not resident"):
+            backend.expert_ffn(layout, without_msb, x, ids, weights, x.copy(), True)
+    for bad in (-1, 3):
+        with pytest.raises(ValueError, match="out of range"):
+            kernels.expert_ffn(layout, addresses, x, np.array([[bad]], np.int32), weights[:, :1], x.copy())
+    with pytest.raises(ValueError, match="integral offset"):
+        kernels.expert_ffn(layout, addresses, x, ids, weights, x.copy(), True, 7.5)
+
+
+def test_embed_and_logits(machine):
+    rng = np.random.default_rng(0)
+    matrix = NestedMatrix.from_weights(normal(rng, 97, 70))
+    scales = matrix.scales.copy()
+    scales[1, :, 3] = 3e-7
+    matrix = replace(matrix, scales=scales)
+    ids = np.array([0, 19, 96, 15, 16, 17], np.int32)
+    assert same_bits(kernels.embed(matrix, ids), bitslice.embed(matrix, ids))
+    for bad in (-1, 97):
+        for backend in (kernels, bitslice):
+            with pytest.raises(NumericsError, match="token id"):
+                backend.embed(matrix, np.array([bad], np.int32))
+    norm = normal(rng, 70)
+    for tokens in (1, 4, 9):
+        x = normal(rng, tokens, 70)
+        assert same_bits(kernels.logits(norm, 1e-6, matrix, x), bitslice.logits(norm, 1e-6, matrix, x))
+    for backend in (kernels, bitslice):
+        with pytest.raises(NumericsError):
+            backend.logits(norm, 1e-6, matrix, x * np.nan)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 97, 1000])
+def test_sample(machine, vocabulary):
+    rng = np.random.default_rng(vocabulary)
+    for case in range(60):
+        logits = normal(rng, vocabulary, magnitude=float(rng.choice([0.1, 2.0, 30.0])))
+        if case % 5 == 0:
+            logits = np.round(logits)  # ties
+        parameters = SamplingParameters(
+            float(rng.choice([0.0, 0.3, 1.0, 1.7])), int(rng.choice([0, 1, 5, 40])), float(rng.choice([1.0, 0.9, 0.3])),
+            float(rng.choice([0.0, 0.05, 0.5])), int(rng.integers(-(2**40), 2**62)), int(rng.integers(0, 3)),
+        )  # fmt: skip
+        position = int(rng.integers(0, 5000))
+        assert kernels.sample(logits, parameters, position) == bitslice.sample(logits, parameters, position)
+
+
+def test_half_precision_rounds_alike():
+    """Every fp16 border: values between neighbouring halves, subnormals, overflow, through the cache."""
+    rng = np.random.default_rng(0)
+    halves = np.arange(0, 0x7C00, 37, dtype=np.uint16).view(np.float16).astype(np.float32)
+    borders = np.concatenate([halves, (halves[1:] + halves[:-1]) / 2, halves * np.float32(1.0003)])
+    borders = borders[: len(borders) // 16 * 16].reshape(-1, 16)
+    weights, _, _ = attention_case(rng, 16, 1, 1, 16, norms=False)
+    assert np.isfinite(borders).all()
+    # values reach the cache without rotation: identity projection, value rows
+    identity = np.zeros((48, 16), np.float32)
+    identity[32:] = np.eye(16)
+    weights = replace(weights, norm=np.ones(16, np.float32), query_key_value=NestedMatrix.from_weights(identity))
+    cosine, sine = rotary_tables(8, 16, 10000.0)
+    for variant in kernels.variants():
+        kernels.set_variant(variant)
+        for row in borders[::7]:
+            caches = [KVCache(np.zeros((1, 1, 1, 1, 16, 16), np.float16), np.zeros((1, 1, 1, 16, 16), np.float16),
+                              np.zeros((1, 1), np.int32)) for _ in range(2)]  # fmt: skip
+            zero = np.zeros(1, np.int32)
+            for backend, cache in zip((kernels, bitslice), caches, strict=True):
+                backend.attention_block(weights, row[None].copy(), cache, 0, zero, zero, cosine, sine)
+            assert same_bits(caches[0].values, caches[1].values)
+    kernels.set_variant(None)
+
+
+def test_concurrent_calls_and_the_gil():
+    """Two Python threads get right results, and a third makes progress while kernels run."""
+    rng = np.random.default_rng(0)
+    matrix = NestedMatrix.from_weights(normal(rng, 2048, 1024))
+    x = normal(rng, 64, 1024)
+    expected = kernels.nested_matmul(matrix, x)
+    wrong: list[int] = []
+    ticks, done = [0], threading.Event()
+
+    def work() -> None:
+        for _ in range(20):
+            if not np.array_equal(kernels.nested_matmul(matrix, x), expected):
+                wrong.append(1)
+
+    def count() -> None:
+        while not done.is_set():
+            ticks[0] += 1
+            time.sleep(0.0005)
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    counter = threading.Thread(target=count)
+    for thread in (counter, *workers):
+        thread.start()
+    for thread in workers:
+        thread.join()
+    done.set()
+    counter.join()
+    assert not wrong and ticks[0] > 5
+
+
+def test_changing_threads_between_calls_is_safe():
+    matrix = NestedMatrix.from_weights(normal(np.random.default_rng(0), 512, 256))
+    x = normal(np.random.default_rng(1), 3, 256)
+    expected = bitslice.nested_matmul(matrix, x)
+    for threads in (1, 5, 2, 16, 1, 3, 2):
+        kernels.set_threads(threads)
+        for _ in range(30):
+            assert same_bits(kernels.nested_matmul(matrix, x), expected)
+    assert kernels.threads() == 2
+    for bad in (0, 65):
+        with pytest.raises(KernelError):
+            kernels.set_threads(bad)
+
+
+def test_the_rounding_mode_of_the_caller_is_kept():
+    """A caller that flushes subnormals gets the same bits, and its setting back."""
+    code = """
+import ctypes, numpy as np
+from elmoe import kernels, bitslice
+from elmoe.bitslice import NestedMatrix
+libm = ctypes.CDLL("libm.so.6")
+matrix = NestedMatrix.from_weights(np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32))
+x = (np.random.default_rng(1).standard_normal((2, 64)) * 1e-42).astype(np.float32)
+expected = bitslice.nested_matmul(matrix, x)
+FE_UPWARD = 0x800
+assert libm.fesetround(FE_UPWARD) == 0
+ours = kernels.nested_matmul(matrix, x)
+mode = libm.fegetround()
+libm.fesetround(0)
+assert mode == FE_UPWARD and ours.tobytes() == expected.tobytes()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_stream_read_reads_every_byte(machine):
+    data = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8)
+    words = int(data.view(np.uint64).sum(dtype=np.uint64))
+    assert kernels.stream_read(data) == words
+
+
+def test_a_variant_of_another_processor_is_refused():
+    with pytest.raises(KernelError, match="sve2"):
+        kernels.set_variant("sve2")
