@@ -112,9 +112,8 @@ def attention_case(rng, hidden, heads, kv_heads, head_dim, norms=True):
 
     def cache() -> KVCache:
         table = np.array([[3, 0, 5], [1, 4, 2]], np.int32)
-        return KVCache(
-            np.zeros((6, 2, kv_heads, 2, head_dim, 16), np.float16), np.zeros((6, 2, kv_heads, 32, head_dim), np.float16), table
-        )  # fmt: skip
+        keys = np.zeros((6, 2, kv_heads, 2, head_dim, 16), np.float16)
+        return KVCache(keys, np.zeros((6, 2, kv_heads, 32, head_dim), np.float16), table)
 
     return weights, cache(), cache()
 
