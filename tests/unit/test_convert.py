@@ -116,6 +116,7 @@ def test_shards_types_and_templates(tmp_path):
         ({"hidden_size": "48"}, "hidden_size"),
         ({"head_dim": 24}, "head_dim"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_key_value_heads": None}, "num_key_value_heads"),
         ({"mlp_only_layers": "all"}, "mlp_only_layers"),
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
         ({"hidden_size": 64}, "has shape"),
@@ -137,6 +138,17 @@ def broken(tmp_path: Path, change) -> ElmoeError:
         convert_checkpoint(source, tmp_path / "store")
     assert not (tmp_path / "store").exists()
     return error.value
+
+
+def test_spellings_that_mean_the_same():
+    """Nulls, transformers 5's names, and defaults written out."""
+    plain = tiny_config(rope_theta=5000.0)
+    renamed = tiny_config(
+        num_local_experts=6, head_dim=None, rope_scaling={"rope_type": "default"}, hidden_size=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, mlp_only_layers=None,
+    )  # fmt: skip
+    del renamed["num_experts"], renamed["rope_theta"]
+    assert read_config(renamed) == read_config(plain | {"hidden_size": 64})
 
 
 def test_incomplete_and_damaged_checkpoints_are_named(tmp_path):

@@ -15,7 +15,7 @@ def test_matmul_is_the_documented_chain(rows, columns, draft, offset):
     rng = np.random.default_rng(rows)
     matrix = NestedMatrix.from_weights(rng.standard_normal((rows, columns)).astype(np.float32))
     x = rng.standard_normal((3, columns)).astype(np.float32)
-    result = nested_matmul(matrix, x, draft, 4, offset)
+    result = nested_matmul(matrix, x, draft, offset)
     quantised = quantize_activations(x)
     for token in range(3):
         for row in range(rows):

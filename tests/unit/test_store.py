@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from elmoe import bitslice
 from elmoe.convert import convert_checkpoint, schema_of_config
+from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.request import Request
 from elmoe.errors import StoreError
 from elmoe.store import open_store
 from elmoe.store.synthetic import synthesize
@@ -150,3 +153,11 @@ def test_synthetic_stores_are_deterministic(tmp_path):
         reader.verify()
         values = reader.nested("head").dequantize()
         assert 0.5 < np.std(values) * np.sqrt(schema.hidden) < 2
+
+
+def test_a_closed_store_is_named(store):
+    reader = open_store(store)
+    engine = Engine(reader, bitslice, EngineOptions(mode="plain"))
+    reader.close()
+    with pytest.raises(StoreError, match="closed"):
+        engine.generate([Request((1, 2), 2)])

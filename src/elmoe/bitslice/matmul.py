@@ -41,7 +41,7 @@ def quantize_activations(x: NDArray[np.float32]) -> Activations:
 
 
 def nested_matmul(
-    matrix: NestedMatrix, x: NDArray[np.float32], draft: bool = False, bits: int = 4, offset: float | None = None
+    matrix: NestedMatrix, x: NDArray[np.float32], draft: bool = False, offset: float | None = None, bits: int = 4
 ) -> NDArray[np.float32]:
     """(tokens, columns) float32 times the matrix transposed: (tokens, rows) float32.
 

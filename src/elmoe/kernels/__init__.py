@@ -104,6 +104,13 @@ def _handle(owner: Any, make: Any) -> Any:
         return handle
 
 
+def _check_offset(offset: float) -> None:
+    if offset not in range(17):
+        raise NumericsError(
+            f"native kernels draft with an integral offset within 0..16, not {offset}", "use --backend reference"
+        )
+
+
 def _matrix(matrix: NestedMatrix) -> Any:
     return _native.Matrix(matrix.rows, matrix.columns, matrix.hi, matrix.lo, matrix.scales.view(np.uint16))
 
@@ -129,9 +136,12 @@ def _expert(layout: ExpertLayout) -> Any:
 
 
 def nested_matmul(
-    matrix: NestedMatrix, x: NDArray[np.float32], draft: bool = False, offset: float = 8.0
+    matrix: NestedMatrix, x: NDArray[np.float32], draft: bool = False, offset: float = 8.0, bits: int = 4
 ) -> NDArray[np.float32]:
-    """(tokens, columns) float32 times the matrix transposed: (tokens, rows) float32."""
+    """(tokens, columns) float32 times the matrix transposed: (tokens, rows) float32. Drafts of 4 bits only."""
+    if bits != 4:
+        raise NumericsError(f"native kernels draft with 4 bits, not {bits}", "use --backend reference")
+    _check_offset(offset)
     y = np.empty((x.shape[0], matrix.rows), np.float32)
     if matrix.lo is None and not draft:
         raise NumericsError("the LSB slice is not at hand")
@@ -210,6 +220,7 @@ def expert_ffn(
     offset: float = 8.0,
 ) -> None:
     """Run experts and add their weighted sum to ``x`` in place; see ``bitslice.expert_ffn``."""
+    _check_offset(offset)
     try:
         _native.expert_ffn(_handle(layout, _expert), addresses, hidden, experts, weights, x, draft, offset)
     except _native.NumericsFailure as error:

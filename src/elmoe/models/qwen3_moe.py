@@ -39,13 +39,18 @@ def read_config(config: dict[str, Any]) -> ModelSchema:
     _must_be(config, "hidden_act", ("silu",))
     _must_be(config, "attention_bias", (False,))
     _must_be(config, "use_sliding_window", (False,))
-    _must_be(config, "rope_scaling", (None,))
-    rope = config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise ConvertError(f"config.json: 'rope_parameters' is {rope!r}", "supported: rope_type 'default'")
+    config = {key: value for key, value in config.items() if value is not None}  # null means the default
+    if "num_experts" not in config and "num_local_experts" in config:  # what transformers 5 writes
+        config["num_experts"] = config["num_local_experts"]
+    for key in ("rope_scaling", "rope_parameters"):
+        values = config.get(key, {})
+        kind = values.get("rope_type", values.get("type", "default")) if isinstance(values, dict) else values
+        if kind != "default":
+            raise ConvertError(f"config.json: '{key}' is {values!r}", "supported: rope_type 'default'")
+    rope = config.get("rope_parameters", {})
     layers, hidden = _integer(config, "num_hidden_layers"), _integer(config, "hidden_size")
     heads = _integer(config, "num_attention_heads")
-    kv_heads, head_dim = _integer(config, "num_key_value_heads", heads), _integer(config, "head_dim", hidden // heads)
+    kv_heads, head_dim = _integer(config, "num_key_value_heads"), _integer(config, "head_dim", hidden // heads)
     experts, top_k = _integer(config, "num_experts"), _integer(config, "num_experts_per_tok")
     if heads % kv_heads:
         raise ConvertError(f"config.json: 'num_attention_heads' {heads} is no multiple of 'num_key_value_heads' {kv_heads}")

@@ -107,6 +107,12 @@ class MemoryReader:
         """Let go of the mappings; views handed out keep theirs alive."""
         self._maps.clear()
 
+    def _file(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a data file; StoreError once the reader is closed."""
+        if name not in self._maps:
+            raise StoreError(f"the store '{self.path.name}' is closed", "keep the session open while it is used")
+        return self._maps[name]
+
     def _map(self, name: str, size: int, role: int, layer: int) -> NDArray[np.uint8]:
         file = self.path / name
         try:
@@ -137,7 +143,7 @@ class MemoryReader:
     def _check_offsets(self) -> None:
         for tensor in self.manifest.tensors:
             for section, offset, size in self._sections(tensor):
-                limit = self._maps[DENSE_FILE].size
+                limit = self._file(DENSE_FILE).size
                 if not PAGE <= offset <= limit - size or offset % 64:
                     raise StoreError(
                         f"{MANIFEST}: tensors.{tensor.name}.offsets.{section} = {offset} lies outside {DENSE_FILE}",
@@ -149,7 +155,7 @@ class MemoryReader:
             if (layer.experts, layer.msb_bytes, layer.lsb_bytes, layer.stride) != expected:
                 raise StoreError(f"{MANIFEST}: layers.{layer.layer} does not have the sizes of the model's experts")
             end = layer.offset + layer.experts * layer.stride
-            if layer.offset < PAGE or layer.offset % PAGE or end > self._maps[layer.file].size:
+            if layer.offset < PAGE or layer.offset % PAGE or end > self._file(layer.file).size:
                 raise StoreError(f"{MANIFEST}: layers.{layer.layer}.offset = {layer.offset} lies outside '{layer.file}'")
             if len(layer.checksums) != layer.experts:
                 raise StoreError(f"{MANIFEST}: layers.{layer.layer}.checksums has {len(layer.checksums)} entries")
@@ -176,7 +182,7 @@ class MemoryReader:
     def _section(self, tensor: TensorEntry, section: str) -> NDArray[np.uint8]:
         for name, offset, size in self._sections(tensor):
             if name == section:
-                return self._maps[DENSE_FILE][offset : offset + size]
+                return self._file(DENSE_FILE)[offset : offset + size]
         raise StoreError(f"tensor '{tensor.name}' has no section '{section}'")
 
     def _tensor(self, name: str, kind: str) -> TensorEntry:
@@ -215,14 +221,14 @@ class MemoryReader:
             tensor = self._tensor(f"layers.{layer}.dense_ffn", "expert")
             return np.array([[self._section(tensor, part).ctypes.data for part in ("msb", "lsb")]], np.int64)
         entry = self._layers[layer]
-        first = self._maps[entry.file].ctypes.data + entry.offset
+        first = self._file(entry.file).ctypes.data + entry.offset
         msb = first + entry.stride * np.arange(entry.experts, dtype=np.int64)
         return np.ascontiguousarray(np.stack([msb, msb + entry.msb_bytes], axis=1))
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of everything but routed experts."""
-        return self._maps[DENSE_FILE].size
+        return self._file(DENSE_FILE).size
 
     @property
     def tokenizer_path(self) -> Path:
@@ -251,7 +257,7 @@ class MemoryReader:
                 wrong.append(f"{DENSE_FILE}: tensor '{tensor.name}'")
             report(sum(len(part) for part in parts))
         for layer in self.manifest.layers:
-            data = self._maps[layer.file]
+            data = self._file(layer.file)
             for expert, sums in enumerate(layer.checksums):
                 start = layer.offset + expert * layer.stride
                 middle, end = start + layer.msb_bytes, start + layer.stride
