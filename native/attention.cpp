@@ -34,7 +34,7 @@ void attention_block(const AttentionLayer& layer, float* x, int tokens, const Ca
         k.rms_norm(x + static_cast<int64_t>(t) * hidden, layer.norm, normed + static_cast<int64_t>(t) * hidden, hidden,
                    layer.epsilon);
     auto* projected = scratch().get<float>(tokens * stride);
-    matmul_all(layer.query_key_value, false, quantize_rows(normed, tokens, hidden, hidden, -128), projected, stride);
+    matmul_all(layer.query_key_value, false, quantize_rows(normed, tokens, hidden, -128), projected, stride);
 
     // Element (layer, kv head) of a page, in halves.
     auto page_at = [&](int slot, int page, int head) {
@@ -100,7 +100,7 @@ void attention_block(const AttentionLayer& layer, float* x, int tokens, const Ca
 
     const int64_t out_stride = static_cast<int64_t>(layer.output.blocks()) * kBlockRows;
     auto* out = scratch().get<float>(tokens * out_stride);
-    matmul_all(layer.output, false, quantize_rows(attended, tokens, inner, inner, -128), out, out_stride);
+    matmul_all(layer.output, false, quantize_rows(attended, tokens, inner, -128), out, out_stride);
     for (int t = 0; t < tokens; ++t)
         for (int i = 0; i < hidden; ++i) x[static_cast<int64_t>(t) * hidden + i] += out[t * out_stride + i];
 }

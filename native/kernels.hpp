@@ -22,12 +22,15 @@ struct Matrix {
     int groups() const { return ceil_div(columns, kGroup); }
 };
 
-// One token's quantised activations. `correction` per group is (offset - 128) * sum(codes), or -128 * sum(codes) for the
-// full product: with it the unsigned nibbles' dot product becomes that of the signed weights.
-struct Activation {
-    const int8_t* codes;
-    const float* scales;
-    const int32_t* correction;
+// Quantised activations of 1 to Kernels::tile tokens, group by group, the tokens of a group side by side: with the number of
+// tokens known at compile time every operand lies at a fixed offset from three pointers. `correction` per group is
+// (offset - 128) * sum(codes), or -128 * sum(codes) for the full product: with it the unsigned nibbles' dot product becomes
+// that of the signed weights.
+struct Tile {
+    int tokens;
+    int8_t* codes;        // (groups, tokens, 32)
+    float* scales;        // (groups, tokens)
+    int32_t* correction;  // (groups, tokens)
 };
 
 // Keys and values of one (slot, layer, kv head): page p begins at keys[p], values[p].
@@ -39,10 +42,12 @@ struct HeadPages {
 
 struct Kernels {
     const char* name;
-    // x (columns) -> codes (groups * 32), scales, correction; false if a value is NaN or infinite.
-    bool (*quantize)(const float* x, int columns, int8_t* codes, float* scales, int32_t* correction, int factor);
-    // y[token * stride + row] for the rows of blocks [first, last); rows are written up to the end of a block.
-    void (*matmul)(const Matrix& matrix, bool draft, int first, int last, const Activation* tokens, int count, float* y,
+    int tile;  // most tokens in a tile: their accumulators fit the registers
+    // x (columns) -> token `t` of a tile; false if a value is NaN or infinite.
+    bool (*quantize)(const float* x, int columns, const Tile& tile, int t, int factor);
+    // y[token * stride + row] for the rows of blocks [first, last); rows are written up to the end of a block. Tokens are
+    // numbered through the tiles.
+    void (*matmul)(const Matrix& matrix, bool draft, int first, int last, const Tile* tiles, int count, float* y,
                    int64_t stride);
     void (*rms_norm)(const float* x, const float* weight, float* y, int size, float epsilon);
     // out[row] = canonical dot product of x with row `row` of a (rows, size) matrix.

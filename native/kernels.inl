@@ -47,9 +47,11 @@ inline void store_some(float* p, Lanes a, int count) {
     for (int i = 0; i < count; ++i) p[i] = lane[i];
 }
 
-bool quantize(const float* x, int columns, int8_t* codes, float* scales, int32_t* correction, int factor) {
+bool quantize(const float* x, int columns, const Tile& tile, int t, int factor) {
     const int groups = ceil_div(columns, kGroup);
     for (int g = 0; g < groups; ++g) {
+        const int at = g * tile.tokens + t;
+        int8_t* codes = tile.codes + at * kGroup;
         float padded[kGroup];
         const float* p = x + g * kGroup;
         if (columns - g * kGroup < kGroup) {
@@ -61,45 +63,40 @@ bool quantize(const float* x, int columns, int8_t* codes, float* scales, int32_t
         float absmax;
         __builtin_memcpy(&absmax, &bits, 4);
         float scale = absmax / 127.0f;
-        scales[g] = scale;
+        tile.scales[at] = scale;
         int sum = 0;
         if (scale == 0.0f) {
-            for (int i = 0; i < kGroup; ++i) codes[g * kGroup + i] = 0;
+            for (int i = 0; i < kGroup; ++i) codes[i] = 0;
         } else {
             const Lanes s = set1(scale), bound = set1(127.0f), lower = set1(-127.0f);
             for (int half = 0; half < kGroup; half += 16) {
                 Lanes code = minimum(maximum(rint(load(p + half) / s), lower), bound);
-                sum += store_codes(codes + g * kGroup + half, code);
+                sum += store_codes(codes + half, code);
             }
         }
-        correction[g] = factor * sum;
+        tile.correction[at] = factor * sum;
     }
     return true;
 }
 
 template <int T>
-inline void tile(const Matrix& m, bool draft, int block, const Activation* tokens, float* y, int64_t stride) {
+inline void tile_product(const Matrix& m, bool draft, int block, const Tile& tile, float* y, int64_t stride) {
+    if constexpr (T < kTile)
+        if (tile.tokens > T) return tile_product<T + 1>(m, draft, block, tile, y, stride);
     const int64_t groups = m.groups(), at = block * groups;
     const uint8_t *hi = m.hi + at * kGroupBytes, *lo = draft ? hi : m.lo + at * kGroupBytes;
     const uint16_t* scales = m.scales + at * kBlockRows;
-    y += static_cast<int64_t>(block) * kBlockRows;
     if (draft)
-        block_product<T, false>(hi, lo, scales, static_cast<int>(groups), tokens, y, stride);
+        block_product<T, false>(hi, lo, scales, static_cast<int>(groups), tile, y, stride);
     else
-        block_product<T, true>(hi, lo, scales, static_cast<int>(groups), tokens, y, stride);
+        block_product<T, true>(hi, lo, scales, static_cast<int>(groups), tile, y, stride);
 }
 
-void matmul(const Matrix& m, bool draft, int first, int last, const Activation* tokens, int count, float* y, int64_t stride) {
+void matmul(const Matrix& m, bool draft, int first, int last, const Tile* tiles, int count, float* y, int64_t stride) {
     for (int block = first; block < last; ++block) {
-        int t = 0;
-        if constexpr (kTile >= 8)
-            for (; t + 8 <= count; t += 8) tile<8>(m, draft, block, tokens + t, y + t * stride, stride);
-        for (; t + 4 <= count; t += 4) tile<4>(m, draft, block, tokens + t, y + t * stride, stride);
-        switch (count - t) {
-            case 3: tile<3>(m, draft, block, tokens + t, y + t * stride, stride); break;
-            case 2: tile<2>(m, draft, block, tokens + t, y + t * stride, stride); break;
-            case 1: tile<1>(m, draft, block, tokens + t, y + t * stride, stride); break;
-        }
+        float* row = y + static_cast<int64_t>(block) * kBlockRows;
+        for (int i = 0; i < count; row += tiles[i].tokens * stride, ++i)
+            tile_product<1>(m, draft, block, tiles[i], row, stride);
     }
 }
 
@@ -218,7 +215,7 @@ void multiply_add(float* total, float weight, const float* y, int size) {
 }
 
 const Kernels* table() {
-    static const Kernels kernels = {kName,       quantize, matmul,  rms_norm, dots,         softmax_numerators,
-                                    exp_shifted, swiglu,   attend,  to_half,  multiply_add, read};
+    static const Kernels kernels = {kName,       kTile,  quantize, matmul,  rms_norm,     dots, softmax_numerators,
+                                    exp_shifted, swiglu, attend,   to_half, multiply_add, read};
     return &kernels;
 }

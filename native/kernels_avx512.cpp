@@ -10,7 +10,7 @@ namespace elmoe {
 namespace {
 namespace avx512 {
 constexpr const char* kName = "avx512";
-constexpr int kPrefetch = 1024;  // bytes ahead, measured: bench/matmul.py
+constexpr int kPrefetch = 2048;  // bytes ahead, measured: bench/matmul.py
 #include "simd_avx512.inl"
 
 #include "kernels.inl"

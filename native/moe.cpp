@@ -80,10 +80,12 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
     struct Active {
         Matrix gate, up, down;
         int first, count;  // its pairs
+        std::vector<Tile> inputs, inner;
     };
     const Kernels& k = kernels();
     Pool& pool = Pool::instance();
     const int factor = correction_factor(draft, offset);
+    const int hidden_groups = ceil_div(shape.hidden, kGroup), inner_groups = ceil_div(shape.width, kGroup);
 
     // Pairs by ascending expert, then by token.
     std::vector<int> start(experts + 1, 0);
@@ -111,26 +113,38 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
         };
         active.push_back({matrix(shape.width, shape.hidden, shape.gate_hi, shape.gate_scales, shape.gate_lo),
                           matrix(shape.width, shape.hidden, shape.up_hi, shape.up_scales, shape.up_lo),
-                          matrix(shape.hidden, shape.width, shape.down_hi, shape.down_scales, shape.down_lo), start[e], count});
+                          matrix(shape.hidden, shape.width, shape.down_hi, shape.down_scales, shape.down_lo), start[e], count,
+                          {}, allocate_tiles(count, inner_groups)});
     }
-    const std::vector<Activation> inputs = quantize_rows(hidden, tokens, shape.hidden, shape.hidden, factor);
-    std::vector<Activation> gathered(pairs.size());
-    for (size_t i = 0; i < pairs.size(); ++i) gathered[i] = inputs[pairs[i].token];
+    // Every token is quantised once, then copied into the tiles of its experts.
+    const std::vector<Tile> rows = quantize_rows(hidden, tokens, shape.hidden, factor, 1);
+    for (Active& expert : active) {
+        if (expert.count == 1) {
+            expert.inputs = {rows[pairs[expert.first].token]};
+            continue;
+        }
+        expert.inputs = allocate_tiles(expert.count, hidden_groups);
+        const Pair* pair = &pairs[expert.first];
+        for (const Tile& tile : expert.inputs)
+            for (int t = 0; t < tile.tokens; ++t, ++pair) {
+                const Tile& row = rows[pair->token];
+                for (int g = 0; g < hidden_groups; ++g) {
+                    const int at = g * tile.tokens + t;
+                    std::memcpy(tile.codes + at * kGroup, row.codes + g * kGroup, kGroup);
+                    tile.scales[at] = row.scales[g];
+                    tile.correction[at] = row.correction[g];
+                }
+            }
+    }
 
     // Phase A: gate and up of a stretch of inner units; whoever finishes an expert quantises its inner activations.
-    const int width_blocks = ceil_div(shape.width, kBlockRows), inner_groups = ceil_div(shape.width, kGroup);
+    const int width_blocks = ceil_div(shape.width, kBlockRows);
     const int64_t inner_stride = static_cast<int64_t>(width_blocks) * kBlockRows;
     const size_t count = pairs.size();
     auto* gate = scratch().get<float>(count * inner_stride);
     auto* up = scratch().get<float>(count * inner_stride);
-    auto* codes = scratch().get<int8_t>(count * inner_groups * kGroup);
-    auto* scales = scratch().get<float>(count * inner_groups);
-    auto* correction = scratch().get<int32_t>(count * inner_groups);
-    std::vector<Activation> inner(count);
-    for (size_t i = 0; i < count; ++i)
-        inner[i] = {codes + i * inner_groups * kGroup, scales + i * inner_groups, correction + i * inner_groups};
     const int pieces = 8 * pool.threads(), wanted = ceil_div(pieces, static_cast<int>(active.size()));
-    const int64_t block_bytes = static_cast<int64_t>(ceil_div(shape.hidden, kGroup)) * 2 * (2 * kGroupBytes + 2 * kBlockRows);
+    const int64_t block_bytes = static_cast<int64_t>(hidden_groups) * 2 * (2 * kGroupBytes + 2 * kBlockRows);
     const int per_task =
         std::min(width_blocks, static_cast<int>(std::max<int64_t>(ceil_div(width_blocks, wanted), (32 << 10) / block_bytes + 1)));
     const int per_expert = ceil_div(width_blocks, per_task);
@@ -141,17 +155,18 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
         const Active& expert = active[task / per_expert];
         const int first = task % per_expert * per_task, last = std::min(width_blocks, first + per_task);
         const int64_t at = expert.first * inner_stride;
-        k.matmul(expert.gate, draft, first, last, &gathered[expert.first], expert.count, gate + at, inner_stride);
-        k.matmul(expert.up, draft, first, last, &gathered[expert.first], expert.count, up + at, inner_stride);
+        const int tiles = static_cast<int>(expert.inputs.size());
+        k.matmul(expert.gate, draft, first, last, expert.inputs.data(), tiles, gate + at, inner_stride);
+        k.matmul(expert.up, draft, first, last, expert.inputs.data(), tiles, up + at, inner_stride);
         for (int i = 0; i < expert.count; ++i) {
             const int64_t row = at + i * inner_stride + first * kBlockRows;
             k.swiglu(gate + row, up + row, gate + row, (last - first) * kBlockRows);
         }
         if (left[task / per_expert].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-        for (int i = expert.first; i < expert.first + expert.count; ++i)
-            if (!k.quantize(gate + i * inner_stride, shape.width, codes + i * inner_groups * kGroup, scales + i * inner_groups,
-                            correction + i * inner_groups, factor))
-                finite = false;
+        const float* row = gate + at;
+        for (const Tile& tile : expert.inner)
+            for (int t = 0; t < tile.tokens; ++t, row += inner_stride)
+                if (!k.quantize(row, shape.width, tile, t, factor)) finite = false;
     });
     if (!finite) throw NumericsFailure("activations hold NaN or infinite values");
 
@@ -172,8 +187,8 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
         float* down = downs + thread * most * out_width;
         std::fill(total, total + tokens * out_width, 0.0f);
         for (const Active& expert : active) {
-            k.matmul(expert.down, draft, first, last, &inner[expert.first], expert.count, down - first * kBlockRows,
-                     static_cast<int64_t>(out_width));
+            k.matmul(expert.down, draft, first, last, expert.inner.data(), static_cast<int>(expert.inner.size()),
+                     down - first * kBlockRows, static_cast<int64_t>(out_width));
             for (int i = 0; i < expert.count; ++i) {
                 const Pair& pair = pairs[expert.first + i];
                 k.multiply_add(total + pair.token * out_width, pair.weight, down + i * out_width, size);

@@ -92,43 +92,50 @@ void* Scratch::bytes(size_t size) {
     return result;
 }
 
-std::vector<Activation> quantize_rows(const float* x, int count, int columns, int64_t stride, int factor) {
-    const size_t groups = ceil_div(columns, kGroup);
-    auto* codes = scratch().get<int8_t>(count * groups * kGroup);
-    auto* scales = scratch().get<float>(count * groups);
-    auto* correction = scratch().get<int32_t>(count * groups);
-    std::vector<Activation> rows(count);
-    for (int i = 0; i < count; ++i) rows[i] = {codes + i * groups * kGroup, scales + i * groups, correction + i * groups};
+std::vector<Tile> allocate_tiles(int count, int groups, int largest) {
+    if (!largest) largest = kernels().tile;
+    auto* codes = scratch().get<int8_t>(static_cast<size_t>(count) * groups * kGroup);
+    auto* scales = scratch().get<float>(static_cast<size_t>(count) * groups);
+    auto* correction = scratch().get<int32_t>(static_cast<size_t>(count) * groups);
+    std::vector<Tile> tiles;
+    for (int first = 0; first < count; first += largest) {
+        const int64_t at = static_cast<int64_t>(first) * groups;
+        tiles.push_back({std::min(largest, count - first), codes + at * kGroup, scales + at, correction + at});
+    }
+    return tiles;
+}
+
+std::vector<Tile> quantize_rows(const float* x, int count, int columns, int factor, int largest) {
+    std::vector<Tile> tiles = allocate_tiles(count, ceil_div(columns, kGroup), largest);
+    const int size = tiles.empty() ? 1 : tiles[0].tokens;
     std::atomic<bool> finite{true};
     const Kernels& k = kernels();
     auto one = [&](int i, int) {
-        if (!k.quantize(x + i * stride, columns, codes + i * groups * kGroup, scales + i * groups, correction + i * groups,
-                        factor))
-            finite = false;
+        if (!k.quantize(x + static_cast<int64_t>(i) * columns, columns, tiles[i / size], i % size, factor)) finite = false;
     };
     if (count < 8)
         for (int i = 0; i < count; ++i) one(i, 0);
     else
         Pool::instance().run(count, one);
     if (!finite) throw NumericsFailure("activations hold NaN or infinite values");
-    return rows;
+    return tiles;
 }
 
-void matmul_all(const Matrix& matrix, bool draft, const std::vector<Activation>& tokens, float* y, int64_t stride) {
+void matmul_all(const Matrix& matrix, bool draft, const std::vector<Tile>& tiles, float* y, int64_t stride) {
     const Kernels& k = kernels();
-    const int blocks = matrix.blocks(), count = static_cast<int>(tokens.size());
+    const int blocks = matrix.blocks(), count = static_cast<int>(tiles.size());
     const int64_t block_bytes = static_cast<int64_t>(matrix.groups()) * (2 * kGroupBytes + 2 * kBlockRows);
     // A task reads at least 32 KiB, so that claiming is cheap; there are several per thread, so that they balance.
     const int pieces = 8 * Pool::instance().threads();
     const int per_task = static_cast<int>(std::max<int64_t>(ceil_div(blocks, pieces), (32 << 10) / block_bytes + 1));
     Pool::instance().run(ceil_div(blocks, per_task), [&](int task, int) {
         const int first = task * per_task;
-        k.matmul(matrix, draft, first, std::min(blocks, first + per_task), tokens.data(), count, y, stride);
+        k.matmul(matrix, draft, first, std::min(blocks, first + per_task), tiles.data(), count, y, stride);
     });
 }
 
 void matmul_exact(const Matrix& matrix, bool draft, int offset, const float* x, int count, float* y) {
-    auto rows = quantize_rows(x, count, matrix.columns, matrix.columns, correction_factor(draft, offset));
+    auto rows = quantize_rows(x, count, matrix.columns, correction_factor(draft, offset));
     if (matrix.rows % kBlockRows == 0) return matmul_all(matrix, draft, rows, y, matrix.rows);
     const int64_t stride = static_cast<int64_t>(matrix.blocks()) * kBlockRows;
     auto* padded = scratch().get<float>(count * stride);

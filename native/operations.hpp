@@ -58,12 +58,14 @@ class Scratch {
 };
 Scratch& scratch();
 
-// Quantised rows of x (count, columns), row stride `stride` floats. Throws NumericsFailure on NaN or infinity.
-std::vector<Activation> quantize_rows(const float* x, int count, int columns, int64_t stride, int factor);
+// Tiles for `count` tokens in scratch memory, their contents not yet set; `largest` 0 is the kernels' largest.
+std::vector<Tile> allocate_tiles(int count, int groups, int largest = 0);
+// Quantised rows of x (count, columns). Throws NumericsFailure on NaN or infinity.
+std::vector<Tile> quantize_rows(const float* x, int count, int columns, int factor, int largest = 0);
 inline int correction_factor(bool draft, int offset) { return draft ? offset - 128 : -128; }
 
 // y (count, stride) for all blocks of a matrix, over the pool.
-void matmul_all(const Matrix& matrix, bool draft, const std::vector<Activation>& tokens, float* y, int64_t stride);
+void matmul_all(const Matrix& matrix, bool draft, const std::vector<Tile>& tiles, float* y, int64_t stride);
 // y (count, rows) without padding.
 void matmul_exact(const Matrix& matrix, bool draft, int offset, const float* x, int count, float* y);
 

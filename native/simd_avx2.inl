@@ -69,12 +69,16 @@ constexpr int kTile = 4;
 // maddubs adds pairs in 16 bits: 2 * 15 * 127 fits for a nibble (2 * 255 * 127 would not for a whole code), so the planes
 // are summed apart and joined as 16 * dot(hi) + dot(lo).
 template <int T, bool Full>
-inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* scales, int groups, const Activation* tokens,
-                          float* y, int64_t stride) {
+inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* scales, int groups, const Tile& tile, float* y,
+                          int64_t stride) {
+    const int8_t* codes = tile.codes;
+    const float* token_scales = tile.scales;
+    const int32_t* correction = tile.correction;
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     Lanes total[T];
     for (int t = 0; t < T; ++t) total[t] = set1(0);
-    for (int g = 0; g < groups; ++g, hi += kGroupBytes, lo += kGroupBytes, scales += kBlockRows) {
+    for (int g = 0; g < groups; ++g, hi += kGroupBytes, lo += kGroupBytes, scales += kBlockRows, codes += T * kGroup,
+             token_scales += T, correction += T) {
         Lanes scale = load_half(scales);
         for (int half = 0; half < 2; ++half) {  // 8 rows each
             __m256i high[T], low[T];
@@ -92,7 +96,7 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
                     l1 = _mm256_and_si256(_mm256_srli_epi16(l, 4), nibble);
                 }
                 for (int t = 0; t < T; ++t) {
-                    const int8_t* x = tokens[t].codes + g * kGroup + 4 * j;
+                    const int8_t* x = codes + t * kGroup + 4 * j;
                     int32_t first, second;
                     __builtin_memcpy(&first, x, 4);
                     __builtin_memcpy(&second, x + 16, 4);
@@ -107,9 +111,9 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
                 }
             }
             for (int t = 0; t < T; ++t) {
-                __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(high[t], 4), _mm256_set1_epi32(tokens[t].correction[g]));
+                __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(high[t], 4), _mm256_set1_epi32(correction[t]));
                 if constexpr (Full) sum = _mm256_add_epi32(sum, low[t]);
-                __m256 product = _mm256_mul_ps(half ? scale.b : scale.a, _mm256_set1_ps(tokens[t].scales[g]));
+                __m256 product = _mm256_mul_ps(half ? scale.b : scale.a, _mm256_set1_ps(token_scales[t]));
                 __m256 term = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), product);
                 __m256& acc = half ? total[t].b : total[t].a;
                 acc = _mm256_add_ps(acc, term);

@@ -36,19 +36,23 @@ inline int store_codes(int8_t* p, Lanes a) {  // a within -127..127, integral; r
     return _mm512_reduce_add_epi32(integers);
 }
 
-constexpr int kTile = 8;  // tokens whose accumulators fit the registers
+constexpr int kTile = 8;
 
 // Per group and 16 rows: weights' nibbles become unsigned bytes, full (hi << 4 | lo) or draft (hi << 4), and dpbusd adds
 // four products at a time to 32-bit lanes. |dot| <= 32 * 255 * 127 < 2^20, exact in float32 later.
 template <int T, bool Full>
-inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* scales, int groups, const Activation* tokens,
-                          float* y, int64_t stride) {
+inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* scales, int groups, const Tile& tile, float* y,
+                          int64_t stride) {
+    const int8_t* codes = tile.codes;
+    const float* token_scales = tile.scales;
+    const int32_t* correction = tile.correction;
     const __m512i high = _mm512_set1_epi8(static_cast<char>(0xF0));
     __m512 total[T];
     for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
-    for (int g = 0; g < groups; ++g, hi += kGroupBytes, lo += kGroupBytes, scales += kBlockRows) {
+    for (int g = 0; g < groups; ++g, hi += kGroupBytes, lo += kGroupBytes, scales += kBlockRows, codes += T * kGroup,
+             token_scales += T, correction += T) {
         __m512i sum[T];
-        for (int t = 0; t < T; ++t) sum[t] = _mm512_set1_epi32(tokens[t].correction[g]);
+        for (int t = 0; t < T; ++t) sum[t] = _mm512_set1_epi32(correction[t]);
         for (int j = 0; j < 4; ++j) {
             _mm_prefetch(reinterpret_cast<const char*>(hi + kPrefetch + 64 * j), _MM_HINT_T0);
             __m512i h = _mm512_loadu_si512(hi + 64 * j);
@@ -63,7 +67,7 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
                 second = _mm512_and_si512(second, high);
             }
             for (int t = 0; t < T; ++t) {
-                const int8_t* x = tokens[t].codes + g * kGroup + 4 * j;
+                const int8_t* x = codes + t * kGroup + 4 * j;
                 int32_t low, upper;
                 __builtin_memcpy(&low, x, 4);
                 __builtin_memcpy(&upper, x + 16, 4);
@@ -73,7 +77,7 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
         }
         __m512 scale = load_half(scales).v;
         for (int t = 0; t < T; ++t) {
-            __m512 product = _mm512_mul_ps(scale, _mm512_set1_ps(tokens[t].scales[g]));
+            __m512 product = _mm512_mul_ps(scale, _mm512_set1_ps(token_scales[t]));
             total[t] = _mm512_add_ps(total[t], _mm512_mul_ps(_mm512_cvtepi32_ps(sum[t]), product));
         }
     }

@@ -87,16 +87,20 @@ inline int store_codes(int8_t* p, const Lanes& a) {
 constexpr int kTile = 4;
 
 template <int T, bool Full>
-inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* scales, int groups, const Activation* tokens,
-                          float* y, int64_t stride) {
+inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* scales, int groups, const Tile& tile, float* y,
+                          int64_t stride) {
+    const int8_t* codes = tile.codes;
+    const float* token_scales = tile.scales;
+    const int32_t* correction = tile.correction;
     Lanes total[T];
     for (int t = 0; t < T; ++t) total[t] = set1(0);
-    for (int g = 0; g < groups; ++g, hi += kGroupBytes, lo += kGroupBytes, scales += kBlockRows) {
+    for (int g = 0; g < groups; ++g, hi += kGroupBytes, lo += kGroupBytes, scales += kBlockRows, codes += T * kGroup,
+             token_scales += T, correction += T) {
         Lanes scale = load_half(scales);
         for (int t = 0; t < T; ++t) {
-            const int8_t* x = tokens[t].codes + g * kGroup;
+            const int8_t* x = codes + t * kGroup;
             int32_t sum[16];
-            for (int n = 0; n < 16; ++n) sum[n] = tokens[t].correction[g];
+            for (int n = 0; n < 16; ++n) sum[n] = correction[t];
             for (int j = 0; j < 4; ++j)
                 for (int n = 0; n < 16; ++n)
                     for (int i = 0; i < 4; ++i) {
@@ -108,7 +112,7 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
                         sum[n] += first * x[4 * j + i] + second * x[16 + 4 * j + i];
                     }
             for (int n = 0; n < 16; ++n) {
-                float term = static_cast<float>(sum[n]) * (scale.v[n] * tokens[t].scales[g]);
+                float term = static_cast<float>(sum[n]) * (scale.v[n] * token_scales[t]);
                 total[t].v[n] = total[t].v[n] + term;
             }
         }
