@@ -24,6 +24,10 @@ parity: .venv/.parity
 full-grid: .venv/.test
 	$(BIN)/python -m tests.lossless
 
+# llama.cpp, to compare with (about 16 minutes, once).
+peers: .venv/.installed
+	bench/build_llama.sh build/peers
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
