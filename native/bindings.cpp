@@ -182,19 +182,19 @@ void bind_route(const RouterHolder& holder, Input<float, 2> x, std::optional<Inp
 }
 
 void bind_expert_ffn(const ExpertHolder& holder, Input<int64_t, 2> addresses, Input<float, 2> hidden, Input<int32_t, 2> experts,
-                     Input<float, 2> weights, Array<float, 2> x, bool draft, double offset) {
+                     Input<float, 2> weights, Array<float, 2> x, bool draft, double offset, bool chain) {
     const int whole = integral_offset(offset), count = static_cast<int>(addresses.shape(0));
     const size_t tokens = x.shape(0), size = static_cast<size_t>(holder.shape.hidden);
     require(addresses.shape(1) == 2 && hidden.shape(0) == tokens && hidden.shape(1) == size && x.shape(1) == size &&
                 experts.shape(0) == tokens && weights.shape(0) == tokens && experts.shape(1) == weights.shape(1),
             "expert arrays do not fit");
     for (size_t i = 0; i < experts.size(); ++i)
-        require(experts.data()[i] >= 0 && experts.data()[i] < count, "an expert id is out of range");
+        require(experts.data()[i] >= -1 && experts.data()[i] < count, "an expert id is out of range");
     if (experts.size() == 0) return;
     nb::gil_scoped_release release;
     Operation operation;
     expert_ffn(holder.shape, addresses.data(), count, hidden.data(), experts.data(), weights.data(), static_cast<int>(tokens),
-               static_cast<int>(experts.shape(1)), x.data(), draft, whole);
+               static_cast<int>(experts.shape(1)), x.data(), draft, whole, chain);
 }
 
 void bind_embed(const MatrixHolder& matrix, Input<int32_t, 1> tokens, Array<float, 2> out) {
@@ -250,6 +250,8 @@ uint64_t bind_stream_read(Input<uint8_t, 1> data) {
 
 }  // namespace
 
+void bind_read_pool(nb::module_& m);
+
 NB_MODULE(_native, m) {
     nb::exception<NumericsFailure>(m, "NumericsFailure");
     nb::class_<MatrixHolder>(m, "Matrix")
@@ -274,6 +276,7 @@ NB_MODULE(_native, m) {
     m.def("logits", &bind_logits);
     m.def("sample", &bind_sample);
     m.def("stream_read", &bind_stream_read);
+    bind_read_pool(m);
     m.def("set_threads", [](int threads) {
         require(threads >= 1 && threads <= 64, "threads must be within 1..64");
         nb::gil_scoped_release release;

@@ -72,7 +72,7 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
 }
 
 void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts, const float* hidden, const int32_t* ids,
-                const float* weights, int tokens, int k_ids, float* x, bool draft, int offset) {
+                const float* weights, int tokens, int k_ids, float* x, bool draft, int offset, bool chain) {
     struct Pair {
         int token;
         float weight;
@@ -89,15 +89,17 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
 
     // Pairs by ascending expert, then by token.
     std::vector<int> start(experts + 1, 0);
-    for (int i = 0; i < tokens * k_ids; ++i) ++start[ids[i] + 1];
+    for (int i = 0; i < tokens * k_ids; ++i)
+        if (ids[i] >= 0) ++start[ids[i] + 1];
     for (int e = 0; e < experts; ++e) start[e + 1] += start[e];
-    std::vector<Pair> pairs(static_cast<size_t>(tokens) * k_ids);
+    std::vector<Pair> pairs(start[experts]);
+    if (pairs.empty()) return;
     {
         std::vector<int> next(start.begin(), start.end() - 1);
         for (int t = 0; t < tokens; ++t)
             for (int i = 0; i < k_ids; ++i) {
                 const int64_t at = static_cast<int64_t>(t) * k_ids + i;
-                pairs[next[ids[at]]++] = {t, weights[at]};
+                if (ids[at] >= 0) pairs[next[ids[at]]++] = {t, weights[at]};
             }
     }
     std::vector<Active> active;
@@ -185,7 +187,13 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
         const int size = std::min(shape.hidden, last * kBlockRows) - first * kBlockRows;
         float* total = totals + thread * tokens * out_width;
         float* down = downs + thread * most * out_width;
-        std::fill(total, total + tokens * out_width, 0.0f);
+        for (int t = 0; t < tokens; ++t) {
+            const float* row = x + static_cast<int64_t>(t) * shape.hidden + first * kBlockRows;
+            if (chain)
+                std::copy(row, row + size, total + t * out_width);
+            else
+                std::fill(total + t * out_width, total + t * out_width + size, 0.0f);
+        }
         for (const Active& expert : active) {
             k.matmul(expert.down, draft, first, last, expert.inner.data(), static_cast<int>(expert.inner.size()),
                      down - first * kBlockRows, static_cast<int64_t>(out_width));
@@ -196,7 +204,11 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
         }
         for (int t = 0; t < tokens; ++t) {
             float* row = x + static_cast<int64_t>(t) * shape.hidden + first * kBlockRows;
-            for (int i = 0; i < size; ++i) row[i] = row[i] + total[t * out_width + i];
+            const float* sum = total + t * out_width;
+            if (chain)
+                std::copy(sum, sum + size, row);
+            else
+                for (int i = 0; i < size; ++i) row[i] = row[i] + sum[i];
         }
     });
 }

@@ -111,7 +111,7 @@ struct ExpertShape {
 };
 
 void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts, const float* hidden, const int32_t* ids,
-                const float* weights, int tokens, int k, float* x, bool draft, int offset);
+                const float* weights, int tokens, int k, float* x, bool draft, int offset, bool chain);
 
 void embed(const Matrix& matrix, const int32_t* tokens, int count, float* out);
 

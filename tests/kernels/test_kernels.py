@@ -238,6 +238,26 @@ def test_expert_ffn(machine, hidden, width, count, k):
             assert same_bits(ours, theirs)
 
 
+def test_a_layer_computed_in_stretches_has_the_same_bits(machine):
+    """Experts 0..2, then 3..7, chained from zero and added at the end, equal one call."""
+    rng = np.random.default_rng(1)
+    layout = ExpertLayout(48, 40)
+    records, addresses = packed_experts(rng, layout, 8)
+    assert len(records) == 8
+    ids = np.sort(np.argsort(rng.random((7, 8)), axis=1)[:, :3], axis=1).astype(np.int32)
+    weights, inputs, x = np.abs(normal(rng, 7, 3)), normal(rng, 7, 48), normal(rng, 7, 48)
+    for draft in (False, True):
+        whole = x.copy()
+        kernels.expert_ffn(layout, addresses, inputs, ids, weights, whole, draft)
+        for backend in (kernels, bitslice):
+            total, stretches = np.zeros_like(x), x.copy()
+            for low, high in ((0, 3), (3, 3), (3, 8)):
+                part = np.where((ids >= low) & (ids < high), ids, -1).astype(np.int32)
+                backend.expert_ffn(layout, addresses, inputs, part, weights, total, draft, 8.0, True)
+            stretches += total
+            assert same_bits(stretches, whole)
+
+
 def test_expert_ffn_needs_its_slices(machine):
     layout = ExpertLayout(48, 32)
     records, addresses = packed_experts(np.random.default_rng(0), layout, 3)
@@ -252,7 +272,7 @@ def test_expert_ffn_needs_its_slices(machine):
             backend.expert_ffn(layout, without_lsb, x, ids, weights, x.copy())
         with pytest.raises(NumericsError, match="expert 0: the MSB slice is not resident"):
             backend.expert_ffn(layout, without_msb, x, ids, weights, x.copy(), True)
-    for bad in (-1, 3):
+    for bad in (-2, 3):
         with pytest.raises(ValueError, match="out of range"):
             kernels.expert_ffn(layout, addresses, x, np.array([[bad]], np.int32), weights[:, :1], x.copy())
     with pytest.raises(NumericsError, match="integral offset"):

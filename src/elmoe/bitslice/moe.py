@@ -132,16 +132,19 @@ def expert_ffn(
     x: NDArray[np.float32],
     draft: bool = False,
     offset: float = 8.0,
+    chain: bool = False,
 ) -> None:
     """Run SwiGLU experts on ``hidden`` (tokens, hidden) and add the weighted sum to the residual stream ``x`` in place.
 
     :param addresses: (experts, 2) int64, where each expert's MSB and LSB record lies in memory; 0 = not resident.
-    :param experts: (tokens, k) int32 ascending expert ids; ``weights`` (tokens, k) float32.
+    :param experts: (tokens, k) int32 ascending expert ids, -1 where there is none; ``weights`` (tokens, k) float32.
     :param draft: read MSB slices only, with ``offset`` below them.
+    :param chain: ``x`` is not the residual stream but the sum over lower expert ids so far, and is continued: so a layer can
+        be computed in stretches of experts, as they arrive, with the same bits.
     :raises NumericsError: a slice that is needed is not resident.
     """
-    total = np.zeros_like(x)
-    for expert in np.unique(experts):
+    total = x if chain else np.zeros_like(x)
+    for expert in np.unique(experts[experts >= 0]):
         tokens, place = np.nonzero(experts == expert)
         matrices = expert_matrices(layout, addresses, int(expert), draft)
         inputs = hidden[tokens]
@@ -149,7 +152,8 @@ def expert_ffn(
         up = nested_matmul(matrices["up"], inputs, draft, offset=offset)
         down = nested_matmul(matrices["down"], silu(gate) * up, draft, offset=offset)
         total[tokens] = total[tokens] + weights[tokens, place][:, None] * down
-    x += total
+    if not chain:
+        x += total
 
 
 def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -218,11 +218,12 @@ def expert_ffn(
     x: NDArray[np.float32],
     draft: bool = False,
     offset: float = 8.0,
+    chain: bool = False,
 ) -> None:
     """Run experts and add their weighted sum to ``x`` in place; see ``bitslice.expert_ffn``."""
     _check_offset(offset)
     try:
-        _native.expert_ffn(_handle(layout, _expert), addresses, hidden, experts, weights, x, draft, offset)
+        _native.expert_ffn(_handle(layout, _expert), addresses, hidden, experts, weights, x, draft, offset, chain)
     except _native.NumericsFailure as error:
         raise NumericsError(str(error), "check the checkpoint's weights") from None
 
