@@ -161,8 +161,9 @@ def expert_ffn(
     x: NDArray,
     draft: bool = False,
     offset: float = 8.0,
+    chain: bool = False,
 ) -> None:
-    for expert in np.unique(experts):
+    for expert in np.unique(experts[experts >= 0]):
         tokens, place = np.nonzero(experts == expert)
         matrices = expert_matrices(layout, addresses, int(expert), draft)
         gate = nested_matmul(matrices["gate"], hidden[tokens], draft, offset=offset)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from elmoe.bitslice import SamplingParameters
+from elmoe.bitslice import Routing, SamplingParameters
 from elmoe.bitslice.moe import expert_matrices
 from elmoe.convert import convert_checkpoint
 from elmoe.engine.engine import Engine, EngineOptions
@@ -20,7 +20,7 @@ from elmoe.engine.kv import KVPool
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import KernelError, StoreError
-from elmoe.models.decoder import Decoder, Draft, Tokens, WeightReader
+from elmoe.models.decoder import Decoder, Draft, Stretch, Tokens, WeightReader
 from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
 from tests.parity.bounds import Measured
@@ -53,8 +53,8 @@ class AllExperts:
     def __init__(self, reader: WeightReader) -> None:
         self._addresses = {layer: reader.expert_addresses(layer) for layer in reader.schema.moe_layers}
 
-    def fetch(self, layer: int, experts: NDArray[np.int32], draft: bool) -> NDArray[np.int64]:
-        return self._addresses[layer]
+    def stretches(self, layer: int, routing: Routing, draft: bool) -> list[Stretch]:
+        return [Stretch(routing.experts, self._addresses[layer], whole=True)]
 
 
 def decoder_logits(

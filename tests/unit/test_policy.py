@@ -43,10 +43,9 @@ def test_a_budget_below_the_minimum_names_it():
 
 
 def test_hotness_counts_and_decays():
-    parameters = ResidencyParameters(decay=0.5)
-    hotness = updated_hotness(np.array([[4.0, 0, 0]]), np.array([[[0, 2]]], np.int32), parameters)
+    hotness = updated_hotness(np.array([[4.0, 0, 0]]), np.array([[[0, 2]]], np.int32), 0.5)
     assert hotness.tolist() == [[3.0, 0.0, 1.0]]
-    hotness = updated_hotness(hotness, np.array([[[0, 1], [1, 2]]], np.int32), parameters)
+    hotness = updated_hotness(hotness, np.array([[[0, 1], [1, 2]]], np.int32), 0.5)
     assert hotness.tolist() == [[1.75, 2.0, 1.25]]
 
 

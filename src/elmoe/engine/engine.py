@@ -175,7 +175,9 @@ class _Run:
             for start in range(0, len(request.prompt) - 1, PREFILL_CHUNK):
                 stop = min(start + PREFILL_CHUNK, len(request.prompt) - 1)
                 tokens = _tokens([(sequence, position, request.prompt[position]) for position in range(start, stop)])
-                self.compute("prefill", [sequence] * (stop - start), tokens, committed=list(range(stop - start)), rows=[])
+                everything = list(range(stop - start))
+                self.tier.begin_step(everything)
+                self.compute("prefill", [sequence] * (stop - start), tokens, committed=everything, rows=[])
             self.running.append(sequence)
 
     def draft(self, limit: int) -> None:
@@ -217,6 +219,9 @@ class _Run:
             first = len(sequence.tokens) - 1
             self.pool.reserve(sequence.slot, first + 1 + len(sequence.draft))
             rows += [(sequence, first + i, token) for i, token in enumerate([sequence.tokens[-1], *sequence.draft])]
+        self.tier.begin_step(
+            [row for row, (sequence, position, _) in enumerate(rows) if position == len(sequence.tokens) - 1]
+        )
         samples = iter(enumerate(self.compute(phase, [row[0] for row in rows], _tokens(rows), end=False)))
         kept: list[int] = []
         total = 0

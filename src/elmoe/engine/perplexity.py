@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from elmoe.bitslice import Routing
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
 from elmoe.engine.kv import KVPool
 from elmoe.engine.session import Session
 from elmoe.errors import RequestError
-from elmoe.models.decoder import Draft, Tokens
+from elmoe.models.decoder import Draft, Stretch, Tokens
 
 CHUNK = 128
 """Tokens computed in one pass."""
@@ -47,10 +48,10 @@ class _AllExperts:
         self._addresses = {layer: session.reader.expert_addresses(layer) for layer in schema.moe_layers}
         self.counts = np.zeros((len(self._rows), schema.experts), np.int64)
 
-    def fetch(self, layer: int, experts: np.ndarray, draft: bool) -> np.ndarray:
+    def stretches(self, layer: int, routing: Routing, draft: bool) -> list[Stretch]:
         if not draft:
-            self.counts[self._rows[layer]] += np.bincount(experts.ravel(), minlength=self.counts.shape[1])
-        return self._addresses[layer]
+            self.counts[self._rows[layer]] += np.bincount(routing.experts.ravel(), minlength=self.counts.shape[1])
+        return [Stretch(routing.experts, self._addresses[layer], whole=True)]
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 Phase = str
 """``prefill``, ``plain``, ``draft`` or ``verify``."""
@@ -23,6 +24,15 @@ class PhaseCounters:
     msb_misses: int = 0
     lsb_hits: int = 0
     lsb_misses: int = 0
+    layer_hits: dict[str, Any] = field(default_factory=dict)
+    layer_misses: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain numbers; hits and misses per layer as lists."""
+        values = vars(self).copy()
+        for key in ("layer_hits", "layer_misses"):
+            values[key] = {name: counts.tolist() for name, counts in values[key].items()}
+        return values
 
 
 @dataclass
@@ -66,7 +76,7 @@ class Statistics:
             "slow_bytes": sum(self.phases[p].slow_bytes for p in PHASES if p != "prefill"),
             "slow_bytes_per_token": _ratio(sum(self.phases[p].slow_bytes for p in PHASES if p != "prefill"), self.committed),
             "draft_slow_reads": self.draft_slow_reads,
-            "phases": {phase: vars(counters).copy() for phase, counters in self.phases.items()},
+            "phases": {phase: counters.as_dict() for phase, counters in self.phases.items()},
         }
 
 

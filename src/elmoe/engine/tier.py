@@ -1,10 +1,13 @@
 """The fast tier of expert slices: what is resident, what a step found there, and the refill after it.
 
-This tier lies over a ``memory`` reader: every byte is readable, so the budget is accounted, not enforced, and results carry
-the label ``simulated tier``. Residency changes only at step boundaries.
+``ExpertTier`` lies over a ``memory`` reader: every byte is readable, so the budget is accounted, not enforced, and results
+carry the label ``simulated tier``. ``DirectTier`` (direct_tier.py) enforces it; both take the same decisions from the same
+facts, so they count the same hits and bytes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +15,20 @@ from numpy.typing import NDArray
 from elmoe.bitslice import Routing
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.errors import NumericsError
-from elmoe.models.decoder import WeightReader
+from elmoe.models.decoder import Stretch, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan
-from elmoe.policy.residency import ResidencyParameters, ResidentSet, refill, updated_hotness
+from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, refill
 
 
 class ExpertTier:
-    """Residency and accounting of one run; an ``ExpertSource`` of the decoder."""
+    """Residency and accounting of one run; the decoder's source of experts.
+
+    Per pass: ``begin_step`` (which token rows are sure to stay), the decoder's ``stretches`` layer by layer, ``end_step``.
+    Newcomers are judged by the hotness up to the step before plus the step's sure rows, so that a layer can decide as soon
+    as it is routed, before acceptance is known.
+    """
+
+    label = "simulated tier: budget accounted, not enforced"
 
     def __init__(
         self, reader: WeightReader, slots: SlotPlan | None, parameters: ResidencyParameters, statistics: Statistics
@@ -26,67 +36,89 @@ class ExpertTier:
         """``slots`` None keeps nothing resident (plain decoding without a cache)."""
         schema = reader.schema
         self._rows = {layer: row for row, layer in enumerate(schema.moe_layers)}
-        self._addresses = {layer: reader.expert_addresses(layer) for layer in schema.moe_layers}
         layouts = [reader.expert_layout(layer) for layer in schema.moe_layers]
         self._msb_bytes = np.array([layout.msb_bytes for layout in layouts], np.int64)
         self._lsb_bytes = np.array([layout.lsb_bytes for layout in layouts], np.int64)
         shape = (len(layouts), schema.experts)
+        self._addresses = self._address_tables(reader)
         self._active = np.zeros(shape, bool)
-        self._hotness = np.zeros(shape)
         self._slots = slots
         self._parameters = parameters
+        self._residency = Residency(*shape, parameters)
         self._statistics = statistics
+        self._sure: list[int] = []
+        self._sure_routing: list[NDArray[np.int32]] = []
         self.resident = ResidentSet.empty(*shape)
         self.allowed = np.zeros(shape, np.uint8)
+
+    def _address_tables(self, reader: WeightReader) -> list[NDArray[np.int64]]:
+        return [reader.expert_addresses(layer) for layer in reader.schema.moe_layers]
+
+    def close(self) -> None:
+        """Let go of what the tier holds."""
 
     @property
     def can_draft(self) -> bool:
         """Whether every layer has a resident MSB slice to draft with."""
         return bool(self._slots is not None and self.resident.msb.any(axis=1).all())
 
-    def fetch(self, layer: int, experts: NDArray[np.int32], draft: bool) -> NDArray[np.int64]:
-        """Note the layer's active experts and return its address table."""
-        row = self._rows[layer]
+    def begin_step(self, sure: list[int]) -> None:
+        """A target pass begins; the token rows ``sure`` stay whatever is accepted."""
+        self._sure, self._sure_routing = sure, []
+
+    def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterator[Stretch]:
+        """The experts of a layer in ascending stretches as they become readable; what a stretch needed may go after it."""
+        row, experts = self._rows[layer], routing.experts
+        self._note(row, experts, draft)
+        yield Stretch(experts, self._addresses[row], whole=True)
+
+    def _note(self, row: int, experts: NDArray[np.int32], draft: bool) -> None:
+        """Remember which experts a layer used."""
         if draft and not self.allowed[row][experts].all():
             self._statistics.draft_slow_reads += 1
-            raise NumericsError(f"layer {layer}: a draft asked for an expert that is not resident")
+            raise NumericsError(f"MoE layer {row}: a draft asked for an expert that is not resident")
         self._active[row, experts] = True
-        return self._addresses[layer]
+        if not draft:
+            self._sure_routing.append(experts[self._sure])
 
-    def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> NDArray[np.bool_]:
-        """Account the step's active experts; after a target step also learn hotness and refill.
+    def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
+        """Account the step's active experts; after a target step also refill and learn.
 
         :param committed: (layers, tokens, k) routing of the tokens that stay, None after a draft step.
-        :returns: the (layers, experts) active set, valid until the next fetch.
         """
-        active, counters = self._active, self._statistics.phases[phase]
-        msb_hits = (active & self.resident.msb).sum(axis=1)
-        used = active.sum(axis=1)
-        counters.msb_hits += int(msb_hits.sum())
-        counters.msb_misses += int((used - msb_hits).sum())
-        counters.fast_bytes += int(msb_hits @ self._msb_bytes)
-        counters.slow_bytes += int((used - msb_hits) @ self._msb_bytes)
-        if phase != "draft":
-            lsb_hits = (active & self.resident.lsb).sum(axis=1)
-            counters.lsb_hits += int(lsb_hits.sum())
-            counters.lsb_misses += int((used - lsb_hits).sum())
-            counters.fast_bytes += int(lsb_hits @ self._lsb_bytes)
-            counters.slow_bytes += int((used - lsb_hits) @ self._lsb_bytes)
+        self._account(phase, self.resident)
         if committed is not None and self._slots is not None:
-            self._hotness = updated_hotness(self._hotness, committed, self._parameters)
-            self.resident = refill(self.resident, self._hotness, active, self._slots, self._parameters)
+            scores = self._residency.scores(np.stack(self._sure_routing))
+            self.resident = refill(self.resident, scores, self._active, self._slots, self._parameters)
+            self._residency.learn(committed)
             self.allowed = self.resident.msb.astype(np.uint8)
-        self._active = np.zeros_like(active)
-        return active
+        self._active[:] = False
+
+    def _account(self, phase: Phase, resident: ResidentSet) -> None:
+        """Count hits and bytes of the step against what was resident when it began."""
+        counters = self._statistics.phases[phase]
+        used = self._active.sum(axis=1)
+        slices = [(resident.msb, self._msb_bytes, "msb")] + (
+            [(resident.lsb, self._lsb_bytes, "lsb")] if phase != "draft" else []
+        )
+        for present, sizes, name in slices:
+            hits = (self._active & present).sum(axis=1)
+            misses = used - hits
+            setattr(counters, f"{name}_hits", getattr(counters, f"{name}_hits") + int(hits.sum()))
+            setattr(counters, f"{name}_misses", getattr(counters, f"{name}_misses") + int(misses.sum()))
+            counters.fast_bytes += int(hits @ sizes)
+            counters.slow_bytes += int(misses @ sizes)
+            counters.layer_hits[name] = counters.layer_hits.get(name, 0) + hits
+            counters.layer_misses[name] = counters.layer_misses.get(name, 0) + misses
 
 
-def tier_sizes(reader: WeightReader, dense_bytes: int, kv_bytes: int) -> FastTierSizes:
-    """What competes for the fast tier; staging is two whole experts of the largest layer (one read, one computed)."""
+def tier_sizes(reader: WeightReader, dense_bytes: int, kv_bytes: int, staging_experts: int = 2) -> FastTierSizes:
+    """What competes for the fast tier; staging is room for ``staging_experts`` whole experts of the largest layer."""
     schema = reader.schema
     layouts = [reader.expert_layout(layer) for layer in schema.moe_layers]
     msb = tuple(layout.msb_bytes for layout in layouts)
     lsb = tuple(layout.lsb_bytes for layout in layouts)
-    staging = 2 * max((m + x for m, x in zip(msb, lsb, strict=True)), default=0)
+    staging = staging_experts * max((m + x for m, x in zip(msb, lsb, strict=True)), default=0)
     return FastTierSizes(dense_bytes, kv_bytes, staging, msb, lsb, schema.experts, schema.top_k)
 
 

@@ -6,6 +6,7 @@ where each token sits and asks an expert source for the bytes of the experts it 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -42,11 +43,21 @@ class WeightReader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Experts that can be computed now: ``experts`` (tokens, k) with -1 for those of other stretches, the layer's (experts,
+    2) address table, and whether this is all of the layer."""
+
+    experts: NDArray[np.int32]
+    addresses: NDArray[np.int64]
+    whole: bool
+
+
 class ExpertSource(Protocol):
     """Where the bytes of experts come from; called once per MoE layer and step."""
 
-    def fetch(self, layer: int, experts: NDArray[np.int32], draft: bool) -> NDArray[np.int64]:
-        """Make the slices of ``experts`` (tokens, k) readable and return the layer's (experts, 2) address table."""
+    def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterable[Stretch]:
+        """The layer's experts, ascending, in one or several stretches; each is computed before the next is asked for."""
         ...
 
 
@@ -145,27 +156,33 @@ class Decoder:
             weights = self._routers[layer]
             if draft is None:
                 routing = backend.route(weights, x)
-                addresses = source.fetch(layer, routing.experts, False)
-                backend.expert_ffn(self._layouts[layer], addresses, routing.hidden, routing.experts, routing.weights, x)
+                self._experts(layer, routing, source, x, None)
             else:
                 routing = backend.route(weights, x, draft.allowed[len(routings)], draft.top_k, draft.rescale)
-                addresses = source.fetch(layer, routing.experts, True)
-                backend.expert_ffn(
-                    self._layouts[layer],
-                    addresses,
-                    routing.hidden,
-                    routing.experts,
-                    routing.weights,
-                    x,
-                    draft.bits == 4,
-                    draft.offset,
-                )
+                self._experts(layer, routing, source, x, draft)
             routings.append(routing)
         if rows is not None:
             x = np.ascontiguousarray(x[rows])
         if x.shape[0] == 0:
             return np.empty((0, schema.vocabulary), np.float32), routings
         return backend.logits(self._final_norm, schema.norm_epsilon, self._head, x), routings
+
+    def _experts(
+        self, layer: int, routing: Routing, source: ExpertSource, x: NDArray[np.float32], draft: Draft | None
+    ) -> None:
+        """Run the routed experts, stretch by stretch; several are chained from zero in ascending order, as one call does."""
+        coarse, offset = draft is not None and draft.bits == 4, 8.0 if draft is None else draft.offset
+        total: NDArray[np.float32] | None = None
+        for stretch in source.stretches(layer, routing, draft is not None):
+            target = x
+            if not stretch.whole:
+                total = target = np.zeros_like(x) if total is None else total
+            self._backend.expert_ffn(
+                self._layouts[layer], stretch.addresses, routing.hidden, stretch.experts, routing.weights, target, coarse,
+                offset, not stretch.whole,
+            )  # fmt: skip
+        if total is not None:
+            x += total
 
     def _dense_ffn(self, layer: int, x: NDArray[np.float32]) -> None:
         """A dense FFN is one expert of weight 1, always at full precision."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,14 +11,27 @@ from numpy.typing import NDArray
 from elmoe.policy.budget import SlotPlan
 
 
+Policy = Literal["decayed", "lru", "lfu", "static", "random"]
+"""``decayed``: exponentially decayed counts (the default). Baselines: ``lru`` keeps what was used last, ``lfu`` counts without
+decay, ``static`` keeps what the first pass brought in, ``random`` any."""
+
+
 @dataclass(frozen=True)
 class ResidencyParameters:
     """``decay``: what a committed token leaves of the older counts. ``hysteresis``: how much hotter than a resident a
     newcomer must be. ``swap_cap``: newcomers per layer and step once the slots are full."""
 
+    policy: Policy = "decayed"
     decay: float = 0.97
     hysteresis: float = 0.1
     swap_cap: int = 4
+
+    def __post_init__(self) -> None:
+        if self.policy == "lru":  # an LRU cache admits whatever was used last
+            object.__setattr__(self, "hysteresis", 0.0)
+            object.__setattr__(self, "swap_cap", 1 << 30)
+        elif self.policy == "static":
+            object.__setattr__(self, "swap_cap", 0)
 
 
 @dataclass(frozen=True)
@@ -33,9 +47,7 @@ class ResidentSet:
         return cls(np.zeros((layers, experts), bool), np.zeros((layers, experts), bool))
 
 
-def updated_hotness(
-    hotness: NDArray[np.float64], routed: NDArray[np.int32], parameters: ResidencyParameters
-) -> NDArray[np.float64]:
+def updated_hotness(hotness: NDArray[np.float64], routed: NDArray[np.int32], decay: float) -> NDArray[np.float64]:
     """Exponentially decayed counts of verified routing.
 
     :param hotness: (layers, experts) counts so far.
@@ -47,8 +59,43 @@ def updated_hotness(
     # decay ** tokens as repeated products: pow() differs between libraries
     factor = 1.0
     for _ in range(routed.shape[1]):
-        factor *= parameters.decay
+        factor *= decay
     return hotness * factor + counts
+
+
+class Residency:
+    """What a policy remembers of verified routing, as one score per (layer, expert): hotter is higher."""
+
+    def __init__(self, layers: int, experts: int, parameters: ResidencyParameters) -> None:
+        self._scores = np.zeros((layers, experts))
+        self._parameters = parameters
+        self._step = 0
+
+    def scores(self, sure: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Scores with the (layers, tokens, k) routing that is sure to be committed counted in."""
+        return self._updated(sure, self._step + 1)
+
+    def layer_scores(self, row: int, sure: NDArray[np.int32]) -> NDArray[np.float64]:
+        """One row of :meth:`scores`, (1, experts), from that layer's (tokens, k) routing."""
+        return self._updated(sure[None], self._step + 1, slice(row, row + 1))
+
+    def learn(self, committed: NDArray[np.int32]) -> None:
+        """Count the (layers, tokens, k) routing of a step's committed tokens."""
+        self._step += 1
+        self._scores = self._updated(committed, self._step)
+
+    def _updated(self, routed: NDArray[np.int32], step: int, rows: slice = slice(None)) -> NDArray[np.float64]:
+        scores = self._scores[rows]
+        policy = self._parameters.policy
+        if policy in ("decayed", "lfu", "static"):
+            return updated_hotness(scores, routed, self._parameters.decay if policy == "decayed" else 1.0)
+        layers, experts = scores.shape
+        used = updated_hotness(np.zeros_like(scores), routed, 1.0) > 0
+        if policy == "lru":
+            return np.where(used, float(step), scores)
+        # random: a fixed value per expert and step, the same whenever it is asked for
+        noise = np.random.Generator(np.random.PCG64([step])).random((len(self._scores), experts))[rows]
+        return noise.reshape(layers, experts)
 
 
 def refill(

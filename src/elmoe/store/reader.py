@@ -72,11 +72,14 @@ def read_manifest(path: Path) -> Manifest:
 class MemoryReader:
     """A store mapped into memory, read-only; the page cache is its tier. A context manager."""
 
+    kind = "memory"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = manifest = read_manifest(path)
         self.schema: ModelSchema = manifest.model
         self._maps: dict[str, NDArray[np.uint8]] = {}
+        self._sizes: dict[str, int] = {}
         self._tensors: dict[str, TensorEntry] = {tensor.name: tensor for tensor in manifest.tensors}
         self._layers: dict[int, LayerEntry] = {layer.layer: layer for layer in manifest.layers}
         self._check_schema()
@@ -85,9 +88,9 @@ class MemoryReader:
             check_name(entry.name, "files.name")
             if entry.name not in roles:
                 raise StoreError(f"{MANIFEST}: file '{entry.name}' belongs to no layer")
-            self._maps[entry.name] = self._map(entry.name, entry.bytes, *roles[entry.name])
+            self._open(entry.name, entry.bytes, *roles[entry.name])
         for name in roles:
-            if name not in self._maps:
+            if name not in self._sizes:
                 raise StoreError(f"{MANIFEST}: field 'files' lacks '{name}'")
         self._check_offsets()
         for text in filter(None, (manifest.tokenizer, manifest.chat_template)):
@@ -113,7 +116,7 @@ class MemoryReader:
             raise StoreError(f"the store '{self.path.name}' is closed", "keep the session open while it is used")
         return self._maps[name]
 
-    def _map(self, name: str, size: int, role: int, layer: int) -> NDArray[np.uint8]:
+    def _open(self, name: str, size: int, role: int, layer: int) -> None:
         file = self.path / name
         try:
             with open(file, "rb") as handle:
@@ -124,7 +127,8 @@ class MemoryReader:
         except OSError as error:
             raise StoreError(f"'{name}' cannot be opened: {error.strerror}") from error
         check_header(view[:PAGE], name, role, layer)
-        return np.frombuffer(view, np.uint8)
+        self._sizes[name] = size
+        self._maps[name] = np.frombuffer(view, np.uint8)
 
     def _check_schema(self) -> None:
         schema = self.schema
@@ -143,7 +147,7 @@ class MemoryReader:
     def _check_offsets(self) -> None:
         for tensor in self.manifest.tensors:
             for section, offset, size in self._sections(tensor):
-                limit = self._file(DENSE_FILE).size
+                limit = self._sizes[DENSE_FILE]
                 if not PAGE <= offset <= limit - size or offset % 64:
                     raise StoreError(
                         f"{MANIFEST}: tensors.{tensor.name}.offsets.{section} = {offset} lies outside {DENSE_FILE}",
@@ -155,7 +159,7 @@ class MemoryReader:
             if (layer.experts, layer.msb_bytes, layer.lsb_bytes, layer.stride) != expected:
                 raise StoreError(f"{MANIFEST}: layers.{layer.layer} does not have the sizes of the model's experts")
             end = layer.offset + layer.experts * layer.stride
-            if layer.offset < PAGE or layer.offset % PAGE or end > self._file(layer.file).size:
+            if layer.offset < PAGE or layer.offset % PAGE or end > self._sizes[layer.file]:
                 raise StoreError(f"{MANIFEST}: layers.{layer.layer}.offset = {layer.offset} lies outside '{layer.file}'")
             if len(layer.checksums) != layer.experts:
                 raise StoreError(f"{MANIFEST}: layers.{layer.layer}.checksums has {len(layer.checksums)} entries")
