@@ -14,15 +14,18 @@ import numpy as np
 
 from elmoe.bitslice import Routing
 from elmoe.bitslice.sampling import Sample
+from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.kv import KVPool, pages_for
 from elmoe.engine.request import Request, Result, Sequence
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.engine.tier import ExpertTier, committed_routing, tier_sizes
 from elmoe.errors import RequestError
+from elmoe.kernels.reads import ReadPool
 from elmoe.models.decoder import Decoder, Draft, Tokens, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, plan_slots
 from elmoe.policy.draft_length import DraftLengthController
 from elmoe.policy.residency import ResidencyParameters
+from elmoe.store.direct import DirectReader
 
 if TYPE_CHECKING:  # pyarrow loads only when a trace is wanted
     from elmoe.trace import TraceRecorder
@@ -31,6 +34,8 @@ Mode = Literal["plain", "cache", "elastic"]
 PREFILL_CHUNK = 256
 """Prompt tokens computed in one pass."""
 MAX_BATCH = 64
+READ_THREADS = 4
+"""Reads in flight: 1 or 2 saturate an NVMe disk with slices of megabytes; small slices want more."""
 
 
 class StoreReader(WeightReader, Protocol):
@@ -46,7 +51,8 @@ class StoreReader(WeightReader, Protocol):
 class EngineOptions:
     """How to serve. ``fast_memory``: budget in bytes, a share of the expert bytes (float in 0..1), or None for all of
     them. ``draft_length``: tokens to draft, None lets the controller choose. ``draft_bits`` 8 is an ablation (expert axis
-    alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once."""
+    alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once. ``staging_experts``: experts in
+    flight or waiting to be computed; ``slow_bandwidth``: throttle of the slow tier, bytes per second."""
 
     mode: Mode = "elastic"
     fast_memory: int | float | None = None
@@ -59,6 +65,9 @@ class EngineOptions:
     batch: int = 1
     residency: ResidencyParameters = field(default_factory=ResidencyParameters)
     keep_kv_digest: bool = False
+    staging_experts: int = 16
+    prefetch: bool = True
+    slow_bandwidth: float | None = None
 
 
 class Engine:
@@ -76,12 +85,15 @@ class Engine:
         self._reader = reader
         self._backend = backend
         self._decoder = Decoder(reader, backend)
+        self._pool: ReadPool | None = None
 
     def sizes(self, requests: Items[Request]) -> FastTierSizes:
         """What competes for the fast tier while these requests are served."""
         needs = sorted((pages_for(self._positions(request)) for request in requests), reverse=True)
         page = KVPool(self.schema, 1, 1, 0).page_bytes
-        return tier_sizes(self._reader, self._reader.dense_bytes, sum(needs[: self.options.batch]) * page)
+        return tier_sizes(
+            self._reader, self._reader.dense_bytes, sum(needs[: self.options.batch]) * page, self.options.staging_experts
+        )
 
     def slots(self, requests: Items[Request]) -> SlotPlan | None:
         """The slot plan for these requests; None in plain mode. Raises BudgetError below the minimum."""
@@ -91,6 +103,18 @@ class Engine:
         if budget is None:
             budget = 1.0
         return plan_slots(sizes.budget_of_share(budget) if isinstance(budget, float) else budget, sizes, self.options.split)
+
+    def _tier(self, slots: SlotPlan | None, statistics: Statistics) -> ExpertTier:
+        """The fast tier for a run: enforced over a ``direct`` reader, accounted over a ``memory`` one."""
+        options = self.options
+        if isinstance(self._reader, DirectReader):
+            if self._pool is None:
+                self._pool = ReadPool(READ_THREADS)
+            self._pool.set_bandwidth(options.slow_bandwidth or 0.0)
+            return DirectTier(
+                self._reader, slots, options.residency, statistics, self._pool, options.staging_experts, options.prefetch
+            )  # fmt: skip
+        return ExpertTier(self._reader, slots, options.residency, statistics)
 
     def _positions(self, request: Request) -> int:
         """Cache positions a request can come to need: all its tokens, and none beyond the context."""
@@ -133,7 +157,7 @@ class _Run:
         self.requests, self.decode, self.recorder, self.on_commit = requests, decode, recorder, on_commit
         self.statistics = Statistics(dense_bytes=engine._reader.dense_bytes)
         slots = engine.slots(requests)
-        self.tier = ExpertTier(engine._reader, slots, self.options.residency, self.statistics)
+        self.tier = engine._tier(slots, self.statistics)
         drafts = self.options.mode == "elastic"
         self.controller = DraftLengthController(fixed=self.options.draft_length if drafts else 0)
         longest = max((engine._positions(request) for request in requests), default=1)
@@ -148,10 +172,13 @@ class _Run:
 
     def serve(self) -> list[Result]:
         started = perf_counter()
-        while self.waiting or self.running:
-            self.admit()
-            self.step()
-            self.retire()
+        try:
+            while self.waiting or self.running:
+                self.admit()
+                self.step()
+                self.retire()
+        finally:
+            self.tier.close()
         self.statistics.engine_seconds = perf_counter() - started
         return [self.results[index] for index in range(len(self.requests))]
 

@@ -48,6 +48,9 @@ class Statistics:
     verifications: int = 0
     verified: int = 0
     draft_slow_reads: int = 0
+    slow_reads: int = 0
+    foreseen_hits: int = 0
+    read_bytes: int = 0
     dense_bytes: int = 0
     engine_seconds: float = 0.0
 
@@ -76,6 +79,9 @@ class Statistics:
             "slow_bytes": sum(self.phases[p].slow_bytes for p in PHASES if p != "prefill"),
             "slow_bytes_per_token": _ratio(sum(self.phases[p].slow_bytes for p in PHASES if p != "prefill"), self.committed),
             "draft_slow_reads": self.draft_slow_reads,
+            "slow_reads": self.slow_reads,
+            "foreseen_hits": self.foreseen_hits,
+            "read_bytes": self.read_bytes,
             "phases": {phase: counters.as_dict() for phase, counters in self.phases.items()},
         }
 

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from elmoe.policy.budget import SlotPlan
 
-
 Policy = Literal["decayed", "lru", "lfu", "static", "random"]
-"""``decayed``: exponentially decayed counts (the default). Baselines: ``lru`` keeps what was used last, ``lfu`` counts without
-decay, ``static`` keeps what the first pass brought in, ``random`` any."""
+"""``decayed``: exponentially decayed counts (the default). Baselines: ``lru`` keeps what was used last, ``lfu`` counts
+without decay, ``static`` keeps what the first pass brought in, ``random`` any."""
 
 
 @dataclass(frozen=True)
