@@ -22,6 +22,17 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * BYTE_UNITS.get(unit, 1))
 
 
+def parse_bandwidth(text: str) -> float:
+    """``1.7GB/s`` to bytes per second; RequestError names what is wrong."""
+    amount, slash, second = text.strip().rpartition("/")
+    if slash == "" or second.strip().lower() != "s":
+        raise RequestError(f"'{text}' is not a bandwidth", "write for example 1.7GB/s or 800MiB/s")
+    rate = float(parse_bytes(amount))
+    if rate <= 0:
+        raise RequestError(f"the bandwidth '{text}' is not positive", "write for example 1.7GB/s")
+    return rate
+
+
 def parse_fast_memory(text: str) -> int | float:
     """A budget: an amount of bytes (int), or ``25%`` of the expert bytes beside the fixed parts (float in 0..1)."""
     if text.strip().endswith("%"):

@@ -8,16 +8,15 @@ import click
 
 from elmoe.cli.common import (
     IntegerList,
-    elastic_options,
+    Serving,
     json_option,
     number,
     percent,
     print_json,
     print_table,
     progress_bar,
+    serving_options,
     size,
-    tier_label,
-    use_threads,
 )
 
 
@@ -30,39 +29,46 @@ from elmoe.cli.common import (
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs per row; medians are shown.")
 @click.option("--temperature", type=float, default=0.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompt tokens and of sampling.")
-@elastic_options
+@click.option("--replay", "traces", multiple=True, type=click.Path(exists=True, dir_okay=False),
+              help="Take prompts, tokens, routing and acceptance from a trace of `elmoe trace record --every-position`; may "
+              "be repeated for traces of other resident shares.")  # fmt: skip
+@serving_options
 @json_option
 def command(
     store: str, modes: str, batches: tuple[int, ...], prompt_tokens: int, max_tokens: int, repeats: int, temperature: float,
-    seed: int, fast_memory: int | float | None, split: Any, draft_length: int | None, draft_top_k: int | None,
-    threads: int | None, backend: Any, as_json: bool,
+    seed: int, traces: tuple[str, ...], serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
     """Throughput of STORE for modes and batch sizes; every row must give the same tokens."""
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.benchmark import benchmark, random_prompts
-    from elmoe.engine.engine import EngineOptions
-    from elmoe.engine.session import Session
     from elmoe.errors import RequestError
 
     names: list[Any] = modes.split(",")
     for name in names:
         if name not in ("plain", "cache", "elastic"):
             raise RequestError(f"'{name}' is no mode", "use plain, cache or elastic")
-    options = EngineOptions(
-        fast_memory=fast_memory, split=split, draft_length=draft_length, draft_top_k=draft_top_k, batch=max(batches)
-    )  # fmt: skip
-    with Session(store, options, backend) as session:
-        use_threads(backend, threads)
-        sampling = SamplingParameters(temperature, seed=seed)
-        requests = random_prompts(session, max(batches), prompt_tokens, max_tokens, sampling)
+    options = serving.options("elastic", max(batches))
+    with serving.session(store, options) as session:
+        label = session.tier
+        if traces:
+            from elmoe.engine.replay import Replay
+            from elmoe.trace import read_trace, replay_facts
+
+            replay = Replay(session.backend, session.reader.schema, [replay_facts(read_trace(path)) for path in traces])
+            requests = replay.requests(list(range(max(batches))), max_tokens)
+            label += "; replayed"
+        else:
+            replay = None
+            sampling = SamplingParameters(temperature, seed=seed)
+            requests = random_prompts(session, max(batches), prompt_tokens, max_tokens, sampling)
         with progress_bar("runs", (repeats + 1) * len(names) * len(batches)) as bar:
             done = iter(range(1, 10**6))
-            rows = benchmark(session, requests, options, names, batches, repeats, lambda: bar(next(done)))
+            rows = benchmark(session, requests, names, batches, repeats, lambda: bar(next(done)), replay)
     if as_json:
-        print_json({"tier": tier_label(fast_memory), "rows": rows})
+        print_json({"tier": label, "rows": rows})
         return
     print_table(
-        f"{len(requests)} sequences x {max_tokens} tokens; {tier_label(fast_memory)}; median of {repeats}",
+        f"{len(requests)} sequences x {max_tokens} tokens; {label}; median of {repeats}",
         ("mode", "batch", "tokens/s", "acceptance", "tokens/verification", "MSB hits", "slow bytes/token",
          "overhead ms/token", "identical"),
         [

@@ -5,25 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from elmoe.errors import ElmoeError
-from elmoe.units import format_bytes, parse_fast_memory
+from elmoe.units import format_bytes, parse_bandwidth, parse_fast_memory
+
+if TYPE_CHECKING:
+    from elmoe.engine.engine import EngineOptions
+    from elmoe.engine.session import Session
 
 
-class FastMemory(click.ParamType):
-    """A budget such as ``2GiB`` or ``25%``."""
+class Quantity(click.ParamType):
+    """A value with a unit, read by a parser of ``elmoe.units``."""
 
-    name = "SIZE|PERCENT"
+    def __init__(self, name: str, parse: Callable[[str], int | float]) -> None:
+        self.name, self._parse = name, parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        """Text to bytes or a share."""
+        """Text to a number."""
         if isinstance(value, (int, float)):
             return value
         try:
-            return parse_fast_memory(value)
+            return self._parse(value)
         except ElmoeError as error:
             self.fail(f"{error} (hint: {error.hint})", param, ctx)
 
@@ -51,25 +58,6 @@ backend_option = click.option(
 )  # fmt: skip
 
 
-def elastic_options(command: Callable) -> Callable:
-    """The options that shape elastic decoding."""
-    for option in reversed(
-        (
-            click.option("--fast-memory", type=FastMemory(), help="Budget of the fast tier: 2GiB, or 25% of the experts."),
-            click.option(
-                "--split", type=click.Choice(["msb_first", "whole_experts"]), default="msb_first", show_default=True,
-                help="How the budget is divided: all MSB slices first (paper), or whole experts.",
-            ),
-            click.option("--draft-length", type=int, help="Draft exactly this many tokens [default: chosen as it runs]."),
-            click.option("--draft-top-k", type=int, help="Experts per token of the draft [default: the model's]."),
-            threads_option,
-            backend_option,
-        )
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
 def use_threads(backend: str, threads: int | None) -> None:
     """Set the kernels' thread count, all cores of this process by default."""
     if backend == "native":
@@ -80,9 +68,81 @@ def use_threads(backend: str, threads: int | None) -> None:
         kernels.set_threads(threads or min(64, len(os.sched_getaffinity(0))))
 
 
-def tier_label(fast_memory: int | float | None) -> str:
-    """How the tier's numbers of a ``memory`` reader are to be read."""
-    return "memory, no budget" if fast_memory is None else "simulated tier: budget accounted, not enforced"
+budget = Quantity("SIZE|PERCENT", parse_fast_memory)
+SERVING_OPTIONS = (
+    click.option(
+        "--fast-memory", type=budget,
+        help="Budget of the fast tier: 2GiB, or 25% of the experts.",
+    ),
+    click.option(
+        "--reader", type=click.Choice(["auto", "memory", "direct"]), default="auto", show_default=True,
+        help="memory: the whole store in memory, a budget is accounted only. direct: the budget is enforced, experts are "
+        "read from disk. auto: direct for a budget in bytes, or a store larger than the memory available.",
+    ),
+    click.option(
+        "--slow-bandwidth", type=Quantity("BYTES/S", parse_bandwidth), help="Throttle the disk (direct reader): 1.7GB/s."
+    ),
+    click.option(
+        "--split", type=click.Choice(["auto", "msb_first", "whole_experts"]), default="auto", show_default=True,
+        help="How the budget is divided: all MSB slices first (paper), whole experts, or by modelled tokens/s.",
+    ),
+    click.option(
+        "--policy", type=click.Choice(["decayed", "lru", "lfu", "static", "random"]), default="decayed", show_default=True,
+        help="Which slices stay in the fast tier.",
+    ),
+    click.option("--draft-length", type=int, help="Draft exactly this many tokens [default: chosen as it runs]."),
+    click.option("--draft-top-k", type=int, help="Experts per token of the draft [default: the model's]."),
+    threads_option,
+    backend_option,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The options of :func:`serving_options`, by the names of ``EngineOptions`` and ``Session``."""
+
+    fast_memory: int | float | None
+    reader: Any
+    slow_bandwidth: float | None
+    split: Any
+    policy: Any
+    draft_length: int | None
+    draft_top_k: int | None
+    threads: int | None
+    backend: Any
+
+    def options(self, mode: Any, batch: int) -> EngineOptions:
+        """How to serve."""
+        from elmoe.engine.engine import EngineOptions
+        from elmoe.policy.residency import ResidencyParameters
+
+        return EngineOptions(
+            mode=mode, batch=batch, fast_memory=self.fast_memory, slow_bandwidth=self.slow_bandwidth, split=self.split,
+            draft_length=self.draft_length, draft_top_k=self.draft_top_k, residency=ResidencyParameters(self.policy),
+        )  # fmt: skip
+
+    def session(self, store: str, options: EngineOptions) -> Session:
+        """An open store with the kernels' threads set: all cores of this process by default."""
+        from elmoe.engine.session import Session
+
+        session = Session(store, options, self.backend, self.reader)
+        use_threads(self.backend, self.threads)
+        return session
+
+
+def serving_options(command: Callable) -> Callable:
+    """The options that shape decoding, handed to the command as one ``serving``."""
+    names = [field.name for field in fields(Serving)]
+
+    @wraps(command)
+    def collect(**arguments: Any) -> Any:
+        serving = Serving(**{name: arguments.pop(name) for name in names})
+        return command(serving=serving, **arguments)
+
+    result: Callable = collect
+    for option in reversed(SERVING_OPTIONS):
+        result = option(result)
+    return result
 
 
 def print_json(data: Any) -> None:

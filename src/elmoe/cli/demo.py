@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import (
-    FastMemory,
+    budget,
     json_option,
     number,
     percent,
@@ -15,7 +15,6 @@ from elmoe.cli.common import (
     print_table,
     size,
     threads_option,
-    tier_label,
     use_threads,
 )
 
@@ -30,7 +29,7 @@ PROMPTS = (
 @click.command("demo")
 @click.option("--max-tokens", type=click.IntRange(1, 1024), default=64, show_default=True)
 @click.option("--draft-length", type=click.IntRange(1, 16), default=4, show_default=True)
-@click.option("--fast-memory", type=FastMemory(), default="50%", show_default=True, help="Budget of the fast tier.")
+@click.option("--fast-memory", type=budget, default="50%", show_default=True, help="Budget of the fast tier.")
 @threads_option
 @json_option
 def command(max_tokens: int, draft_length: int, fast_memory: int | float, threads: int | None, as_json: bool) -> None:
@@ -39,7 +38,7 @@ def command(max_tokens: int, draft_length: int, fast_memory: int | float, thread
     from elmoe.engine.request import Request
     from elmoe.engine.session import Session
 
-    with Session("demo") as session:
+    with Session("demo", EngineOptions(fast_memory=fast_memory), reader="memory") as session:
         use_threads("native", threads)
         requests = [Request(session.encode(prompt), max_tokens, ignore_eos=True) for prompt in PROMPTS]
         runs: dict[str, Any] = {}
@@ -58,7 +57,7 @@ def command(max_tokens: int, draft_length: int, fast_memory: int | float, thread
                 "prompts": PROMPTS,
                 "texts": texts,
                 "identical": identical,
-                "tier": tier_label(fast_memory),
+                "tier": session.tier,
                 "modes": facts,
             }
         )
@@ -77,7 +76,7 @@ def command(max_tokens: int, draft_length: int, fast_memory: int | float, thread
             ("slow-tier bytes per token", lambda f: size(f["slow_bytes_per_token"])),
             ("slow-tier reads while drafting", lambda f: f["draft_slow_reads"]),
         ]
-        title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {tier_label(fast_memory)}"
+        title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {session.tier}"
         print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in rows])
         click.echo(f"identical output: {'yes' if identical else 'NO'}")
     if not identical:

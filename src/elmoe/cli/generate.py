@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import elastic_options, json_option, print_json, tier_label, use_threads
+from elmoe.cli.common import Serving, json_option, print_json, serving_options
 
 
 @click.command("generate")
@@ -25,27 +25,20 @@ from elmoe.cli.common import elastic_options, json_option, print_json, tier_labe
 @click.option("--stop", multiple=True, help="End the text before this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Do not stop at the end-of-sequence token.")
 @click.option("--trace", "trace_path", type=click.Path(dir_okay=False), help="Record the run's routing facts (Parquet).")
-@elastic_options
+@serving_options
 @json_option
 def command(
     store: str, prompt: tuple[str, ...], chat: bool, mode: Any, max_tokens: int, batch: int | None, temperature: float,
     top_k: int, top_p: float, min_p: float, seed: int, stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None,
-    fast_memory: int | float | None, split: Any, draft_length: int | None, draft_top_k: int | None, threads: int | None,
-    backend: Any, as_json: bool,
+    serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from STORE (a path, or ``demo``). The output is the target model's in every mode."""
     from elmoe.bitslice import SamplingParameters
-    from elmoe.engine.engine import EngineOptions
     from elmoe.engine.request import Request
-    from elmoe.engine.session import Session
 
-    options = EngineOptions(
-        mode=mode, fast_memory=fast_memory, split=split, draft_length=draft_length, draft_top_k=draft_top_k,
-        batch=batch or min(len(prompt), 16),
-    )  # fmt: skip
-    with Session(store, options, backend) as session:
+    options = serving.options(mode, batch or min(len(prompt), 16))
+    with serving.session(store, options) as session:
         click.echo(session.reader_note, err=True)
-        use_threads(backend, threads)
         sampling = SamplingParameters(temperature, top_k, top_p, min_p, seed)
         texts = [session.chat_prompt([{"role": "user", "content": text}]) if chat else text for text in prompt]
         requests = [Request(session.encode(text), max_tokens, sampling, stop, ignore_eos) for text in texts]
@@ -67,7 +60,7 @@ def command(
             for text, request, result in zip(prompt, requests, results, strict=True)
         ]
     facts = statistics.as_dict()
-    tier = tier_label(fast_memory)
+    tier = session.tier
     if as_json:
         first = answers[0] if len(answers) == 1 else {"results": answers}
         print_json({**first, "mode": mode, "tier": tier, "statistics": facts})

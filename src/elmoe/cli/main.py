@@ -16,6 +16,7 @@ VERBS = {
     "generate": "Generate text.",
     "eval": "Perplexity of the target and of its draft on a text.",
     "bench": "Throughput, acceptance, hit rates and bytes for modes and batch sizes.",
+    "trace": "Record the facts of a run, and look at them.",
     "synth": "Write a store with a config's shapes and random weights, for benchmarks.",
     "doctor": "What this machine can do: kernels, threads, memory and disk bandwidth.",
 }

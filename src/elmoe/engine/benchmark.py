@@ -12,7 +12,8 @@ from typing import Any, cast
 import numpy as np
 
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import Engine, EngineOptions, Mode
+from elmoe.engine.engine import Engine, Mode
+from elmoe.engine.replay import Replay
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
 
@@ -22,7 +23,7 @@ TIMED = ("embed", "attention_block", "route", "expert_ffn", "rms_norm", "logits"
 class TimedBackend(SimpleNamespace):
     """A backend that adds up the seconds spent inside its calls."""
 
-    def __init__(self, backend: ModuleType) -> None:
+    def __init__(self, backend: ModuleType | SimpleNamespace) -> None:
         super().__init__(seconds=0.0)
         for name in TIMED:
             setattr(self, name, self._timed(getattr(backend, name)))
@@ -40,33 +41,41 @@ class TimedBackend(SimpleNamespace):
 def benchmark(
     session: Session,
     requests: list[Request],
-    options: EngineOptions,
     modes: Iterable[Mode],
     batches: Iterable[int],
     repeats: int = 3,
     progress: Callable[[], None] | None = None,
+    replay: Replay | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per mode and batch size: medians over ``repeats`` interleaved runs after one warm-up.
+    """One row per mode and batch size: medians over ``repeats`` interleaved runs, the first of each row not counted.
 
     The requests are served ``batch`` at a time, the same for every row, so ``identical`` tells whether a row's tokens and
-    log-probabilities equal those of the first.
+    log-probabilities equal those of the first; in a ``replay`` the tokens are the trace's, and what is compared are hashes
+    of the logits at committed positions. An enforced tier starts cold in each run and is warmed up on the same requests.
     """
     cases = [(mode, batch) for mode in modes for batch in batches]
     runs: dict[tuple[Mode, int], list[dict[str, Any]]] = {case: [] for case in cases}
-    reference: list[Result] | None = None
+    reference: Any = None
     identical = dict.fromkeys(cases, True)
     for repeat in range(repeats + 1):
         for case in cases:
             mode, batch = case
-            timed = TimedBackend(session.backend)
-            engine = Engine(session.reader, cast(ModuleType, timed), replace(options, mode=mode, batch=batch))
+            timed = TimedBackend(replay or session.backend)
+            options = replace(session.engine.options, mode=mode, batch=batch)
+            engine = Engine(session.reader, cast(ModuleType, timed), options, replay)
+            if session.reader.kind == "direct":
+                engine.generate(requests, session.decode)
+            timed.seconds = 0.0
             results, statistics = engine.generate(requests, session.decode)
-            reference = reference or results
-            identical[case] &= results == reference
+            outcome = outcome_of(results, replay)
+            reference = reference or outcome
+            identical[case] &= outcome == reference
             row = statistics.as_dict()
             passes = sum(counters.steps for counters in statistics.phases.values())
-            row["overhead_ms_per_token"] = 1e3 * (statistics.engine_seconds - timed.seconds) / max(1, statistics.committed)
-            row["overhead_ms_per_pass"] = 1e3 * (statistics.engine_seconds - timed.seconds) / max(1, passes)
+            waited = sum(counters.waited_seconds for counters in statistics.phases.values())
+            overhead = 1e3 * (statistics.engine_seconds - timed.seconds - waited)
+            row["overhead_ms_per_token"] = overhead / max(1, statistics.committed)
+            row["overhead_ms_per_pass"] = overhead / max(1, passes)
             if repeat:
                 runs[case].append(row)
             if progress is not None:
@@ -78,6 +87,11 @@ def benchmark(
             row[key] = median(sample[key] for sample in samples)
         rows.append({"mode": mode, "batch": batch, "identical": identical[(mode, batch)], **row})
     return rows
+
+
+def outcome_of(results: list[Result], replay: Replay | None) -> Any:
+    """What must be equal between runs: the results; of a replay, the logits at committed positions."""
+    return results if replay is None else replay.committed_digests()
 
 
 def random_prompts(

@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import Routing
 from elmoe.engine.arena import LSB, MSB, ExpertArena
-from elmoe.engine.statistics import Phase, Statistics
+from elmoe.engine.statistics import Phase
 from elmoe.engine.tier import ExpertTier
 from elmoe.errors import StoreError
 from elmoe.kernels.reads import ReadPool
@@ -29,47 +30,41 @@ from elmoe.store.direct import DirectReader
 DEMAND, PLANNED = 0, 1
 """Priorities of reads: what a layer waits for goes before what a later layer will need."""
 RESERVE = 2
-"""Staging slots per class that planned reads leave to demands."""
+"""Whole experts that planned reads leave room for, so that demands never wait for a planned slice to be used."""
 Key = tuple[int, int, int]
 """(MoE layer row, expert, slice class)."""
 
 
 class DirectTier(ExpertTier):
-    """An ``ExpertTier`` over a ``direct`` reader; ``slots`` None keeps nothing between passes."""
+    """An ``ExpertTier`` over a ``direct`` reader. It holds nothing until :meth:`replan` gives it slots and memory."""
 
     label = "enforced budget, direct reads"
 
     def __init__(
         self,
         reader: DirectReader,
-        slots: SlotPlan | None,
         parameters: ResidencyParameters,
-        statistics: Statistics,
         pool: ReadPool,
-        staging_experts: int,
         prefetch: bool = True,
     ) -> None:
-        super().__init__(reader, slots, parameters, statistics)
+        super().__init__(reader, parameters)
         schema = reader.schema
         self._reader, self._pool, self._prefetch = reader, pool, prefetch
-        self._layers = schema.moe_layers
         layout = reader.expert_layout(self._layers[0])
-        kept = (sum(slots.msb), sum(slots.lsb)) if slots is not None else (0, 0)
-        staging = max(staging_experts, RESERVE)
-        self._arena = ExpertArena(
-            (layout.msb_bytes, layout.lsb_bytes), (kept[MSB] + staging, kept[LSB] + staging)
-        )  # fmt: skip
+        count = len(self._layers) * schema.experts
+        self._arena = ExpertArena((layout.msb_bytes, layout.lsb_bytes), (count, count), 0)
+        self._reserve = RESERVE * (layout.msb_bytes + layout.lsb_bytes)
         self._slot = np.full((len(self._layers), schema.experts, 2), -1, np.int32)
         self._tickets: dict[Key, int] = {}
-        self._plan: deque[Key] = deque()
+        self._plan: list[deque[Key]] = [deque() for _ in self._layers]
         self._planned: set[Key] = set()
         self._before = self.resident
 
     def _address_tables(self, reader: WeightReader) -> list[NDArray[np.int64]]:
         return [np.zeros((reader.schema.experts, 2), np.int64) for _ in reader.schema.moe_layers]
 
-    def close(self) -> None:
-        """Wait for reads in flight, whose memory is about to go."""
+    def end_run(self) -> None:
+        """Wait for reads in flight: their memory must not go before. A tier whose run failed is not used again."""
         self._pool.wait(list(self._tickets.values()))
         self._tickets.clear()
 
@@ -88,6 +83,7 @@ class DirectTier(ExpertTier):
             yield Stretch(experts, self._addresses[row], whole=True)
             return
         active = np.flatnonzero(self._active[row])
+        self._plan[row].clear()  # what is not on its way by now is demanded
         demands = deque((row, int(e), kind) for e in active for kind in (MSB, LSB) if self._slot[row, e, kind] < 0)
         self._statistics.foreseen_hits += sum((row, int(e), k) in self._planned for e in active for k in (MSB, LSB))
         self._hasten([(row, int(e), kind) for e in active for kind in (MSB, LSB)])
@@ -95,6 +91,9 @@ class DirectTier(ExpertTier):
         waiting = deque(int(e) for e in active)
         while waiting:
             self._issue(demands)
+            while demands and demands[0][1] == waiting[0]:
+                self._make_room(row, waiting[0], demands)
+                self._issue(demands)
             self._arrive((row, waiting[0]))
             ready = [waiting.popleft()]
             while waiting and self._readable(row, waiting[0]):
@@ -116,7 +115,8 @@ class DirectTier(ExpertTier):
         """Account the pass and learn; residency has changed layer by layer already."""
         self._account(phase, self.resident if phase == "draft" else self._before)
         if phase != "draft":
-            self._plan.clear()
+            for plan in self._plan:
+                plan.clear()
             self._planned.clear()
             if committed is not None and self._slots is not None:
                 self._residency.learn(committed)
@@ -138,38 +138,65 @@ class DirectTier(ExpertTier):
                 if not self._active[row, expert]:
                     self._release((row, int(expert), kind))
 
+    @property
+    def hotness(self) -> NDArray[np.float64]:
+        """(layers, experts) scores of the residency policy."""
+        return self._residency.hotness
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes the pool has read, over all runs."""
+        return self._pool.bytes_read()
+
+    def replan(self, slots: SlotPlan | None, capacity: int) -> None:
+        """See ``ExpertTier.replan``."""
+        before = self.resident
+        super().replan(slots, capacity)
+        for kind, old, new in ((MSB, before.msb, self.resident.msb), (LSB, before.lsb, self.resident.lsb)):
+            for row, expert in np.argwhere(old & ~new).tolist():
+                self._release((row, expert, kind))
+        self._arena.resize(capacity)
+
     def _foresee(self, row: int, experts: NDArray[np.int32]) -> None:
-        """Plan reads of what verification will need of a layer, in order of layers, and start what fits."""
+        """Plan reads of what verification will need of a layer, and start what fits."""
         for expert in experts.tolist():
             for kind in (MSB, LSB):
                 key = (row, expert, kind)
                 if self._slot[key] < 0 and key not in self._planned:
                     self._planned.add(key)
-                    self._plan.append(key)
+                    self._plan[row].append(key)
         self._pump()
 
     def _pump(self) -> None:
-        """Start planned reads while staging slots are free."""
-        while self._plan:
-            key = self._plan[0]
-            if self._slot[key] >= 0 or (self._active[key[0]].any() and not self._active[key[0], key[1]]):
-                self._plan.popleft()  # there already, or its layer was routed and does not need it
-                continue
-            if len(self._arena.free[key[2]]) <= RESERVE:
-                return
-            self._plan.popleft()
-            self._read(key, PLANNED)
+        """Start planned reads, earliest layer first, while there is room."""
+        for plan in self._plan:
+            while plan:
+                key = plan[0]
+                if not self._arena.has_room(key[2], self._reserve):
+                    return
+                plan.popleft()
+                self._read(key, PLANNED)
 
     def _issue(self, demands: deque[Key]) -> None:
-        """Start demanded reads while slots are free."""
-        while demands and self._arena.free[demands[0][2]]:
+        """Start demanded reads while there is room."""
+        while demands and self._arena.has_room(demands[0][2]):
             key = demands.popleft()
             if self._slot[key] < 0:
                 self._read(key, DEMAND)
 
+    def _make_room(self, row: int, expert: int, demands: deque[Key]) -> None:
+        """Drop the staged slice that is needed last, not of ``expert``; if this layer needs it, it is read again in turn."""
+        staged = (self._slot >= 0) & ~np.stack([self.resident.msb, self.resident.lsb], axis=-1)
+        staged[row, expert] = False
+        key: Key = tuple(np.argwhere(staged)[-1].tolist())
+        self._arrive(key[:2])
+        self._release(key)
+        if key[0] == row and self._active[row, key[1]]:
+            demands.append(key)
+
     def _read(self, key: Key, priority: int) -> None:
         row, expert, kind = key
-        slot = self._arena.free[kind].pop()
+        slot = self._arena.take(kind)
         handle, offset = self._reader.extent(self._layers[row], expert)
         if kind == LSB:
             offset += self._arena.sizes[MSB]
@@ -196,7 +223,9 @@ class DirectTier(ExpertTier):
     def _arrive(self, place: tuple[int, int]) -> None:
         """Wait for an expert's slices; StoreError names the file, the expert and what went wrong."""
         keys = [key for key in ((*place, MSB), (*place, LSB)) if key in self._tickets]
+        began = perf_counter()
         failures = self._pool.wait([self._tickets[key] for key in keys]) if keys else []
+        self.waited += perf_counter() - began
         failed = dict(failures)
         for key in keys:
             error = failed.get(self._tickets.pop(key))
@@ -217,6 +246,6 @@ class DirectTier(ExpertTier):
 
     def _release(self, key: Key) -> None:
         row, expert, kind = key
-        self._arena.free[kind].append(int(self._slot[key]))
+        self._arena.give(kind, int(self._slot[key]))
         self._slot[key] = -1
         self._addresses[row][expert, kind] = 0

@@ -19,11 +19,13 @@ from elmoe.engine.kv import KVPool, pages_for
 from elmoe.engine.request import Request, Result, Sequence
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.engine.tier import ExpertTier, committed_routing, tier_sizes
+from elmoe.engine.tier_manager import TierManager
 from elmoe.errors import RequestError
 from elmoe.kernels.reads import ReadPool
 from elmoe.models.decoder import Decoder, Draft, Tokens, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, plan_slots
 from elmoe.policy.draft_length import DraftLengthController
+from elmoe.policy.operating_point import Planner, TierShape
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store.direct import DirectReader
 
@@ -49,14 +51,19 @@ class StoreReader(WeightReader, Protocol):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to serve. ``fast_memory``: budget in bytes, a share of the expert bytes (float in 0..1), or None for all of
-    them. ``draft_length``: tokens to draft, None lets the controller choose. ``draft_bits`` 8 is an ablation (expert axis
-    alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once. ``staging_experts``: experts in
-    flight or waiting to be computed; ``slow_bandwidth``: throttle of the slow tier, bytes per second."""
+    """How to serve.
+
+    ``fast_memory``: budget in bytes, a share of the expert bytes (float in 0..1), or None for all of them. ``split``: how
+    slices share the budget; ``auto`` is chosen and changed by modelled tokens/s where the tier is enforced, else all MSB
+    slices first. ``draft_length``: tokens to draft, None lets the controller choose. ``draft_bits`` 8 is an ablation (expert
+    axis alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once. ``staging_experts``:
+    experts in flight or waiting to be computed. ``slow_bandwidth``: throttle of the slow tier, bytes per second.
+    ``commit_limit``: tokens kept per sequence and step; 1 records a draft from every position, for a replay.
+    """
 
     mode: Mode = "elastic"
     fast_memory: int | float | None = None
-    split: Split = "msb_first"
+    split: Split | Literal["auto"] = "auto"
     draft_length: int | None = None
     draft_top_k: int | None = None
     draft_rescale: bool = True
@@ -68,12 +75,28 @@ class EngineOptions:
     staging_experts: int = 16
     prefetch: bool = True
     slow_bandwidth: float | None = None
+    commit_limit: int | None = None
+
+
+class Script(Protocol):
+    """Told what each pass computes before it runs (a replay overrides routing and samples by it)."""
+
+    def begin(self, phase: Phase, rows: list[tuple[int, int, int]], resident: float) -> None:
+        """A pass of (request index, position of the last committed token, position computed) rows begins; the share
+        ``resident`` of MSB slices is in the fast tier."""
+        ...
 
 
 class Engine:
     """Serves requests on a store; keep one per model. Not for use from several threads at once."""
 
-    def __init__(self, reader: StoreReader, backend: ModuleType, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        reader: StoreReader,
+        backend: ModuleType,
+        options: EngineOptions | None = None,
+        script: Script | None = None,
+    ) -> None:
         self.options = options = options or EngineOptions()
         if not 1 <= options.batch <= MAX_BATCH:
             raise RequestError(f"batch is {options.batch}, allowed is 1..{MAX_BATCH}")
@@ -84,8 +107,11 @@ class Engine:
             raise RequestError(f"draft_top_k is {options.draft_top_k}, allowed is 1..{self.schema.top_k}")
         self._reader = reader
         self._backend = backend
+        self._script = script
         self._decoder = Decoder(reader, backend)
-        self._pool: ReadPool | None = None
+        self._tier: ExpertTier | None = None
+        self.controller = DraftLengthController(fixed=options.draft_length if options.mode == "elastic" else 0)
+        self.planner: Planner | None = None
 
     def sizes(self, requests: Items[Request]) -> FastTierSizes:
         """What competes for the fast tier while these requests are served."""
@@ -95,26 +121,29 @@ class Engine:
             self._reader, self._reader.dense_bytes, sum(needs[: self.options.batch]) * page, self.options.staging_experts
         )
 
-    def slots(self, requests: Items[Request]) -> SlotPlan | None:
-        """The slot plan for these requests; None in plain mode. Raises BudgetError below the minimum."""
+    def budget(self, sizes: FastTierSizes) -> int:
+        """The fast tier's bytes."""
+        share = 1.0 if self.options.fast_memory is None else self.options.fast_memory
+        return sizes.budget_of_share(share) if isinstance(share, float) else share
+
+    def slots(self, sizes: FastTierSizes) -> SlotPlan | None:
+        """The slot plan beside these sizes; None in plain mode. Raises BudgetError below the minimum."""
         if self.options.mode == "plain":
             return None
-        sizes, budget = self.sizes(requests), self.options.fast_memory
-        if budget is None:
-            budget = 1.0
-        return plan_slots(sizes.budget_of_share(budget) if isinstance(budget, float) else budget, sizes, self.options.split)
+        return plan_slots(self.budget(sizes), sizes, self.options.split if self.options.split != "auto" else "msb_first")
 
-    def _tier(self, slots: SlotPlan | None, statistics: Statistics) -> ExpertTier:
-        """The fast tier for a run: enforced over a ``direct`` reader, accounted over a ``memory`` one."""
-        options = self.options
-        if isinstance(self._reader, DirectReader):
-            if self._pool is None:
-                self._pool = ReadPool(READ_THREADS)
-            self._pool.set_bandwidth(options.slow_bandwidth or 0.0)
-            return DirectTier(
-                self._reader, slots, options.residency, statistics, self._pool, options.staging_experts, options.prefetch
-            )  # fmt: skip
-        return ExpertTier(self._reader, slots, options.residency, statistics)
+    @property
+    def tier(self) -> ExpertTier:
+        """The fast tier: enforced over a ``direct`` reader, accounted over a ``memory`` one. Warm from run to run."""
+        if self._tier is None:
+            options = self.options
+            if isinstance(self._reader, DirectReader):
+                pool = ReadPool(READ_THREADS)
+                pool.set_bandwidth(options.slow_bandwidth or 0.0)
+                self._tier = DirectTier(self._reader, options.residency, pool, options.prefetch)
+            else:
+                self._tier = ExpertTier(self._reader, options.residency)
+        return self._tier
 
     def _positions(self, request: Request) -> int:
         """Cache positions a request can come to need: all its tokens, and none beyond the context."""
@@ -138,7 +167,11 @@ class Engine:
             if request.stop and decode is None:
                 raise RequestError("stop strings need a tokenizer to decode with")
         run = _Run(self, requests, decode, recorder, on_commit)
-        return run.serve(), run.statistics
+        try:
+            return run.serve(), run.statistics
+        except BaseException:
+            self._tier = None  # the next run starts with a tier that saw no failure
+            raise
 
 
 class _Run:
@@ -153,16 +186,25 @@ class _Run:
         on_commit: Callable[[int, list[int]], None] | None,
     ) -> None:
         self.options, self.schema = engine.options, engine.schema
-        self.decoder, self.backend = engine._decoder, engine._backend
+        self.decoder, self.backend, self.script = engine._decoder, engine._backend, engine._script
         self.requests, self.decode, self.recorder, self.on_commit = requests, decode, recorder, on_commit
         self.statistics = Statistics(dense_bytes=engine._reader.dense_bytes)
-        slots = engine.slots(requests)
-        self.tier = engine._tier(slots, self.statistics)
-        drafts = self.options.mode == "elastic"
-        self.controller = DraftLengthController(fixed=self.options.draft_length if drafts else 0)
+        self.controller = engine.controller
         longest = max((engine._positions(request) for request in requests), default=1)
         self.decoder.reserve_positions(longest)
         self.pool = KVPool(self.schema, min(self.options.batch, max(1, len(requests))), longest)
+        sizes = engine.sizes(requests)
+        slots = engine.slots(sizes)
+        self.tier = engine.tier
+        self.tier.begin_run(self.statistics)
+        self.manager = None
+        if isinstance(self.tier, DirectTier):
+            engine.planner = engine.planner or Planner(TierShape.of(sizes))
+            self.manager = TierManager(
+                self.options, sizes, engine.budget(sizes), self.tier, engine.planner, self.controller, self.pool.page_bytes
+            )
+        else:
+            self.tier.replan(slots, 0)
         self.free_slots = list(range(self.pool.cache.table.shape[0]))
         self.waiting = deque(enumerate(requests))
         self.running: list[Sequence] = []
@@ -178,34 +220,46 @@ class _Run:
                 self.step()
                 self.retire()
         finally:
-            self.tier.close()
+            self.tier.end_run()
         self.statistics.engine_seconds = perf_counter() - started
         return [self.results[index] for index in range(len(self.requests))]
 
     def step(self) -> None:
         """Draft, verify, commit."""
         began = perf_counter()
-        limit = self.controller.limit() if self.tier.can_draft else 0
-        self.draft(limit)
-        drafted = any(sequence.draft for sequence in self.running)
+        limit = (
+            self.controller.limit()
+            if self.manager is None
+            else self.manager.plan(len(self.running), self.pool.bytes_touched)
+        )
+        self.draft(limit if self.tier.can_draft else 0)
+        drafted = sum(len(sequence.draft) for sequence in self.running)
+        before = self.statistics.accepted, self.statistics.rejected
         committed = self.verify("verify" if drafted else "plain")
-        self.controller.observe(drafted, len(self.running), committed, perf_counter() - began)
+        seconds = perf_counter() - began
+        self.controller.observe(drafted > 0, len(self.running), committed, seconds)
+        if self.manager is not None:
+            accepted, rejected = self.statistics.accepted - before[0], self.statistics.rejected - before[1]
+            self.manager.observe(len(self.running), drafted, accepted, accepted + rejected, seconds)
         self.step_index += 1
 
     def admit(self) -> None:
-        """Fill free slots with waiting requests and compute their prompts but for the last token."""
+        """Fill free slots with waiting requests and compute their prompts, together, but for each one's last token."""
+        rows = []
         while self.waiting and self.free_slots:
             index, request = self.waiting.popleft()
             limit = min(len(request.prompt) + request.max_tokens, self.schema.max_positions)
             sequence = Sequence(index, request, self.free_slots.pop(0), limit, list(request.prompt))
             self.pool.reserve(sequence.slot, len(request.prompt))
-            for start in range(0, len(request.prompt) - 1, PREFILL_CHUNK):
-                stop = min(start + PREFILL_CHUNK, len(request.prompt) - 1)
-                tokens = _tokens([(sequence, position, request.prompt[position]) for position in range(start, stop)])
-                everything = list(range(stop - start))
-                self.tier.begin_step(everything)
-                self.compute("prefill", [sequence] * (stop - start), tokens, committed=everything, rows=[])
+            rows += [(sequence, position, token) for position, token in enumerate(request.prompt[:-1])]
             self.running.append(sequence)
+        for start in range(0, len(rows), PREFILL_CHUNK):
+            chunk = rows[start : start + PREFILL_CHUNK]
+            if self.manager is not None:
+                self.manager.plan(len(self.running), self.pool.bytes_touched)
+            everything = list(range(len(chunk)))
+            self.tier.begin_step(everything)
+            self.compute("prefill", [row[0] for row in chunk], _tokens(chunk), committed=everything, rows=[])
 
     def draft(self, limit: int) -> None:
         """Draft up to ``limit`` tokens for each running sequence with resident MSB slices only."""
@@ -266,7 +320,7 @@ class _Run:
                     self.controller.calibration.observe(confidence, accepted)
                     self.statistics.accepted += accepted
                     self.statistics.rejected += not accepted
-                    judged = not accepted
+                    judged = not accepted or len(sequence.tokens) - before == self.options.commit_limit
             total += len(sequence.tokens) - before
             if sequence.draft:
                 self.statistics.verifications += 1
@@ -288,8 +342,12 @@ class _Run:
         end: bool = True,
     ) -> list[Sample]:
         """One pass: forward, sample each wanted row for the position after it, count and record."""
-        began = perf_counter()
+        began, waited = perf_counter(), self.tier.waited
         wanted = None if rows is None else np.array(rows, np.int64)
+        if self.script is not None:
+            positions = tokens.positions.tolist()
+            script_rows = [(s.index, len(s.tokens) - 1, at) for s, at in zip(sequences, positions, strict=True)]
+            self.script.begin(phase, script_rows, float(self.tier.resident.msb.mean()))
         logits, self._routings = self.decoder.forward(tokens, self.pool.cache, self.tier, draft, wanted)
         owners = sequences if rows is None else [sequences[row] for row in rows]
         samples = [
@@ -301,10 +359,11 @@ class _Run:
         counters.steps += 1
         counters.tokens += len(sequences)
         counters.seconds += seconds
+        counters.waited_seconds += self.tier.waited - waited
         if phase == "draft":
             self.controller.draft_cost.observe(len(sequences), seconds)
-        elif phase != "prefill":
-            self.controller.verify_cost.observe(len(sequences), seconds)
+        elif phase != "prefill" or self.manager is not None:
+            self.controller.verify_cost.observe(len(sequences), seconds - (self.tier.waited - waited))
         if self.recorder is not None:
             self.record(self.recorder, phase, sequences, tokens, samples)
         if end:

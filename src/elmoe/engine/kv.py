@@ -29,6 +29,12 @@ class KVPool:
         )
         self._free = list(range(pages - 1, -1, -1))
         self._held = [0] * slots
+        self._pages_touched = 0
+
+    @property
+    def bytes_touched(self) -> int:
+        """Bytes of the pages that were ever in use: memory the cache keeps."""
+        return self._pages_touched * self.page_bytes
 
     @property
     def bytes_in_use(self) -> int:
@@ -42,6 +48,7 @@ class KVPool:
                 raise BudgetError("the KV cache has no page left", "lower the batch or the length of the requests")
             self.cache.table[slot, self._held[slot]] = self._free.pop()
             self._held[slot] += 1
+        self._pages_touched = max(self._pages_touched, len(self.cache.keys) - len(self._free))
 
     def release(self, slot: int) -> None:
         """Return all pages of a slot."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -12,17 +13,22 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
+from elmoe.engine.tier import ExpertTier
 from elmoe.errors import RequestError, StoreError
-from elmoe.store import available_memory, open_store, resolve_store
+from elmoe.store import available_memory, open_direct, open_store, read_manifest, resolve_store
 from elmoe.units import format_bytes
 
 if TYPE_CHECKING:
     from elmoe.trace import TraceRecorder
 
 Backend = Literal["native", "reference"]
+Reader = Literal["auto", "memory", "direct"]
+HEADROOM = 512 << 20
+"""Bytes left to everything else when a budget is derived from the memory available."""
 
 
 def load_backend(name: Backend) -> ModuleType:
@@ -31,13 +37,39 @@ def load_backend(name: Backend) -> ModuleType:
 
 
 class Session:
-    """An open store that answers with text. A context manager."""
+    """An open store that answers with text. A context manager.
 
-    def __init__(self, store: str | Path, options: EngineOptions | None = None, backend: Backend = "native") -> None:
-        module = load_backend(backend)
+    ``reader``: ``memory`` maps the store, a budget is accounted only; ``direct`` enforces the budget and reads experts past
+    the page cache; ``auto`` is direct for a budget in bytes, or for a store larger than the memory available, where no
+    budget means what is available. ``reader_note`` tells the choice.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        options: EngineOptions | None = None,
+        backend: Backend = "native",
+        reader: Reader = "auto",
+    ) -> None:
+        module, options = load_backend(backend), options or EngineOptions()
         self.path = resolve_store(store)
-        self.reader = open_store(self.path)
-        self.reader_note = _reader_note(sum(file.bytes for file in self.reader.manifest.files), available_memory())
+        store_bytes, available = sum(file.bytes for file in read_manifest(self.path).files), available_memory()
+        kind = reader if reader != "auto" else _choose_reader(options, store_bytes, available)
+        self.reader_note = (
+            f"reader: {kind} ({format_bytes(store_bytes)} store, {format_bytes(available)} of memory available)"
+        )
+        if kind == "direct" and options.fast_memory is None and store_bytes > available - HEADROOM:
+            options = replace(options, fast_memory=max(0, available - HEADROOM))
+        if kind == "memory" and options.slow_bandwidth is not None:
+            raise RequestError("the memory reader has no slow tier to throttle", "use --reader direct")
+        self.reader = open_direct(self.path) if kind == "direct" else open_store(self.path)
+        self.tier = DirectTier.label if kind == "direct" else ExpertTier.label
+        if kind == "memory" and options.fast_memory is None:
+            self.tier = "memory, no budget"
+        if getattr(self.reader, "buffered", False):
+            self.tier += " (through the page cache: this file system refuses O_DIRECT)"
+        if options.slow_bandwidth is not None:
+            self.tier += f", throttled to {options.slow_bandwidth / 1e9:g} GB/s"
         try:
             self.tokenizer = Tokenizer.from_file(str(self.reader.tokenizer_path))
         except Exception as error:  # tokenizers raises bare Exception
@@ -99,12 +131,9 @@ class Session:
         return self.engine.generate(requests, self.decode, recorder, on_commit)
 
 
-def _reader_note(store_bytes: int, available: int) -> str:
-    """Which reader serves a store, and why, in words for a log."""
-    sizes = f"{format_bytes(store_bytes)} store, {format_bytes(available)} of memory available"
-    if store_bytes <= available:
-        return f"reader: memory ({sizes})"
-    return f"reader: memory ({sizes}: larger than memory, so reads go through the page cache and will be slow)"
+def _choose_reader(options: EngineOptions, store_bytes: int, available: int) -> Reader:
+    """``direct`` where a budget in bytes is to be kept, or memory does not hold the store."""
+    return "direct" if isinstance(options.fast_memory, int) or store_bytes > available - HEADROOM else "memory"
 
 
 def _refuse(message: Any) -> None:

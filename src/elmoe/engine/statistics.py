@@ -12,12 +12,13 @@ PHASES = ("prefill", "plain", "draft", "verify")
 
 @dataclass
 class PhaseCounters:
-    """Per phase. Bytes are of expert slices: ``fast`` were resident, ``slow`` came from the slow tier. A hit is a slice of
-    an expert active in a step and layer that was resident."""
+    """Per phase. ``waited_seconds``: of ``seconds``, waiting for reads. Bytes are of expert slices: ``fast`` were resident,
+    ``slow`` came from the slow tier. A hit is a slice of an expert active in a step and layer that was resident."""
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    waited_seconds: float = 0.0
     fast_bytes: int = 0
     slow_bytes: int = 0
     msb_hits: int = 0
@@ -59,17 +60,21 @@ class Statistics:
         """Seconds of all phases but prefill."""
         return sum(self.phases[phase].seconds for phase in PHASES if phase != "prefill")
 
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of judged draft tokens that were accepted; None where none were judged."""
+        return _ratio(self.accepted, self.accepted + self.rejected)
+
     def as_dict(self) -> dict[str, object]:
         """Rates and counters for ``--json`` and tables."""
         target = [self.phases["plain"], self.phases["verify"]]
         msb_hits, lsb_hits = sum(p.msb_hits for p in target), sum(p.lsb_hits for p in target)
         msb_all = msb_hits + sum(p.msb_misses for p in target)
         lsb_all = lsb_hits + sum(p.lsb_misses for p in target)
-        judged = self.accepted + self.rejected
         return {
             "committed_tokens": self.committed,
             "tokens_per_second": _ratio(self.committed, self.decode_seconds),
-            "acceptance_rate": _ratio(self.accepted, judged),
+            "acceptance_rate": self.acceptance_rate,
             "drafted_tokens": self.drafted,
             "accepted_tokens": self.accepted,
             "tokens_per_verification": _ratio(self.verified, self.verifications),

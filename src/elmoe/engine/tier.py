@@ -17,11 +17,14 @@ from elmoe.engine.statistics import Phase, Statistics
 from elmoe.errors import NumericsError
 from elmoe.models.decoder import Stretch, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan
-from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, refill
+from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, refill, trimmed
 
 
 class ExpertTier:
-    """Residency and accounting of one run; the decoder's source of experts.
+    """Residency and accounting; the decoder's source of experts. It lives as long as its engine, so a run finds warm what
+    the run before left. ``waited``: seconds spent waiting for reads.
+
+    Holds nothing until :meth:`replan` gives it slots; ``begin_run`` says where a run's counters are.
 
     Per pass: ``begin_step`` (which token rows are sure to stay), the decoder's ``stretches`` layer by layer, ``end_step``.
     Newcomers are judged by the hotness up to the step before plus the step's sure rows, so that a layer can decide as soon
@@ -30,22 +33,21 @@ class ExpertTier:
 
     label = "simulated tier: budget accounted, not enforced"
 
-    def __init__(
-        self, reader: WeightReader, slots: SlotPlan | None, parameters: ResidencyParameters, statistics: Statistics
-    ) -> None:
-        """``slots`` None keeps nothing resident (plain decoding without a cache)."""
+    def __init__(self, reader: WeightReader, parameters: ResidencyParameters) -> None:
         schema = reader.schema
-        self._rows = {layer: row for row, layer in enumerate(schema.moe_layers)}
+        self._layers = schema.moe_layers
+        self._rows = {layer: row for row, layer in enumerate(self._layers)}
         layouts = [reader.expert_layout(layer) for layer in schema.moe_layers]
         self._msb_bytes = np.array([layout.msb_bytes for layout in layouts], np.int64)
         self._lsb_bytes = np.array([layout.lsb_bytes for layout in layouts], np.int64)
         shape = (len(layouts), schema.experts)
         self._addresses = self._address_tables(reader)
         self._active = np.zeros(shape, bool)
-        self._slots = slots
+        self._slots: SlotPlan | None = None
         self._parameters = parameters
         self._residency = Residency(*shape, parameters)
-        self._statistics = statistics
+        self._statistics = Statistics()
+        self.waited = 0.0
         self._sure: list[int] = []
         self._sure_routing: list[NDArray[np.int32]] = []
         self.resident = ResidentSet.empty(*shape)
@@ -54,8 +56,21 @@ class ExpertTier:
     def _address_tables(self, reader: WeightReader) -> list[NDArray[np.int64]]:
         return [reader.expert_addresses(layer) for layer in reader.schema.moe_layers]
 
-    def close(self) -> None:
-        """Let go of what the tier holds."""
+    def begin_run(self, statistics: Statistics) -> None:
+        """Count into ``statistics`` from now on."""
+        self._statistics = statistics
+
+    def end_run(self) -> None:
+        """Nothing is in flight after this."""
+
+    def replan(self, slots: SlotPlan | None, capacity: int) -> None:
+        """Between steps: change how many slices may stay (None: none, plain decoding without a cache) and how many bytes
+        they and those in flight may take; the coldest go first."""
+        self._slots = slots
+        none = np.zeros(len(self._layers), np.int64)
+        most = (none, none) if slots is None else (np.array(slots.msb), np.array(slots.lsb))
+        self.resident = trimmed(self.resident, self._residency.hotness, *most)
+        self.allowed = self.resident.msb.astype(np.uint8)
 
     @property
     def can_draft(self) -> bool:

@@ -7,7 +7,7 @@ always allowed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -78,6 +78,7 @@ class LinearCost:
 @dataclass
 class DraftLengthController:
     """Chooses how many tokens to draft. ``fixed`` switches every choice off and always drafts that many.
+    ``target_seconds``: seconds of a target pass of so many tokens where reads count too; by default ``verify_cost``.
 
     Used per step: ``limit()`` before drafting, ``proceed()`` after each draft step, ``observe()`` at the end.
     """
@@ -87,6 +88,7 @@ class DraftLengthController:
     calibration: Calibration = field(default_factory=Calibration)
     draft_cost: LinearCost = field(default_factory=LinearCost)
     verify_cost: LinearCost = field(default_factory=LinearCost)
+    target_seconds: Callable[[float], float] | None = None
     _plain_rate: float = 0.0
     _elastic_rate: float = 0.0
     _wait: int = 0
@@ -129,14 +131,12 @@ class DraftLengthController:
                 expected += reach
             reaches.append(reach)
         depth = max((len(row) for row in confidences), default=0)
-        verify_base = self.verify_cost.seconds(sequences + drafted)
+        verify_seconds = self.target_seconds or self.verify_cost.seconds
+        verify_base = verify_seconds(sequences + drafted)
         spent = depth * self.draft_cost.seconds(sequences) + verify_base
-        verify_more = (self.verify_cost.seconds(2 * sequences + drafted) - verify_base) / sequences
+        verify_more = (verify_seconds(2 * sequences + drafted) - verify_base) / sequences
         marginal = self.draft_cost.seconds(sequences) / sequences + verify_more
-        return [
-            len(row) < self.longest and reach * mean * spent > expected * marginal
-            for row, reach in zip(confidences, reaches, strict=True)
-        ]
+        return [reach * mean * spent > expected * marginal for row, reach in zip(confidences, reaches, strict=True)]
 
     def observe(self, drafted: bool, sequences: int, committed: int, seconds: float) -> None:
         """Learn from a whole step: whether it drafted, the tokens it committed and the seconds it took."""

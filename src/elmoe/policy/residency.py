@@ -70,6 +70,11 @@ class Residency:
         self._parameters = parameters
         self._step = 0
 
+    @property
+    def hotness(self) -> NDArray[np.float64]:
+        """(layers, experts) scores up to the last step."""
+        return self._scores
+
     def scores(self, sure: NDArray[np.int32]) -> NDArray[np.float64]:
         """Scores with the (layers, tokens, k) routing that is sure to be committed counted in."""
         return self._updated(sure, self._step + 1)
@@ -95,6 +100,23 @@ class Residency:
         # random: a fixed value per expert and step, the same whenever it is asked for
         noise = np.random.Generator(np.random.PCG64([step])).random((len(self._scores), experts))[rows]
         return noise.reshape(layers, experts)
+
+
+def trimmed(
+    resident: ResidentSet, hotness: NDArray[np.float64], msb_slots: NDArray[np.int64], lsb_slots: NDArray[np.int64]
+) -> ResidentSet:
+    """The hottest residents that fit into fewer slots per layer."""
+    msb = resident.msb & (_rank(np.where(resident.msb, hotness, -1.0)) < msb_slots[:, None])
+    lsb = resident.lsb & msb
+    return ResidentSet(msb, lsb & (_rank(np.where(lsb, hotness, -1.0)) < lsb_slots[:, None]))
+
+
+def _rank(score: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Each expert's place in its layer by score, 0 the highest; ties by index."""
+    order = np.argsort(-score, axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
+    return rank
 
 
 def refill(
@@ -127,11 +149,6 @@ def _keep_hottest(
         return resident
     empty = slots - resident.sum(axis=1)
     newcomers = np.minimum(empty + parameters.swap_cap, slots)
-    order = np.argsort(np.where(candidates, -hotness, np.inf), axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
-    admitted = candidates & (rank < newcomers[:, None])
+    admitted = candidates & (_rank(np.where(candidates, hotness, -np.inf)) < newcomers[:, None])
     score = np.where(resident, hotness * (1 + parameters.hysteresis), np.where(admitted, hotness, -1.0))
-    order = np.argsort(-score, axis=1, kind="stable")
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
-    return (rank < slots[:, None]) & (resident | admitted)
+    return (_rank(score) < slots[:, None]) & (resident | admitted)

@@ -2,7 +2,16 @@
 
 from elmoe.store.direct import DirectReader, open_direct
 from elmoe.store.machine import available_memory
-from elmoe.store.reader import MemoryReader, open_store, resolve_store
+from elmoe.store.reader import MemoryReader, open_store, read_manifest, resolve_store
 from elmoe.store.writer import StoreWriter
 
-__all__ = ["DirectReader", "MemoryReader", "StoreWriter", "available_memory", "open_direct", "open_store", "resolve_store"]
+__all__ = [
+    "DirectReader",
+    "MemoryReader",
+    "StoreWriter",
+    "available_memory",
+    "open_direct",
+    "open_store",
+    "read_manifest",
+    "resolve_store",
+]

@@ -4,5 +4,6 @@ that a study can replay the facts under other decisions. Knows nothing of the en
 
 from elmoe.trace.format import TRACE_VERSION, Trace, read_trace
 from elmoe.trace.record import TraceRecorder
+from elmoe.trace.replay import ReplayFacts, replay_facts
 
-__all__ = ["TRACE_VERSION", "Trace", "TraceRecorder", "read_trace"]
+__all__ = ["TRACE_VERSION", "ReplayFacts", "Trace", "TraceRecorder", "read_trace", "replay_facts"]

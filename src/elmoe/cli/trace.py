@@ -1,0 +1,104 @@
+"""``elmoe trace``: record and summarise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elmoe.cli.common import Serving, json_option, percent, print_json, print_table, progress_bar, serving_options
+
+
+@click.group("trace")
+def command() -> None:
+    """Record the facts of a run (routing, draft agreement), and look at them. Every subcommand has --json."""
+
+
+@command.command("record")
+@click.argument("store")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--prompts", "prompts_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Text file, one prompt per line.")  # fmt: skip
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts after this many tokens.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
+@click.option("--batch", type=click.IntRange(1, 64), default=8, show_default=True)
+@click.option("--every-position", is_flag=True,
+              help="Draft anew from every position, as a replay needs [--draft-length is 16 then].")  # fmt: skip
+@serving_options
+@json_option
+def record(
+    store: str, out: Path, prompts_path: Path, prompt_tokens: int | None, max_tokens: int, temperature: float, seed: int,
+    batch: int, every_position: bool, serving: Serving, as_json: bool,
+) -> None:  # fmt: skip
+    """Serve the prompts elastically and write the trace OUT (Parquet)."""
+    from elmoe.bitslice import SamplingParameters
+    from elmoe.engine.request import Request
+    from elmoe.errors import RequestError
+    from elmoe.trace import TraceRecorder
+
+    try:
+        prompts = [line for line in prompts_path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise RequestError(f"'{prompts_path}' is not UTF-8 text: {error}") from error
+    if not prompts:
+        raise RequestError(f"'{prompts_path}' holds no prompt", "write one per line")
+    options = serving.options("elastic", min(batch, len(prompts)))
+    if every_position:
+        options = replace(options, draft_length=options.draft_length or 16, commit_limit=1)
+    with serving.session(store, options) as session:
+        requests = [
+            Request(
+                session.encode(text)[:prompt_tokens], max_tokens, SamplingParameters(temperature, seed=seed + index),
+                ignore_eos=every_position,
+            )
+            for index, text in enumerate(prompts)
+        ]  # fmt: skip
+        run = {
+            "store": str(store), "mode": "elastic", "commit_limit": options.commit_limit, "temperature": temperature,
+            "seed": seed, "fast_memory": options.fast_memory, "draft_length": options.draft_length,
+        }  # fmt: skip
+        total = 0
+
+        def committed(index: int, tokens: list[int]) -> None:
+            nonlocal total
+            total += len(tokens)
+            bar(total)
+
+        with (
+            progress_bar("tokens", len(requests) * max_tokens) as bar,
+            TraceRecorder(out, session.reader.schema, run) as recorder,
+        ):
+            _, statistics = session.generate(requests, recorder, committed)
+    facts = statistics.as_dict()
+    if as_json:
+        print_json({"trace": str(out), "statistics": facts})
+    else:
+        click.echo(f"wrote {out}: {statistics.committed} tokens, acceptance {percent(statistics.acceptance_rate)}")
+
+
+@command.command("show")
+@click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@json_option
+def show(path: Path, as_json: bool) -> None:
+    """What is in a trace: rows by phase, acceptance, and how skewed and how local its routing is."""
+    from elmoe.trace import read_trace
+    from elmoe.trace.summary import summarise
+
+    summary = summarise(read_trace(path))
+    if as_json:
+        print_json(summary)
+        return
+    rows: list[tuple[str, Any]] = [(name.replace("_", " "), _shown(value)) for name, value in summary.items()]
+    print_table(str(path), ("", "value"), rows)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(item)}" for key, item in value.items())
+    return str(value)

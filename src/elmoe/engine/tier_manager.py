@@ -1,0 +1,108 @@
+"""Keeps an enforced tier at its operating point: KV first, then as many slices, and as long drafts, as the planner says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from elmoe.engine.direct_tier import DirectTier
+from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
+from elmoe.policy.draft_length import DraftLengthController
+from elmoe.policy.operating_point import DRAFT_LENGTHS, OperatingPoint, Planner, popularity
+
+if TYPE_CHECKING:
+    from elmoe.engine.engine import EngineOptions
+
+ASSUMED_BANDWIDTH = 15e9
+"""Bytes per second of memory, assumed for the cost of passes until some were measured."""
+WAITING = 0.3
+"""Share of a pass spent waiting from which on reads are taken to have been in flight all the time."""
+
+
+class TierManager:
+    """One run's decisions about an enforced tier; called between steps."""
+
+    def __init__(
+        self, options: EngineOptions, sizes: FastTierSizes, budget: int, tier: DirectTier, planner: Planner,
+        controller: DraftLengthController, page_bytes: int,
+    ) -> None:  # fmt: skip
+        self._options, self._sizes, self._budget = options, sizes, budget
+        self._tier, self._controller, self._page_bytes = tier, controller, page_bytes
+        self.planner = planner
+        self.point: OperatingPoint | None = None
+        self._kv = -1
+        self._use = np.full(sizes.experts, sizes.top_k / sizes.experts)
+        self._before = (0, 0.0)
+        controller.target_seconds = self._target_seconds
+
+    def plan(self, sequences: int, kv_bytes: int) -> int:
+        """Fit the tier to the KV cache and the planner's choice; returns how many tokens to draft at most."""
+        page = sequences * self._page_bytes
+        grown = kv_bytes + page > self._kv
+        if grown:  # in steps of a page per sequence, so that slices are not given up for every token
+            self._kv = min(self._sizes.kv, kv_bytes + 2 * page)
+        sizes = replace(self._sizes, kv=self._kv)
+        capacity = self._budget - sizes.dense - sizes.kv
+        self._before = (self._tier.bytes_read, self._tier.waited)
+        if self._options.mode == "plain":
+            if grown:
+                self._tier.replan(None, sizes.staging)
+            return 0
+        if self._options.split != "auto":
+            if grown:
+                self._tier.replan(plan_slots(self._budget, sizes, self._options.split), capacity)
+            return self._controller.limit()
+        if self._tier.hotness.any():
+            self._use = popularity(self._tier.hotness, sizes.top_k)
+        old, fixed = self.point, self._controller.fixed
+        lengths = DRAFT_LENGTHS if fixed is None else (fixed,)
+        self.point = self.planner.choose(
+            self._use, sequences, capacity, sizes.staging, self._draft_seconds, self._compute_seconds, lengths
+        )
+        if grown or old is None or (old.msb, old.lsb) != (self.point.msb, self.point.lsb):
+            layers = len(sizes.msb)
+            self._tier.replan(SlotPlan((self.point.msb,) * layers, (self.point.lsb,) * layers, 0), capacity)
+        self._capacity = capacity
+        return self.point.draft_length
+
+    def observe(self, sequences: int, drafted: int, accepted: int, judged: int, seconds: float) -> None:
+        """Learn from a decode step: tokens drafted in all, those accepted of those judged, and its seconds."""
+        waited = self._tier.waited - self._before[1]
+        if waited > WAITING * seconds and not drafted:
+            self.planner.observe_reads(self._tier.bytes_read - self._before[0], seconds)
+        if self.point is None:
+            return
+        if self.point.draft_length:
+            covered = float(self._use[: self.point.msb].sum() / self._use.sum())
+            self.planner.acceptance.observe(covered, accepted, judged)
+        ran = replace(self.point, draft_length=round(drafted / sequences))
+        modelled = self.planner.seconds(
+            ran, self._use, sequences, self._capacity, self._draft_seconds, self._compute_seconds
+        )
+        self.planner.observe(drafted > 0, seconds, modelled)
+
+    def _draft_seconds(self, sequences: float) -> float:
+        """Seconds of a draft step."""
+        cost = self._controller.draft_cost
+        return cost.seconds(sequences) if cost.known else self._assumed_seconds(sequences, max(self._sizes.msb))
+
+    def _compute_seconds(self, tokens: float) -> float:
+        """Seconds of a target pass but for waiting."""
+        cost = self._controller.verify_cost
+        both = max(self._sizes.msb) + max(self._sizes.lsb)
+        return cost.seconds(tokens) if cost.known else self._assumed_seconds(tokens, both)
+
+    def _assumed_seconds(self, tokens: float, slice_bytes: int) -> float:
+        touched = float((1 - (1 - self._use) ** tokens).sum()) * len(self._sizes.msb)
+        return (self._sizes.dense + touched * slice_bytes) / ASSUMED_BANDWIDTH
+
+    def _target_seconds(self, tokens: float) -> float:
+        """Seconds of a target pass with its reads, for the stop of a draft."""
+        compute = self._compute_seconds(tokens)
+        if self.point is None:
+            return compute
+        return max(
+            compute, self.planner.slow_bytes(self._use, tokens, self.point.msb, self.point.lsb) / self.planner.bandwidth
+        )
