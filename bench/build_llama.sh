@@ -9,7 +9,7 @@ if [ -x "$folder/bin/llama-bench" ] && [ -x "$folder/bin/llama-batched-bench" ];
   exit 0
 fi
 mkdir -p "$folder/source"
-"$python" -m pip install --quiet cmake
+"$python" -m pip install --quiet cmake gguf
 "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: --dest "$folder" llama-cpp-python==0.3.36
 tar -xzf "$folder"/llama_cpp_python-*.tar.gz -C "$folder/source" --strip-components 1
 cmake=$(dirname "$python")/cmake

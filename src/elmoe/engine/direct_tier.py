@@ -145,7 +145,7 @@ class DirectTier(ExpertTier):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes the pool has read, over all runs."""
+        """See ``ExpertTier.bytes_read``."""
         return self._pool.bytes_read()
 
     def replan(self, slots: SlotPlan | None, capacity: int) -> None:

@@ -234,13 +234,14 @@ class _Run:
         )
         self.draft(limit if self.tier.can_draft else 0)
         drafted = sum(len(sequence.draft) for sequence in self.running)
-        before = self.statistics.accepted, self.statistics.rejected
+        before = self.statistics.accepted, self.statistics.rejected, self.statistics.target_slow_bytes
         committed = self.verify("verify" if drafted else "plain")
         seconds = perf_counter() - began
         self.controller.observe(drafted > 0, len(self.running), committed, seconds)
         if self.manager is not None:
             accepted, rejected = self.statistics.accepted - before[0], self.statistics.rejected - before[1]
-            self.manager.observe(len(self.running), drafted, accepted, accepted + rejected, seconds)
+            slow_bytes = self.statistics.target_slow_bytes - before[2]
+            self.manager.observe(len(self.running), drafted, accepted, accepted + rejected, slow_bytes, seconds)
         self.step_index += 1
 
     def admit(self) -> None:
@@ -342,7 +343,7 @@ class _Run:
         end: bool = True,
     ) -> list[Sample]:
         """One pass: forward, sample each wanted row for the position after it, count and record."""
-        began, waited = perf_counter(), self.tier.waited
+        began, waited, read = perf_counter(), self.tier.waited, self.tier.bytes_read
         wanted = None if rows is None else np.array(rows, np.int64)
         if self.script is not None:
             positions = tokens.positions.tolist()
@@ -364,6 +365,8 @@ class _Run:
             self.controller.draft_cost.observe(len(sequences), seconds)
         elif phase != "prefill" or self.manager is not None:
             self.controller.verify_cost.observe(len(sequences), seconds - (self.tier.waited - waited))
+            if self.manager is not None:
+                self.manager.observe_pass(self.tier.bytes_read - read, self.tier.waited - waited, seconds)
         if self.recorder is not None:
             self.record(self.recorder, phase, sequences, tokens, samples)
         if end:

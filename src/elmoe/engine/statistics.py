@@ -61,6 +61,11 @@ class Statistics:
         return sum(self.phases[phase].seconds for phase in PHASES if phase != "prefill")
 
     @property
+    def target_slow_bytes(self) -> int:
+        """Expert bytes that decoding's target passes did not find resident."""
+        return self.phases["plain"].slow_bytes + self.phases["verify"].slow_bytes
+
+    @property
     def acceptance_rate(self) -> float | None:
         """Share of judged draft tokens that were accepted; None where none were judged."""
         return _ratio(self.accepted, self.accepted + self.rejected)

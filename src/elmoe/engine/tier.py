@@ -73,6 +73,11 @@ class ExpertTier:
         self.allowed = self.resident.msb.astype(np.uint8)
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes read from disk since the tier began."""
+        return 0
+
+    @property
     def can_draft(self) -> bool:
         """Whether every layer has a resident MSB slice to draft with."""
         return bool(self._slots is not None and self.resident.msb.any(axis=1).all())

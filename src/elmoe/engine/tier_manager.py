@@ -15,7 +15,7 @@ from elmoe.policy.operating_point import DRAFT_LENGTHS, OperatingPoint, Planner,
 if TYPE_CHECKING:
     from elmoe.engine.engine import EngineOptions
 
-ASSUMED_BANDWIDTH = 15e9
+ASSUMED_MEMORY_BANDWIDTH = 15e9
 """Bytes per second of memory, assumed for the cost of passes until some were measured."""
 WAITING = 0.3
 """Share of a pass spent waiting from which on reads are taken to have been in flight all the time."""
@@ -34,7 +34,6 @@ class TierManager:
         self.point: OperatingPoint | None = None
         self._kv = -1
         self._use = np.full(sizes.experts, sizes.top_k / sizes.experts)
-        self._before = (0, 0.0)
         controller.target_seconds = self._target_seconds
 
     def plan(self, sequences: int, kv_bytes: int) -> int:
@@ -45,7 +44,6 @@ class TierManager:
             self._kv = min(self._sizes.kv, kv_bytes + 2 * page)
         sizes = replace(self._sizes, kv=self._kv)
         capacity = self._budget - sizes.dense - sizes.kv
-        self._before = (self._tier.bytes_read, self._tier.waited)
         if self._options.mode == "plain":
             if grown:
                 self._tier.replan(None, sizes.staging)
@@ -67,21 +65,25 @@ class TierManager:
         self._capacity = capacity
         return self.point.draft_length
 
-    def observe(self, sequences: int, drafted: int, accepted: int, judged: int, seconds: float) -> None:
-        """Learn from a decode step: tokens drafted in all, those accepted of those judged, and its seconds."""
-        waited = self._tier.waited - self._before[1]
-        if waited > WAITING * seconds and not drafted:
-            self.planner.observe_reads(self._tier.bytes_read - self._before[0], seconds)
+    def observe_pass(self, read_bytes: int, waited: float, seconds: float) -> None:
+        """Learn from a target pass that spent ``waited`` of its seconds waiting for reads."""
+        if waited > WAITING * seconds:
+            self.planner.observe_reads(read_bytes, seconds)
+
+    def observe(self, sequences: int, drafted: int, accepted: int, judged: int, slow_bytes: int, seconds: float) -> None:
+        """Learn from a decode step: tokens drafted in all, those accepted of those judged, bytes that were not resident, and
+        its seconds."""
         if self.point is None:
             return
-        if self.point.draft_length:
+        if drafted:
             covered = float(self._use[: self.point.msb].sum() / self._use.sum())
             self.planner.acceptance.observe(covered, accepted, judged)
         ran = replace(self.point, draft_length=round(drafted / sequences))
+        expected = self.planner.slow_bytes(self._use, sequences + drafted, ran.msb, ran.lsb)
         modelled = self.planner.seconds(
-            ran, self._use, sequences, self._capacity, self._draft_seconds, self._compute_seconds
+            ran, slow_bytes, sequences, self._capacity, self._draft_seconds, self._compute_seconds
         )
-        self.planner.observe(drafted > 0, seconds, modelled)
+        self.planner.observe(drafted > 0, (slow_bytes, expected), (seconds, modelled))
 
     def _draft_seconds(self, sequences: float) -> float:
         """Seconds of a draft step."""
@@ -96,7 +98,7 @@ class TierManager:
 
     def _assumed_seconds(self, tokens: float, slice_bytes: int) -> float:
         touched = float((1 - (1 - self._use) ** tokens).sum()) * len(self._sizes.msb)
-        return (self._sizes.dense + touched * slice_bytes) / ASSUMED_BANDWIDTH
+        return (self._sizes.dense + touched * slice_bytes) / ASSUMED_MEMORY_BANDWIDTH
 
     def _target_seconds(self, tokens: float) -> float:
         """Seconds of a target pass with its reads, for the stop of a draft."""

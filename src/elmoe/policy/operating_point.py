@@ -1,7 +1,7 @@
 """Where to run an enforced fast tier: how many MSB and LSB slices to keep, and how far to draft, by modelled tokens/s.
 
 The model knows the popularity of experts (decayed hotness), the slices' bytes, measured costs of compute and the slow tier's
-bandwidth, and an acceptance curve; one ratio per mode, measured seconds to modelled ones, corrects what it leaves out.
+bandwidth, and an acceptance curve; two ratios per mode, of measured to modelled bytes and seconds, correct the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from elmoe.policy.budget import FastTierSizes
 
 DRAFT_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)
 SWITCH_GAIN = 1.1
-"""A new point must promise this much more: changing slices costs reads."""
+"""Other slices must promise this much more: changing them costs reads."""
+DRAFT_GAIN = 1.04
+"""Drafting must promise this much more than plain decoding, whose model errs less."""
+ASSUMED_BANDWIDTH = 1e9
+"""Of the slow tier, bytes per second, until it was measured."""
+EXPOSED = 0.5
+"""Share of the shorter of compute and reading that a target pass does not hide behind the longer (measured: 0.2 to 0.8)."""
 MEMORY = 0.8
 """What one observation leaves of the older ones in the corrections."""
 
@@ -49,14 +55,14 @@ class TierShape:
 
 @dataclass
 class AcceptanceCurve:
-    """Acceptance of a draft token when residents cover the share c of the natural routing: ``top - spread (1 - c)^2``.
+    """Acceptance of a draft token when residents cover the share c of the natural routing: ``top - spread (1 - c)``.
 
-    The shape and the defaults were fitted on the demo model at temperature 0.8 (MSB slots 4 to 64 of 64); what is observed
-    scales the rejection rate, whatever the model.
+    The shape and the defaults were fitted on the demo model at temperature 0.8 (25, 50 and 100 % of experts resident,
+    prompts of the paper's four kinds); what is observed scales the rejection rate, whatever the model.
     """
 
-    top: float = 0.96
-    spread: float = 0.72
+    top: float = 0.95
+    spread: float = 0.6
     scale: float = 1.0
 
     def __call__(self, covered: float) -> float:
@@ -71,7 +77,7 @@ class AcceptanceCurve:
             self.scale = min(3.0, max(0.2, (1 - weight) * self.scale + weight * ratio))
 
     def _rejection(self, covered: float) -> float:
-        return 1 - self.top + self.spread * (1 - covered) ** 2
+        return 1 - self.top + self.spread * (1 - covered)
 
 
 def popularity(hotness: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
@@ -81,16 +87,48 @@ def popularity(hotness: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
     return ranked
 
 
+@dataclass
+class ModeCorrection:
+    """Measured over modelled slow bytes and seconds of a mode; None until the mode ran."""
+
+    slow_bytes: float | None = None
+    seconds: float | None = None
+
+    def observe(self, byte_ratio: float | None, second_ratio: float) -> None:
+        """Learn from a step; a step that modelled no bytes says nothing of them."""
+        if byte_ratio is not None:
+            self.slow_bytes = _blend(self.slow_bytes, byte_ratio)
+        self.seconds = _blend(self.seconds, second_ratio)
+
+
+def _blend(old: float | None, new: float) -> float:
+    new = min(4.0, max(0.25, new))
+    return new if old is None else MEMORY * old + (1 - MEMORY) * new
+
+
+Seconds = Callable[[float], float]
+"""Seconds of a pass of so many tokens."""
+
+
 class Planner:
     """Chooses operating points and learns from what came of them. Costs are handed in as functions of tokens, seconds."""
 
     def __init__(self, shape: TierShape) -> None:
         self.shape = shape
         self.acceptance = AcceptanceCurve()
-        self.bandwidth = 1e9
-        self._correction = {False: 1.0, True: 1.0}
-        self._measured = {False: False, True: False}
-        self._point: OperatingPoint | None = None
+        self._bandwidth: float | None = None
+        self.corrections = {False: ModeCorrection(), True: ModeCorrection()}
+        self.point: OperatingPoint | None = None
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of the slow tier, assumed until some were read."""
+        return ASSUMED_BANDWIDTH if self._bandwidth is None else self._bandwidth
+
+    def correction(self, drafts: bool) -> tuple[float, float]:
+        """(bytes, seconds) factors of a mode; until it ran, the other mode's bytes and no correction of seconds."""
+        own, other = self.corrections[drafts], self.corrections[not drafts]
+        return own.slow_bytes or other.slow_bytes or 1.0, own.seconds or 1.0
 
     def slow_bytes(self, use: NDArray[np.float64], tokens: float, msb: int, lsb: int) -> float:
         """Expected bytes a target pass of ``tokens`` reads, tokens taken as independent; ``use``: see :func:`popularity`."""
@@ -98,21 +136,21 @@ class Planner:
         return self.shape.layers * float(touched[msb:].sum() * self.shape.msb + touched[lsb:].sum() * self.shape.lsb)
 
     def seconds(
-        self, point: OperatingPoint, use: NDArray[np.float64], sequences: int, capacity: int,
-        draft_seconds: Callable[[float], float], target_seconds: Callable[[float], float],
-    ) -> float:  # fmt: skip
-        """Modelled seconds of a step. Drafting reads ahead as much as fits beside the residents."""
-        tokens = sequences * (1 + point.draft_length)
-        drafting = point.draft_length * draft_seconds(sequences)
-        spare = capacity - self.shape.layers * (point.msb * self.shape.msb + point.lsb * self.shape.lsb)
-        needed = self.slow_bytes(use, tokens, point.msb, point.lsb)
-        ahead = min(max(0, spare), drafting * self.bandwidth, needed)
-        step = drafting + max(target_seconds(tokens), (needed - ahead) / self.bandwidth)
-        return step * self._correction[point.draft_length > 0]
+        self, point: OperatingPoint, needed: float, sequences: int, capacity: int, draft: Seconds, target: Seconds
+    ) -> float:
+        """Modelled seconds of a step that reads ``needed`` bytes, but for the mode's correction.
+
+        Drafting reads ahead as much as fits beside the residents. A target pass hides its reads behind compute only within a
+        layer, hence the share of the shorter that is added to the longer.
+        """
+        drafting = point.draft_length * draft(sequences) if point.draft_length else 0.0
+        kept = self.shape.layers * (point.msb * self.shape.msb + point.lsb * self.shape.lsb)
+        ahead = min(max(0, capacity - kept), drafting * self.bandwidth, needed)
+        compute, reading = target(sequences * (1 + point.draft_length)), (needed - ahead) / self.bandwidth
+        return drafting + max(compute, reading) + EXPOSED * min(compute, reading)
 
     def choose(
-        self, use: NDArray[np.float64], sequences: int, capacity: int, staging: int,
-        draft_seconds: Callable[[float], float], target_seconds: Callable[[float], float],
+        self, use: NDArray[np.float64], sequences: int, capacity: int, staging: int, draft: Seconds, target: Seconds,
         lengths: Sequence[int],
     ) -> OperatingPoint:  # fmt: skip
         """The point of the highest modelled rate.
@@ -121,37 +159,38 @@ class Planner:
         :param lengths: draft lengths to choose from.
         """
         points = []
-        for msb, lsb in self._splits(capacity - staging):
-            acceptance = self.acceptance(float(use[:msb].sum() / use.sum()))
-            for length in lengths:
-                bare = OperatingPoint(msb, lsb, length, 0.0)
-                seconds = self.seconds(bare, use, sequences, capacity, draft_seconds, target_seconds)
+        splits = self._splits(capacity - staging)
+        total = use.sum()
+        covered = np.concatenate(([0.0], np.cumsum(use))) / total
+        for length in lengths:
+            bytes_factor, seconds_factor = self.correction(length > 0)
+            touched = (1 - (1 - use) ** (sequences * (1 + length))) * self.shape.layers * bytes_factor
+            beyond = np.concatenate((np.cumsum(touched[::-1])[::-1], [0.0]))  # of the experts from a rank on
+            for msb, lsb in splits:
+                needed = float(beyond[msb] * self.shape.msb + beyond[lsb] * self.shape.lsb)
+                acceptance = self.acceptance(float(covered[msb]))
                 tokens = sequences * (1 - acceptance ** (length + 1)) / (1 - acceptance)
+                bare = OperatingPoint(msb, lsb, length, 0.0)
+                seconds = seconds_factor * self.seconds(bare, needed, sequences, capacity, draft, target)
                 points.append(OperatingPoint(msb, lsb, length, tokens / seconds))
-        best = max(points, key=lambda point: point.rate)
-        old = self._point
-        if old is not None:
-            same = [point for point in points if (point.msb, point.lsb) == (old.msb, old.lsb)]
-            kept = max(same, key=lambda point: point.rate, default=None)
-            if kept is not None and best.rate < SWITCH_GAIN * kept.rate:
-                best = kept
-        self._point = best
-        return best
 
-    def observe(self, drafted: bool, seconds: float, modelled: float) -> None:
-        """Correct the model of a mode by a step's measured and modelled seconds."""
-        ratio = min(4.0, max(0.25, seconds / modelled)) * self._correction[drafted]
-        keep = MEMORY if self._measured[drafted] else 0.0
-        self._correction[drafted] = keep * self._correction[drafted] + (1 - keep) * ratio
-        if not self._measured[True]:  # until a draft has run, both modes share what is known
-            self._correction[True] = self._correction[drafted]
-        self._measured[drafted] = True
+        def promise(point: OperatingPoint) -> float:
+            rate = point.rate / DRAFT_GAIN if point.draft_length else point.rate
+            old = self.point
+            return rate if old is None or (point.msb, point.lsb) == (old.msb, old.lsb) else rate / SWITCH_GAIN
+
+        self.point = max(points, key=promise)
+        return self.point
+
+    def observe(self, drafted: bool, slow: tuple[float, float], seconds: tuple[float, float]) -> None:
+        """Correct the model of a mode by a step's (measured, modelled) bytes and seconds."""
+        ratio = slow[0] / slow[1] if slow[1] > self.shape.msb else None
+        self.corrections[drafted].observe(ratio, seconds[0] / seconds[1])
 
     def observe_reads(self, read_bytes: int, seconds: float) -> None:
         """Learn the slow tier's bandwidth from a span in which reads were always in flight."""
-        if read_bytes and seconds > 0:
-            rate = read_bytes / seconds
-            self.bandwidth = rate if self.bandwidth == 1e9 else MEMORY * self.bandwidth + (1 - MEMORY) * rate
+        rate = read_bytes / seconds
+        self._bandwidth = rate if self._bandwidth is None else MEMORY * self._bandwidth + (1 - MEMORY) * rate
 
     def _splits(self, room: int) -> list[tuple[int, int]]:
         """(MSB, LSB) slices per layer in ``room`` bytes: from whole experts to all MSB slices, some with spare room."""

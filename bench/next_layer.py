@@ -1,0 +1,90 @@
+"""How well a layer's hidden state foretells the next layer's experts, on the demo model: a case for prefetch.
+
+    .venv/bin/python bench/next_layer.py [--json]
+
+Router l + 1 is applied to the residual stream before layer l's experts ran. Reported per layer: the share of layer l + 1's
+top-k that the prediction's top-k names, and the same share among experts that an LRU cache of half of the experts misses,
+which are the only ones a prefetch would read; ``useful`` is the share of predicted misses that are then demanded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.prompts import prompts_of
+from elmoe import kernels
+from elmoe.bitslice import SamplingParameters
+from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.request import Request
+from elmoe.engine.session import Session
+
+
+class Prophet(SimpleNamespace):
+    """A backend that also asks each layer's successor router."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(**{name: getattr(kernels, name) for name in kernels.__all__ if name != "route"})
+        self.routers = list(session.engine._decoder._routers.values())
+        self.layer, self.guess = 0, None
+        shape = (len(self.routers), session.reader.schema.experts)
+        self.used = np.full(shape, -1)
+        self.time, self.cached = 0, shape[1] // 2
+        self.right, self.missed, self.foreseen, self.read, self.total = (np.zeros(shape[0]) for _ in range(5))
+
+    def route(self, weights: Any, x: np.ndarray, *rest: Any) -> Any:
+        routing = kernels.route(weights, x, *rest)
+        layer, self.layer = self.layer, (self.layer + 1) % len(self.routers)
+        self.time += 1
+        if len(x) == 1:
+            actual = set(routing.experts[0].tolist())
+            resident = set(np.argsort(-self.used[layer], kind="stable")[: self.cached].tolist())
+            if layer and self.guess is not None:
+                self.right[layer] += len(actual & self.guess)
+                self.total[layer] += len(actual)
+                self.missed[layer] += len(actual - resident)
+                self.foreseen[layer] += len((actual & self.guess) - resident)
+                self.read[layer] += len(self.guess - resident)
+            following = self.routers[layer + 1] if layer + 1 < len(self.routers) else None
+            self.guess = None if following is None else set(kernels.route(following, x).experts[0].tolist())
+        self.used[layer, routing.experts.ravel()] = self.time
+        return routing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, help="folder of prompt sets, see bench/prompts.py")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with Session("demo") as session:
+        prophet = Prophet(session)
+        engine = Engine(session.reader, prophet, EngineOptions("plain"))  # type: ignore[arg-type]
+        prompts = prompts_of(arguments.prompts, 16)
+        engine.generate(
+            [Request(session.encode(p)[:64], 64, SamplingParameters(0.8, seed=i)) for i, p in enumerate(prompts)]
+        )
+    rows = [
+        {
+            "layer": layer,
+            "top_k_foretold": float(prophet.right[layer] / prophet.total[layer]),
+            "misses_foretold": float(prophet.foreseen[layer] / max(1, prophet.missed[layer])),
+            "useful": float(prophet.foreseen[layer] / max(1, prophet.read[layer])),
+        }
+        for layer in range(1, len(prophet.routers))
+    ]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+    for row in [] if arguments.json else rows:
+        print(" ".join(f"{key} {value:.2f}" if key != "layer" else f"layer {value}:" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""Models larger than the fast tier: naive offloading, an LRU expert cache, elastic decoding and llama.cpp, side by side.
+
+    .venv/bin/python bench/offload.py --quick --json     # 4 layers, one budget, batch 1, 4, 16: under 10 minutes
+    .venv/bin/python bench/offload.py                    # OLMoE-1B-7B shapes, 2, 3 and 4 GiB, batch 1 to 16
+    .venv/bin/python bench/offload.py --demo             # the demo model, real routing, a throttled slow tier
+
+Definitions, what is measured and what is not: bench/README.md. ``--prompts FOLDER`` takes the prompts of the recorded trace
+from published sets (see bench/prompts.py). The stores and traces are kept in ``--folder`` and made once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import geometric_mean, median
+from time import perf_counter
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import llama_offload
+from bench.prompts import prompts_of
+from elmoe import kernels
+from elmoe.bitslice import SamplingParameters
+from elmoe.cli.common import number, print_table, progress_bar
+from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
+from elmoe.engine.replay import Replay
+from elmoe.engine.request import Request
+from elmoe.engine.session import Session, load_backend
+from elmoe.policy.residency import ResidencyParameters
+from elmoe.store import MemoryReader, open_direct, open_store
+from elmoe.trace import read_trace, replay_facts
+from elmoe.units import parse_bytes
+
+SHAPES = Path(__file__).with_name("olmoe_shapes.json")
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "naive": {"mode": "plain"},
+    "lru": {"mode": "cache", "split": "whole_experts", "residency": ResidencyParameters("lru")},
+    "elastic": {"mode": "elastic"},
+}
+SHARES = (25, 50, 100)
+"""Percent of experts resident while the replayed traces were recorded."""
+SEQUENCES, TRACE_TOKENS, PROMPT_TOKENS = 16, 160, 64
+
+
+class Case:
+    """One system at one budget and batch size. ``tokens``: decoded per sequence and measured run."""
+
+    def __init__(self, system: str, budget: int | float, batch: int, tokens: int, warm_up: int) -> None:
+        self.system, self.budget, self.batch, self.tokens, self.warm_up = system, budget, batch, tokens, warm_up
+
+
+def steady_rate(engine: Engine, requests: list[Request]) -> tuple[float, dict[str, Any]]:
+    """Tokens per second from the first decoded token of the batch until its first sequence ends, and the statistics.
+
+    Behind that point fewer sequences run: systems that commit ragged counts would be charged for a batch they do not have.
+    """
+    times: list[tuple[float, int]] = []
+    left = [request.max_tokens for request in requests]
+    stopped = False
+
+    def committed(index: int, tokens: list[int]) -> None:
+        nonlocal stopped
+        if not stopped:
+            times.append((perf_counter(), len(tokens)))
+        left[index] -= len(tokens)
+        stopped = stopped or (index == len(requests) - 1 and min(left) <= 0)
+
+    _, statistics = engine.generate(requests, on_commit=committed)
+    # Calls come in bursts of one per sequence at the end of a step; the first step's tokens start the clock.
+    first = len(requests)
+    seconds = times[-1][0] - times[first - 1][0]
+    return sum(count for _, count in times[first:]) / seconds, statistics.as_dict()
+
+
+def measure(case: Case, make: Any, repeats: int, bandwidth: float | None) -> dict[str, Any]:
+    """Medians of a case after warm-up, and the outcomes that must equal other systems'."""
+    options = EngineOptions(batch=case.batch, fast_memory=case.budget, slow_bandwidth=bandwidth, **SYSTEMS[case.system])
+    engine, requests, outcome = make(options)
+    if case.warm_up:
+        engine.generate(requests(case.batch, case.warm_up))
+    runs, outcomes = [], []
+    for _ in range(repeats):
+        outcome()
+        rate, facts = steady_rate(engine, requests(case.batch, case.tokens))
+        runs.append((rate, facts))
+        outcomes.append(outcome())
+    rate = median(run[0] for run in runs)
+    facts = min(runs, key=lambda run: abs(run[0] - rate))[1]
+    planner = engine.planner
+    point = None if planner is None or planner.point is None else planner.point
+    phases = [facts["phases"][name] for name in ("plain", "draft", "verify")]
+    row = {
+        "system": case.system, "batch": case.batch, "budget": case.budget, "tokens_per_second": rate,
+        "runs": [run[0] for run in runs], "acceptance_rate": facts["acceptance_rate"],
+        "tokens_per_verification": facts["tokens_per_verification"], "msb_hit_rate": facts["msb_hit_rate"],
+        "lsb_hit_rate": facts["lsb_hit_rate"], "slow_bytes_per_token": facts["slow_bytes_per_token"],
+        "waited_share": sum(p["waited_seconds"] for p in phases) / sum(p["seconds"] for p in phases),
+        "draft_share": phases[1]["seconds"] / sum(p["seconds"] for p in phases),
+        "slices": None if point is None or case.system != "elastic" else [point.msb, point.lsb],
+        "slow_bandwidth": None if planner is None else planner.bandwidth,
+    }  # fmt: skip
+    return {"row": row, "outcomes": outcomes}
+
+
+def replayed(store: Path, traces: list[Path]) -> tuple[Any, Any]:
+    """(engine maker over the direct reader, all-resident engine maker) of a store driven by traces."""
+    facts = [replay_facts(read_trace(path)) for path in traces]
+    reader = open_direct(store)
+    replay = Replay(load_backend("native"), reader.schema, facts)
+
+    def make(options: EngineOptions, source: Any = reader) -> tuple[Engine, Any, Any]:
+        engine = Engine(source, replay, options, replay)  # type: ignore[arg-type]
+        return engine, lambda count, tokens: replay.requests(list(range(count)), tokens), replay.committed_digests
+
+    resident = open_store(store)
+    return make, lambda options: make(options, resident)
+
+
+def recorded_traces(folder: Path, prompts: Path | None) -> list[Path]:
+    """Traces of the demo model with a draft from every position, one for each share of resident experts; made once."""
+    text = folder / "prompts.txt"
+    text.write_text("\n".join(prompts_of(prompts, SEQUENCES)))
+    paths = []
+    for share in SHARES:
+        path = folder / f"demo-{share}.trace"
+        paths.append(path)
+        if not path.exists():
+            run_elmoe(
+                "trace", "record", "demo", str(path), "--prompts", str(text), "--prompt-tokens", str(PROMPT_TOKENS),
+                "--max-tokens", str(TRACE_TOKENS), "--batch", str(SEQUENCES), "--every-position",
+                "--split", "whole_experts", "--fast-memory", f"{share}%",
+            )  # fmt: skip
+    return paths
+
+
+def synthetic_store(folder: Path, layers: int) -> Path:
+    """A store of OLMoE-1B-7B's shapes; made once."""
+    store = folder / f"olmoe-{layers}"
+    if not store.exists():
+        run_elmoe("synth", str(SHAPES), str(store), "--layers", str(layers))
+    return store
+
+
+def run_elmoe(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "elmoe.cli.main", *arguments], check=True, stdout=sys.stderr)
+
+
+def compare(
+    budgets: list[int | float], batches: list[int], make: Any, resident: Any, repeats: int, tokens: dict[str, int],
+    bandwidth: float | None, largest: dict[str, int],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of all our systems, naive once per batch (no budget changes it), with `identical` against naive."""
+    cases = []
+    for batch in batches:
+        cases.append(Case("naive", budgets[0], batch, tokens["naive"], 0))
+        for budget in budgets:
+            cases += [Case(name, budget, batch, tokens[name], tokens["warm_up"]) for name in ("lru", "elastic")]
+    rows, references, ceilings = [], {}, {}
+    with progress_bar("cases", len(cases)) as bar:
+        for index, case in enumerate(cases):
+            result = measure(case, make, repeats, bandwidth)
+            gc.collect()  # an arena goes before the next one comes
+            reference = references.setdefault(case.batch, result["outcomes"][0])
+            result["row"]["identical"] = all(same(outcome, reference) for outcome in result["outcomes"])
+            rows.append(result["row"])
+            if case.batch not in ceilings:
+                engine, requests, outcome = resident(EngineOptions("plain", batch=case.batch))
+                engine.generate(requests(case.batch, 4))
+                outcome()
+                runs = [steady_rate(engine, requests(case.batch, tokens["naive"]))[0] for _ in range(repeats)]
+                ceilings[case.batch] = median(runs)
+                result["row"]["identical"] &= same(outcome(), reference)
+            bar(index + 1)
+    for row in rows:
+        naive = next(r for r in rows if r["system"] == "naive" and r["batch"] == row["batch"])
+        row["over_naive"] = row["tokens_per_second"] / naive["tokens_per_second"]
+        row["resident_tokens_per_second"] = ceilings[row["batch"]]
+        slow, speed = row["slow_bytes_per_token"], largest["disk"] if bandwidth is None else bandwidth
+        row["byte_ceiling_tokens_per_second"] = speed / slow if slow else None
+        lru = [r for r in rows if r["system"] == "lru" and (r["batch"], r["budget"]) == (row["batch"], row["budget"])]
+        row["over_lru"] = row["tokens_per_second"] / lru[0]["tokens_per_second"] if row["system"] == "elastic" else None
+    return rows
+
+
+def same(outcome: Any, reference: Any) -> bool:
+    """Whether two runs agree where both computed something: hashes by position, or whole results."""
+    if isinstance(outcome, dict):
+        common = outcome.keys() & reference.keys()
+        return bool(common) and all(outcome[key] == reference[key] for key in common)
+    shorter = [min(len(a.tokens), len(b.tokens)) for a, b in zip(outcome, reference, strict=True)]
+    return all(
+        a.tokens[:n] == b.tokens[:n] and a.logprobs[:n] == b.logprobs[:n]
+        for a, b, n in zip(outcome, reference, shorter, strict=True)
+    )
+
+
+def means(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Arithmetic and geometric mean over the batch sizes of elastic's ratio, for each budget."""
+    result = {}
+    for budget in sorted({row["budget"] for row in rows if row["system"] == "elastic"}):
+        ratios = [r[key] for r in rows if r["system"] == "elastic" and r["budget"] == budget and r.get(key)]
+        if ratios:
+            result[str(budget)] = {
+                "mean": sum(ratios) / len(ratios), "geometric": geometric_mean(ratios), "least": min(ratios),
+                "most": max(ratios),
+            }  # fmt: skip
+    return result
+
+
+def demo_model(repeats: int) -> dict[str, Any]:
+    """The demo model with real routing and acceptance; reading one batch-1 step's expert bytes takes 16 times that step."""
+    with Session("demo") as session:
+        prompts = prompts_of(None, SEQUENCES)
+        prompt_ids = [session.encode(text)[:PROMPT_TOKENS] for text in prompts]
+
+    def requests(count: int, tokens: int) -> list[Request]:
+        return [
+            Request(ids, tokens, SamplingParameters(0.8, seed=seed), ignore_eos=True)
+            for seed, ids in enumerate(prompt_ids[:count])
+        ]
+
+    with open_store("demo") as memory, open_direct("demo") as reader:
+        schema = memory.schema
+        resident = Engine(memory, kernels, EngineOptions("plain"))
+        step = 1 / median(steady_rate(resident, requests(1, 64))[0] for _ in range(5))
+        layouts = [memory.expert_layout(layer) for layer in schema.moe_layers]
+        step_bytes = schema.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts)
+        bandwidth = step_bytes / (16 * step)
+
+        def make(options: EngineOptions, source: MemoryReader = reader) -> tuple[Engine, Any, Any]:
+            engine = Engine(source, kernels, options)
+            kept: list[Any] = []
+            serve = engine.generate
+
+            def generate(*arguments: Any, **named: Any) -> Any:
+                results, statistics = serve(*arguments, **named)
+                kept[:] = [results]
+                return results, statistics
+
+            engine.generate = generate  # type: ignore[method-assign]
+            return engine, requests, lambda: kept[0] if kept else None
+
+        rows = compare(
+            [0.25, 0.5], [1, 2, 4, 8, 16], make, lambda options: make(options, memory), repeats,
+            {"naive": 32, "lru": 96, "elastic": 96, "warm_up": 48}, bandwidth, {"disk": 0},
+        )  # fmt: skip
+    return summary(rows) | {"slow_bandwidth": bandwidth, "resident_step_seconds": step, "throttled": True, "replayed": False}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ``--json`` carries besides the machine."""
+    resident = [row["resident_tokens_per_second"] / row["tokens_per_second"] for row in rows if row["system"] == "naive"]
+    return {
+        "mean_over_naive": means(rows, "over_naive"),
+        "mean_over_lru": means(rows, "over_lru"),
+        "mean_over_llamacpp": means(rows, "over_llamacpp") or None,
+        "resident_over_naive": sum(resident) / len(resident),
+        "identical": all(row["identical"] for row in rows if row["identical"] is not None),
+        "rows": rows,
+    }
+
+
+def show(data: dict[str, Any], title: str) -> None:
+    print_table(
+        title,
+        ("budget", "batch", "system", "tokens/s", "x naive", "x LRU", "accepted", "tokens/ver.", "hits MSB, LSB", "kept",
+         "waiting", "byte ceiling", "all resident", "same"),
+        [
+            (f"{r['budget']:.0%}" if isinstance(r["budget"], float) else f"{r['budget'] / 2**30:g} GiB", r["batch"],
+             r["system"], number(r["tokens_per_second"]), number(r["over_naive"]), number(r["over_lru"]),
+             number(r["acceptance_rate"]), number(r["tokens_per_verification"]),
+             None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}", r["slices"],
+             number(r["waited_share"]), number(r["byte_ceiling_tokens_per_second"], 1),
+             number(r["resident_tokens_per_second"], 1),
+             "-" if r["identical"] is None else "yes" if r["identical"] else "NO")
+            for r in sorted(data["rows"], key=lambda r: (r["budget"], r["batch"]))
+        ],
+    )  # fmt: skip
+    for key in ("mean_over_naive", "mean_over_lru", "mean_over_llamacpp", "resident_over_naive", "identical"):
+        print(f"{key}: {json.dumps(data[key])}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/offload"), help="where stores and traces are kept (10 GB)"
+    )
+    parser.add_argument("--prompts", type=Path, help="folder of published prompt sets")
+    parser.add_argument("--quick", action="store_true", help="4 layers, one budget, batch 1, 4, 16")
+    parser.add_argument("--demo", action="store_true", help="the demo model, throttled")
+    parser.add_argument("--budgets", default="2GiB,3GiB,4GiB")
+    parser.add_argument("--batch", default="1,2,4,8,16")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--llamacpp", type=Path, default=Path("build/peers/bin"), help="folder of `make peers`")
+    parser.add_argument("--slow-bandwidth", type=float, help="throttle our systems' disk, bytes per second")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    kernels.set_threads(2)
+    if arguments.demo:
+        data = demo_model(arguments.repeats)
+        title = "demo model, real routing, slow tier throttled"
+    else:
+        layers = 4 if arguments.quick else 16
+        batches = [1, 4, 16] if arguments.quick else [int(batch) for batch in arguments.batch.split(",")]
+        budgets: list[int | float] = [parse_bytes(b) for b in arguments.budgets.split(",")]
+        if arguments.quick:
+            budgets = [parse_bytes("1340MiB")]  # half of the expert bytes of 4 layers beside dense, KV and staging
+        store, traces = synthetic_store(arguments.folder, layers), recorded_traces(arguments.folder, arguments.prompts)
+        disk = disk_bandwidth(store / "layer-000.experts")
+        make, resident = replayed(store, traces)
+        rows = compare(
+            budgets, batches, make, resident, arguments.repeats,
+            {"naive": 8, "lru": 24, "elastic": 48, "warm_up": 24}, arguments.slow_bandwidth, {"disk": int(disk)},
+        )  # fmt: skip
+        reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
+        data = summary(rows) | {
+            "disk_bytes_per_second": disk, "memory_bytes_per_second": memory_bandwidth(1 << 30, 2), "replayed": True,
+            "throttled": arguments.slow_bandwidth is not None, "llamacpp": reason,
+        }  # fmt: skip
+        title = f"OLMoE-1B-7B shapes, {layers} layers, replayed"
+    if arguments.json:
+        print(json.dumps(data, indent=1))
+    else:
+        show(data, title)
+
+
+if __name__ == "__main__":
+    main()
