@@ -317,7 +317,7 @@ def main() -> None:
         make, resident = replayed(store, traces)
         rows = compare(
             budgets, batches, make, resident, arguments.repeats,
-            {"naive": 8, "lru": 24, "elastic": 48, "warm_up": 24}, arguments.slow_bandwidth, {"disk": int(disk)},
+            {"naive": 6, "lru": 16, "elastic": 48, "warm_up": 16}, arguments.slow_bandwidth, {"disk": int(disk)},
         )  # fmt: skip
         reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
         data = summary(rows) | {

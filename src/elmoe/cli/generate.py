@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,12 +26,14 @@ from elmoe.cli.common import Serving, json_option, print_json, serving_options
 @click.option("--stop", multiple=True, help="End the text before this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Do not stop at the end-of-sequence token.")
 @click.option("--trace", "trace_path", type=click.Path(dir_okay=False), help="Record the run's routing facts (Parquet).")
+@click.option("--timeline", "timeline_path", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write when passes, waits and reads happened (Chrome trace events, for Perfetto).")  # fmt: skip
 @serving_options
 @json_option
 def command(
     store: str, prompt: tuple[str, ...], chat: bool, mode: Any, max_tokens: int, batch: int | None, temperature: float,
     top_k: int, top_p: float, min_p: float, seed: int, stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None,
-    serving: Serving, as_json: bool,
+    timeline_path: Path | None, serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from STORE (a path, or ``demo``). The output is the target model's in every mode."""
     from elmoe.bitslice import SamplingParameters
@@ -47,8 +50,15 @@ def command(
             from elmoe.trace import TraceRecorder
 
             recorder = TraceRecorder(trace_path, session.reader.schema, {"mode": mode, "store": session.path.name})
+        timeline = None
+        if timeline_path is not None:
+            from elmoe.engine.observe import Timeline
+
+            timeline = Timeline()
         with recorder:
-            results, statistics = session.generate(requests, recorder if trace_path else None)
+            results, statistics = session.generate(requests, recorder if trace_path else None, timeline=timeline)
+        if timeline_path is not None and timeline is not None:
+            timeline.write(timeline_path)
         answers = [
             {
                 "prompt": text,

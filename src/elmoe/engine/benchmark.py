@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from statistics import median
-from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
@@ -13,29 +12,21 @@ import numpy as np
 
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine, Mode
+from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.replay import Replay
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
 
-TIMED = ("embed", "attention_block", "route", "expert_ffn", "rms_norm", "logits", "sample")
 
-
-class TimedBackend(SimpleNamespace):
+class TimedBackend(ObservedBackend):
     """A backend that adds up the seconds spent inside its calls."""
 
     def __init__(self, backend: ModuleType | SimpleNamespace) -> None:
-        super().__init__(seconds=0.0)
-        for name in TIMED:
-            setattr(self, name, self._timed(getattr(backend, name)))
+        self.seconds = 0.0
+        super().__init__(backend, self._add)
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            began = perf_counter()
-            result = function(*arguments)
-            self.seconds += perf_counter() - began
-            return result
-
-        return call
+    def _add(self, name: str, began: float, ended: float) -> None:
+        self.seconds += ended - began
 
 
 def benchmark(

@@ -9,6 +9,7 @@ routing, fill the staging slots that are free. What is computed when depends on 
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from time import perf_counter
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import Routing
 from elmoe.engine.arena import LSB, MSB, ExpertArena
-from elmoe.engine.statistics import Phase
+from elmoe.engine.observe import Timeline
+from elmoe.engine.statistics import Phase, Statistics
 from elmoe.engine.tier import ExpertTier
 from elmoe.errors import StoreError
 from elmoe.kernels.reads import ReadPool
@@ -63,10 +65,17 @@ class DirectTier(ExpertTier):
     def _address_tables(self, reader: WeightReader) -> list[NDArray[np.int64]]:
         return [np.zeros((reader.schema.experts, 2), np.int64) for _ in reader.schema.moe_layers]
 
+    def begin_run(self, statistics: Statistics, timeline: Timeline | None = None) -> None:
+        """See ``ExpertTier.begin_run``."""
+        super().begin_run(statistics, timeline)
+        self._pool.record(timeline is not None)
+
     def end_run(self) -> None:
         """Wait for reads in flight: their memory must not go before. A tier whose run failed is not used again."""
         self._pool.wait(list(self._tickets.values()))
         self._tickets.clear()
+        if self._timeline is not None:
+            self._timeline.add_reads(self._pool.take_events())
 
     def begin_step(self, sure: list[int]) -> None:
         """A target pass begins: hits count against what is resident now."""
@@ -192,7 +201,7 @@ class DirectTier(ExpertTier):
         self._arrive(key[:2])
         self._release(key)
         if key[0] == row and self._active[row, key[1]]:
-            demands.append(key)
+            demands.insert(bisect_left(demands, key), key)
 
     def _read(self, key: Key, priority: int) -> None:
         row, expert, kind = key
@@ -225,7 +234,10 @@ class DirectTier(ExpertTier):
         keys = [key for key in ((*place, MSB), (*place, LSB)) if key in self._tickets]
         began = perf_counter()
         failures = self._pool.wait([self._tickets[key] for key in keys]) if keys else []
-        self.waited += perf_counter() - began
+        ended = perf_counter()
+        self.waited += ended - began
+        if keys and self._timeline is not None:
+            self._timeline.add("waits", f"expert {place[1]}", began, ended)
         failed = dict(failures)
         for key in keys:
             error = failed.get(self._tickets.pop(key))

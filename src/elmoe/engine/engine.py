@@ -16,6 +16,7 @@ from elmoe.bitslice import Routing
 from elmoe.bitslice.sampling import Sample
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.kv import KVPool, pages_for
+from elmoe.engine.observe import Timeline
 from elmoe.engine.request import Request, Result, Sequence
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.engine.tier import ExpertTier, committed_routing, tier_sizes
@@ -23,7 +24,7 @@ from elmoe.engine.tier_manager import TierManager
 from elmoe.errors import RequestError
 from elmoe.kernels.reads import ReadPool
 from elmoe.models.decoder import Decoder, Draft, Tokens, WeightReader
-from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, plan_slots
+from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, check_budget, plan_slots
 from elmoe.policy.draft_length import DraftLengthController
 from elmoe.policy.operating_point import Planner, TierShape
 from elmoe.policy.residency import ResidencyParameters
@@ -105,6 +106,8 @@ class Engine:
         self.schema = reader.schema
         if options.draft_top_k is not None and not 1 <= options.draft_top_k <= self.schema.top_k:
             raise RequestError(f"draft_top_k is {options.draft_top_k}, allowed is 1..{self.schema.top_k}")
+        if options.draft_bits == 8 and isinstance(reader, DirectReader):
+            raise RequestError("drafts of 8 bits need every LSB slice in memory", "use --reader memory")
         self._reader = reader
         self._backend = backend
         self._script = script
@@ -129,6 +132,8 @@ class Engine:
     def slots(self, sizes: FastTierSizes) -> SlotPlan | None:
         """The slot plan beside these sizes; None in plain mode. Raises BudgetError below the minimum."""
         if self.options.mode == "plain":
+            if isinstance(self._reader, DirectReader):
+                check_budget(self.budget(sizes), sizes, sizes.fixed)
             return None
         return plan_slots(self.budget(sizes), sizes, self.options.split if self.options.split != "auto" else "msb_first")
 
@@ -155,18 +160,20 @@ class Engine:
         decode: Callable[[list[int]], str] | None = None,
         recorder: TraceRecorder | None = None,
         on_commit: Callable[[int, list[int]], None] | None = None,
+        timeline: Timeline | None = None,
     ) -> tuple[list[Result], Statistics]:
         """Serve requests, ``options.batch`` at a time; results come in the order of the requests.
 
         :param decode: output ids to text, needed where a request has stop strings.
         :param on_commit: called with (request index, new token ids) after every step.
+        :param timeline: takes the spans of passes, waits and reads.
         :raises RequestError: a request cannot be served. :raises BudgetError: the budget is below the minimum.
         """
         for request in requests:
             request.check(self.schema.vocabulary, self.schema.max_positions)
             if request.stop and decode is None:
                 raise RequestError("stop strings need a tokenizer to decode with")
-        run = _Run(self, requests, decode, recorder, on_commit)
+        run = _Run(self, requests, decode, recorder, on_commit, timeline)
         try:
             return run.serve(), run.statistics
         except BaseException:
@@ -184,7 +191,9 @@ class _Run:
         decode: Callable[[list[int]], str] | None,
         recorder: TraceRecorder | None,
         on_commit: Callable[[int, list[int]], None] | None,
+        timeline: Timeline | None,
     ) -> None:
+        self.timeline = timeline
         self.options, self.schema = engine.options, engine.schema
         self.decoder, self.backend, self.script = engine._decoder, engine._backend, engine._script
         self.requests, self.decode, self.recorder, self.on_commit = requests, decode, recorder, on_commit
@@ -196,7 +205,7 @@ class _Run:
         sizes = engine.sizes(requests)
         slots = engine.slots(sizes)
         self.tier = engine.tier
-        self.tier.begin_run(self.statistics)
+        self.tier.begin_run(self.statistics, timeline)
         self.manager = None
         if isinstance(self.tier, DirectTier):
             engine.planner = engine.planner or Planner(TierShape.of(sizes))
@@ -213,7 +222,7 @@ class _Run:
         self._routings: list[Routing] = []
 
     def serve(self) -> list[Result]:
-        started = perf_counter()
+        started, read = perf_counter(), self.tier.bytes_read
         try:
             while self.waiting or self.running:
                 self.admit()
@@ -221,6 +230,7 @@ class _Run:
                 self.retire()
         finally:
             self.tier.end_run()
+            self.statistics.read_bytes = self.tier.bytes_read - read
         self.statistics.engine_seconds = perf_counter() - started
         return [self.results[index] for index in range(len(self.requests))]
 
@@ -359,6 +369,8 @@ class _Run:
         counters = self.statistics.phases[phase]
         counters.steps += 1
         counters.tokens += len(sequences)
+        if self.timeline is not None:
+            self.timeline.add("passes", f"{phase}, {len(sequences)} tokens", began, began + seconds)
         counters.seconds += seconds
         counters.waited_seconds += self.tier.waited - waited
         if phase == "draft":

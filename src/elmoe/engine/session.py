@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.observe import Timeline
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.engine.tier import ExpertTier
@@ -126,9 +127,13 @@ class Session:
         requests: list[Request],
         recorder: TraceRecorder | None = None,
         on_commit: Callable[[int, list[int]], None] | None = None,
+        timeline: Timeline | None = None,
     ) -> tuple[list[Result], Statistics]:
-        """Serve requests as ``Engine.generate`` does, with this store's tokenizer for stop strings."""
-        return self.engine.generate(requests, self.decode, recorder, on_commit)
+        """Serve requests as ``Engine.generate`` does, with this store's tokenizer for stop strings. A ``timeline`` gets the
+        kernel calls too."""
+        if timeline is not None:
+            self.engine = Engine(self.reader, cast(ModuleType, timeline.backend(self.backend)), self.engine.options)
+        return self.engine.generate(requests, self.decode, recorder, on_commit, timeline)
 
 
 def _choose_reader(options: EngineOptions, store_bytes: int, available: int) -> Reader:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import Routing
+from elmoe.engine.observe import Timeline
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.errors import NumericsError
 from elmoe.models.decoder import Stretch, WeightReader
@@ -47,6 +48,7 @@ class ExpertTier:
         self._parameters = parameters
         self._residency = Residency(*shape, parameters)
         self._statistics = Statistics()
+        self._timeline: Timeline | None = None
         self.waited = 0.0
         self._sure: list[int] = []
         self._sure_routing: list[NDArray[np.int32]] = []
@@ -56,9 +58,9 @@ class ExpertTier:
     def _address_tables(self, reader: WeightReader) -> list[NDArray[np.int64]]:
         return [reader.expert_addresses(layer) for layer in reader.schema.moe_layers]
 
-    def begin_run(self, statistics: Statistics) -> None:
-        """Count into ``statistics`` from now on."""
-        self._statistics = statistics
+    def begin_run(self, statistics: Statistics, timeline: Timeline | None = None) -> None:
+        """Count into ``statistics`` from now on, and put waits and reads on ``timeline``."""
+        self._statistics, self._timeline = statistics, timeline
 
     def end_run(self) -> None:
         """Nothing is in flight after this."""

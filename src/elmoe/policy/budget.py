@@ -52,6 +52,17 @@ class SlotPlan:
     bytes: int
 
 
+def check_budget(budget: int, sizes: FastTierSizes, minimum: int) -> None:
+    """BudgetError if the budget is below the minimum, which the message names and takes apart."""
+    if budget < minimum:
+        slices = f" + top-{sizes.top_k} MSB slices per layer" if minimum > sizes.fixed else ""
+        raise BudgetError(
+            f"the fast-memory budget of {budget} bytes is below the minimum of {minimum} bytes "
+            f"(dense {sizes.dense} + KV {sizes.kv} + staging {sizes.staging}{slices})",
+            f"give at least --fast-memory {-(-minimum // 2**20)}MiB, or lower the context or the batch",
+        )
+
+
 def plan_slots(budget: int, sizes: FastTierSizes, split: Split = "msb_first") -> SlotPlan:
     """Divide what the fixed parts leave of ``budget`` bytes evenly over the layers.
 
@@ -60,12 +71,7 @@ def plan_slots(budget: int, sizes: FastTierSizes, split: Split = "msb_first") ->
 
     :raises BudgetError: the budget is below the minimum, which the message names.
     """
-    if budget < sizes.minimum:
-        raise BudgetError(
-            f"the fast-memory budget of {budget} bytes is below the minimum of {sizes.minimum} bytes "
-            f"(dense {sizes.dense} + KV {sizes.kv} + staging {sizes.staging} + top-{sizes.top_k} MSB slices per layer)",
-            f"give at least --fast-memory {-(-sizes.minimum // 2**20)}MiB, or lower the context or the batch",
-        )
+    check_budget(budget, sizes, sizes.minimum)
     layers = len(sizes.msb)
     msb = [sizes.top_k] * layers
     lsb = [0] * layers

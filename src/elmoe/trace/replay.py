@@ -45,9 +45,9 @@ class ReplayFacts:
         return self.draft_tokens.shape[2]
 
     def length(self, sequence: int) -> int:
-        """Positions of a sequence from which a draft of full length was recorded, its prompt included."""
-        whole = np.flatnonzero(self.draft_tokens[sequence, :, -1] >= 0)
-        return int(whole[-1]) + 1 if len(whole) else 0
+        """Tokens of a sequence, its prompt included: drafts near its end are as short as the room they had."""
+        known = np.flatnonzero(self.target_tokens[sequence, :, 0] >= 0)
+        return int(known[-1]) + 2 if len(known) else 0
 
 
 def replay_facts(trace: Trace) -> ReplayFacts:

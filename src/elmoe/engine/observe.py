@@ -1,0 +1,102 @@
+"""Watching a run: seconds in kernel calls, and a timeline of passes, kernels, waits and reads for Chrome or Perfetto."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+KERNELS = ("embed", "attention_block", "route", "expert_ffn", "rms_norm", "logits", "sample")
+Span = tuple[str, str, float, float]
+"""(track, name, begin, end), seconds on the steady clock."""
+
+
+class ObservedBackend(SimpleNamespace):
+    """A backend that reports each call as (kernel, begin, end)."""
+
+    def __init__(self, backend: ModuleType | SimpleNamespace, report: Callable[[str, float, float], None]) -> None:
+        super().__init__(**{name: _observed(name, getattr(backend, name), report) for name in KERNELS})
+
+
+def _observed(name: str, function: Callable[..., Any], report: Callable[[str, float, float], None]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        began = perf_counter()
+        result = function(*arguments)
+        report(name, began, perf_counter())
+        return result
+
+    return call
+
+
+class Timeline:
+    """Spans of a run. Tracks: ``passes``, ``kernels``, ``waits`` (compute waits for a read) and ``read n`` (in flight)."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def add(self, track: str, name: str, began: float, ended: float) -> None:
+        """Note one span."""
+        self.spans.append((track, name, began, ended))
+
+    def backend(self, backend: ModuleType | SimpleNamespace) -> ObservedBackend:
+        """The backend to run with, so that its calls appear."""
+        return ObservedBackend(backend, lambda name, began, ended: self.add("kernels", name, began, ended))
+
+    def add_reads(self, events: list[tuple[float, float, float, int, int]]) -> None:
+        """Events of the read pool, (submitted, started, finished, bytes, priority), on as few tracks as they need."""
+        free: list[float] = []
+        for _, started, finished, size, priority in sorted(events, key=lambda event: event[1]):
+            track = next((i for i, end in enumerate(free) if end <= started), len(free))
+            free[track : track + 1] = [finished]
+            self.add(f"read {track}", f"{'read ahead' if priority else 'read'} {size / 1e6:.1f} MB", started, finished)
+
+    def hidden_share(self) -> float | None:
+        """Share of the time with reads in flight during which compute did not wait for them; None without reads."""
+        reading = _union([span[2:] for span in self.spans if span[0].startswith("read ")])
+        waits = [span[2:] for span in self.spans if span[0] == "waits"]
+        total = sum(end - begin for begin, end in reading)
+        return 1 - sum(end - begin for begin, end in _union(waits)) / total if total else None
+
+    def write(self, path: Path) -> None:
+        """The Chrome trace event format, under a temporary name first."""
+        if not self.spans:
+            return
+        first = min(span[2] for span in self.spans)
+        tracks = {name: index for index, name in enumerate(sorted({s[0] for s in self.spans}, key=_order))}
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "pid": 1, "tid": index, "name": "thread_name", "args": {"name": name}}
+            for name, index in tracks.items()
+        ]
+        events += [
+            {
+                "ph": "X",
+                "pid": 1,
+                "tid": tracks[track],
+                "name": name,
+                "ts": 1e6 * (begin - first),
+                "dur": 1e6 * (end - begin),
+            }
+            for track, name, begin, end in self.spans
+        ]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        os.replace(partial, path)
+
+
+def _order(track: str) -> tuple[int, str]:
+    return (("passes", "kernels", "waits").index(track) if not track.startswith("read") else 3, track)
+
+
+def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Spans merged where they overlap."""
+    merged: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged
