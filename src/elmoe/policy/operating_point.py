@@ -74,7 +74,7 @@ class AcceptanceCurve:
         if judged:
             weight = 1 - MEMORY ** (judged / 16)
             ratio = (1 - accepted / judged) / self._rejection(covered)
-            self.scale = min(3.0, max(0.2, (1 - weight) * self.scale + weight * ratio))
+            self.scale = min(20.0, max(0.1, (1 - weight) * self.scale + weight * ratio))
 
     def _rejection(self, covered: float) -> float:
         return 1 - self.top + self.spread * (1 - covered)

@@ -1,0 +1,51 @@
+"""The fast-memory budget is a promise: a store larger than it is served within it, and not by the page cache."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elmoe.store.synthetic import synthesize
+from tests.tiny import tiny_schema
+
+BUDGET, SLACK = 160 << 20, 300 << 20
+SCHEMA = tiny_schema(
+    vocabulary=512, hidden=1024, layers=6, heads=8, kv_heads=8, head_dim=128, experts=32, top_k=4, expert_width=1024,
+    max_positions=4096, tied_embeddings=False,
+)  # fmt: skip
+PROGRAM = """
+import json, resource, sys
+from elmoe.engine.engine import EngineOptions
+from elmoe.engine.request import Request
+from elmoe.engine.session import Session
+options = EngineOptions(sys.argv[2], int(sys.argv[3]), batch=4, staging_experts=8)
+with Session(sys.argv[1], options) as session:
+    requests = [Request(tuple(range(1 + 7 * i, 60 + 7 * i)), 12) for i in range(4)]
+    results, statistics = session.generate(requests)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak": peak, "tier": session.tier, "read": statistics.read_bytes}))
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("budget") / "store"
+    synthesize(path, SCHEMA, 1, lambda done, total: None)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["plain", "cache", "elastic"])
+def test_peak_memory_stays_within_the_budget_and_300_megabytes(store, mode):
+    size = sum(file.stat().st_size for file in store.iterdir())
+    assert size > BUDGET + SLACK  # the store mapped into memory would not pass
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(store), mode, str(BUDGET)], capture_output=True, text=True, check=True
+    )
+    data = json.loads(run.stdout)
+    assert data["tier"].startswith("enforced budget")
+    assert data["peak"] <= BUDGET + SLACK
+    assert data["read"] > size / 2  # a prompt touches most experts, and all of them came from disk

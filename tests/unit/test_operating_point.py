@@ -1,0 +1,100 @@
+"""The planner of an enforced tier: fits its room, follows costs the right way, learns, and does not draft in vain."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elmoe.policy.operating_point import DRAFT_LENGTHS, AcceptanceCurve, Planner, TierShape, popularity
+
+SHAPE = TierShape(layers=16, experts=64, top_k=8, msb=3_538_944, lsb=3_145_728)
+EVERYTHING = SHAPE.layers * SHAPE.experts * (SHAPE.msb + SHAPE.lsb)
+STAGING = 16 * (SHAPE.msb + SHAPE.lsb)
+SKEWED = np.linspace(1.9, 0.1, 64) / 8
+"""Probability that a token uses the hottest, ..., coldest expert: 8 in all."""
+
+
+def choose(planner: Planner, share: float, sequences: int, draft: float = 0.05, token: float = 0.01, use=SKEWED):
+    capacity = int(share * EVERYTHING) + STAGING
+    costs = (lambda n: draft + 0.001 * n), (lambda n: 0.05 + token * n)
+    return planner.choose(use, sequences, capacity, STAGING, *costs, DRAFT_LENGTHS)
+
+
+@given(st.floats(0.08, 1.0), st.integers(1, 16), st.floats(1e8, 1e11))
+def test_a_point_fits_its_room_and_the_layers(share, sequences, bandwidth):
+    planner = Planner(SHAPE)
+    planner.observe_reads(int(bandwidth), 1.0)
+    point = choose(planner, share, sequences)
+    assert SHAPE.layers * (point.msb * SHAPE.msb + point.lsb * SHAPE.lsb) <= share * EVERYTHING + 1
+    assert SHAPE.top_k <= point.msb <= SHAPE.experts and 0 <= point.lsb <= point.msb
+    assert point.draft_length in DRAFT_LENGTHS and point.rate > 0
+
+
+@given(st.floats(0.1, 0.9), st.sampled_from([1, 4, 16]), st.floats(2e8, 1e10), st.floats(1.01, 10))
+def test_more_of_anything_is_never_slower(share, sequences, bandwidth, more):
+    def rate(share: float, bandwidth: float, token: float) -> float:
+        planner = Planner(SHAPE)
+        planner.observe_reads(int(bandwidth), 1.0)
+        return choose(planner, share, sequences, token=token).rate
+
+    base = rate(share, bandwidth, 0.01)
+    assert rate(share, bandwidth * more, 0.01) >= base * 0.96  # a point is chosen by its promise, not its rate alone
+    assert rate(share, bandwidth, 0.01 / more) >= base * 0.96
+
+
+def test_drafting_pays_where_reads_are_dear_and_not_where_drafts_are_rejected():
+    slow, rejected, fast = Planner(SHAPE), Planner(SHAPE), Planner(SHAPE)
+    for planner, bandwidth in ((slow, 1e9), (rejected, 1e9), (fast, 1e12)):
+        planner.observe_reads(int(bandwidth), 1.0)
+    assert choose(slow, 0.5, 16).draft_length >= 4
+    for _ in range(50):
+        rejected.acceptance.observe(1.0, 2, 100)
+    assert choose(rejected, 0.5, 16).draft_length == 0
+    assert choose(fast, 0.5, 16, draft=1.0).draft_length == 0
+
+
+def test_a_batch_that_touches_everything_wants_msb_slices_and_a_single_token_whole_experts():
+    single, batch = Planner(SHAPE), Planner(SHAPE)
+    for planner in (single, batch):
+        planner.observe_reads(int(1e9), 1.0)
+    one, many = choose(single, 0.5, 1, draft=1.0), choose(batch, 0.5, 16)
+    assert one.draft_length == 0 and one.msb == one.lsb
+    assert many.draft_length > 0 and many.msb > many.lsb
+
+
+def test_measurements_correct_the_model_of_their_mode():
+    planner = Planner(SHAPE)
+    planner.observe_reads(int(1e9), 1.0)
+    before = choose(planner, 0.5, 8)
+    for _ in range(40):  # whatever drafts is twice as slow as modelled
+        planner.observe(True, (1e9, 1e9), (2.0, 1.0))
+        planner.observe(False, (1e9, 1e9), (1.0, 1.0))
+    assert planner.correction(True)[1] == pytest.approx(2.0) and planner.correction(False)[1] == pytest.approx(1.0)
+    after = choose(planner, 0.5, 8)
+    assert after.rate < before.rate
+
+
+def test_slices_are_not_changed_for_a_small_gain():
+    planner = Planner(SHAPE)
+    planner.observe_reads(int(1e9), 1.0)
+    first = choose(planner, 0.5, 8)
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        point = choose(planner, 0.5, 8, use=SKEWED * (1 + 0.03 * rng.standard_normal(64)))
+        assert (point.msb, point.lsb) == (first.msb, first.lsb)
+
+
+def test_the_acceptance_curve_learns_its_scale():
+    curve = AcceptanceCurve()
+    assert curve(1.0) == pytest.approx(curve.top) and curve(0.5) < curve(0.9)
+    for _ in range(200):
+        curve.observe(0.8, 98, 100)
+    assert curve(0.8) == pytest.approx(0.98, abs=0.002)
+
+
+def test_popularity_is_a_ranked_probability():
+    hotness = np.array([[4.0, 0, 2, 2], [1, 1, 1, 1]])
+    assert popularity(hotness, 2).tolist() == [0.75, 0.5, 0.5, 0.25]
+    assert popularity(np.full((2, 4), 1e-12), 2).sum() <= 2
