@@ -42,6 +42,9 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "naive": {"mode": "plain"},
     "lru": {"mode": "cache", "split": "whole_experts", "residency": ResidencyParameters("lru")},
     "elastic": {"mode": "elastic"},
+    # The automatic mode's fixed rivals, for --systems
+    "cache": {"mode": "cache"},
+    **{f"elastic-{length}": {"mode": "elastic", "draft_length": length} for length in (1, 2, 4, 8)},
 }
 SHARES = (25, 50, 100)
 """Percent of experts resident while the replayed traces were recorded."""
@@ -153,14 +156,17 @@ def run_elmoe(*arguments: str) -> None:
 
 def compare(
     budgets: list[int | float], batches: list[int], make: Any, resident: Any, repeats: int, tokens: dict[str, int],
-    bandwidth: float | None, largest: dict[str, int],
+    bandwidth: float | None, disk: float, systems: list[str],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of all our systems, naive once per batch (no budget changes it), with `identical` against naive."""
     cases = []
     for batch in batches:
         cases.append(Case("naive", budgets[0], batch, tokens["naive"], 0))
         for budget in budgets:
-            cases += [Case(name, budget, batch, tokens[name], tokens["warm_up"]) for name in ("lru", "elastic")]
+            cases += [
+                Case(name, budget, batch, tokens["elastic" if "elastic" in name else "lru"], tokens["warm_up"])
+                for name in systems
+            ]
     rows, references, ceilings = [], {}, {}
     with progress_bar("cases", len(cases)) as bar:
         for index, case in enumerate(cases):
@@ -181,10 +187,10 @@ def compare(
         naive = next(r for r in rows if r["system"] == "naive" and r["batch"] == row["batch"])
         row["over_naive"] = row["tokens_per_second"] / naive["tokens_per_second"]
         row["resident_tokens_per_second"] = ceilings[row["batch"]]
-        slow, speed = row["slow_bytes_per_token"], largest["disk"] if bandwidth is None else bandwidth
+        slow, speed = row["slow_bytes_per_token"], disk if bandwidth is None else bandwidth
         row["byte_ceiling_tokens_per_second"] = speed / slow if slow else None
         lru = [r for r in rows if r["system"] == "lru" and (r["batch"], r["budget"]) == (row["batch"], row["budget"])]
-        row["over_lru"] = row["tokens_per_second"] / lru[0]["tokens_per_second"] if row["system"] == "elastic" else None
+        row["over_lru"] = row["tokens_per_second"] / lru[0]["tokens_per_second"] if lru and row not in lru else None
     return rows
 
 
@@ -248,7 +254,7 @@ def demo_model(repeats: int) -> dict[str, Any]:
 
         rows = compare(
             [0.25, 0.5], [1, 2, 4, 8, 16], make, lambda options: make(options, memory), repeats,
-            {"naive": 32, "lru": 96, "elastic": 96, "warm_up": 48}, bandwidth, {"disk": 0},
+            {"naive": 32, "lru": 96, "elastic": 96, "warm_up": 48}, bandwidth, 0.0, ["lru", "elastic"],
         )  # fmt: skip
     return summary(rows) | {"slow_bandwidth": bandwidth, "resident_step_seconds": step, "throttled": True, "replayed": False}
 
@@ -296,6 +302,7 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="the demo model, throttled")
     parser.add_argument("--budgets", default="2GiB,3GiB,4GiB")
     parser.add_argument("--batch", default="1,2,4,8,16")
+    parser.add_argument("--systems", default="lru,elastic", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--llamacpp", type=Path, default=Path("build/peers/bin"), help="folder of `make peers`")
     parser.add_argument("--slow-bandwidth", type=float, help="throttle our systems' disk, bytes per second")
@@ -317,7 +324,8 @@ def main() -> None:
         make, resident = replayed(store, traces)
         rows = compare(
             budgets, batches, make, resident, arguments.repeats,
-            {"naive": 6, "lru": 16, "elastic": 48, "warm_up": 16}, arguments.slow_bandwidth, {"disk": int(disk)},
+            {"naive": 6, "lru": 16, "elastic": 48, "warm_up": 16}, arguments.slow_bandwidth, disk,
+            arguments.systems.split(","),
         )  # fmt: skip
         reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
         data = summary(rows) | {

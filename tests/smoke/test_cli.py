@@ -95,6 +95,36 @@ def test_synth_and_bench_of_it(tmp_path):
     assert all(row["identical"] for row in rows)
 
 
+def test_an_enforced_budget_gives_the_same_text(tmp_path):
+    common = ("generate", "demo", "--prompt", "The whale", "--max-tokens", "20", "--temperature", "0.8", "--seed", "4")
+    plain = elmoe_json(*common, "--mode", "plain")
+    timeline = tmp_path / "run.json"
+    run = elmoe(*common, "--fast-memory", "20MiB", "--slow-bandwidth", "1.7GB/s", "--policy", "lru", "--split",
+                "whole_experts", "--timeline", str(timeline), "--json")  # fmt: skip
+    data = json.loads(run.stdout)
+    assert "reader: direct" in run.stderr and data["tier"] == "enforced budget, direct reads, throttled to 1.7 GB/s"
+    assert data["token_ids"] == plain["token_ids"] and data["logprobs"] == plain["logprobs"]
+    assert data["statistics"]["read_bytes"] > 0 and len(data["statistics"]["phases"]["plain"]["layer_hits"]["msb"]) == 8
+    assert {"passes", "kernels", "waits"} <= {
+        event["args"]["name"] for event in json.loads(timeline.read_text())["traceEvents"] if event["ph"] == "M"
+    }
+
+
+def test_record_look_at_and_replay_a_trace(tmp_path):
+    (tmp_path / "prompts.txt").write_text("The whale was\nA prime number is\n")
+    trace = tmp_path / "run.trace"
+    facts = elmoe_json("trace", "record", "demo", str(trace), "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens",
+                       "24", "--every-position", "--fast-memory", "50%")  # fmt: skip
+    assert facts["statistics"]["committed_tokens"] == 48
+    assert elmoe_json("trace", "show", str(trace))["sequences"] == 2
+    rates = elmoe_json("trace", "policies", str(trace), "--share", "0.25")["hit_rates"]
+    assert set(rates) == {"decayed", "lru", "lfu", "static", "random", "belady"} and rates["belady"] == max(rates.values())
+    bench = ("bench", "demo", "--replay", str(trace), "--batch", "2", "--max-tokens", "8", "--repeats", "1", "--reader",
+             "direct", "--fast-memory", "50%")  # fmt: skip
+    data = elmoe_json(*bench)
+    assert data["tier"].endswith("replayed") and len(data["rows"]) == 3 and all(row["identical"] for row in data["rows"])
+
+
 def test_doctor():
     data = elmoe_json("doctor", "--quick")
     assert data["native_kernels"] is True and data["variant"] in data["variants"]
@@ -112,6 +142,11 @@ def test_doctor():
         (("generate", "demo", "--prompt", "x", "--chat"), "chat template"),
         (("generate", "demo", "--prompt", "x", "--trace", "no/such/folder/t"), "cannot write trace"),
         (("bench", "demo", "--modes", "fast"), "no mode"),
+        (("bench", "demo", "--replay", "no.trace"), "no.trace"),
+        (("generate", "demo", "--prompt", "x", "--slow-bandwidth", "1.7GB"), "not a bandwidth"),
+        (("generate", "demo", "--prompt", "x", "--slow-bandwidth", "1.7GB/s"), "no slow tier"),
+        (("generate", "demo", "--prompt", "x", "--fast-memory", "1MiB", "--mode", "plain"), "minimum of"),
+        (("trace", "show", "pyproject.toml"), "not a readable Parquet"),
         (("convert", "no-such-folder", "out"), "no-such-folder"),
     ],
 )

@@ -11,6 +11,8 @@ import pytest
 from elmoe.errors import TraceError
 from elmoe.trace import TRACE_VERSION, TraceRecorder, read_trace
 from elmoe.trace.format import METADATA_KEY, TraceHeader, table_schema
+from elmoe.trace.replacement import hit_rates
+from elmoe.trace.summary import summarise
 from tests.tiny import tiny_schema
 
 MODEL = tiny_schema()
@@ -78,3 +80,51 @@ def test_bad_files_are_refused(tmp_path):
 def test_a_folder_that_does_not_exist(tmp_path):
     with pytest.raises(TraceError, match="cannot write"):
         TraceRecorder(tmp_path / "missing" / "a.trace", MODEL)
+
+
+def routed_trace(path, choices: np.ndarray) -> None:
+    """A trace of one sequence whose token t ran ``choices[t]`` (layers, ranks)."""
+    with TraceRecorder(path, MODEL) as recorder:
+        for position, ranked in enumerate(choices):
+            one = np.array([position], np.int32)
+            recorder.record(
+                phase="plain", step=position, sequences=np.zeros(1, np.int32), positions=one, tokens=one, targets=[5],
+                drafts=[None], confidences=[None], draft_lengths=[0], ranked=[row[None] for row in ranked],
+                scores=[np.full((1, 4), 0.25, np.float32)] * 3, resident=np.zeros((3, 8), bool),
+            )  # fmt: skip
+
+
+def test_hit_rates_against_an_independent_replay(tmp_path):
+    rng = np.random.default_rng(4)
+    weights = 1 / np.arange(1, 9)
+    choices = np.array(
+        [[rng.choice(8, 4, replace=False, p=weights / weights.sum()) for _ in range(3)] for _ in range(150)], np.int32
+    )
+    routed_trace(tmp_path / "t", choices)
+    for slots in (2, 4, 6):
+        rates = hit_rates(read_trace(tmp_path / "t"), slots)
+        used = choices[:, :, : MODEL.top_k]
+        hits = 0
+        for layer in range(3):  # last use decides; of experts used by the same token, the lower id stays
+            last: dict[int, int] = {}
+            cached: set[int] = set()
+            for token in range(150):
+                now = set(used[token, layer].tolist())
+                hits += len(now & cached)
+                last |= dict.fromkeys(now, token)
+                cached = set(sorted(cached | now, key=lambda e: (-last[e], e))[:slots])
+        assert rates["lru"] == pytest.approx(hits / used.size)
+        assert rates["belady"] >= max(rates.values()) - 1e-12 and rates["belady"] > rates["random"]
+    everything = hit_rates(read_trace(tmp_path / "t"), 8)
+    firsts = sum(len(np.unique(choices[:, layer, : MODEL.top_k])) for layer in range(3))
+    assert [everything["lru"], everything["belady"]] == pytest.approx([1 - firsts / used.size] * 2)
+
+
+def test_a_summary_of_a_known_trace(tmp_path):
+    choices = np.tile(np.arange(4, dtype=np.int32), (10, 3, 1))
+    choices[5:] += 4
+    routed_trace(tmp_path / "t", choices)
+    summary = summarise(read_trace(tmp_path / "t"))
+    assert summary["rows"] == {"plain": 10} and summary["sequences"] == 1 and summary["acceptance"] is None
+    assert summary["reuse"] == pytest.approx(8 / 9) and summary["busiest_over_mean"] == pytest.approx(2.0)
+    assert summary["routing_covered_by"]["50%"] == pytest.approx(1.0)

@@ -96,6 +96,26 @@ def show(path: Path, as_json: bool) -> None:
     print_table(str(path), ("", "value"), rows)
 
 
+@command.command("policies")
+@click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
+              help="Of each layer's experts that the cache holds.")  # fmt: skip
+@json_option
+def policies(path: Path, share: float, as_json: bool) -> None:
+    """Hit rates of the residency policies on a trace, and Belady's optimum."""
+    from elmoe.trace import read_trace
+    from elmoe.trace.replacement import hit_rates
+
+    trace = read_trace(path)
+    slots = max(1, round(share * trace.header.model.experts))
+    rates = hit_rates(trace, slots)
+    if as_json:
+        print_json({"slots": slots, "hit_rates": rates})
+        return
+    title = f"{slots} of {trace.header.model.experts} experts per layer, whole experts, one token at a time"
+    print_table(title, ("policy", "hits"), [(name, percent(rate)) for name, rate in rates.items()])
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
