@@ -104,6 +104,7 @@ def test_an_enforced_budget_gives_the_same_text(tmp_path):
     data = json.loads(run.stdout)
     assert "reader: direct" in run.stderr and data["tier"] == "enforced budget, direct reads, throttled to 1.7 GB/s"
     assert data["token_ids"] == plain["token_ids"] and data["logprobs"] == plain["logprobs"]
+    assert 20 << 20 < data["peak_memory_bytes"] < 320 << 20
     assert data["statistics"]["read_bytes"] > 0 and len(data["statistics"]["phases"]["plain"]["layer_hits"]["msb"]) == 8
     assert {"passes", "kernels", "waits"} <= {
         event["args"]["name"] for event in json.loads(timeline.read_text())["traceEvents"] if event["ph"] == "M"

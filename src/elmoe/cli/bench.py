@@ -42,6 +42,7 @@ def command(
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.benchmark import benchmark, random_prompts
     from elmoe.errors import RequestError
+    from elmoe.store import peak_memory
 
     names: list[Any] = modes.split(",")
     for name in names:
@@ -65,7 +66,7 @@ def command(
             done = iter(range(1, 10**6))
             rows = benchmark(session, requests, names, batches, repeats, lambda: bar(next(done)), replay)
     if as_json:
-        print_json({"tier": label, "rows": rows})
+        print_json({"tier": label, "peak_memory_bytes": peak_memory(), "rows": rows})
         return
     print_table(
         f"{len(requests)} sequences x {max_tokens} tokens; {label}; median of {repeats}",

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import Serving, json_option, print_json, serving_options
+from elmoe.units import format_bytes
 
 
 @click.command("generate")
@@ -38,6 +39,7 @@ def command(
     """Generate text from STORE (a path, or ``demo``). The output is the target model's in every mode."""
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.request import Request
+    from elmoe.store import peak_memory
 
     options = serving.options(mode, batch or min(len(prompt), 16))
     with serving.session(store, options) as session:
@@ -73,7 +75,7 @@ def command(
     tier = session.tier
     if as_json:
         first = answers[0] if len(answers) == 1 else {"results": answers}
-        print_json({**first, "mode": mode, "tier": tier, "statistics": facts})
+        print_json({**first, "mode": mode, "tier": tier, "peak_memory_bytes": peak_memory(), "statistics": facts})
         return
     for answer in answers:
         click.echo(f"{answer['prompt']}{answer['text']}")
@@ -81,6 +83,7 @@ def command(
     click.echo(
         f"[{mode}; {tier}] {statistics.committed} tokens"
         + (f", {rate:.0f} tokens/s" if isinstance(rate, float) else "")
-        + (f", acceptance {facts['acceptance_rate']:.1%}" if facts["acceptance_rate"] is not None else ""),
+        + (f", acceptance {facts['acceptance_rate']:.1%}" if facts["acceptance_rate"] is not None else "")
+        + f", peak memory {format_bytes(peak_memory())}",
         err=True,
     )

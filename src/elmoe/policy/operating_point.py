@@ -23,6 +23,8 @@ ASSUMED_BANDWIDTH = 1e9
 """Of the slow tier, bytes per second, until it was measured."""
 EXPOSED = 0.5
 """Share of the shorter of compute and reading that a target pass does not hide behind the longer (measured: 0.2 to 0.8)."""
+FORGETTING = 0.01
+"""Per step that a mode does not run: rarely enough tried again to cost under 2 %."""
 MEMORY = 0.8
 """What one observation leaves of the older ones in the corrections."""
 
@@ -99,6 +101,11 @@ class ModeCorrection:
         if byte_ratio is not None:
             self.slow_bytes = _blend(self.slow_bytes, byte_ratio)
         self.seconds = _blend(self.seconds, second_ratio)
+
+    def forget(self, other: ModeCorrection) -> None:
+        """The mode did not run: what it learned fades, so that one bad step does not rule it out for good."""
+        if self.seconds is not None and other.seconds is not None:
+            self.seconds += FORGETTING * (min(1.0, other.seconds) - self.seconds)
 
 
 def _blend(old: float | None, new: float) -> float:
@@ -185,7 +192,9 @@ class Planner:
     def observe(self, drafted: bool, slow: tuple[float, float], seconds: tuple[float, float]) -> None:
         """Correct the model of a mode by a step's (measured, modelled) bytes and seconds."""
         ratio = slow[0] / slow[1] if slow[1] > self.shape.msb else None
-        self.corrections[drafted].observe(ratio, seconds[0] / seconds[1])
+        ran, idle = self.corrections[drafted], self.corrections[not drafted]
+        ran.observe(ratio, seconds[0] / seconds[1])
+        idle.forget(ran)
 
     def observe_reads(self, read_bytes: int, seconds: float) -> None:
         """Learn the slow tier's bandwidth from a span in which reads were always in flight."""

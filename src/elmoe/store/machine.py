@@ -1,11 +1,17 @@
-"""How much memory this process may still use, seen through its control groups (version 1 and 2)."""
+"""How much memory this process may still use, seen through its control groups (version 1 and 2), and how much it used."""
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path, PurePosixPath
 
 UNLIMITED = 1 << 60
 """Limits above this mean none (version 1 writes a huge number)."""
+
+
+def peak_memory() -> int:
+    """Most memory this process ever had resident, bytes (mapped files included)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def parse_available(meminfo: str) -> int:
