@@ -18,16 +18,16 @@ SCHEMA = tiny_schema(
     max_positions=4096, tied_embeddings=False,
 )  # fmt: skip
 PROGRAM = """
-import json, resource, sys
+import json, sys
 from elmoe.engine.engine import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
+from elmoe.store import peak_memory
 options = EngineOptions(sys.argv[2], int(sys.argv[3]), batch=4, staging_experts=8)
 with Session(sys.argv[1], options) as session:
     requests = [Request(tuple(range(1 + 7 * i, 60 + 7 * i)), 12) for i in range(4)]
     results, statistics = session.generate(requests)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak": peak, "tier": session.tier, "read": statistics.read_bytes}))
+    print(json.dumps({"peak": peak_memory(), "tier": session.tier, "read": statistics.read_bytes}))
 """
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path, PurePosixPath
 
 UNLIMITED = 1 << 60
@@ -10,8 +9,12 @@ UNLIMITED = 1 << 60
 
 
 def peak_memory() -> int:
-    """Most memory this process ever had resident, bytes (mapped files included)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most memory this program ever had resident, bytes (mapped files included). Not ``ru_maxrss``: that survives ``exec``, so
+    a small child of a large parent would report the parent."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("no VmHWM line")
 
 
 def parse_available(meminfo: str) -> int:
