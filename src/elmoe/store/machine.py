@@ -9,8 +9,8 @@ UNLIMITED = 1 << 60
 
 
 def peak_memory() -> int:
-    """Most memory this program ever had resident, bytes (mapped files included). Not ``ru_maxrss``: that survives ``exec``, so
-    a small child of a large parent would report the parent."""
+    """Most memory this program ever had resident, bytes (mapped files included). Not ``ru_maxrss``: that survives ``exec``,
+    so a small child of a large parent would report the parent."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
