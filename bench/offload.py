@@ -51,13 +51,6 @@ SHARES = (25, 50, 100)
 SEQUENCES, TRACE_TOKENS, PROMPT_TOKENS = 16, 160, 64
 
 
-class Case:
-    """One system at one budget and batch size. ``tokens``: decoded per sequence and measured run."""
-
-    def __init__(self, system: str, budget: int | float, batch: int, tokens: int, warm_up: int) -> None:
-        self.system, self.budget, self.batch, self.tokens, self.warm_up = system, budget, batch, tokens, warm_up
-
-
 def steady_rate(engine: Engine, requests: list[Request]) -> tuple[float, dict[str, Any]]:
     """Tokens per second from the first decoded token of the batch until its first sequence ends, and the statistics.
 
@@ -81,34 +74,47 @@ def steady_rate(engine: Engine, requests: list[Request]) -> tuple[float, dict[st
     return sum(count for _, count in times[first:]) / seconds, statistics.as_dict()
 
 
-def measure(case: Case, make: Any, repeats: int, bandwidth: float | None) -> dict[str, Any]:
-    """Medians of a case after warm-up, and the outcomes that must equal other systems'."""
-    options = EngineOptions(batch=case.batch, fast_memory=case.budget, slow_bandwidth=bandwidth, **SYSTEMS[case.system])
-    engine, requests, outcome = make(options)
-    if case.warm_up:
-        engine.generate(requests(case.batch, case.warm_up))
-    runs, outcomes = [], []
-    for _ in range(repeats):
-        outcome()
-        rate, facts = steady_rate(engine, requests(case.batch, case.tokens))
-        runs.append((rate, facts))
-        outcomes.append(outcome())
-    rate = median(run[0] for run in runs)
-    facts = min(runs, key=lambda run: abs(run[0] - rate))[1]
-    planner = engine.planner
-    point = None if planner is None or planner.point is None else planner.point
-    phases = [facts["phases"][name] for name in ("plain", "draft", "verify")]
-    row = {
-        "system": case.system, "batch": case.batch, "budget": case.budget, "tokens_per_second": rate,
-        "runs": [run[0] for run in runs], "acceptance_rate": facts["acceptance_rate"],
-        "tokens_per_verification": facts["tokens_per_verification"], "msb_hit_rate": facts["msb_hit_rate"],
-        "lsb_hit_rate": facts["lsb_hit_rate"], "slow_bytes_per_token": facts["slow_bytes_per_token"],
-        "waited_share": sum(p["waited_seconds"] for p in phases) / sum(p["seconds"] for p in phases),
-        "draft_share": phases[1]["seconds"] / sum(p["seconds"] for p in phases),
-        "slices": None if point is None or case.system != "elastic" else [point.msb, point.lsb],
-        "slow_bandwidth": None if planner is None else planner.bandwidth,
-    }  # fmt: skip
-    return {"row": row, "outcomes": outcomes}
+class System:
+    """One system at a budget and batch size: its engine, warm from run to run, and what its runs gave."""
+
+    def __init__(self, name: str, budget: int | float, batch: int, tokens: int, make: Any, bandwidth: float | None) -> None:
+        self.name, self.budget, self.batch, self.tokens = name, budget, batch, tokens
+        options = EngineOptions(batch=batch, fast_memory=budget, slow_bandwidth=bandwidth, **SYSTEMS[name])
+        self.engine, self.requests, self.outcome = make(options)
+        self.runs: list[tuple[float, dict[str, Any]]] = []
+        self.outcomes: list[Any] = []
+        self.slices: list[list[int] | None] = []
+
+    def warm_up(self, tokens: int) -> None:
+        self.engine.generate(self.requests(self.batch, tokens))
+
+    def run(self) -> None:
+        self.outcome()
+        self.runs.append(steady_rate(self.engine, self.requests(self.batch, self.tokens)))
+        self.outcomes.append(self.outcome())
+        planner = self.engine.planner
+        point = None if planner is None or self.name == "lru" else planner.point
+        self.slices.append(None if point is None else [point.msb, point.lsb])
+
+    def over(self, other: System) -> float:
+        """Median over rounds of the ratio of rates: what drifts from round to round cancels."""
+        return median(mine[0] / its[0] for mine, its in zip(self.runs, other.runs, strict=True))
+
+    def row(self) -> dict[str, Any]:
+        """Medians of the runs; facts of the run nearest to the median."""
+        rate = median(run[0] for run in self.runs)
+        facts = min(self.runs, key=lambda run: abs(run[0] - rate))[1]
+        phases = [facts["phases"][name] for name in ("plain", "draft", "verify")]
+        planner = self.engine.planner
+        return {
+            "system": self.name, "batch": self.batch, "budget": self.budget, "tokens_per_second": rate,
+            "runs": [run[0] for run in self.runs], "acceptance_rate": facts["acceptance_rate"],
+            "tokens_per_verification": facts["tokens_per_verification"], "msb_hit_rate": facts["msb_hit_rate"],
+            "lsb_hit_rate": facts["lsb_hit_rate"], "slow_bytes_per_token": facts["slow_bytes_per_token"],
+            "waited_share": sum(p["waited_seconds"] for p in phases) / sum(p["seconds"] for p in phases),
+            "draft_share": phases[1]["seconds"] / sum(p["seconds"] for p in phases),
+            "slices": self.slices, "slow_bandwidth": None if planner is None else planner.bandwidth,
+        }  # fmt: skip
 
 
 def replayed(store: Path, traces: list[Path]) -> tuple[Any, Any]:
@@ -156,42 +162,49 @@ def run_elmoe(*arguments: str) -> None:
 
 def compare(
     budgets: list[int | float], batches: list[int], make: Any, resident: Any, repeats: int, tokens: dict[str, int],
-    bandwidth: float | None, disk: float, systems: list[str],
+    bandwidth: float | None, disk: float, names: list[str],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of all our systems, naive once per batch (no budget changes it), with `identical` against naive."""
-    cases = []
-    for batch in batches:
-        cases.append(Case("naive", budgets[0], batch, tokens["naive"], 0))
-        for budget in budgets:
-            cases += [
-                Case(name, budget, batch, tokens["elastic" if "elastic" in name else "lru"], tokens["warm_up"])
-                for name in systems
-            ]
-    rows, references, ceilings = [], {}, {}
-    with progress_bar("cases", len(cases)) as bar:
-        for index, case in enumerate(cases):
-            result = measure(case, make, repeats, bandwidth)
-            gc.collect()  # an arena goes before the next one comes
-            reference = references.setdefault(case.batch, result["outcomes"][0])
-            result["row"]["identical"] = all(same(outcome, reference) for outcome in result["outcomes"])
-            rows.append(result["row"])
-            if case.batch not in ceilings:
-                engine, requests, outcome = resident(EngineOptions("plain", batch=case.batch))
-                engine.generate(requests(case.batch, 4))
-                outcome()
-                runs = [steady_rate(engine, requests(case.batch, tokens["naive"]))[0] for _ in range(repeats)]
-                ceilings[case.batch] = median(runs)
-                result["row"]["identical"] &= same(outcome(), reference)
-            bar(index + 1)
-    for row in rows:
-        naive = next(r for r in rows if r["system"] == "naive" and r["batch"] == row["batch"])
-        row["over_naive"] = row["tokens_per_second"] / naive["tokens_per_second"]
-        row["resident_tokens_per_second"] = ceilings[row["batch"]]
-        slow, speed = row["slow_bytes_per_token"], disk if bandwidth is None else bandwidth
-        row["byte_ceiling_tokens_per_second"] = speed / slow if slow else None
-        lru = [r for r in rows if r["system"] == "lru" and (r["batch"], r["budget"]) == (row["batch"], row["budget"])]
-        row["over_lru"] = row["tokens_per_second"] / lru[0]["tokens_per_second"] if lru and row not in lru else None
+    """Rows of all our systems: the runs of a cell's systems alternate, so that all see the same disk; `identical` against
+    the naive run."""
+    rows: list[dict[str, Any]] = []
+    with progress_bar("runs", len(batches) * len(budgets) * repeats * (1 + len(names))) as bar:
+        for batch in batches:
+            engine, requests, outcome = resident(EngineOptions("plain", batch=batch))
+            engine.generate(requests(batch, 4))
+            outcome()
+            ceiling = median(steady_rate(engine, requests(batch, tokens["naive"]))[0] for _ in range(repeats))
+            reference = outcome()
+            for budget in budgets:
+                systems = [
+                    System(name, budget, batch, tokens.get(name, tokens["elastic"]), make, bandwidth)
+                    for name in ["naive", *names]
+                ]
+                for system in systems[1:]:
+                    system.warm_up(tokens["warm_up"])
+                for _ in range(repeats):
+                    for system in systems:
+                        system.run()
+                        bar(sum(len(row["runs"]) for row in rows) + sum(len(s.runs) for s in systems))
+                rows += [finished_row(system, systems, reference, ceiling, disk, bandwidth) for system in systems]
+                del systems
+                gc.collect()  # these arenas go before the next ones come
     return rows
+
+
+def finished_row(
+    system: System, systems: list[System], reference: Any, ceiling: float, disk: float, bandwidth: float | None
+) -> dict[str, Any]:
+    """A system's row beside those it alternated with."""
+    row = system.row()
+    slow, speed = row["slow_bytes_per_token"], disk if bandwidth is None else bandwidth
+    lru = next((other for other in systems if other.name == "lru"), system)
+    return row | {
+        "identical": all(same(outcome, reference) for outcome in system.outcomes),
+        "over_naive": system.over(systems[0]),
+        "over_lru": None if lru is system else system.over(lru),
+        "resident_tokens_per_second": ceiling,
+        "byte_ceiling_tokens_per_second": speed / slow if slow else None,
+    }
 
 
 def same(outcome: Any, reference: Any) -> bool:
@@ -254,7 +267,7 @@ def demo_model(repeats: int) -> dict[str, Any]:
 
         rows = compare(
             [0.25, 0.5], [1, 2, 4, 8, 16], make, lambda options: make(options, memory), repeats,
-            {"naive": 32, "lru": 96, "elastic": 96, "warm_up": 48}, bandwidth, 0.0, ["lru", "elastic"],
+            {"naive": 32, "elastic": 96, "warm_up": 48}, bandwidth, 0.0, ["lru", "elastic"],
         )  # fmt: skip
     return summary(rows) | {"slow_bandwidth": bandwidth, "resident_step_seconds": step, "throttled": True, "replayed": False}
 
@@ -281,7 +294,7 @@ def show(data: dict[str, Any], title: str) -> None:
             (f"{r['budget']:.0%}" if isinstance(r["budget"], float) else f"{r['budget'] / 2**30:g} GiB", r["batch"],
              r["system"], number(r["tokens_per_second"]), number(r["over_naive"]), number(r["over_lru"]),
              number(r["acceptance_rate"]), number(r["tokens_per_verification"]),
-             None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}", r["slices"],
+             None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}", r["slices"][-1],
              number(r["waited_share"]), number(r["byte_ceiling_tokens_per_second"], 1),
              number(r["resident_tokens_per_second"], 1),
              "-" if r["identical"] is None else "yes" if r["identical"] else "NO")
@@ -324,7 +337,7 @@ def main() -> None:
         make, resident = replayed(store, traces)
         rows = compare(
             budgets, batches, make, resident, arguments.repeats,
-            {"naive": 6, "lru": 16, "elastic": 48, "warm_up": 16}, arguments.slow_bandwidth, disk,
+            {"naive": 6, "lru": 16, "cache": 16, "elastic": 48, "warm_up": 16}, arguments.slow_bandwidth, disk,
             arguments.systems.split(","),
         )  # fmt: skip
         reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
