@@ -43,7 +43,7 @@ peers: .venv/.installed
 	touch $@
 
 .venv/.check: .venv/.test
-	$(BIN)/python -m pip install --quiet "import-linter>=2.1" "mypy>=1.11" "ruff>=0.9"
+	$(BIN)/python -m pip install --quiet "import-linter>=2.1" "mypy>=1.11" "ruff>=0.9" types-PyYAML
 	touch $@
 
 # torch first: with it in place nothing else pulls another build.

@@ -9,6 +9,7 @@
     ├── ConvertError      a checkpoint cannot be converted (unsupported, incomplete, no room)
     ├── BudgetError       the fast-memory budget cannot hold what must be resident
     ├── RequestError      a generation request is malformed (empty prompt, too long, bad sampling)
+    ├── HardwareError     a hardware or model description has an unknown key, a missing unit, an impossible value
     └── TraceError        a trace file is damaged or belongs to another model
 
 Each takes a message and an optional ``hint`` that tells how to mend it; the command line prints both.
@@ -49,3 +50,7 @@ class RequestError(ElmoeError):
 
 class TraceError(ElmoeError):
     """A damaged trace, or one of another model."""
+
+
+class HardwareError(ElmoeError):
+    """A hardware or model description with an unknown key, a missing unit or an impossible value."""

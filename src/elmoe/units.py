@@ -53,3 +53,37 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+DIMENSIONS: dict[str, dict[str, float]] = {
+    "capacity": {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "bandwidth": {"MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "MiB/s": 2**20, "GiB/s": 2**30},
+    "time": {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
+    "frequency": {"MHz": 1e6, "GHz": 1e9},
+    "throughput": {"GOPS": 1e9, "TOPS": 1e12, "GFLOPS": 1e9, "TFLOPS": 1e12},
+    "energy per bit": {"pJ/bit": 1e-12},
+    "energy per byte": {"pJ/B": 1e-12},
+    "energy per operation": {"pJ": 1e-12, "fJ": 1e-15},
+    "power": {"W": 1, "mW": 1e-3},
+    "ratio": {"": 1, "%": 1e-2, "x": 1},
+    "operations per byte": {"op/B": 1},
+}  # fmt: skip
+"""Units by dimension, as factors to SI (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J, W)."""
+_WITH_UNIT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")
+
+
+def parse_quantity(text: str, dimension: str) -> float:
+    """``102.4 GB/s`` as a bandwidth to SI; positive. RequestError for a missing unit, or one of another dimension."""
+    units = DIMENSIONS[dimension]
+    known = ", ".join(unit for unit in units if unit) or "none"
+    match = _WITH_UNIT.fullmatch(text)
+    if match is None:
+        raise RequestError(f"'{text}' is not a number with a unit of {dimension}", f"units of {dimension}: {known}")
+    number, unit = float(match.group(1)), match.group(2)
+    if unit not in units:
+        other = next((name for name, table in DIMENSIONS.items() if unit in table and unit), None)
+        problem = "has no unit" if not unit else f"has a unit of {other}" if other else f"has the unknown unit '{unit}'"
+        raise RequestError(f"'{text}' {problem}, expected {dimension}", f"units of {dimension}: {known}")
+    if number <= 0:
+        raise RequestError(f"'{text}' is not positive", f"a {dimension} must be above zero")
+    return number * units[unit]

@@ -1,0 +1,304 @@
+"""Hardware and system descriptions: YAML with a unit, a source and a status on every constant.
+
+A constant is written ``{value: 102.4 GB/s, source: "...", status: published}``; ``range: [low, high]`` names the least and
+greatest value that sources give, for sweeps. Values are held in SI units (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J, W).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import msgspec
+import yaml
+
+from elmoe.errors import ElmoeError, HardwareError
+from elmoe.units import parse_quantity
+
+Status = Literal["published", "derived", "measured", "assumed"]
+
+
+class Constant:
+    """A physical constant: ``value`` in SI, ``low`` and ``high`` of what sources say, ``source``, ``status``.
+
+    Subclasses name the dimension that its unit must have.
+    """
+
+    dimension: ClassVar[str]
+    __slots__ = ("high", "low", "source", "status", "value")
+
+    def __init__(
+        self, value: float, source: str, status: Status, low: float | None = None, high: float | None = None
+    ) -> None:
+        self.value, self.source, self.status = value, source, status
+        self.low = value if low is None else low
+        self.high = value if high is None else high
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.value:g}, {self.status})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and repr(self) == repr(other) and self.source == other.source
+
+    def __hash__(self) -> int:
+        return hash((self.value, self.source))
+
+    def at(self, value: float) -> Self:
+        """The same constant at another value, for sweeps."""
+        return type(self)(value, self.source, self.status, self.low, self.high)
+
+    @classmethod
+    def parse(cls, data: Any) -> Self:
+        """From the YAML mapping; ValueError says what is wrong with it."""
+        if not isinstance(data, dict):
+            raise ValueError(f"'{data}' needs a source: write {{value: ..., source: ..., status: ...}}")
+        unknown = data.keys() - {"value", "source", "status", "range"}
+        missing = {"value", "source", "status"} - data.keys()
+        if unknown or missing:
+            raise ValueError(
+                f"unknown key '{min(unknown)}'" if unknown else f"the constant has no '{min(missing)}'",
+            )
+        if data["status"] not in ("published", "derived", "measured", "assumed"):
+            raise ValueError(f"status is '{data['status']}', allowed: published, derived, measured, assumed")
+        span = data.get("range")
+        if span is not None and not (isinstance(span, list) and len(span) == 2):
+            raise ValueError("range must be [least, greatest]")
+
+        def number(text: Any) -> float:
+            return parse_quantity(str(text), cls.dimension)
+
+        value = number(data["value"])
+        low, high = (value, value) if span is None else (number(span[0]), number(span[1]))
+        if not low <= value <= high:
+            raise ValueError(f"value {data['value']} lies outside its range {span}")
+        return cls(value, str(data["source"]), data["status"], low, high)
+
+
+class Capacity(Constant):
+    """Bytes."""
+
+    dimension = "capacity"
+
+
+class Bandwidth(Constant):
+    """Bytes per second."""
+
+    dimension = "bandwidth"
+
+
+class Seconds(Constant):
+    """Seconds."""
+
+    dimension = "time"
+
+
+class Frequency(Constant):
+    """Hertz."""
+
+    dimension = "frequency"
+
+
+class Throughput(Constant):
+    """Operations per second; a multiply-accumulate is two."""
+
+    dimension = "throughput"
+
+
+class EnergyPerBit(Constant):
+    """Joules per bit."""
+
+    dimension = "energy per bit"
+
+
+class EnergyPerByte(Constant):
+    """Joules per byte."""
+
+    dimension = "energy per byte"
+
+
+class EnergyPerOperation(Constant):
+    """Joules per operation."""
+
+    dimension = "energy per operation"
+
+
+class Power(Constant):
+    """Watts."""
+
+    dimension = "power"
+
+
+class Ratio(Constant):
+    """A number without unit, or per cent."""
+
+    dimension = "ratio"
+
+
+class OperationsPerByte(Constant):
+    """Operations per byte."""
+
+    dimension = "operations per byte"
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Refresh(_Struct):
+    """All-bank refresh: each ``interval`` (tREFI) a rank is busy for ``duration`` (tRFCab) and must close its rows before
+    and open them again after it (``reopen``: tRP + tRCD)."""
+
+    interval: Seconds
+    duration: Seconds
+    reopen: Seconds
+
+
+class Memory(_Struct):
+    """A memory: ``bandwidth`` is its peak. ``refresh`` gives the share that streaming reads reach, or ``efficiency`` states
+    it; a measured box states one efficiency for all its models."""
+
+    kind: str
+    capacity: Capacity
+    bandwidth: Bandwidth
+    energy: EnergyPerBit
+    refresh: Refresh | None = None
+    efficiency: Ratio | None = None
+
+
+class PeArray(_Struct):
+    """Bit-slice multipliers: ``elements`` PEs of ``tokens x outputs x inputs`` multiply-accumulates per clock and pass; a
+    pass takes 4 bits of the weight. ``mac_energy``: one whole INT8 multiply-accumulate, two passes."""
+
+    elements: Ratio
+    tokens: Ratio
+    outputs: Ratio
+    inputs: Ratio
+    clock: Frequency
+    mac_energy: EnergyPerOperation
+
+
+class Processor(_Struct):
+    """A processor known by its peak alone: ``throughput`` on 8-bit operands."""
+
+    throughput: Throughput
+    mac_energy: EnergyPerOperation
+
+
+class NearMemory(_Struct):
+    """Compute inside or under the main memory (``placement: main``) or under the fast memory (``placement: fast``): its
+    ``bandwidth`` and the operations it can do per byte it reads; ``energy`` of a bit that does not leave the memory."""
+
+    placement: Literal["main", "fast"]
+    bandwidth: Bandwidth
+    intensity: OperationsPerByte
+    energy: EnergyPerBit
+
+
+class Sram(_Struct):
+    """Buffers beside the multipliers: energy of a byte of weights or activations that passes through."""
+
+    energy: EnergyPerByte
+
+
+class Links(_Struct):
+    """``aggregation``: partial sums between processing elements. ``stream``: the main memory's broadcast to them."""
+
+    aggregation: Bandwidth
+    stream: Bandwidth
+    energy: EnergyPerBit
+
+
+class VectorUnit(_Struct):
+    """Norms, softmax, activation functions, routing: elementwise operations."""
+
+    throughput: Throughput
+    energy: EnergyPerOperation
+
+
+class Features(_Struct):
+    """What of ELMoE-3D is switched on; all off is the bare processor over its main memory.
+
+    ``fast_dense``: dense parts live in the fast memory. ``expert_cache``: expert slices are kept there (``bit_slices``: MSB
+    slices first, else whole experts). ``parallel_tiers``: both memories are read at once. ``refill``: the set of resident
+    experts follows the routing, else it stays what the prompts made it. ``lsb_augmentation``: drafts round to the middle.
+    """
+
+    fast_dense: bool = False
+    expert_cache: bool = False
+    bit_slices: bool = False
+    parallel_tiers: bool = False
+    refill: bool = False
+    lsb_augmentation: bool = False
+
+
+class Hardware(_Struct):
+    """A machine and how it is used. ``layer_overhead``: fixed seconds per layer and pass (kernel launches, synchronisation).
+    ``static_share``: static power as a share of the main processor's whole power, swept."""
+
+    name: str
+    description: str
+    main: Memory
+    fast: Memory | None = None
+    compute: PeArray | Processor
+    near: NearMemory | None = None
+    sram: Sram
+    links: Links | None = None
+    vector: VectorUnit
+    static_share: Ratio
+    layer_overhead: Seconds | None = None
+    features: Features = Features()
+
+    def __post_init__(self) -> None:
+        if self.fast is None and any(msgspec.structs.astuple(self.features)):
+            raise ValueError("features need a 'fast' memory")
+        if self.near is not None and self.near.placement == "fast" and self.fast is None:
+            raise ValueError("near-memory compute under the fast memory needs a 'fast' memory")
+
+
+def _decode(kind: type, data: Any) -> Any:
+    if issubclass(kind, Constant):
+        try:
+            return kind.parse(data)
+        except ElmoeError as error:
+            raise ValueError(f"{error}; {error.hint}") from None
+    raise NotImplementedError(kind)
+
+
+def load_hardware(name_or_path: str | Path) -> Hardware:
+    """A preset by name, or a YAML file; HardwareError names the file, the path in it and the mend."""
+    text, where = _read(name_or_path)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HardwareError(f"'{where}' is not YAML: {error}") from error
+    try:
+        return msgspec.convert(data, Hardware, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise HardwareError(
+            f"'{where}': {error}", "compare with a preset: `elmoe simulate --show-preset elmoe3d_8gb`"
+        ) from error
+
+
+@cache
+def preset_names() -> tuple[str, ...]:
+    """Hardware presets, alphabetically."""
+    folder = files("elmoe.presets") / "hardware"
+    return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
+
+
+def preset_text(name: str) -> str:
+    """A preset's YAML, to copy and change."""
+    return (files("elmoe.presets") / "hardware" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _read(name_or_path: str | Path) -> tuple[str, str]:
+    if str(name_or_path) in preset_names():
+        return preset_text(str(name_or_path)), f"{name_or_path}.yaml"
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise HardwareError(f"there is no hardware '{name_or_path}'", f"a YAML file, or one of {', '.join(preset_names())}")
+    if path.stat().st_size > 1 << 20:
+        raise HardwareError(f"'{path}' is larger than 1 MiB", "a hardware description is a few KB of YAML")
+    return path.read_text(encoding="utf-8"), str(path)
