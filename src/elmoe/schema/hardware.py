@@ -146,7 +146,7 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
-class Refresh(_Struct):
+class Refresh(_Struct, frozen=True, kw_only=True):
     """All-bank refresh: each ``interval`` (tREFI) a rank is busy for ``duration`` (tRFCab) and must close its rows before
     and open them again after it (``reopen``: tRP + tRCD)."""
 
@@ -155,7 +155,7 @@ class Refresh(_Struct):
     reopen: Seconds
 
 
-class Memory(_Struct):
+class Memory(_Struct, frozen=True, kw_only=True):
     """A memory: ``bandwidth`` is its peak. ``refresh`` gives the share that streaming reads reach, or ``efficiency`` states
     it; a measured box states one efficiency for all its models."""
 
@@ -167,7 +167,7 @@ class Memory(_Struct):
     efficiency: Ratio | None = None
 
 
-class PeArray(_Struct):
+class PeArray(_Struct, frozen=True, kw_only=True):
     """Bit-slice multipliers: ``elements`` PEs of ``tokens x outputs x inputs`` multiply-accumulates per clock and pass; a
     pass takes 4 bits of the weight. ``mac_energy``: one whole INT8 multiply-accumulate, two passes."""
 
@@ -179,14 +179,14 @@ class PeArray(_Struct):
     mac_energy: EnergyPerOperation
 
 
-class Processor(_Struct):
+class Processor(_Struct, frozen=True, kw_only=True):
     """A processor known by its peak alone: ``throughput`` on 8-bit operands."""
 
     throughput: Throughput
     mac_energy: EnergyPerOperation
 
 
-class NearMemory(_Struct):
+class NearMemory(_Struct, frozen=True, kw_only=True):
     """Compute inside or under the main memory (``placement: main``) or under the fast memory (``placement: fast``): its
     ``bandwidth`` and the operations it can do per byte it reads; ``energy`` of a bit that does not leave the memory."""
 
@@ -196,13 +196,13 @@ class NearMemory(_Struct):
     energy: EnergyPerBit
 
 
-class Sram(_Struct):
+class Sram(_Struct, frozen=True, kw_only=True):
     """Buffers beside the multipliers: energy of a byte of weights or activations that passes through."""
 
     energy: EnergyPerByte
 
 
-class Links(_Struct):
+class Links(_Struct, frozen=True, kw_only=True):
     """``aggregation``: partial sums between processing elements. ``stream``: the main memory's broadcast to them."""
 
     aggregation: Bandwidth
@@ -210,14 +210,14 @@ class Links(_Struct):
     energy: EnergyPerBit
 
 
-class VectorUnit(_Struct):
+class VectorUnit(_Struct, frozen=True, kw_only=True):
     """Norms, softmax, activation functions, routing: elementwise operations."""
 
     throughput: Throughput
     energy: EnergyPerOperation
 
 
-class Features(_Struct):
+class Features(_Struct, frozen=True, kw_only=True):
     """What of ELMoE-3D is switched on; all off is the bare processor over its main memory.
 
     ``fast_dense``: dense parts live in the fast memory. ``expert_cache``: expert slices are kept there (``bit_slices``: MSB
@@ -233,7 +233,7 @@ class Features(_Struct):
     lsb_augmentation: bool = False
 
 
-class Hardware(_Struct):
+class Hardware(_Struct, frozen=True, kw_only=True):
     """A machine and how it is used. ``layer_overhead``: fixed seconds per layer and pass (kernel launches, synchronisation).
     ``static_share``: static power as a share of the main processor's whole power, swept."""
 
