@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import Serving, json_option, percent, print_json, print_table, progress_bar, serving_options
+from elmoe.cli.trace_facts import fit, synthesise
 
 
 @click.group("trace")
@@ -122,3 +123,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_shown(item)}" for key, item in value.items())
     return str(value)
+
+
+for subcommand in (fit, synthesise):
+    command.add_command(subcommand)

@@ -1,9 +1,30 @@
 """Traces: facts of a run (routing, draft agreement), one row per computed position. Never decisions (hits, evictions), so
-that a study can replay the facts under other decisions. Knows nothing of the engine or the simulator; both import it.
+that a study can replay the facts under other decisions. Routing facts: the part a hardware simulator replays, recorded,
+imported, or made to measure. Knows nothing of the engine or the simulator; both import it.
 """
 
+from elmoe.trace.facts import RoutingFacts, facts_of_trace, read_facts, write_facts
+from elmoe.trace.fit import fit_locality
 from elmoe.trace.format import TRACE_VERSION, Trace, read_trace
+from elmoe.trace.locality import Locality, load_locality, save_locality
 from elmoe.trace.record import TraceRecorder
 from elmoe.trace.replay import ReplayFacts, replay_facts
+from elmoe.trace.synthesis import synthesise
 
-__all__ = ["TRACE_VERSION", "ReplayFacts", "Trace", "TraceRecorder", "read_trace", "replay_facts"]
+__all__ = [
+    "Locality",
+    "ReplayFacts",
+    "RoutingFacts",
+    "TRACE_VERSION",
+    "Trace",
+    "TraceRecorder",
+    "facts_of_trace",
+    "fit_locality",
+    "load_locality",
+    "read_facts",
+    "read_trace",
+    "replay_facts",
+    "save_locality",
+    "synthesise",
+    "write_facts",
+]

@@ -38,6 +38,8 @@ from elmoe.schema.model import ModelSchema
 
 TRACE_VERSION = 1
 METADATA_KEY = b"elmoe"
+FACTS_KEY = b"elmoe_facts"
+"""Of the other kind of file, ``elmoe.trace.facts``."""
 
 
 class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +104,8 @@ def read_trace(path: str | Path) -> Trace:
     except (pa.ArrowException, OSError) as error:
         raise TraceError(f"'{path}' is not a readable Parquet file: {error}", "record it anew") from error
     metadata = (table.schema.metadata or {}).get(METADATA_KEY)
+    if FACTS_KEY in (table.schema.metadata or {}):
+        raise TraceError(f"'{path}' holds routing facts, this needs a recording", "record one with `elmoe trace record`")
     if metadata is None:
         raise TraceError(f"'{path}' has no elmoe header", "only traces written by elmoe can be read here")
     try:

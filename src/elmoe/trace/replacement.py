@@ -23,12 +23,13 @@ def hit_rates(trace: Trace, slots: int) -> dict[str, float]:
     """
     chosen = committed_experts(trace)
     experts = trace.header.model.experts
-    rates = {policy: _policy_hits(chosen, experts, slots, ResidencyParameters(policy)) for policy in get_args(Policy)}
+    rates = {policy: policy_hit_rate(chosen, experts, slots, ResidencyParameters(policy)) for policy in get_args(Policy)}
     rates["belady"] = float(np.mean([_belady_hits(chosen[:, layer], experts, slots) for layer in range(chosen.shape[1])]))
     return rates
 
 
-def _policy_hits(chosen: NDArray, experts: int, slots: int, parameters: ResidencyParameters) -> float:
+def policy_hit_rate(chosen: NDArray, experts: int, slots: int, parameters: ResidencyParameters) -> float:
+    """Hit rate of one policy on (tokens, layers, k) uses."""
     tokens, layers, _ = chosen.shape
     plan = SlotPlan((slots,) * layers, (slots,) * layers, 0)
     residency, resident = Residency(layers, experts, parameters), ResidentSet.empty(layers, experts)

@@ -1,0 +1,96 @@
+"""``elmoe trace fit`` and ``synthesise``: routing facts made to measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from elmoe.cli.common import json_option, number, print_json, print_table
+
+input_path = click.Path(exists=True, dir_okay=False, path_type=Path)
+output_path = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command("fit")
+@click.argument("path", metavar="TRACE", type=input_path)
+@click.argument("out", type=output_path)
+@json_option
+def fit(path: Path, out: Path, as_json: bool) -> None:
+    """Fit how local the routing of TRACE is (a recording or a facts file), for `synthesise`; write OUT (JSON)."""
+    from msgspec import to_builtins
+
+    from elmoe.trace import fit_locality, read_facts, save_locality
+
+    locality = fit_locality(read_facts(path))
+    save_locality(locality, out)
+    statistics = (*locality.fit, *locality.check)
+    if as_json:
+        names = ("popularity", "sequence", "token", "correlation", "noise")
+        print_json(
+            {
+                "out": str(out),
+                **{name: getattr(locality, name) for name in names},
+                "statistics": [to_builtins(row) for row in statistics],
+            }
+        )
+        return
+    click.echo(
+        f"wrote {out}: popularity {locality.popularity:.3f}, sequence {locality.sequence:.3f}, token {locality.token:.3f} "
+        f"(correlation {locality.correlation:.3f}), noise {locality.noise:.3f}"
+    )
+    print_table(
+        "fit; LRU hits were not fitted",
+        ("statistic", "measured", "synthetic", "error"),
+        [
+            (
+                s.name,
+                number(s.measured, 3),
+                number(s.synthetic, 3),
+                None if s.relative_error is None else f"{100 * s.relative_error:+.1f} %",
+            )
+            for s in statistics
+        ],
+    )
+
+
+@click.command("synthesise")
+@click.argument("source", metavar="FIT")
+@click.argument("out", type=output_path)
+@click.option("--experts", type=click.IntRange(1), required=True, help="Per layer.")
+@click.option("--top-k", type=click.IntRange(1), required=True)
+@click.option("--layers", type=click.IntRange(1), required=True, help="MoE layers.")
+@click.option("--sequences", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--positions", type=click.IntRange(1), default=96, show_default=True, help="Per sequence.")
+@click.option("--prompt", type=click.IntRange(1), default=1, show_default=True, help="Of them, the prompt's.")
+@click.option("--ranks", type=click.IntRange(1), help="Experts ranked [default: twice top-k].")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@json_option
+def synthesise(
+    source: str, out: Path, experts: int, top_k: int, layers: int, sequences: int, positions: int, prompt: int,
+    ranks: int | None, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Write synthetic routing facts OUT with the locality FIT: a file, or mt_bench, gsm8k, alpaca or humaneval."""
+    from elmoe.trace import load_locality, write_facts
+    from elmoe.trace import synthesise as make
+    from elmoe.trace.locality import measured
+
+    facts = make(
+        load_locality(source),
+        experts,
+        top_k,
+        layers,
+        sequences,
+        positions,
+        seed,
+        ranks=ranks,
+        popularity=None,
+        prompt=prompt,
+    )
+    write_facts(facts, out)
+    statistics = measured(facts.decoding())
+    if as_json:
+        print_json({"out": str(out), "source": facts.source, "shape": facts.ranked.shape, "statistics": statistics})
+        return
+    click.echo(f"wrote {out}: {facts.source}")
+    print_table("decoded positions", ("statistic", ""), [(name, number(value, 3)) for name, value in statistics.items()])
