@@ -18,6 +18,8 @@ VERBS = {
     "bench": "Throughput, acceptance, hit rates and bytes for modes and batch sizes.",
     "trace": "Record the facts of a run, and look at them.",
     "synth": "Write a store with a config's shapes and random weights, for benchmarks.",
+    "simulate": "Price systems x models x batch sizes on described hardware.",
+    "report": "One HTML page from result files.",
     "doctor": "What this machine can do: kernels, threads, memory and disk bandwidth.",
 }
 

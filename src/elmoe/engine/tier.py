@@ -18,7 +18,7 @@ from elmoe.engine.statistics import Phase, Statistics
 from elmoe.errors import NumericsError
 from elmoe.models.decoder import Stretch, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan
-from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, refill, trimmed
+from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, trimmed
 
 
 class ExpertTier:
@@ -110,9 +110,8 @@ class ExpertTier:
         """
         self._account(phase, self.resident)
         if committed is not None and self._slots is not None:
-            scores = self._residency.scores(np.stack(self._sure_routing))
-            self.resident = refill(self.resident, scores, self._active, self._slots, self._parameters)
-            self._residency.learn(committed)
+            sure = np.stack(self._sure_routing)
+            self.resident = self._residency.end_step(self.resident, sure, committed, self._active, self._slots)
             self.allowed = self.resident.msb.astype(np.uint8)
         self._active[:] = False
 

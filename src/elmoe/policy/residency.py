@@ -88,6 +88,19 @@ class Residency:
         self._step += 1
         self._scores = self._updated(committed, self._step)
 
+    def end_step(
+        self, resident: ResidentSet, sure: NDArray[np.int32], committed: NDArray[np.int32], streamed: NDArray[np.bool_],
+        slots: SlotPlan,
+    ) -> ResidentSet:  # fmt: skip
+        """The resident set after a target pass, and learn from it.
+
+        :param sure: (layers, tokens, k) routing that was sure to stay before acceptance was known: newcomers are judged by
+            it. :param committed: that of the tokens that stayed. :param streamed: see :func:`refill`.
+        """
+        after = refill(resident, self.scores(sure), streamed, slots, self._parameters)
+        self.learn(committed)
+        return after
+
     def _updated(self, routed: NDArray[np.int32], step: int, rows: slice = slice(None)) -> NDArray[np.float64]:
         scores = self._scores[rows]
         policy = self._parameters.policy

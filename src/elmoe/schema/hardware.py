@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import msgspec
 import yaml
@@ -17,6 +17,7 @@ import yaml
 from elmoe.errors import ElmoeError, HardwareError
 from elmoe.units import parse_quantity
 
+Described = TypeVar("Described", bound=msgspec.Struct)
 Status = Literal["published", "derived", "measured", "assumed"]
 
 
@@ -268,13 +269,17 @@ def _decode(kind: type, data: Any) -> Any:
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
     """A preset by name, or a YAML file; HardwareError names the file, the path in it and the mend."""
-    text, where = _read(name_or_path)
+    return load_described(*_read(name_or_path), Hardware)
+
+
+def load_described(text: str, where: str, kind: type[Described]) -> Described:
+    """YAML text of described constants as a typed structure; ``where`` is what errors name."""
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise HardwareError(f"'{where}' is not YAML: {error}") from error
     try:
-        return msgspec.convert(data, Hardware, dec_hook=_decode)
+        return msgspec.convert(data, kind, dec_hook=_decode)
     except msgspec.ValidationError as error:
         raise HardwareError(
             f"'{where}': {error}", "compare with a preset: `elmoe simulate --show-preset elmoe3d_8gb`"

@@ -1,0 +1,43 @@
+"""``elmoe report``: result files to one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from elmoe.cli.common import json_option, print_json
+
+
+@click.command()
+@click.argument("results", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True)
+@json_option
+def command(results: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """A page from RESULTS: files of `elmoe simulate --out` and of the studies in experiments/."""
+    import json
+
+    from elmoe.report.overview import overview
+    from elmoe.report.page import write_page
+    from elmoe.report.section import read_section
+    from elmoe.sim.result import LABEL, read_result
+
+    sections = []
+    for path in results:
+        try:
+            simulated = json.loads(path.read_text(encoding="utf-8")).get("label") == LABEL
+        except (ValueError, AttributeError):
+            simulated = False
+        if simulated:
+            result = read_result(path)
+            sections.append(overview(result.rows, result.conditions, f"elmoe simulate --out {path.name}"))
+        else:
+            sections.append(read_section(path))
+    write_page(sections, out)
+    if as_json:
+        verdicts = [{"name": section.name, "title": section.title, "verdict": section.verdict} for section in sections]
+        print_json({"page": str(out), "sections": verdicts})
+        return
+    for section in sections:
+        click.echo(f"{section.title}\n{section.verdict}\n")
+    click.echo(f"wrote {out}")

@@ -1,0 +1,96 @@
+"""``elmoe simulate``: systems x forms x models x prompts x batch sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elmoe.cli.common import IntegerList, json_option, number, print_json, print_table, progress_bar
+
+SYSTEMS = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu", "elmoe3d_4gb", "elmoe3d_8gb")
+MODELS = ("qwen3-30b-a3b", "glm-4.7-flash", "deepseek-v2-lite", "gpt-oss-20b")
+PROMPTS = ("mt_bench", "gsm8k", "alpaca", "humaneval")
+
+
+@click.command()
+@click.option(
+    "--hardware", multiple=True, default=SYSTEMS, help="Preset or YAML file; repeat it. The first is the reference."
+)
+@click.option("--model", multiple=True, default=MODELS, help="Preset, config.json or checkpoint folder; repeat it.")
+@click.option("--prompts", multiple=True, default=PROMPTS, help="Locality preset or file of `elmoe trace fit`; repeat it.")
+@click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Routing facts or a recording to replay instead of synthetic ones.")  # fmt: skip
+@click.option("--batch", type=IntegerList(), default="1,2,4,8,16", show_default=True)
+@click.option("--form", "forms", multiple=True, type=click.Choice(["ar", "eagle", "small_lm", "quant", "elastic"]),
+              help="Plain (ar) or speculative [default: all].")  # fmt: skip
+@click.option("--acceptance", multiple=True, help="Of elastic drafts: a probability, or a measured table (`demo`, a file of "
+              "`elmoe trace profile`); repeat it [default: 0.33, 0.6, 0.91, the paper's range].")  # fmt: skip
+@click.option(
+    "--context", type=click.IntRange(1, 1 << 20), default=1024, show_default=True, help="Positions in every cache."
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result for `elmoe report`.")
+@click.option(
+    "--timeline", type=click.Path(dir_okay=False, path_type=Path), help="Write the last system's steps for Perfetto."
+)
+@click.option("--show-preset", metavar="NAME", help="Print a hardware preset to copy, and stop.")
+@json_option
+def command(
+    hardware: tuple[str, ...], model: tuple[str, ...], prompts: tuple[str, ...], trace: Path | None, batch: tuple[int, ...],
+    forms: tuple[Any, ...], acceptance: tuple[str, ...], context: int, out: Path | None, timeline: Path | None,
+    show_preset: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Price serving on described hardware: tokens/s, joules per token, bytes and utilisation."""
+    from elmoe.schema.hardware import load_hardware, preset_names, preset_text
+    from elmoe.sim.grid import PAPER_ODDS, Grid, run_grid
+    from elmoe.sim.result import Result, odds_of, write_result
+    from elmoe.systems.forms import FORMS
+
+    if show_preset is not None:
+        if show_preset not in preset_names():
+            raise click.BadParameter(f"'{show_preset}' is none of {', '.join(preset_names())}", param_hint="--show-preset")
+        click.echo(preset_text(show_preset), nl=False)
+        return
+    if not batch or min(batch) < 1:
+        raise click.BadParameter("batch sizes start at 1", param_hint="--batch")
+    grid = Grid(
+        tuple(load_hardware(name) for name in hardware), tuple(model), ("trace",) if trace else tuple(prompts), batch,
+        tuple(forms) or FORMS, tuple(odds_of(text) for text in acceptance) or PAPER_ODDS, context=context, trace=trace,
+    )  # fmt: skip
+    with progress_bar("models x prompts", len(grid.models) * len(grid.prompts)) as bar:
+        rows = run_grid(grid, lambda done, total: bar(done, total))
+    result = Result.of(grid, rows)
+    if out is not None:
+        write_result(result, out)
+    if timeline is not None:
+        from elmoe.sim.timeline import write_timeline
+
+        write_timeline(grid, timeline)
+    if as_json:
+        print_json(result.as_dict())
+        return
+    _show(rows)
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    """A table per model: mean over prompts."""
+    from elmoe.sim.result import averaged
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for model in models:
+        mine = [row for row in rows if row["model"] == model]
+        batches = sorted({row["batch"] for row in mine})
+        table = averaged(mine)
+        print_table(
+            f"{model}: tokens/s (x the first system, plain), simulated",
+            ("system", "form", "acceptance", *(f"batch {batch}" for batch in batches)),
+            [
+                (*key, *(None if (key, b) not in table else f"{number(table[key, b][0], 1)} ({number(table[key, b][1])}x)"
+                         for b in batches))
+                for key in dict.fromkeys(key for key, _ in table)
+            ],
+        )  # fmt: skip
+    errors = sorted({f"{row['system']}, {row['model']}: {row['error']}" for row in rows if "error" in row})
+    for error in errors:
+        click.echo(f"left out: {error}", err=True)

@@ -1,0 +1,110 @@
+"""Costs of elementary operations on a described machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from elmoe.hw.cost import Array, Cost
+from elmoe.hw.efficiency import efficiency_of
+from elmoe.schema.hardware import Hardware, Memory, PeArray
+
+BITS = 8
+"""Bits of a byte."""
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """Matrix products of one operation: weights of ``rows`` outputs x ``columns`` inputs meeting tokens.
+
+    ``tokens``: token-matrix pairs, each of rows x columns multiply-accumulates. ``blocks``: sum over matrices of
+    ceil(tokens of the matrix / token rows of a PE), what a PE array takes time for. ``weight_passes``: 2 for 8-bit weights,
+    1 for 4-bit ones.
+    """
+
+    rows: float
+    columns: float
+    tokens: Array
+    blocks: Array
+    weight_passes: int = 2
+
+
+class Machine:
+    """A described machine's elementary costs. Every method takes arrays of one shape and gives a :class:`Cost` of it."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.hardware = hardware
+        self.main_bandwidth = _effective(hardware.main)
+        self.fast_bandwidth = 0.0 if hardware.fast is None else _effective(hardware.fast)
+        compute = hardware.compute
+        self.token_rows = int(compute.tokens.value) if isinstance(compute, PeArray) else 1
+
+    def read_main(self, count: Array) -> Cost:
+        """Stream ``count`` bytes from the main memory."""
+        return self._transfer("main", self.hardware.main, self.main_bandwidth, count)
+
+    def read_fast(self, count: Array) -> Cost:
+        """Stream ``count`` bytes from the fast memory."""
+        assert self.hardware.fast is not None
+        return self._transfer("fast", self.hardware.fast, self.fast_bandwidth, count)
+
+    def write_fast(self, count: Array) -> Cost:
+        """Store bytes that were streamed from the main memory anyway: energy and traffic, hidden behind that stream."""
+        assert self.hardware.fast is not None
+        joules = count * BITS * self.hardware.fast.energy.value
+        return Cost(np.zeros_like(count), {"fast memory": joules}, {}, {"fast written": count})
+
+    def multiply(self, work: Multiply) -> Cost:
+        """Matrix products on the main processor, weights and activations through its SRAM."""
+        compute = self.hardware.compute
+        macs = work.tokens * (work.rows * work.columns)
+        if isinstance(compute, PeArray):
+            tiles = np.ceil(work.rows / compute.outputs.value) * np.ceil(work.columns / compute.inputs.value)
+            clocks = work.blocks * tiles * work.weight_passes / compute.elements.value
+            seconds = clocks / compute.clock.value
+            joules = macs * compute.mac_energy.value * (work.weight_passes / 2)
+        else:
+            seconds = 2 * macs / compute.throughput.value
+            joules = macs * compute.mac_energy.value
+        weight_bytes = work.blocks * (work.rows * work.columns * work.weight_passes / 2)
+        activation_bytes = work.tokens * (work.columns + 4 * work.rows)
+        sram = (weight_bytes + activation_bytes) * self.hardware.sram.energy.value
+        return Cost(seconds, {"multiply": joules, "sram": sram}, {"compute": seconds}, {})
+
+    def elementwise(self, operations: Array) -> Cost:
+        """Norms, softmax, activation functions, routing."""
+        vector = self.hardware.vector
+        seconds = operations / vector.throughput.value
+        return Cost(seconds, {"vector": operations * vector.energy.value}, {"vector": seconds}, {})
+
+    def exchange(self, count: Array) -> Cost:
+        """Partial sums of ``count`` bytes between processing elements."""
+        links = self.hardware.links
+        if links is None:
+            return Cost(np.zeros_like(count))
+        seconds = count / links.aggregation.value
+        return Cost(seconds, {"links": count * BITS * links.energy.value}, {"links": seconds}, {})
+
+    def near(self, count: Array, work: Multiply) -> Cost:
+        """Matrix products beside the memory that holds their ``count`` bytes: the slower of reading and computing."""
+        near = self.hardware.near
+        assert near is not None
+        macs = work.tokens * (work.rows * work.columns)
+        seconds = np.maximum(count / near.bandwidth.value, 2 * macs / (near.bandwidth.value * near.intensity.value))
+        memory = {"main": "main memory", "fast": "fast memory"}[near.placement]
+        energy = {memory: count * BITS * near.energy.value, "multiply": macs * self.hardware.compute.mac_energy.value}
+        return Cost(seconds, energy, {"near": seconds}, {near.placement: count})
+
+    def overhead(self, like: Array) -> Cost:
+        """The fixed seconds of a layer and pass."""
+        fixed = self.hardware.layer_overhead
+        return Cost(np.full_like(like, 0.0 if fixed is None else fixed.value))
+
+    def _transfer(self, name: str, memory: Memory, bandwidth: float, count: Array) -> Cost:
+        seconds = count / bandwidth
+        return Cost(seconds, {f"{name} memory": count * BITS * memory.energy.value}, {name: seconds}, {name: count})
+
+
+def _effective(memory: Memory) -> float:
+    return memory.bandwidth.value * efficiency_of(memory)

@@ -1,0 +1,104 @@
+"""The paper's headline: speed-up and energy efficiency over the xPU and over the best prior system, by model and batch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+OURS = "elmoe3d"
+RIVALS = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu")
+SHARES = ("low", "middle", "high")
+PAPER = {
+    "speed over xPU": (6.6, 12.0), "speed over best prior": (2.2, 9.9),
+    "energy over xPU": (4.4, 7.2), "energy over best prior": (1.4, 4.9),
+}  # fmt: skip
+"""(mean, maximum) over models, prompts and batch 1-16 with 8 GB; the abstract (means) and second-hand notes (maxima)."""
+Condition = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One condition: our system in the better of its modes, against the xPU (plain) and the best prior row.
+
+    Ratios of tokens per second, and of joules per token at each static-power share; each comparison of energy takes the
+    rival that uses the least, not the one that is fastest.
+    """
+
+    model: str
+    prompts: str
+    batch: int
+    acceptance: str
+    mode: str
+    prior: str
+    speed_over_xpu: float
+    speed_over_prior: float
+    energy_over_xpu: dict[str, float]
+    energy_over_prior: dict[str, float]
+
+
+def compare(rows: Iterable[dict[str, Any]], system: str = "elmoe3d_8gb", use_ar: bool = True) -> list[Comparison]:
+    """Every condition at every acceptance of the elastic drafts. ``use_ar`` off: always draft."""
+    conditions: dict[Condition, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if "error" not in row:
+            conditions[row["model"], row["prompts"], row["batch"]].append(row)
+    result = []
+    for (model, prompts, batch), group in conditions.items():
+        ours = [row for row in group if row["system"] == system]
+        prior = [row for row in group if row["system"] in RIVALS]
+        bare = next((row for row in prior if row["system"] == "xpu" and row["form"] == "ar"), None)
+        labels = dict.fromkeys(row["acceptance"] for row in ours if row["form"] == "elastic")
+        if bare is None:
+            continue
+        fastest = max(prior, key=lambda row: row["tokens_per_second"])
+        for label in labels:
+            modes = [row for row in ours if row["form"] == "elastic" and row["acceptance"] == label]
+            modes += [row for row in ours if row["form"] == "ar" and use_ar]
+            mine = max(modes, key=lambda row: row["tokens_per_second"])
+            joules = mine["joules_per_token"]
+            result.append(
+                Comparison(
+                    model, prompts, batch, label, mine["form"], f"{fastest['system']}, {fastest['form']}",
+                    mine["tokens_per_second"] / bare["tokens_per_second"],
+                    mine["tokens_per_second"] / fastest["tokens_per_second"],
+                    {share: bare["joules_per_token"][share] / joules[share] for share in SHARES},
+                    {share: min(row["joules_per_token"][share] for row in prior) / joules[share] for share in SHARES},
+                )
+            )  # fmt: skip
+    return result
+
+
+def summary(comparisons: list[Comparison]) -> dict[str, dict[str, tuple[float, float]]]:
+    """(mean, maximum) of the four ratios, energy at the middle share, by acceptance."""
+    groups: dict[str, list[Comparison]] = defaultdict(list)
+    for comparison in comparisons:
+        groups[comparison.acceptance].append(comparison)
+    return {label: {name: _mean_max(values) for name, values in _ratios(group).items()} for label, group in groups.items()}
+
+
+def _ratios(group: list[Comparison], share: str = "middle") -> dict[str, list[float]]:
+    return {
+        "speed over xPU": [c.speed_over_xpu for c in group],
+        "speed over best prior": [c.speed_over_prior for c in group],
+        "energy over xPU": [c.energy_over_xpu[share] for c in group],
+        "energy over best prior": [c.energy_over_prior[share] for c in group],
+    }
+
+
+def _mean_max(values: list[float]) -> tuple[float, float]:
+    return fmean(values), max(values)
+
+
+def verdict(name: str, by_label: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """Whether a mean that the paper claims is reached, and from which acceptance on."""
+    claimed = PAPER[name][0]
+    reached = [label for label, ratios in by_label.items() if ratios[name][0] >= claimed]
+    means = ", ".join(f"{ratios[name][0]:.2f}x at {label}" for label, ratios in by_label.items())
+    if len(reached) == len(by_label):
+        return f"{name}: the claim of {claimed}x holds at every acceptance ({means})."
+    if reached:
+        return f"{name}: the claim of {claimed}x holds only at acceptance {', '.join(reached)} ({means})."
+    return f"{name}: the claim of {claimed}x is not reached ({means})."

@@ -1,0 +1,127 @@
+"""The grid: systems x forms x models x prompts x batch sizes, on all cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elmoe.errors import BudgetError, HardwareError
+from elmoe.hw.machine import Machine
+from elmoe.schema.architecture import Architecture, load_architecture
+from elmoe.schema.drafters import load_drafters
+from elmoe.schema.hardware import Hardware
+from elmoe.sim.rows import row_of, static_watts
+from elmoe.sim.simulate import DRAFT_LENGTHS, Simulation
+from elmoe.sim.workload import Replay
+from elmoe.systems.forms import FORMS, FormName, Odds, TableOdds, rival_odds
+from elmoe.trace.facts import RoutingFacts, read_facts
+from elmoe.trace.locality import load_locality
+from elmoe.trace.synthesis import synthesise
+
+SAMPLED_LAYERS = 8
+"""Layers replayed of a synthetic trace, whose layers are alike; their counts stand for the others."""
+SEQUENCES, PROMPT, POSITIONS, SEED = 16, 64, 320, 0
+PAPER_ODDS = tuple(Odds(f"{value:g}", value, "published range") for value in (0.33, 0.6, 0.91))
+"""The paper's range of Elastic-SD acceptance, and between."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to simulate. ``odds``: acceptances of elastic drafts, a row each; ``systems``: the first is the reference.
+    ``trace``: replayed in place of synthetic facts."""
+
+    systems: tuple[Hardware, ...]
+    models: tuple[str, ...]
+    prompts: tuple[str, ...]
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    forms: tuple[FormName, ...] = FORMS
+    odds: tuple[Odds | TableOdds, ...] = PAPER_ODDS
+    lengths: tuple[int, ...] = DRAFT_LENGTHS
+    context: int = 1024
+    steps: int = 24
+    trace: Path | None = None
+
+
+def facts_of(model: Architecture, prompts: str, trace: Path | None = None) -> RoutingFacts:
+    """Facts of a trace, or synthetic ones of the model's shape with the locality measured on a prompt set."""
+    if trace is not None:
+        return read_facts(trace)
+    layers = min(SAMPLED_LAYERS, model.moe_layers)
+    return synthesise(load_locality(prompts), model.experts, model.top_k, layers, SEQUENCES, POSITIONS, SEED, prompt=PROMPT)
+
+
+def run_grid(
+    grid: Grid, progress: Callable[[int, int], None] | None = None, workers: int | None = None
+) -> list[dict[str, Any]]:
+    """All rows; (model, prompts) groups run side by side on ``workers`` processes (all cores by default)."""
+    groups = [(grid, model, prompts) for model in grid.models for prompts in grid.prompts]
+    rows: list[dict[str, Any]] = []
+    if workers == 1 or len(groups) == 1:
+        for index, group in enumerate(groups):
+            rows += run_group(*group)
+            if progress is not None:
+                progress(index + 1, len(groups))
+        return rows
+    with ProcessPoolExecutor(workers) as pool:
+        for index, result in enumerate(pool.map(_run_packed, groups)):
+            rows += result
+            if progress is not None:
+                progress(index + 1, len(groups))
+    return rows
+
+
+def _run_packed(group: tuple[Grid, str, str]) -> list[dict[str, Any]]:
+    return run_group(*group)
+
+
+def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]:
+    """Rows of one model and prompt set; what does not fit becomes a row with ``error``."""
+    model = load_architecture(model_name)
+    facts = facts_of(model, prompts, grid.trace)
+    simulation = Simulation(model, Replay(facts), load_drafters(), grid.context, grid.steps)
+    machines = [Machine(hardware) for hardware in grid.systems]
+    rows = []
+    for batch in grid.batches:
+        share = grid.systems[0].static_share
+        reference = simulation.price(machines[0], "ar", batch)
+        watts = static_watts(reference, share.low, share.value, share.high)
+        for machine in machines:
+            for form, odds in _cases(grid, machine):
+                labels = {
+                    "system": machine.hardware.name, "form": form, "model": model.name, "prompts": prompts, "batch": batch,
+                    "acceptance": None if odds is None else odds.label, "locality": facts.source,
+                }  # fmt: skip
+                try:
+                    priced = simulation.price(machine, form, batch, odds, grid.lengths)
+                except (BudgetError, HardwareError) as error:
+                    rows.append(labels | {"error": str(error)})
+                    continue
+                row = row_of(priced, machine, labels, watts)
+                row["speedup"] = row["tokens_per_second"] * reference.seconds / reference.tokens
+                row["efficiency"] = {
+                    name: (float(reference.whole.joules.sum()) + watts[name] * reference.seconds) / reference.tokens / joules
+                    for name, joules in row["joules_per_token"].items()
+                }
+                rows.append(row)
+    return rows
+
+
+def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | TableOdds | None]]:
+    """Forms that a system can run, with the acceptances to run them at."""
+    drafters = load_drafters()
+    for form in grid.forms:
+        if form == "ar":
+            yield form, None
+        elif form == "elastic":
+            if machine.hardware.features.expert_cache and machine.hardware.features.bit_slices:
+                yield from ((form, odds) for odds in grid.odds)
+        else:
+            yield form, rival_odds(form, drafters)
+
+
+def best(rows: Sequence[dict[str, Any]], key: str = "tokens_per_second") -> dict[str, Any] | None:
+    """The row of the highest rate, None of none."""
+    return max((row for row in rows if "error" not in row), key=lambda row: row[key], default=None)

@@ -1,0 +1,140 @@
+"""What an engine run must have counted, predicted from its trace: the engine is the simulator's ground truth.
+
+The trace tells what was computed, and every pass's routing; hits, bytes and the resident sets follow from the policies. The
+trace must rank all experts (`elmoe trace record --all-ranks`), for a draft may choose any resident expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.errors import TraceError
+from elmoe.policy.budget import FastTierSizes, SlotPlan
+from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
+from elmoe.trace.format import Trace
+
+
+@dataclass
+class Counts:
+    """Of one phase: passes, tokens, expert uses by slice and tier, and bytes by tier."""
+
+    passes: int = 0
+    tokens: int = 0
+    msb_hits: int = 0
+    msb_misses: int = 0
+    lsb_hits: int = 0
+    lsb_misses: int = 0
+    fast_bytes: int = 0
+    slow_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class RecordedPass:
+    """One pass of a trace: its rows, in the order computed."""
+
+    phase: str
+    step: int
+    rows: NDArray[np.int64]
+
+
+@dataclass
+class Prediction:
+    """Counts by phase, and the same for each pass in order: (pass, tokens, slices used, fast bytes, slow bytes)."""
+
+    phases: dict[str, Counts] = field(default_factory=dict)
+    passes: list[tuple[str, int, int, int, int]] = field(default_factory=list)
+
+
+def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, parameters: ResidencyParameters) -> Prediction:
+    """Replay a trace from an empty fast tier with these slots (None: plain decoding, nothing is kept).
+
+    :raises TraceError: the trace does not rank all experts, or a draft found too few residents.
+    """
+    model = trace.header.model
+    layers, experts, top_k = len(model.moe_layers), model.experts, model.top_k
+    ranked = trace.routing()
+    if slots is not None and trace.header.ranks < experts and (trace.column("phase") == "draft").any():
+        raise TraceError("the trace does not rank all experts", "record it with --all-ranks")
+    residency, resident = Residency(layers, experts, parameters), ResidentSet.empty(layers, experts)
+    msb, lsb = np.array(sizes.msb), np.array(sizes.lsb)
+    kept = _kept_rows(trace)
+    prediction = Prediction()
+    for recorded in passes_of(trace):
+        rows = recorded.rows
+        routed = ranked[rows]
+        chosen = _masked(routed, resident.msb, top_k) if recorded.phase == "draft" else routed[..., :top_k]
+        used = np.zeros((layers, experts), bool)
+        used[np.arange(layers)[:, None], chosen.transpose(1, 0, 2).reshape(layers, -1)] = True
+        counts = prediction.phases.setdefault(recorded.phase, Counts())
+        counts.passes += 1
+        counts.tokens += len(rows)
+        before = counts.fast_bytes, counts.slow_bytes
+        for present, size, name in ((resident.msb, msb, "msb"), (resident.lsb, lsb, "lsb")):
+            if name == "lsb" and recorded.phase == "draft":
+                continue
+            hits = (used & present).sum(axis=1)
+            misses = used.sum(axis=1) - hits
+            setattr(counts, f"{name}_hits", getattr(counts, f"{name}_hits") + int(hits.sum()))
+            setattr(counts, f"{name}_misses", getattr(counts, f"{name}_misses") + int(misses.sum()))
+            counts.fast_bytes += int(hits @ size)
+            counts.slow_bytes += int(misses @ size)
+        prediction.passes.append(
+            (recorded.phase, len(rows), int(used.sum()), counts.fast_bytes - before[0], counts.slow_bytes - before[1])
+        )
+        if recorded.phase != "draft" and slots is not None:
+            first = np.ones(len(rows), bool) if recorded.phase == "prefill" else _first_rows(trace, rows)
+            sure, committed = chosen[first], chosen[kept[rows]]
+            resident = residency.end_step(resident, _by_layer(sure), _by_layer(committed), used, slots)
+    return prediction
+
+
+def passes_of(trace: Trace) -> Iterator[RecordedPass]:
+    """The passes of a trace: the first row of each carries the resident set."""
+    starts = np.flatnonzero(np.array(trace.table.column("resident").is_valid()))
+    phase, step = trace.column("phase"), trace.column("step")
+    for start, end in zip(starts, [*starts[1:], trace.table.num_rows], strict=True):
+        yield RecordedPass(str(phase[start]), int(step[start]), np.arange(start, end))
+
+
+def _kept_rows(trace: Trace) -> NDArray[np.bool_]:
+    """Rows of target passes that stay: prompts, and in a verification all up to the first disagreement or the end."""
+    phase, draft, target = trace.column("phase"), trace.column("draft"), trace.column("target")
+    sequence, eos = trace.column("sequence"), set(trace.header.model.eos_tokens)
+    limit = trace.header.run.get("commit_limit")
+    kept = phase == "prefill"
+    last_step = {int(s): int(step) for s, step in zip(sequence, trace.column("step"), strict=True)}
+    for recorded in passes_of(trace):
+        if recorded.phase in ("prefill", "draft"):
+            continue
+        going, count, previous = True, 0, -1
+        for row in recorded.rows:
+            if sequence[row] != previous:
+                going, count, previous = True, 0, sequence[row]
+            kept[row] = going
+            count += going
+            ended = int(target[row]) in eos and last_step[int(sequence[row])] == recorded.step
+            going = going and draft[row] == target[row] and count != limit and not ended
+    return kept
+
+
+def _first_rows(trace: Trace, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    sequence = trace.column("sequence")[rows]
+    return np.concatenate(([True], sequence[1:] != sequence[:-1]))
+
+
+def _masked(ranked: NDArray, resident: NDArray[np.bool_], top_k: int) -> NDArray:
+    """The best residents of (tokens, layers, experts) rankings, as many as the layer with the fewest allows up to top-k."""
+    present = resident[np.arange(ranked.shape[1])[:, None], ranked]
+    order = np.argsort(~present, axis=2, kind="stable")[..., :top_k]
+    chosen = np.take_along_axis(ranked, order, axis=2)
+    # A layer with fewer residents than top-k repeats its best one: distinct experts are what counts here.
+    missing = ~np.take_along_axis(present, order, axis=2)
+    return np.where(missing, chosen[..., :1], chosen)
+
+
+def _by_layer(tokens: NDArray) -> NDArray[np.int32]:
+    return tokens.transpose(1, 0, 2).astype(np.int32)

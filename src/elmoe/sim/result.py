@@ -1,0 +1,95 @@
+"""Result files of simulations, and what tables and reports take from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elmoe.errors import HardwareError
+from elmoe.sim.grid import Grid
+from elmoe.systems.forms import Odds, TableOdds
+from elmoe.trace.acceptance import load_acceptance
+
+RESULT_VERSION = 1
+LABEL = "simulated"
+
+
+def odds_of(text: str) -> Odds | TableOdds:
+    """``0.6``, or the name or file of an acceptance table; HardwareError for a number that is no probability."""
+    try:
+        value = float(text)
+    except ValueError:
+        return TableOdds(Path(text).stem, load_acceptance(text))
+    if not 0 <= value < 1:
+        raise HardwareError(f"the acceptance {text} is no probability below 1", "give for example 0.6, or `demo`")
+    return Odds(f"{value:g}", value, "assumed")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rows and what they were made from."""
+
+    conditions: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, grid: Grid, rows: list[dict[str, Any]]) -> Result:
+        """With the grid's conditions and every system's constants that are not published."""
+        return cls(
+            {
+                "systems": [hardware.name for hardware in grid.systems], "models": list(grid.models),
+                "prompts": list(grid.prompts), "batches": list(grid.batches), "forms": list(grid.forms),
+                "acceptances": [{"label": odds.label, "status": odds.status} for odds in grid.odds],
+                "context": grid.context, "draft_lengths": list(grid.lengths), "steps": grid.steps,
+                "reference": grid.systems[0].name,
+            },
+            rows,
+        )  # fmt: skip
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json`` and files."""
+        return {"version": RESULT_VERSION, "label": LABEL, "conditions": self.conditions, "rows": self.rows}
+
+
+def write_result(result: Result, path: Path) -> None:
+    """Write a result file; it appears when it is whole."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(result.as_dict()), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise HardwareError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_result(path: Path) -> Result:
+    """Read a result file; HardwareError names what is wrong with it."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HardwareError(f"cannot read '{path}': {error.strerror or error}") from error
+    except ValueError as error:
+        raise HardwareError(f"'{path}' is not a result file: {error}", "write one with `elmoe simulate --out`") from error
+    if not isinstance(data, dict) or data.get("version") != RESULT_VERSION or not isinstance(data.get("rows"), list):
+        raise HardwareError(f"'{path}' is not a result file of version {RESULT_VERSION}", "write it anew")
+    return Result(data.get("conditions", {}), data["rows"])
+
+
+Key = tuple[str, str, str | None]
+
+
+def averaged(rows: list[dict[str, Any]]) -> dict[tuple[Key, int], tuple[float, float]]:
+    """Mean over prompts of (tokens/s, speed-up) by ((system, form, acceptance), batch)."""
+    groups: dict[tuple[Key, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if "error" not in row:
+            groups[(row["system"], row["form"], row["acceptance"]), row["batch"]].append(row)
+    return {
+        key: tuple(sum(row[name] for row in group) / len(group) for name in ("tokens_per_second", "speedup"))
+        for key, group in groups.items()
+    }

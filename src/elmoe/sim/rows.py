@@ -1,0 +1,43 @@
+"""Rows of a result: one per system, form, model, prompts, batch and acceptance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elmoe.hw.machine import Machine
+from elmoe.sim.simulate import Priced
+
+
+def row_of(priced: Priced, machine: Machine, labels: dict[str, Any], static_watts: dict[str, float]) -> dict[str, Any]:
+    """A row for ``--json``: rates, and where time, energy and bytes go, per committed token.
+
+    ``static_watts``: watts of static power by the label of its share. ``busy``: share of the run in which a resource works.
+    """
+    whole, tokens, seconds = priced.whole, priced.tokens, priced.seconds
+    workload = priced.workload
+    draft_seconds = 0.0 if priced.draft is None else float(priced.draft.latency.sum())
+    dynamic = {name: float(values.sum()) / tokens for name, values in whole.energy.items()}
+    per_token = sum(dynamic.values())
+    return labels | {
+        "draft_length": workload.draft_passes,
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_step": tokens / workload.steps / float(workload.target.tokens[0]) * (1 + workload.draft_passes),
+        "acceptance_measured": workload.accepted / workload.judged if workload.judged else None,
+        "resident_share": workload.resident if machine.hardware.features.expert_cache else None,
+        "msb_hit_rate": workload.msb_hit_rate if machine.hardware.features.expert_cache else None,
+        "active_experts": float(workload.target.active.mean()),
+        "draft_seconds_per_token": draft_seconds / tokens,
+        "target_seconds_per_token": (seconds - draft_seconds) / tokens,
+        "busy": {name: float(values.sum()) / seconds for name, values in whole.busy.items()},
+        "bytes_per_token": {name: float(values.sum()) / tokens for name, values in whole.traffic.items()},
+        "dynamic_joules_per_token": dynamic,
+        "joules_per_token": {
+            share: per_token + watts * seconds / tokens for share, watts in static_watts.items()
+        },
+    }  # fmt: skip
+
+
+def static_watts(reference: Priced, low: float, middle: float, high: float) -> dict[str, float]:
+    """Static power at which the reference (the bare processor, plain decoding) spends that share of its energy on it."""
+    dynamic = float(reference.whole.joules.sum()) / reference.seconds
+    return {name: share / (1 - share) * dynamic for name, share in (("low", low), ("middle", middle), ("high", high))}

@@ -1,0 +1,161 @@
+"""One condition (system, form, model, prompts, batch) to tokens per second, joules per token and where both go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from elmoe.errors import BudgetError, HardwareError
+from elmoe.hw.cost import Cost
+from elmoe.hw.machine import Machine
+from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
+from elmoe.policy.residency import ResidencyParameters
+from elmoe.schema.architecture import Architecture
+from elmoe.schema.drafters import Drafters
+from elmoe.sim.workload import Acceptance, Draft, Plan, Replay, TierPlan, Workload
+from elmoe.systems.forms import FormName, draft_cost, draft_model_bytes, target_cost
+from elmoe.units import format_bytes
+
+DRAFT_LENGTHS = (1, 2, 4, 8)
+"""Each speculative form takes the best of these per condition, rivals too."""
+DRAFTS: dict[FormName, Draft] = {
+    "ar": "none", "eagle": "external", "small_lm": "external", "quant": "natural", "elastic": "resident",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A workload priced on a machine; costs are (steps,)."""
+
+    workload: Workload
+    draft: Cost | None
+    target: Cost
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return float(self.whole.latency.sum())
+
+    @property
+    def whole(self) -> Cost:
+        """Drafts, then the target."""
+        return self.target if self.draft is None else self.draft.then(self.target)
+
+    @property
+    def tokens(self) -> int:
+        """Committed."""
+        return int(self.workload.committed.sum())
+
+
+class Simulation:
+    """A model and its routing facts on machines; workloads are kept, since many machines share them."""
+
+    def __init__(
+        self, model: Architecture, replay: Replay, drafters: Drafters, context: int = 1024, steps: int = 24
+    ) -> None:
+        self.model, self.replay, self.drafters = model, replay, drafters
+        self.context, self.steps = context, steps
+        self._workloads: dict[Any, Workload] = {}
+        self.sampled = replay.facts.ranked.shape[2]
+        facts = replay.facts
+        if (facts.experts, facts.top_k) != (model.experts, model.top_k):
+            raise HardwareError(
+                f"the trace routes to {facts.top_k} of {facts.experts} experts, '{model.name}' to {model.top_k} of "
+                f"{model.experts}",
+                "synthesise a trace for this model: `elmoe trace synthesise`",
+            )
+
+    def price(
+        self, machine: Machine, form: FormName, batch: int, acceptance: Acceptance | None = None,
+        lengths: tuple[int, ...] = DRAFT_LENGTHS,
+    ) -> Priced:  # fmt: skip
+        """The best of the draft lengths by tokens per second.
+
+        :raises HardwareError: the model does not fit. :raises BudgetError: the fast memory is too small to draft from.
+        """
+        self._check_fits(machine, form, batch)
+        if form == "ar":
+            return self._priced(machine, form, batch, 0, None)
+        candidates = [self._priced(machine, form, batch, length, acceptance) for length in lengths]
+        return max(candidates, key=lambda priced: priced.tokens / priced.seconds)
+
+    def _priced(self, machine: Machine, form: FormName, batch: int, length: int, acceptance: Acceptance | None) -> Priced:
+        tier = self._tier(machine, form, batch)
+        plan = Plan(batch, DRAFTS[form], length, self.context, machine.token_rows, self.steps, tier)
+        key = (plan, acceptance)
+        if key not in self._workloads:
+            self._workloads[key] = self.replay.run(plan, acceptance)
+        workload = self._workloads[key]
+        passes = workload.target
+        if form == "quant":  # the fast memory holds experts of the copy, of no use to the target
+            passes = replace(passes, msb_hits=np.zeros_like(passes.active), lsb_hits=np.zeros_like(passes.active))
+        target = target_cost(machine, self.model, passes)
+        if form == "ar":
+            return Priced(workload, None, target)
+        if workload.draft is not None:
+            draft = draft_cost(form, machine, self.model, self.drafters, workload.draft, workload.draft.tokens)
+            draft = _per_step(draft, workload.steps)
+        else:
+            tokens = np.full(workload.steps, float(batch))
+            draft = draft_cost(form, machine, self.model, self.drafters, None, tokens).times(length)
+        return Priced(workload, draft, target)
+
+    def _tier(self, machine: Machine, form: FormName, batch: int) -> TierPlan | None:
+        """What of the fast memory is left for experts, and how it is managed."""
+        hardware, model = machine.hardware, self.model
+        if hardware.fast is None or not hardware.features.expert_cache or not model.moe_layers:
+            return None
+        sizes = self._sizes(machine, form, batch)
+        slices = hardware.features.bit_slices or form == "quant"
+        slots = plan_slots(int(hardware.fast.capacity.value), sizes, "msb_first" if slices else "whole_experts")
+        picked = np.linspace(0, model.moe_layers - 1, self.sampled).round().astype(int)
+        sampled = SlotPlan(tuple(slots.msb[i] for i in picked), tuple(slots.lsb[i] for i in picked), slots.bytes)
+        policy = (
+            ResidencyParameters("static")
+            if not hardware.features.refill
+            else (ResidencyParameters() if slices else ResidencyParameters("lru"))
+        )
+        return TierPlan(sampled, policy, sizes.msb[0], sizes.lsb[0])
+
+    def _sizes(self, machine: Machine, form: FormName, batch: int) -> FastTierSizes:
+        model, layers = self.model, self.model.moe_layers
+        kv = batch * self.context * model.kv_bytes_per_position * model.layers
+        dense = model.dense_bytes + draft_model_bytes(form, model, self.drafters)
+        if not machine.hardware.features.fast_dense:
+            dense = kv = 0
+        lsb = 0 if form == "quant" else int(model.lsb_bytes)
+        return FastTierSizes(
+            int(dense), int(kv), 0, (int(model.msb_bytes),) * layers, (lsb,) * layers, model.experts, model.top_k
+        )
+
+    def _check_fits(self, machine: Machine, form: FormName, batch: int) -> None:
+        hardware, model = machine.hardware, self.model
+        kv = batch * self.context * model.kv_bytes_per_position * model.layers
+        needed = model.total_bytes + kv + draft_model_bytes(form, model, self.drafters)
+        if form == "quant":
+            needed += model.total_bytes * 4.5 / 8.5
+        room = hardware.main.capacity.value + (
+            hardware.fast.capacity.value if hardware.features.fast_dense and hardware.fast else 0
+        )
+        if needed > room:
+            raise HardwareError(
+                f"'{model.name}' needs {format_bytes(needed)} at batch {batch}, '{hardware.name}' has {format_bytes(room)}",
+                "choose a smaller model, or raise main.capacity",
+            )
+
+
+def _per_step(cost: Cost, steps: int) -> Cost:
+    """(steps x drafts,) to (steps,)."""
+
+    def folded(values: Any) -> Any:
+        return values.reshape(steps, -1).sum(axis=1)
+
+    return Cost(
+        folded(cost.latency), {k: folded(v) for k, v in cost.energy.items()}, {k: folded(v) for k, v in cost.busy.items()},
+        {k: folded(v) for k, v in cost.traffic.items()},
+    )  # fmt: skip
+
+
+__all__ = ["BudgetError", "DRAFT_LENGTHS", "Priced", "Simulation"]

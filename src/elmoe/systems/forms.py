@@ -1,0 +1,117 @@
+"""Plain and speculative forms of serving: what drafts, how likely it is accepted, and what a draft pass costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from elmoe.hw.cost import Array, Cost, in_order
+from elmoe.hw.machine import Machine
+from elmoe.schema.architecture import Architecture
+from elmoe.schema.drafters import Drafters
+from elmoe.systems import elmoe3d, near_memory, xpu
+from elmoe.systems.operations import Operation, dense_model, operations
+from elmoe.systems.passes import Passes
+from elmoe.trace.acceptance import AcceptanceTable
+
+FormName = Literal["ar", "eagle", "small_lm", "quant", "elastic"]
+FORMS: tuple[FormName, ...] = ("ar", "eagle", "small_lm", "quant", "elastic")
+COPY_BITS = 4.5
+"""Bits of a weight of a 4-bit copy with its scales."""
+
+
+def lower(machine: Machine, operation: Operation) -> Cost:
+    """One execution on the machine's system."""
+    if machine.hardware.near is not None:
+        return near_memory.lower(machine, operation)
+    if machine.hardware.fast is not None:
+        return elmoe3d.lower(machine, operation)
+    return xpu.lower(machine, operation)
+
+
+def cost_of(machine: Machine, run: list[Operation]) -> Cost:
+    """(passes,) cost of operations one after the other, each its number of times."""
+    costs = []
+    for operation in run:
+        cost = lower(machine, operation).times(operation.repeat)
+        costs.append(cost.sum(axis=1) if cost.latency.ndim == 2 else cost)
+    return in_order(costs)
+
+
+def target_cost(machine: Machine, model: Architecture, passes: Passes) -> Cost:
+    """(passes,) cost of target passes and of the slices they leave in the fast memory."""
+    cost = cost_of(machine, operations(model, passes, machine))
+    if machine.hardware.features.expert_cache:
+        scale = model.moe_layers / passes.active.shape[1]
+        cost = cost.then(elmoe3d.refill(machine, passes.captured * scale))
+    return cost
+
+
+def draft_model_bytes(form: FormName, model: Architecture, drafters: Drafters) -> float:
+    """Bytes of a draft network beside the target."""
+    if form == "eagle":
+        return _eagle_parameters(model, drafters) * model.dense_bits / 8
+    return drafters.small_lm.parameters.value * model.dense_bits / 8 if form == "small_lm" else 0.0
+
+
+def draft_cost(
+    form: FormName, machine: Machine, model: Architecture, drafters: Drafters, passes: Passes | None, tokens: Array
+) -> Cost:
+    """(passes,) cost of draft passes of so many ``tokens`` each; ``passes`` where the target's experts draft."""
+    if form == "elastic":
+        assert passes is not None
+        return cost_of(machine, operations(model, passes, machine, draft=True))
+    if form == "quant":
+        assert passes is not None
+        return cost_of(machine, operations(model, passes, machine, draft=True, bits=COPY_BITS))
+    if form == "small_lm":
+        return cost_of(machine, [dense_model("draft", model.hidden, drafters.small_lm.parameters.value, tokens, machine)])
+    head = dense_model("head", model.hidden, model.hidden * model.vocabulary, tokens, machine)
+    return cost_of(machine, [dense_model("draft", model.hidden, _eagle_parameters(model, drafters), tokens, machine), head])
+
+
+def _eagle_parameters(model: Architecture, drafters: Drafters) -> float:
+    """One decoder layer with the target's attention and a feed-forward of four times the hidden width."""
+    return drafters.eagle.layers.value * (model.attention_parameters + 12 * model.hidden * model.hidden)
+
+
+@dataclass(frozen=True)
+class Odds:
+    """Acceptance of a draft token; ``label`` names the row, ``value`` the probability, ``status`` where it comes from."""
+
+    label: str
+    value: float
+    status: str
+
+    def __call__(self, share: float, depth: int) -> float:
+        """The same whatever is resident and however deep."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class TableOdds:
+    """A measured acceptance table as the simulator asks for it: MSB slices, by resident share and depth."""
+
+    label: str
+    table: AcceptanceTable
+
+    def __call__(self, share: float, depth: int) -> float:
+        """Probability at a share of resident MSB slices and a depth from 1."""
+        return self.table.probability(4, share, depth)
+
+    @property
+    def status(self) -> str:
+        """Whether it was measured."""
+        return self.table.status
+
+    def __hash__(self) -> int:
+        return hash(self.label)
+
+
+def rival_odds(form: FormName, drafters: Drafters) -> Odds:
+    """The preset acceptance of a rival's draft."""
+    odds = {
+        "eagle": drafters.eagle.acceptance, "small_lm": drafters.small_lm.acceptance, "quant": drafters.quant.acceptance,
+    }  # fmt: skip
+    constant = odds[form]
+    return Odds("preset", constant.value, constant.status)

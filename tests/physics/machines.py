@@ -1,0 +1,80 @@
+"""A small machine and model whose costs can be computed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from elmoe.schema.architecture import Architecture
+from elmoe.schema.hardware import (
+    Bandwidth,
+    Capacity,
+    EnergyPerBit,
+    EnergyPerByte,
+    EnergyPerOperation,
+    Features,
+    Frequency,
+    Hardware,
+    Links,
+    Memory,
+    PeArray,
+    Ratio,
+    Sram,
+    Throughput,
+    VectorUnit,
+)  # fmt: skip
+from elmoe.trace.facts import RoutingFacts
+
+
+def known(kind: type, value: float) -> Any:
+    return kind(value, "made up for a test", "assumed")
+
+
+def memory(bandwidth: float, capacity: float, energy: float) -> Memory:
+    return Memory(
+        kind="test", capacity=known(Capacity, capacity), bandwidth=known(Bandwidth, bandwidth),
+        energy=known(EnergyPerBit, energy), efficiency=known(Ratio, 1.0),
+    )  # fmt: skip
+
+
+EVERYTHING = Features(
+    fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True, lsb_augmentation=True
+)
+NOTHING = Features()
+
+
+def hardware(features: Features = NOTHING, fast: bool = False, **changes: Any) -> Hardware:
+    base = Hardware(
+        name="test", description="test", main=memory(100e9, 64e9, 4e-12),
+        fast=memory(1600e9, 1e9, 0.4e-12) if fast else None,
+        compute=PeArray(
+            elements=known(Ratio, 32), tokens=known(Ratio, 16), outputs=known(Ratio, 32), inputs=known(Ratio, 32),
+            clock=known(Frequency, 1e9), mac_energy=known(EnergyPerOperation, 0.1e-12),
+        ),
+        sram=Sram(energy=known(EnergyPerByte, 0.5e-12)),
+        links=Links(
+            aggregation=known(Bandwidth, 32e9), stream=known(Bandwidth, 128e9), energy=known(EnergyPerBit, 0.1e-12)
+        ),
+        vector=VectorUnit(throughput=known(Throughput, 1e12), energy=known(EnergyPerOperation, 1e-12)),
+        static_share=Ratio(0.2, "made up for a test", "assumed", 0.05, 0.5), features=features,
+    )  # fmt: skip
+    return msgspec.structs.replace(base, **changes)
+
+
+MODEL = Architecture(
+    name="tiny", source="made up for a test", layers=4, hidden=512, vocabulary=1024, moe_layers=4, dense_layers=0,
+    experts=32, top_k=4, expert_width=256, shared_width=0, dense_width=0, attention_parameters=512 * 512 * 4,
+    kv_bytes_per_position=2 * 512 * 2, attention_width=2 * 512,
+)  # fmt: skip
+
+
+def facts(sequences: int = 16, positions: int = 200, layers: int = 4, seed: int = 0) -> RoutingFacts:
+    """Random rankings with some experts preferred."""
+    rng = np.random.default_rng(seed)
+    scores = rng.gumbel(size=(sequences, positions, layers, 32)) + 1.5 * rng.standard_normal((1, 1, layers, 32))
+    ranked = np.argsort(-scores, axis=-1)[..., :8].astype(np.uint16)
+    return RoutingFacts(
+        ranked, np.full(sequences, 16, np.int32), np.full(sequences, positions, np.int32), 32, 4, "synthetic: test"
+    )

@@ -1,0 +1,135 @@
+"""The simulator obeys what must hold whatever the constants: closed forms, conservation, monotonicity, identities."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+
+from elmoe.errors import BudgetError, HardwareError
+from elmoe.hw.machine import Machine
+from elmoe.schema.drafters import load_drafters
+from elmoe.schema.hardware import Bandwidth, Capacity, Features, Hardware
+from elmoe.sim.simulate import Priced, Simulation
+from elmoe.sim.workload import Replay
+from elmoe.systems.forms import Odds
+from elmoe.systems.operations import operations
+from elmoe.systems.xpu import lower
+from tests.physics.machines import EVERYTHING, MODEL, NOTHING, facts, hardware, known, memory
+
+SIMULATION = Simulation(MODEL, Replay(facts()), load_drafters(), context=64, steps=16)
+
+
+def price(machine: Hardware, form: str = "ar", batch: int = 4, acceptance: float = 0.8, **named: object) -> Priced:
+    odds = None if form == "ar" else Odds(f"{acceptance}", acceptance, "assumed")
+    return SIMULATION.price(Machine(machine), form, batch, odds, **named)
+
+
+def test_plain_decoding_of_one_sequence_is_active_bytes_over_bandwidth():
+    """Memory-bound on the bare processor: closed form in bytes."""
+    slow = hardware(main=memory(1e9, 64e9, 4e-12))
+    run = price(slow, batch=1)
+    weights = MODEL.layers * MODEL.moe_layer_bytes + MODEL.head_bytes + MODEL.layers * MODEL.top_k * MODEL.expert_bytes
+    expected = (weights + 64 * MODEL.kv_bytes_per_token) / 1e9
+    assert run.seconds / run.tokens == pytest.approx(expected, rel=1e-12)
+
+
+def test_compute_bound_operation_is_clocks_over_elements():
+    fast = Machine(hardware(main=memory(1e15, 64e9, 4e-12)))
+    workload = SIMULATION.replay.run(plan_of(batch=16))
+    experts = next(op for op in operations(MODEL, workload.target, fast) if op.name == "experts")
+    cost = lower(fast, experts)
+    tiles = (512 // 32) * (512 // 32) + (512 // 32) * (256 // 32)
+    clocks = workload.target.blocks * tiles * 2 / 32
+    vector = workload.target.pairs * (256 + 512) * 10 / 1e12
+    np.testing.assert_allclose(cost.latency, clocks / 1e9 + vector, rtol=1e-12)
+
+
+def plan_of(batch: int):
+    from elmoe.sim.workload import Plan
+
+    return Plan(batch, context=64, steps=16)
+
+
+@pytest.mark.parametrize("form", ["ar", "eagle", "small_lm", "quant"])
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_all_features_off_equals_the_bare_processor_to_the_last_bit(form, batch):
+    bare, off = price(hardware(), form, batch), price(hardware(NOTHING, fast=True), form, batch)
+    assert np.array_equal(bare.whole.latency, off.whole.latency)
+    assert np.array_equal(bare.whole.joules, off.whole.joules)
+
+
+def test_bytes_are_conserved_between_the_memories():
+    """Whatever the features, a target pass streams the same bytes in all."""
+    for features in (NOTHING, EVERYTHING, Features(fast_dense=True), Features(expert_cache=True)):
+        run = price(hardware(features, fast=True), batch=8)
+        bare = price(hardware(), batch=8)
+        read = run.target.traffic["main"] + run.target.traffic["fast"]
+        np.testing.assert_allclose(read, bare.target.traffic["main"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["ar", "eagle", "quant", "elastic"])
+def test_joules_sum_to_their_parts_and_no_resource_works_over_time(form):
+    run = price(hardware(EVERYTHING, fast=True), form)
+    whole = run.whole
+    np.testing.assert_allclose(sum(whole.energy.values()), whole.joules, rtol=1e-12)
+    for name, busy in whole.busy.items():
+        assert (busy <= whole.latency * (1 + 1e-12)).all(), name
+    assert all((values >= 0).all() for values in whole.energy.values())
+
+
+@pytest.mark.parametrize("form", ["ar", "elastic"])
+def test_more_bandwidth_is_never_slower(form):
+    for tier in ("main", "fast"):
+        rates = []
+        for bandwidth in (50e9, 100e9, 400e9, 3200e9):
+            machine = hardware(EVERYTHING, fast=True)
+            changed = msgspec.structs.replace(getattr(machine, tier), bandwidth=known(Bandwidth, bandwidth))
+            run = price(msgspec.structs.replace(machine, **{tier: changed}), form)
+            rates.append(run.tokens / run.seconds)
+        assert rates == sorted(rates)
+
+
+def test_more_capacity_is_never_slower_in_plain_decoding_and_hits_grow():
+    seconds, hits = [], []
+    for capacity in (16e6, 24e6, 48e6, 1e9):
+        machine = hardware(EVERYTHING, fast=True)
+        machine = msgspec.structs.replace(
+            machine, fast=msgspec.structs.replace(machine.fast, capacity=known(Capacity, capacity))
+        )
+        run = price(machine)
+        seconds.append(run.seconds / run.tokens)
+        hits.append(run.workload.msb_hit_rate)
+    assert seconds == sorted(seconds, reverse=True)
+    assert hits == sorted(hits) and hits[-1] > 0.98  # what the prompts never used was not there at first
+
+
+def test_higher_acceptance_is_never_slower():
+    rates = []
+    for acceptance in (0.1, 0.33, 0.6, 0.91):
+        run = price(hardware(EVERYTHING, fast=True), "elastic", 8, acceptance)
+        rates.append(run.tokens / run.seconds)
+    assert rates == sorted(rates)
+
+
+def test_acceptance_asked_for_is_the_acceptance_that_happens():
+    run = price(hardware(EVERYTHING, fast=True), "elastic", 16, 0.7, lengths=(4,))
+    assert run.workload.accepted / run.workload.judged == pytest.approx(0.7, abs=0.05)
+
+
+def test_drafts_read_nothing_from_the_main_memory():
+    run = price(hardware(EVERYTHING, fast=True), "elastic")
+    assert run.draft.traffic["main"].sum() == 0 and run.draft.traffic["fast"].sum() > 0
+
+
+def test_a_model_that_does_not_fit_is_refused_by_name():
+    small = hardware(main=memory(1e9, 1e6, 4e-12))
+    with pytest.raises(HardwareError, match=r"'tiny' needs .* 'test' has"):
+        price(small)
+    with pytest.raises(BudgetError):
+        price(tiny_fast())
+
+
+def tiny_fast() -> Hardware:
+    machine = hardware(EVERYTHING, fast=True)
+    return msgspec.structs.replace(machine, fast=memory(1600e9, 1e6, 0.4e-12))
