@@ -115,8 +115,9 @@ def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | Tabl
     for form in grid.forms:
         if form == "ar":
             yield form, None
-        elif form == "elastic":
-            if machine.hardware.features.expert_cache and machine.hardware.features.bit_slices:
+        elif form in ("elastic", "bit_axis"):
+            features = machine.hardware.features
+            if features.expert_cache and features.bit_slices:
                 yield from ((form, odds) for odds in grid.odds)
         else:
             yield form, rival_odds(form, drafters)

@@ -22,6 +22,7 @@ DRAFT_LENGTHS = (1, 2, 4, 8)
 """Each speculative form takes the best of these per condition, rivals too."""
 DRAFTS: dict[FormName, Draft] = {
     "ar": "none", "eagle": "external", "small_lm": "external", "quant": "natural", "elastic": "resident",
+    "bit_axis": "natural",
 }  # fmt: skip
 
 
@@ -109,7 +110,10 @@ class Simulation:
             return None
         sizes = self._sizes(machine, form, batch)
         slices = hardware.features.bit_slices or form == "quant"
-        slots = plan_slots(int(hardware.fast.capacity.value), sizes, "msb_first" if slices else "whole_experts")
+        capacity = int(hardware.fast.capacity.value)
+        if form != "elastic" and sizes.fixed <= capacity < sizes.minimum:
+            return None  # KV first: what is left would not make a draft, and is left unused
+        slots = plan_slots(capacity, sizes, "msb_first" if slices else "whole_experts")
         picked = np.linspace(0, model.moe_layers - 1, self.sampled).round().astype(int)
         sampled = SlotPlan(tuple(slots.msb[i] for i in picked), tuple(slots.lsb[i] for i in picked), slots.bytes)
         policy = (

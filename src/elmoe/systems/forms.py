@@ -14,7 +14,8 @@ from elmoe.systems.operations import Operation, dense_model, operations
 from elmoe.systems.passes import Passes
 from elmoe.trace.acceptance import AcceptanceTable
 
-FormName = Literal["ar", "eagle", "small_lm", "quant", "elastic"]
+FormName = Literal["ar", "eagle", "small_lm", "quant", "elastic", "bit_axis"]
+"""``bit_axis`` is an ablation of ``elastic``: MSB slices alone, but of all experts, those not resident read as they come."""
 FORMS: tuple[FormName, ...] = ("ar", "eagle", "small_lm", "quant", "elastic")
 COPY_BITS = 4.5
 """Bits of a weight of a 4-bit copy with its scales."""
@@ -58,9 +59,10 @@ def draft_cost(
     form: FormName, machine: Machine, model: Architecture, drafters: Drafters, passes: Passes | None, tokens: Array
 ) -> Cost:
     """(passes,) cost of draft passes of so many ``tokens`` each; ``passes`` where the target's experts draft."""
-    if form == "elastic":
+    if form in ("elastic", "bit_axis"):
         assert passes is not None
-        return cost_of(machine, operations(model, passes, machine, draft=True))
+        slices = machine.hardware.features.bit_slices  # without them whole experts draft: the expert axis alone
+        return cost_of(machine, operations(model, passes, machine, draft=slices))
     if form == "quant":
         assert passes is not None
         return cost_of(machine, operations(model, passes, machine, draft=True, bits=COPY_BITS))

@@ -1,0 +1,1 @@
+"""Studies of the simulator: each folder is one question, one command, one section of the report."""

@@ -1,0 +1,25 @@
+"""Speed-up and energy by batch size against every system: the paper's headline.
+
+Grid: 4 models x 4 prompt sets x 5 batch sizes x 7 systems x all forms. Cost: under a minute on 2 cores.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from elmoe.report.overview import overview
+from elmoe.report.section import Section
+from experiments.common import Scope, rows_of, study, systems
+
+
+def run(scope: Scope) -> Section:
+    """The headline section."""
+    rows = rows_of(scope, systems())
+    return overview(rows, {"reference": "xpu"}, "experiments/fig01_speedup/run.py")
+
+
+if __name__ == "__main__":
+    study("fig01_speedup", run)
