@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from elmoe.errors import RequestError
@@ -78,12 +79,15 @@ def parse_quantity(text: str, dimension: str) -> float:
     known = ", ".join(unit for unit in units if unit) or "none"
     match = _WITH_UNIT.fullmatch(text)
     if match is None:
-        raise RequestError(f"'{text}' is not a number with a unit of {dimension}", f"units of {dimension}: {known}")
+        raise RequestError(
+            f"'{text[:60]}' is not a positive number with a unit of {dimension}", f"units of {dimension}: {known}"
+        )
     number, unit = float(match.group(1)), match.group(2)
     if unit not in units:
         other = next((name for name, table in DIMENSIONS.items() if unit in table and unit), None)
         problem = "has no unit" if not unit else f"has a unit of {other}" if other else f"has the unknown unit '{unit}'"
         raise RequestError(f"'{text}' {problem}, expected {dimension}", f"units of {dimension}: {known}")
-    if number <= 0:
-        raise RequestError(f"'{text}' is not positive", f"a {dimension} must be above zero")
+    if not 0 < number < math.inf:
+        problem = "is not finite" if number else "is not positive"
+        raise RequestError(f"'{text}' {problem}", f"a {dimension} must be above zero and finite")
     return number * units[unit]

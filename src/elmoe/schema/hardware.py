@@ -21,6 +21,11 @@ Described = TypeVar("Described", bound=msgspec.Struct)
 Status = Literal["published", "derived", "measured", "assumed"]
 
 
+def _short(data: Any) -> str:
+    """Scalars as they are; of anything else only the kind, as aliases make YAML lists of any printed size."""
+    return f"'{data}'" if isinstance(data, str | int | float) else f"a {type(data).__name__}"
+
+
 class Constant:
     """A physical constant: ``value`` in SI, ``low`` and ``high`` of what sources say, ``source``, ``status``.
 
@@ -54,27 +59,31 @@ class Constant:
     def parse(cls, data: Any) -> Self:
         """From the YAML mapping; ValueError says what is wrong with it."""
         if not isinstance(data, dict):
-            raise ValueError(f"'{data}' needs a source: write {{value: ..., source: ..., status: ...}}")
+            raise ValueError(f"{_short(data)} needs a source: write {{value: ..., source: ..., status: ...}}")
         unknown = data.keys() - {"value", "source", "status", "range"}
         missing = {"value", "source", "status"} - data.keys()
         if unknown or missing:
             raise ValueError(
-                f"unknown key '{min(unknown)}'" if unknown else f"the constant has no '{min(missing)}'",
+                f"unknown key {min(map(_short, unknown))}" if unknown else f"the constant has no '{min(missing)}'",
             )
         if data["status"] not in ("published", "derived", "measured", "assumed"):
-            raise ValueError(f"status is '{data['status']}', allowed: published, derived, measured, assumed")
+            raise ValueError(f"status is {_short(data['status'])}, allowed: published, derived, measured, assumed")
+        if not isinstance(data["source"], str) or not data["source"].strip():
+            raise ValueError("the source is empty: name where the value comes from, or say that nobody states it")
         span = data.get("range")
         if span is not None and not (isinstance(span, list) and len(span) == 2):
             raise ValueError("range must be [least, greatest]")
 
         def number(text: Any) -> float:
+            if isinstance(text, bool) or not isinstance(text, str | int | float):
+                raise ValueError(f"{_short(text)} is not a number with a unit of {cls.dimension}")
             return parse_quantity(str(text), cls.dimension)
 
         value = number(data["value"])
         low, high = (value, value) if span is None else (number(span[0]), number(span[1]))
         if not low <= value <= high:
             raise ValueError(f"value {data['value']} lies outside its range {span}")
-        return cls(value, str(data["source"]), data["status"], low, high)
+        return cls(value, data["source"], data["status"], low, high)
 
 
 class Capacity(Constant):
@@ -149,16 +158,20 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class Refresh(_Struct, frozen=True, kw_only=True):
     """All-bank refresh: each ``interval`` (tREFI) a rank is busy for ``duration`` (tRFCab) and must close its rows before
-    and open them again after it (``reopen``: tRP + tRCD)."""
+    and open them again after it (``reopen``: tRTP + tRP + tRCD)."""
 
     interval: Seconds
     duration: Seconds
     reopen: Seconds
 
+    def __post_init__(self) -> None:
+        if self.duration.value + self.reopen.value >= self.interval.value:
+            raise ValueError("refresh never ends: 'duration' + 'reopen' must be less than 'interval'")
+
 
 class Memory(_Struct, frozen=True, kw_only=True):
     """A memory: ``bandwidth`` is its peak. ``refresh`` gives the share that streaming reads reach, or ``efficiency`` states
-    it; a measured box states one efficiency for all its models."""
+    it; a measured box states one efficiency for all its models. With neither, streaming reads reach the peak."""
 
     kind: str
     capacity: Capacity
@@ -167,8 +180,14 @@ class Memory(_Struct, frozen=True, kw_only=True):
     refresh: Refresh | None = None
     efficiency: Ratio | None = None
 
+    def __post_init__(self) -> None:
+        if self.refresh is not None and self.efficiency is not None:
+            raise ValueError("give 'refresh' or 'efficiency', not both")
+        if self.efficiency is not None and self.efficiency.value > 1:
+            raise ValueError("'efficiency' is above 100 %")
 
-class PeArray(_Struct, frozen=True, kw_only=True):
+
+class PeArray(_Struct, frozen=True, kw_only=True, tag="pe_array", tag_field="kind"):
     """Bit-slice multipliers: ``elements`` PEs of ``tokens x outputs x inputs`` multiply-accumulates per clock and pass; a
     pass takes 4 bits of the weight. ``mac_energy``: one whole INT8 multiply-accumulate, two passes."""
 
@@ -180,7 +199,7 @@ class PeArray(_Struct, frozen=True, kw_only=True):
     mac_energy: EnergyPerOperation
 
 
-class Processor(_Struct, frozen=True, kw_only=True):
+class Processor(_Struct, frozen=True, kw_only=True, tag="processor", tag_field="kind"):
     """A processor known by its peak alone: ``throughput`` on 8-bit operands."""
 
     throughput: Throughput
@@ -252,6 +271,8 @@ class Hardware(_Struct, frozen=True, kw_only=True):
     features: Features = Features()
 
     def __post_init__(self) -> None:
+        if self.static_share.value >= 1:
+            raise ValueError("'static_share' must be below 100 %")
         if self.fast is None and any(msgspec.structs.astuple(self.features)):
             raise ValueError("features need a 'fast' memory")
         if self.near is not None and self.near.placement == "fast" and self.fast is None:
@@ -276,8 +297,8 @@ def load_described(text: str, where: str, kind: type[Described]) -> Described:
     """YAML text of described constants as a typed structure; ``where`` is what errors name."""
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise HardwareError(f"'{where}' is not YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise HardwareError(f"'{where}' is not YAML: {error}", "a hardware description is a YAML mapping") from error
     try:
         return msgspec.convert(data, kind, dec_hook=_decode)
     except msgspec.ValidationError as error:
@@ -306,4 +327,7 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
         raise HardwareError(f"there is no hardware '{name_or_path}'", f"a YAML file, or one of {', '.join(preset_names())}")
     if path.stat().st_size > 1 << 20:
         raise HardwareError(f"'{path}' is larger than 1 MiB", "a hardware description is a few KB of YAML")
-    return path.read_text(encoding="utf-8"), str(path)
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except UnicodeDecodeError as error:
+        raise HardwareError(f"'{path}' is not text: {error}", "a hardware description is YAML") from None
