@@ -10,6 +10,7 @@ import click
 
 from elmoe.cli.common import Serving, json_option, percent, print_json, print_table, progress_bar, serving_options
 from elmoe.cli.trace_facts import fit, synthesise
+from elmoe.cli.trace_profile import profile, read_prompts
 
 
 @click.group("trace")
@@ -38,15 +39,9 @@ def record(
     """Serve the prompts elastically and write the trace OUT (Parquet)."""
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.request import Request
-    from elmoe.errors import RequestError
     from elmoe.trace import TraceRecorder
 
-    try:
-        prompts = [line for line in prompts_path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise RequestError(f"'{prompts_path}' is not UTF-8 text: {error}") from error
-    if not prompts:
-        raise RequestError(f"'{prompts_path}' holds no prompt", "write one per line")
+    prompts = read_prompts(prompts_path)
     options = serving.options("elastic", min(batch, len(prompts)))
     if every_position:
         options = replace(options, draft_length=options.draft_length or 16, commit_limit=1)
@@ -125,5 +120,5 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-for subcommand in (fit, synthesise):
+for subcommand in (fit, synthesise, profile):
     command.add_command(subcommand)

@@ -3,6 +3,7 @@ that a study can replay the facts under other decisions. Routing facts: the part
 imported, or made to measure. Knows nothing of the engine or the simulator; both import it.
 """
 
+from elmoe.trace.acceptance import AcceptanceTable, load_acceptance, save_acceptance
 from elmoe.trace.facts import RoutingFacts, facts_of_trace, read_facts, write_facts
 from elmoe.trace.fit import fit_locality
 from elmoe.trace.format import TRACE_VERSION, Trace, read_trace
@@ -12,6 +13,7 @@ from elmoe.trace.replay import ReplayFacts, replay_facts
 from elmoe.trace.synthesis import synthesise
 
 __all__ = [
+    "AcceptanceTable",
     "Locality",
     "ReplayFacts",
     "RoutingFacts",
@@ -20,10 +22,12 @@ __all__ = [
     "TraceRecorder",
     "facts_of_trace",
     "fit_locality",
+    "load_acceptance",
     "load_locality",
     "read_facts",
     "read_trace",
     "replay_facts",
+    "save_acceptance",
     "save_locality",
     "synthesise",
     "write_facts",

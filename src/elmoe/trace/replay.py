@@ -96,7 +96,7 @@ def replay_facts(trace: Trace) -> ReplayFacts:
         draft_routes=table(draft_index, depths, experts[draft], 0),
         draft_scores=table(draft_index, depths, scores[draft], 0),
         experts=trace.header.model.experts,
-        resident=_mean_resident(trace, draft),
+        resident=mean_resident(trace, draft),
     )
 
 
@@ -108,7 +108,7 @@ def _starts(step: NDArray, sequence: NDArray, position: NDArray, rows: NDArray) 
     return np.where(rows, least[keys], 0)
 
 
-def _mean_resident(trace: Trace, rows: NDArray[np.bool_]) -> float:
+def mean_resident(trace: Trace, rows: NDArray[np.bool_]) -> float:
     """Share of MSB slices that were resident, a mean over the passes of ``rows``."""
     packed = [bits for bits in trace.table.column("resident").filter(rows).to_pylist() if bits is not None]
     return float(np.unpackbits(np.frombuffer(b"".join(packed), np.uint8)).mean())

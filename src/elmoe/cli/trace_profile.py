@@ -1,0 +1,87 @@
+"""``elmoe trace profile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from elmoe.cli.common import (
+    backend_option,
+    json_option,
+    percent,
+    print_json,
+    print_table,
+    progress_bar,
+    threads_option,
+    use_threads,
+)
+
+SHOWN = (1, 2, 4, 8, 16)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Lines of a text file that are not empty; RequestError if there is none."""
+    from elmoe.errors import RequestError
+
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise RequestError(f"'{path}' is not UTF-8 text: {error}") from error
+    if not prompts:
+        raise RequestError(f"'{path}' holds no prompt", "write one per line")
+    return prompts
+
+
+@click.command("profile")
+@click.argument("store")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--prompts", "prompts_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Text file, one prompt per line.")  # fmt: skip
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts after this many tokens.")
+@click.option("--max-tokens", type=click.IntRange(2), default=96, show_default=True)
+@click.option("--temperature", type=float, default=0.8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
+@click.option("--batch", type=click.IntRange(1, 64), default=16, show_default=True)
+@click.option("--depth", type=click.IntRange(1, 64), default=16, show_default=True, help="Tokens per draft.")
+@threads_option
+@backend_option
+@json_option
+def profile(
+    store: str, out: Path, prompts_path: Path, prompt_tokens: int | None, max_tokens: int, temperature: float, seed: int,
+    batch: int, depth: int, threads: int | None, backend: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure how often drafts are accepted on STORE, by bits, resident share, depth and confidence; write OUT (JSON)."""
+    from typing import Any, cast
+
+    from elmoe.bitslice import SamplingParameters
+    from elmoe.engine.engine import EngineOptions
+    from elmoe.engine.profile import BITS, SHARES, profile_acceptance
+    from elmoe.engine.request import Request
+    from elmoe.engine.session import Session
+    from elmoe.trace.acceptance import AcceptanceTable, save_acceptance
+
+    prompts = read_prompts(prompts_path)
+    use_threads(backend, threads)
+    with Session(store, EngineOptions(batch=min(batch, len(prompts))), cast(Any, backend), "memory") as session:
+        requests = [
+            Request(session.encode(text)[:prompt_tokens], max_tokens, SamplingParameters(temperature, seed=seed + index))
+            for index, text in enumerate(prompts)
+        ]
+        with progress_bar("rows", len(BITS) * len(SHARES)) as bar:
+            done = iter(range(1, 10**6))
+            rows = profile_acceptance(session, requests, depth, lambda: bar(next(done)))
+    source = f"store {store}; {len(prompts)} prompts x {max_tokens} tokens, temperature {temperature:g}, seed {seed}"
+    table = AcceptanceTable(status="measured", source=source, rows=rows)
+    save_acceptance(table, out)
+    shown = [n for n in SHOWN if n <= depth]
+    lines = [(row.bits, row.share, [table.probability(row.bits, row.share, n) for n in shown]) for row in rows]
+    if as_json:
+        names = ("bits", "share", "acceptance")
+        print_json({"out": str(out), "depths": shown, "rows": [dict(zip(names, line, strict=True)) for line in lines]})
+        return
+    print_table(
+        f"wrote {out}: acceptance by depth, where all before was accepted",
+        ("bits", "resident", *(f"depth {n}" for n in shown)),
+        [(bits, percent(share), *(percent(chance) for chance in chances)) for bits, share, chances in lines],
+    )
