@@ -183,6 +183,7 @@ def test_attention_refuses_bad_places_and_values(machine):
 def test_route(machine, experts, top_k, hidden, normalize):
     rng = np.random.default_rng(experts)
     weights = RouterWeights(normal(rng, hidden) + 1, normal(rng, experts, hidden), 1e-6, top_k, normalize)
+    everything = replace(weights, ranked=experts)
     for tokens in (1, 3, 17, 40):
         x = normal(rng, tokens, hidden)
         mask = (rng.random(experts) < 0.4).astype(np.uint8)
@@ -193,6 +194,12 @@ def test_route(machine, experts, top_k, hidden, normalize):
             ours, theirs = kernels.route(weights, x, *arguments), bitslice.route(weights, x, *arguments)
             for field in ("hidden", "ranked", "scores", "experts", "weights"):
                 assert same_bits(getattr(ours, field), getattr(theirs, field)), field
+            all_ours, all_theirs = kernels.route(everything, x, *arguments), bitslice.route(everything, x, *arguments)
+            for field in ("hidden", "ranked", "scores", "experts", "weights"):
+                assert same_bits(getattr(all_ours, field), getattr(all_theirs, field)), field
+            assert all_ours.ranked.shape == (tokens, experts)
+            assert same_bits(np.ascontiguousarray(all_ours.ranked[:, : ours.ranked.shape[1]]), ours.ranked)
+            assert same_bits(all_ours.experts, ours.experts) and same_bits(all_ours.weights, ours.weights)
 
 
 def test_route_breaks_ties_by_id_and_survives_underflow(machine):

@@ -149,7 +149,7 @@ def test_a_profile_of_the_demo_model():
     with Session("demo", EngineOptions(batch=2)) as session:
         requests = [Request(session.encode(text), 10, ignore_eos=True) for text in ("The whale", "In the morning")]
         rows = profile_acceptance(session, requests, depth=3)
-    assert [row.bits for row in rows] == [4] * 5 + [8] * 5 and len(rows[0].judged) == 3
+    assert {row.bits for row in rows} == {4, 8} and len(rows[0].judged) == 3
     assert [row.share for row in rows[:3]] == pytest.approx([4 / 64, 0.25, 0.5], abs=0.1)
     found = AcceptanceTable(status="measured", source="demo", rows=rows)
     assert found.probability(4, 0, 1) < found.probability(4, 1, 1) and found.probability(8, 1, 1) > 0.9

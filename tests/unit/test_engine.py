@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.kv import KVPool
 from elmoe.engine.request import Request
-from elmoe.errors import BudgetError, NumericsError, RequestError
+from elmoe.errors import BudgetError, NumericsError, RequestError, TraceError
 from elmoe.trace import TraceRecorder, read_trace
 from tests.tiny import TinyReader, tiny_schema
 
@@ -186,3 +187,40 @@ def test_kv_pages_are_returned_and_reused():
     pool.release(0)
     pool.reserve(1, 65)
     assert len({*pool.cache.table[1, :2].tolist()}) == 2 and (pool.cache.table[0] == -1).all()
+
+
+def test_a_recording_of_all_ranks_tells_what_drafts_ran(tmp_path):
+    """The masked choice of a draft is a function of two facts: the whole ranking and the resident set."""
+    ran: list[np.ndarray] = []
+
+    def route(weights, x, allowed=None, *rest):
+        routing = bitslice.route(weights, x, allowed, *rest)
+        if allowed is not None:
+            ran.append(routing.experts)
+        return routing
+
+    backend = SimpleNamespace(**(vars(bitslice) | {"route": route}))
+    options = EngineOptions(mode="elastic", fast_memory=0.3, draft_length=3, batch=3)
+    reference, _ = Engine(READER, bitslice, options).generate(requests(0.8))
+    with TraceRecorder(tmp_path / "t", READER.schema, all_ranks=True) as recorder:
+        results, _ = Engine(READER, backend, replace(options, all_ranks=True)).generate(requests(0.8), recorder=recorder)
+    assert results == reference
+    trace = read_trace(tmp_path / "t")
+    assert trace.header.ranks == READER.schema.experts
+    ranked = trace.routing().astype(np.int32)[trace.column("phase") == "draft"]
+    assert (np.sort(ranked, axis=2) == np.arange(READER.schema.experts)).all()
+    packed = trace.table.column("resident").filter(trace.column("phase") == "draft").to_pylist()
+    starts = [row for row, bits in enumerate(packed) if bits is not None]
+    passes = iter(ran)
+    for first, last in zip(starts, [*starts[1:], len(packed)], strict=True):
+        resident = np.unpackbits(np.frombuffer(packed[first], np.uint8))[:24].reshape(3, 8).astype(bool)
+        for layer in range(3):
+            for expected, order in zip(next(passes), ranked[first:last, layer], strict=True):
+                chosen = order[resident[layer][order]][: READER.schema.top_k]
+                assert np.array_equal(np.sort(chosen), expected)
+    assert next(passes, None) is None and len(starts) > 5
+    with (
+        pytest.raises(TraceError, match="takes 8 ranks"),
+        TraceRecorder(tmp_path / "u", READER.schema, None, True) as recorder,
+    ):
+        Engine(READER, bitslice, options).generate(requests(0.8), recorder=recorder)

@@ -23,20 +23,26 @@ from elmoe.errors import NumericsError
 @dataclass(frozen=True, eq=False)
 class RouterWeights:
     """``norm`` (hidden,) of the FFN input and ``router`` (experts, hidden), float32; ``normalize``: scale the weights of
-    the chosen experts to sum to one."""
+    the chosen experts to sum to one; ``ranked``: experts to rank, None is ``2 * top_k`` or fewer."""
 
     norm: NDArray[np.float32]
     router: NDArray[np.float32]
     epsilon: float
     top_k: int
     normalize: bool
+    ranked: int | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Experts ranked for each token."""
+        return self.ranked or min(2 * self.top_k, self.router.shape[0])
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
     """What the router said of each token.
 
-    ``hidden`` (tokens, hidden): the normed FFN input. ``ranked`` (tokens, 2 * top_k or fewer) int32: best experts by
+    ``hidden`` (tokens, hidden): the normed FFN input. ``ranked`` (tokens, ranks) int32: best experts by
     probability, unmasked; ``scores``: their probabilities. ``experts`` (tokens, k) int32: the experts to run, ascending;
     ``weights`` (tokens, k) float32.
     """
@@ -78,9 +84,8 @@ def route(
         raise NumericsError("a router logit is NaN or infinite", "check the checkpoint's weights")
     shifted = exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = shifted / lane_sum(shifted)[:, None]
-    count = min(2 * weights.top_k, logits.shape[1])
     order = np.argsort(-probabilities, axis=1, kind="stable")
-    ranked = order[:, :count].astype(np.int32)
+    ranked = order[:, : weights.ranks].astype(np.int32)
     natural = np.sort(order[:, : weights.top_k], axis=1)
     natural_sum = ascending_sum(np.take_along_axis(probabilities, natural, axis=1))
     if allowed is None:

@@ -30,11 +30,13 @@ def command() -> None:
 @click.option("--batch", type=click.IntRange(1, 64), default=8, show_default=True)
 @click.option("--every-position", is_flag=True,
               help="Draft anew from every position, as a replay needs [--draft-length is 16 then].")  # fmt: skip
+@click.option("--all-ranks", is_flag=True,
+              help="Rank every expert, so that the trace tells what a draft runs whatever is resident.")  # fmt: skip
 @serving_options
 @json_option
 def record(
     store: str, out: Path, prompts_path: Path, prompt_tokens: int | None, max_tokens: int, temperature: float, seed: int,
-    batch: int, every_position: bool, serving: Serving, as_json: bool,
+    batch: int, every_position: bool, all_ranks: bool, serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve the prompts elastically and write the trace OUT (Parquet)."""
     from elmoe.bitslice import SamplingParameters
@@ -42,7 +44,7 @@ def record(
     from elmoe.trace import TraceRecorder
 
     prompts = read_prompts(prompts_path)
-    options = serving.options("elastic", min(batch, len(prompts)))
+    options = replace(serving.options("elastic", min(batch, len(prompts))), all_ranks=all_ranks)
     if every_position:
         options = replace(options, draft_length=options.draft_length or 16, commit_limit=1)
     with serving.session(store, options) as session:
@@ -66,7 +68,7 @@ def record(
 
         with (
             progress_bar("tokens", len(requests) * max_tokens) as bar,
-            TraceRecorder(out, session.reader.schema, run) as recorder,
+            TraceRecorder(out, session.reader.schema, run, all_ranks) as recorder,
         ):
             _, statistics = session.generate(requests, recorder, committed)
     facts = statistics.as_dict()

@@ -59,7 +59,8 @@ class EngineOptions:
     slices first. ``draft_length``: tokens to draft, None lets the controller choose. ``draft_bits`` 8 is an ablation (expert
     axis alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once. ``staging_experts``:
     experts in flight or waiting to be computed. ``slow_bandwidth``: throttle of the slow tier, bytes per second.
-    ``commit_limit``: tokens kept per sequence and step; 1 records a draft from every position, for a replay.
+    ``commit_limit``: tokens kept per sequence and step; 1 records a draft from every position, for a replay. ``all_ranks``:
+    routings rank every expert, so that a trace tells what a draft runs whatever is resident.
     """
 
     mode: Mode = "elastic"
@@ -77,6 +78,7 @@ class EngineOptions:
     prefetch: bool = True
     slow_bandwidth: float | None = None
     commit_limit: int | None = None
+    all_ranks: bool = False
 
 
 class Script(Protocol):
@@ -111,7 +113,7 @@ class Engine:
         self._reader = reader
         self._backend = backend
         self._script = script
-        self._decoder = Decoder(reader, backend)
+        self._decoder = Decoder(reader, backend, self.schema.experts if options.all_ranks else None)
         self._tier: ExpertTier | None = None
         self.controller = DraftLengthController(fixed=options.draft_length if options.mode == "elastic" else 0)
         self.planner: Planner | None = None

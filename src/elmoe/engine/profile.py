@@ -29,6 +29,8 @@ def profile_acceptance(
 ) -> tuple[AcceptanceRow, ...]:
     """One row for each of ``BITS`` x ``SHARES``; the session's store must lie in memory, its options give the batch.
 
+    A run that is too short to fill a large budget has the residents of a smaller one: of equal rows one is returned.
+
     :param progress: called after each row.
     :raises RequestError: the store's experts are read from disk.
     """
@@ -38,15 +40,16 @@ def profile_acceptance(
     layouts = [session.reader.expert_layout(layer) for layer in schema.moe_layers]
     msb = sum(layout.msb_bytes for layout in layouts)
     whole = schema.experts * (msb + sum(layout.lsb_bytes for layout in layouts))
-    rows = []
+    rows: dict[tuple[int, float], AcceptanceRow] = {}
     with TemporaryDirectory() as folder:
         for bits in BITS:
             for share in SHARES:
                 budget = 1.0 if share == 1 else (share * schema.experts * msb + (share > 0)) / whole
-                rows.append(_measure(session, requests, Path(folder) / "trace", bits, budget, depth))
+                row = _measure(session, requests, Path(folder) / "trace", bits, budget, depth)
+                rows[bits, row.share] = row
                 if progress is not None:
                     progress()
-    return tuple(rows)
+    return tuple(rows.values())
 
 
 def _measure(session: Session, requests: list[Request], path: Path, bits: Any, budget: float, depth: int) -> AcceptanceRow:

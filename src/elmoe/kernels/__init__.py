@@ -187,7 +187,7 @@ def route(
 ) -> Routing:
     """Norm, route and choose experts; see ``bitslice.route``."""
     tokens, top_k = x.shape[0], weights.top_k
-    ranks, size = min(2 * top_k, weights.router.shape[0]), top_k
+    ranks, size = weights.ranks, top_k
     if allowed is not None:
         size = min(draft_top_k or top_k, top_k, int(np.count_nonzero(allowed)))
         if size == 0:

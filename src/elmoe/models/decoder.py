@@ -83,9 +83,10 @@ class Tokens:
 
 
 class Decoder:
-    """A model on a backend. ``forward`` may be called from one thread at a time."""
+    """A model on a backend. ``forward`` may be called from one thread at a time. ``ranks``: experts that its routings rank;
+    None is ``2 * top_k``."""
 
-    def __init__(self, reader: WeightReader, backend: ModuleType) -> None:
+    def __init__(self, reader: WeightReader, backend: ModuleType, ranks: int | None = None) -> None:
         self.schema = schema = reader.schema
         self._backend = backend
         self._embedding = reader.nested("embedding")
@@ -104,6 +105,7 @@ class Decoder:
                 schema.norm_epsilon,
                 schema.top_k,
                 schema.normalize_top_k,
+                ranks,
             )
             for layer in schema.moe_layers
         }

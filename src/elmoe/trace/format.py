@@ -12,13 +12,14 @@ target             int32 or null               the target's token for the next p
 draft              int32 or null               the draft's token for the next position
 confidence         float32 or null             the draft's probability of it
 draft_length       int32                       condition: tokens drafted for this sequence in this step
-experts            fixed list of uint16        router ids by rank, (layers x 2 top-k), unmasked
+experts            fixed list of uint16        router ids by rank, (layers x ranks), unmasked
 scores             fixed list of float32       their probabilities
 resident           binary or null              condition, on the first row of a pass: resident MSB slices, one bit per
                                                (layer, expert), packed as ``numpy.packbits``
 =================  ==========================  =====================================================================
 
-The file's metadata key ``elmoe`` holds JSON: ``version``, ``model`` (a ``ModelSchema``), ``ranks`` and free-form ``run``.
+The file's metadata key ``elmoe`` holds JSON: ``version``, ``model`` (a ``ModelSchema``), ``ranks`` (2 top-k, or all experts)
+and free-form ``run``.
 """
 
 from __future__ import annotations

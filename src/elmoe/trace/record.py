@@ -20,12 +20,17 @@ ROWS_PER_GROUP = 4096
 
 
 class TraceRecorder:
-    """A context manager; on a clean exit the finished file is renamed to ``path``, otherwise nothing is left behind."""
+    """A context manager; on a clean exit the finished file is renamed to ``path``, otherwise nothing is left behind.
 
-    def __init__(self, path: str | Path, model: ModelSchema, run: dict[str, Any] | None = None) -> None:
+    ``all_ranks``: the engine ranks every expert (``EngineOptions.all_ranks``), not the best ``2 * top_k``.
+    """
+
+    def __init__(
+        self, path: str | Path, model: ModelSchema, run: dict[str, Any] | None = None, all_ranks: bool = False
+    ) -> None:
         self._path = Path(path)
         self._partial = self._path.with_name(self._path.name + ".partial")
-        ranks = min(2 * model.top_k, model.experts)
+        ranks = self._ranks = model.experts if all_ranks else min(2 * model.top_k, model.experts)
         self._schema = table_schema(TraceHeader(version=TRACE_VERSION, model=model, ranks=ranks, run=run or {}))
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         self._rows = 0
@@ -52,6 +57,11 @@ class TraceRecorder:
     ) -> None:
         """Add a pass. ``ranked``, ``scores``: (tokens, ranks) per MoE layer; ``resident``: (layers, experts)."""
         rows = len(tokens)
+        if any(layer.shape != (rows, self._ranks) for layer in ranked):
+            raise TraceError(
+                f"the recorder takes {self._ranks} ranks per layer, the run gives {ranked[0].shape[1]}",
+                "set all_ranks in both, or in neither",
+            )
         columns = self._columns
         columns["step"].append(np.full(rows, step, np.int32))
         columns["phase"] += [phase] * rows
