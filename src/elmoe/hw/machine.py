@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elmoe.hw.cost import Array, Cost
-from elmoe.hw.efficiency import efficiency_of
+from elmoe.hw.efficiency import streaming_bandwidth
 from elmoe.schema.hardware import Hardware, Memory, PeArray
 
 BITS = 8
@@ -35,8 +35,8 @@ class Machine:
 
     def __init__(self, hardware: Hardware) -> None:
         self.hardware = hardware
-        self.main_bandwidth = _effective(hardware.main)
-        self.fast_bandwidth = 0.0 if hardware.fast is None else _effective(hardware.fast)
+        self.main_bandwidth = streaming_bandwidth(hardware.main)
+        self.fast_bandwidth = 0.0 if hardware.fast is None else streaming_bandwidth(hardware.fast)
         compute = hardware.compute
         self.token_rows = int(compute.tokens.value) if isinstance(compute, PeArray) else 1
 
@@ -104,7 +104,3 @@ class Machine:
     def _transfer(self, name: str, memory: Memory, bandwidth: float, count: Array) -> Cost:
         seconds = count / bandwidth
         return Cost(seconds, {f"{name} memory": count * BITS * memory.energy.value}, {name: seconds}, {name: count})
-
-
-def _effective(memory: Memory) -> float:
-    return memory.bandwidth.value * efficiency_of(memory)

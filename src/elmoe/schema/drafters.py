@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from elmoe.schema.hardware import Ratio, _Struct, load_described
+from elmoe.schema.hardware import Ratio, Struct, load_described
 
 
-class Eagle(_Struct, frozen=True, kw_only=True):
+class Eagle(Struct, frozen=True, kw_only=True):
     """A draft head of ``layers`` decoder layers that shares the target's vocabulary head; ``acceptance`` per token."""
 
     acceptance: Ratio
     layers: Ratio
 
 
-class SmallLanguageModel(_Struct, frozen=True, kw_only=True):
+class SmallLanguageModel(Struct, frozen=True, kw_only=True):
     """A separate dense model of so many ``parameters``."""
 
     acceptance: Ratio
     parameters: Ratio
 
 
-class QuantizedCopy(_Struct, frozen=True, kw_only=True):
+class QuantizedCopy(Struct, frozen=True, kw_only=True):
     """A separate 4-bit copy of the whole target."""
 
     acceptance: Ratio
 
 
-class Drafters(_Struct, frozen=True, kw_only=True):
+class Drafters(Struct, frozen=True, kw_only=True):
     """The rivals' drafts."""
 
     eagle: Eagle

@@ -152,11 +152,11 @@ class OperationsPerByte(Constant):
     dimension = "operations per byte"
 
 
-class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    pass
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of described things: frozen, and loud about unknown keys."""
 
 
-class Refresh(_Struct, frozen=True, kw_only=True):
+class Refresh(Struct, frozen=True, kw_only=True):
     """All-bank refresh: each ``interval`` (tREFI) a rank is busy for ``duration`` (tRFCab) and must close its rows before
     and open them again after it (``reopen``: tRTP + tRP + tRCD)."""
 
@@ -169,7 +169,7 @@ class Refresh(_Struct, frozen=True, kw_only=True):
             raise ValueError("refresh never ends: 'duration' + 'reopen' must be less than 'interval'")
 
 
-class Memory(_Struct, frozen=True, kw_only=True):
+class Memory(Struct, frozen=True, kw_only=True):
     """A memory: ``bandwidth`` is its peak. ``refresh`` gives the share that streaming reads reach, or ``efficiency`` states
     it; a measured box states one efficiency for all its models. With neither, streaming reads reach the peak."""
 
@@ -187,7 +187,7 @@ class Memory(_Struct, frozen=True, kw_only=True):
             raise ValueError("'efficiency' is above 100 %")
 
 
-class PeArray(_Struct, frozen=True, kw_only=True, tag="pe_array", tag_field="kind"):
+class PeArray(Struct, frozen=True, kw_only=True, tag="pe_array", tag_field="kind"):
     """Bit-slice multipliers: ``elements`` PEs of ``tokens x outputs x inputs`` multiply-accumulates per clock and pass; a
     pass takes 4 bits of the weight. ``mac_energy``: one whole INT8 multiply-accumulate, two passes."""
 
@@ -199,14 +199,14 @@ class PeArray(_Struct, frozen=True, kw_only=True, tag="pe_array", tag_field="kin
     mac_energy: EnergyPerOperation
 
 
-class Processor(_Struct, frozen=True, kw_only=True, tag="processor", tag_field="kind"):
+class Processor(Struct, frozen=True, kw_only=True, tag="processor", tag_field="kind"):
     """A processor known by its peak alone: ``throughput`` on 8-bit operands."""
 
     throughput: Throughput
     mac_energy: EnergyPerOperation
 
 
-class NearMemory(_Struct, frozen=True, kw_only=True):
+class NearMemory(Struct, frozen=True, kw_only=True):
     """Compute inside or under the main memory (``placement: main``) or under the fast memory (``placement: fast``): its
     ``bandwidth`` and the operations it can do per byte it reads; ``energy`` of a bit that does not leave the memory."""
 
@@ -216,13 +216,13 @@ class NearMemory(_Struct, frozen=True, kw_only=True):
     energy: EnergyPerBit
 
 
-class Sram(_Struct, frozen=True, kw_only=True):
+class Sram(Struct, frozen=True, kw_only=True):
     """Buffers beside the multipliers: energy of a byte of weights or activations that passes through."""
 
     energy: EnergyPerByte
 
 
-class Links(_Struct, frozen=True, kw_only=True):
+class Links(Struct, frozen=True, kw_only=True):
     """``aggregation``: partial sums between processing elements. ``stream``: the main memory's broadcast to them."""
 
     aggregation: Bandwidth
@@ -230,14 +230,14 @@ class Links(_Struct, frozen=True, kw_only=True):
     energy: EnergyPerBit
 
 
-class VectorUnit(_Struct, frozen=True, kw_only=True):
+class VectorUnit(Struct, frozen=True, kw_only=True):
     """Norms, softmax, activation functions, routing: elementwise operations."""
 
     throughput: Throughput
     energy: EnergyPerOperation
 
 
-class Features(_Struct, frozen=True, kw_only=True):
+class Features(Struct, frozen=True, kw_only=True):
     """What of ELMoE-3D is switched on; all off is the bare processor over its main memory.
 
     ``fast_dense``: dense parts live in the fast memory. ``expert_cache``: expert slices are kept there (``bit_slices``: MSB
@@ -253,7 +253,7 @@ class Features(_Struct, frozen=True, kw_only=True):
     lsb_augmentation: bool = False
 
 
-class Hardware(_Struct, frozen=True, kw_only=True):
+class Hardware(Struct, frozen=True, kw_only=True):
     """A machine and how it is used. ``layer_overhead``: fixed seconds per layer and pass (kernel launches, synchronisation).
     ``static_share``: static power as a share of the main processor's whole power, swept."""
 

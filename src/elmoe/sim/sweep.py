@@ -32,7 +32,7 @@ def ranged(hardware: Hardware) -> list[Ranged]:
 
 def changed(hardware: Hardware, path: str, value: float) -> Hardware:
     """The description with another value (SI) at ``path``; HardwareError if there is no constant."""
-    return _changed(hardware, path.split("."), value, path)  # type: ignore[no-any-return]
+    return _changed(hardware, path.split("."), value, path)
 
 
 def _changed(node: Any, path: list[str], value: float, whole: str) -> Any:
