@@ -44,7 +44,13 @@ def test_hits_and_bytes_are_predicted_exactly(tmp_path, mode, share):
 @pytest.mark.parametrize("split", ["msb_first", "whole_experts"])
 def test_every_policy_and_split_is_predicted_exactly(tmp_path, policy, split):
     run = recorded(
-        tmp_path, mode="elastic", fast_memory=0.4, batch=2, draft_length=3, split=split, residency=ResidencyParameters(policy)
+        tmp_path,
+        mode="elastic",
+        fast_memory=0.4,
+        batch=2,
+        draft_length=3,
+        split=split,
+        residency=ResidencyParameters(policy),
     )
     assert_exact(run)
 

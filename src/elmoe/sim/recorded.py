@@ -7,7 +7,7 @@ trace must rank all experts (`elmoe trace record --all-ranks`), for a draft may 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from elmoe.errors import TraceError
 from elmoe.policy.budget import FastTierSizes, SlotPlan
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
+from elmoe.systems.passes import Passes
 from elmoe.trace.format import Trace
 
 
@@ -43,10 +44,15 @@ class RecordedPass:
 
 @dataclass
 class Prediction:
-    """Counts by phase, and the same for each pass in order: (pass, tokens, slices used, fast bytes, slow bytes)."""
+    """Counts by phase, and every pass in order: its phase and a row of ``Passes`` (attention counts positions from 0)."""
 
     phases: dict[str, Counts] = field(default_factory=dict)
-    passes: list[tuple[str, int, int, int, int]] = field(default_factory=list)
+    passes: list[tuple[str, dict[str, NDArray | float]]] = field(default_factory=list)
+
+    def passes_of(self, *phases: str) -> Passes:
+        """The passes of some phases as arrays."""
+        rows = [row for phase, row in self.passes if phase in phases]
+        return Passes(**{f.name: np.array([row[f.name] for row in rows], np.float64) for f in fields(Passes)})
 
 
 def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, parameters: ResidencyParameters) -> Prediction:
@@ -61,7 +67,7 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
         raise TraceError("the trace does not rank all experts", "record it with --all-ranks")
     residency, resident = Residency(layers, experts, parameters), ResidentSet.empty(layers, experts)
     msb, lsb = np.array(sizes.msb), np.array(sizes.lsb)
-    kept = _kept_rows(trace)
+    kept, positions = _kept_rows(trace), trace.column("position")
     prediction = Prediction()
     for recorded in passes_of(trace):
         rows = recorded.rows
@@ -72,19 +78,27 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
         counts = prediction.phases.setdefault(recorded.phase, Counts())
         counts.passes += 1
         counts.tokens += len(rows)
-        before = counts.fast_bytes, counts.slow_bytes
-        for present, size, name in ((resident.msb, msb, "msb"), (resident.lsb, lsb, "lsb")):
+        hit_counts = {"msb": (used & resident.msb).sum(axis=1), "lsb": (used & resident.lsb).sum(axis=1)}
+        for size, name in ((msb, "msb"), (lsb, "lsb")):
             if name == "lsb" and recorded.phase == "draft":
                 continue
-            hits = (used & present).sum(axis=1)
+            hits = hit_counts[name]
             misses = used.sum(axis=1) - hits
             setattr(counts, f"{name}_hits", getattr(counts, f"{name}_hits") + int(hits.sum()))
             setattr(counts, f"{name}_misses", getattr(counts, f"{name}_misses") + int(misses.sum()))
             counts.fast_bytes += int(hits @ size)
             counts.slow_bytes += int(misses @ size)
+        pairs = np.full(layers, chosen.shape[0] * top_k)
+        seen = float(positions[rows].sum() + len(rows))
         prediction.passes.append(
-            (recorded.phase, len(rows), int(used.sum()), counts.fast_bytes - before[0], counts.slow_bytes - before[1])
-        )
+            (
+                recorded.phase,
+                {
+                    "tokens": len(rows), "attended": seen, "cached": seen, "active": used.sum(axis=1), "pairs": pairs,
+                    "blocks": pairs, "msb_hits": hit_counts["msb"], "lsb_hits": hit_counts["lsb"], "captured": 0.0,
+                },
+            )
+        )  # fmt: skip
         if recorded.phase != "draft" and slots is not None:
             first = np.ones(len(rows), bool) if recorded.phase == "prefill" else _first_rows(trace, rows)
             sure, committed = chosen[first], chosen[kept[rows]]
