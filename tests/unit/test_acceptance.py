@@ -153,3 +153,13 @@ def test_a_profile_of_the_demo_model():
     assert [row.share for row in rows[:3]] == pytest.approx([4 / 64, 0.25, 0.5], abs=0.1)
     found = AcceptanceTable(status="measured", source="demo", rows=rows)
     assert found.probability(4, 0, 1) < found.probability(4, 1, 1) and found.probability(8, 1, 1) > 0.9
+
+
+def test_the_preset_is_measured_and_grows_with_the_resident_share():
+    preset = load_acceptance("demo")
+    assert preset.status == "measured" and {row.bits for row in preset.rows} == {4, 8} and len(preset.rows) == 10
+    for bits in (4, 8):
+        chances = [preset.probability(bits, share, 1) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        assert chances == sorted(chances) and chances[0] < 0.5 and chances[-1] > 0.9
+    assert preset.probability(4, 1.0, 1, 0.995) > preset.probability(4, 1.0, 1, 0.2)
+    assert 0 < preset.probability(4, 0.33, 16, 0.6) < 1
