@@ -54,8 +54,9 @@ def run(scope: Scope) -> Section:
         name="breakdown",
         title="Where time and energy go",
         claim="Serving is memory-bound; elastic drafts move it to the fast memory.",
-        verdict=f"Elastic at batch {max(scope.batches)} and acceptance 0.91: the busiest resource is '{busiest}'; the main memory works "
-        f"{table[-1][1]:.0%} of the time, the fast one {table[-1][2]:.0%}, the multipliers {table[-1][3]:.0%}.",
+        verdict=f"Elastic at batch {max(scope.batches)} and acceptance 0.91: the busiest resource is '{busiest}'; the main "
+        f"memory works {table[-1][1]:.0%} of the time, the fast one {table[-1][2]:.0%}, the multipliers "
+        f"{table[-1][3]:.0%}.",
         command="experiments/fig02_breakdown/run.py",
         figures=tuple(figures),
         tables=(

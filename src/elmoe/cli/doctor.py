@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import click
 
-from elmoe.cli.common import json_option, print_json, print_table
-from elmoe.units import format_bytes
+from elmoe.cli.common import Quantity, json_option, print_json, print_table
+from elmoe.units import format_bytes, parse_bandwidth
 
 
 @click.command("doctor")
 @click.option("--store", default="demo", show_default=True, help="Store whose disk is measured.")
 @click.option("--quick", is_flag=True, help="Leave out the bandwidth measurements.")
+@click.option("--hardware", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write this machine, measured on the store, for `elmoe simulate --hardware`.")  # fmt: skip
+@click.option("--slow-bandwidth", type=Quantity("BYTES/S", parse_bandwidth), help="With --hardware: the throttle in force.")
 @json_option
-def command(store: str, quick: bool, as_json: bool) -> None:
+def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: float | None, as_json: bool) -> None:
     """What this machine can do: instruction set, threads, memory and disk bandwidth, native kernels."""
     from elmoe import __version__, kernels
     from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
@@ -39,6 +44,15 @@ def command(store: str, quick: bool, as_json: bool) -> None:
                 data[f"memory_read_bytes_per_second_{threads}_threads"] = memory_bandwidth(probe, threads)
             largest = max(reader.manifest.files, key=lambda file: file.bytes)
             data["disk_read_bytes_per_second"] = disk_bandwidth(reader.path / largest.name)
+        if hardware is not None:
+            from elmoe.engine.calibrate import calibrate, hardware_yaml
+
+            kernels.set_threads(min(64, cores))
+            calibration = calibrate(reader, slow_bandwidth)
+            hardware.write_text(
+                hardware_yaml(calibration, available, shutil.disk_usage(reader.path).total), encoding="utf-8"
+            )
+            data |= {"hardware": str(hardware), "pass_cost_fit_error": calibration.error}
     if as_json:
         print_json(data)
         return

@@ -96,10 +96,10 @@ class Machine:
         energy = {memory: count * BITS * near.energy.value, "multiply": macs * self.hardware.compute.mac_energy.value}
         return Cost(seconds, energy, {"near": seconds}, {near.placement: count})
 
-    def overhead(self, like: Array) -> Cost:
-        """The fixed seconds of a layer and pass."""
+    def overhead(self, like: Array, starts_layer: bool) -> Cost:
+        """The fixed seconds of a layer and pass, borne by the operation that starts the layer."""
         fixed = self.hardware.layer_overhead
-        return Cost(np.full_like(like, 0.0 if fixed is None else fixed.value))
+        return Cost(np.full_like(like, fixed.value if fixed is not None and starts_layer else 0.0))
 
     def _transfer(self, name: str, memory: Memory, bandwidth: float, count: Array) -> Cost:
         seconds = count / bandwidth

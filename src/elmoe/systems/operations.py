@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,8 +21,9 @@ ELEMENTWISE = 10
 @dataclass(frozen=True)
 class Operation:
     """``dense``: bytes of weights and KV that every token needs. ``msb``, ``lsb``: bytes of expert slices of active experts;
-    ``msb_hit``, ``lsb_hit``: those of them that the fast memory held. ``repeat``: times per pass. ``sums``: bytes of partial
-    sums where both memories' shares of a product meet. Arrays are (passes,), for experts (passes, layers)."""
+    ``msb_hit``, ``lsb_hit``: those of them that the fast memory held. ``repeat``: times per pass. ``sums``: bytes of
+    partial sums where both memories' shares of a product meet. ``starts_layer``: it bears the layer's fixed seconds.
+    Arrays are (passes,), for experts (passes, layers)."""
 
     name: str
     dense: Array
@@ -34,6 +35,7 @@ class Operation:
     elementwise: Array
     sums: Array
     repeat: float = 1.0
+    starts_layer: bool = False
 
 
 def operations(
@@ -78,7 +80,8 @@ def _attention(
     scores = Multiply(1, model.attention_width, passes.attended, passes.attended / lanes, KV_PASSES)
     read = parameters * bits / 8 + passes.cached * model.kv_bytes_per_position
     elementwise = (passes.tokens * model.hidden * 2 + passes.attended * model.attention_width / 128) * ELEMENTWISE
-    return _operation("attention", read, (projections, scores), elementwise, passes.tokens * model.hidden, model.layers)
+    attention = _operation("attention", read, (projections, scores), elementwise, passes.tokens * model.hidden, model.layers)
+    return replace(attention, starts_layer=True)
 
 
 def _plain(

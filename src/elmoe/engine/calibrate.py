@@ -1,0 +1,122 @@
+"""This machine as the simulator describes hardware: both tiers' bandwidths and what passes cost, measured on a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from statistics import median
+
+import numpy as np
+
+from elmoe import kernels
+from elmoe.bitslice import SamplingParameters
+from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
+from elmoe.engine.request import Request
+from elmoe.schema.model import ModelSchema
+from elmoe.store import MemoryReader
+
+BATCHES = (1, 2, 4, 8, 16)
+TOKENS, REPEATS = 32, 3
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """``fast``, ``slow``: bytes/s. ``fixed``: seconds per layer and pass. ``throughput``: operations/s, two a
+    multiply-accumulate. ``error``: mean relative error of the fit over the batch sizes."""
+
+    fast: float
+    slow: float
+    fixed: float
+    throughput: float
+    error: float
+
+
+def calibrate(reader: MemoryReader, slow_bandwidth: float | None = None) -> Calibration:
+    """Measure plain decoding of random prompts at several batch sizes, and both tiers; takes some seconds.
+
+    :param slow_bandwidth: the throttle in force, in place of the disk's own rate.
+    """
+    schema = reader.schema
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(0, schema.vocabulary, 16).tolist()) for _ in range(max(BATCHES))]
+    tokens, seconds = [], []
+    for batch in BATCHES:
+        engine = Engine(reader, kernels, EngineOptions("plain", batch=batch))
+        requests = [
+            Request(prompt, TOKENS, SamplingParameters(0.8, seed=seed), ignore_eos=True)
+            for seed, prompt in enumerate(prompts[:batch])
+        ]
+        runs = []
+        for _ in range(REPEATS):
+            counters = engine.generate(requests)[1].phases["plain"]
+            runs.append(counters.seconds / counters.steps)
+        tokens.append(float(batch))
+        seconds.append(median(runs))
+    fixed, per_token = _line(np.array(tokens), np.array(seconds))
+    modelled = fixed + per_token * np.array(tokens)
+    footprint = min(512 << 20, sum(file.bytes for file in reader.manifest.files))
+    largest = max(reader.manifest.files, key=lambda file: file.bytes)
+    slow = slow_bandwidth or disk_bandwidth(reader.path / largest.name)
+    return Calibration(
+        memory_bandwidth(footprint, kernels.threads()), slow, fixed / schema.layers,
+        2 * _macs(schema) / per_token, float(np.abs(modelled / np.array(seconds) - 1).mean()),
+    )  # fmt: skip
+
+
+def hardware_yaml(calibration: Calibration, fast_bytes: int, slow_bytes: int, name: str = "this_machine") -> str:
+    """The calibration as a hardware description for `elmoe simulate --hardware`; energies are not measured."""
+    how = f"measured by elmoe doctor {version('elmoe')}"
+    unknown = "not measured by elmoe doctor: energies of this machine mean nothing"
+
+    def measured(value: str) -> str:
+        return f'{{value: {value}, source: "{how}", status: measured}}'
+
+    def assumed(value: str) -> str:
+        return f'{{value: {value}, source: "{unknown}", status: assumed}}'
+
+    return f"""name: {name}
+description: This machine, memory over a slow tier, on the shapes of one store.
+main:
+  kind: slow tier
+  capacity: {measured(f"{slow_bytes} B")}
+  bandwidth: {measured(f"{calibration.slow / 1e9:.6f} GB/s")}
+  energy: {assumed("1 pJ/bit")}
+fast:
+  kind: memory
+  capacity: {measured(f"{fast_bytes} B")}
+  bandwidth: {measured(f"{calibration.fast / 1e9:.6f} GB/s")}
+  energy: {assumed("1 pJ/bit")}
+compute:
+  kind: processor
+  throughput: {measured(f"{calibration.throughput / 1e9:.6f} GOPS")}
+  mac_energy: {assumed("1 pJ")}
+sram:
+  energy: {assumed("1 pJ/B")}
+vector:
+  throughput: {{value: 1000 TOPS, source: "inside the measured cost of passes", status: derived}}
+  energy: {assumed("1 pJ")}
+static_share: {assumed("20 %")}
+layer_overhead: {measured(f"{max(calibration.fixed, 1e-9) * 1e6:.6f} us")}
+features: {{fast_dense: true, expert_cache: true, bit_slices: true, parallel_tiers: true, refill: true,
+  lsb_augmentation: true}}
+"""
+
+
+def _macs(schema: ModelSchema) -> float:
+    """Multiply-accumulates of weights per token."""
+    attention = schema.hidden * schema.head_dim * 2 * (schema.heads + schema.kv_heads)
+    experts = schema.top_k * 3 * schema.hidden * schema.expert_width + schema.hidden * schema.experts
+    moe, dense = len(schema.moe_layers), len(schema.dense_layers)
+    feed_forward = moe * experts + dense * 3 * schema.hidden * schema.dense_width
+    return float(schema.layers * attention + feed_forward + schema.hidden * schema.vocabulary)
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Intercept (at least 0) and slope of least relative squares."""
+    weights = 1 / y
+    design = np.stack([weights, x * weights], axis=1)
+    (intercept, slope), *_ = np.linalg.lstsq(design, np.ones_like(y), rcond=None)
+    if intercept < 0:
+        return 0.0, float((x / y) @ np.ones_like(y) / ((x / y) @ (x / y)))
+    return float(intercept), float(slope)
