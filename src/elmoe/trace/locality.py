@@ -103,17 +103,18 @@ def load_locality(name_or_path: str | Path) -> Locality:
     return locality
 
 
-def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str) -> tuple[Path, bytes]:
-    """The bytes of a preset, if one has this name, or else of a file; TraceError without one or above ``FILE_LIMIT``."""
+def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str, limit: int = FILE_LIMIT) -> tuple[Path, bytes]:
+    """The bytes of a preset, if one has this name, or else of a file; TraceError without one or above ``limit`` bytes."""
     preset = presets / f"{name_or_path}.json"
     path = preset if preset.parent == presets and preset.is_file() else Path(name_or_path)
     try:
-        if path.stat().st_size > FILE_LIMIT:
-            raise TraceError(f"'{path}' has more than {FILE_LIMIT} bytes: it is no {kind}")
+        if path.stat().st_size > limit:
+            raise TraceError(f"'{path}' has more than {limit} bytes: it is no {kind}")
         return path, path.read_bytes()
     except FileNotFoundError:
         names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
-        raise TraceError(f"there is no {kind} '{name_or_path}'", f"{hint}, or take a preset: {names}") from None
+        hint += f", or take a preset: {names}" if names else ""
+        raise TraceError(f"there is no {kind} '{name_or_path}'", hint) from None
     except OSError as error:
         raise TraceError(f"cannot read '{path}': {error.strerror or error}") from error
 

@@ -120,7 +120,9 @@ def calibrated_scores(popularity: NDArray[np.float64], layers: int, experts: int
     """
     popularity = np.asarray(popularity, np.float64)
     if popularity.shape != (layers, experts):
-        raise TraceError(f"the popularity is {popularity.shape}, not {layers} layers x {experts} experts", "match the model")
+        raise TraceError(
+            f"the popularity is {popularity.shape}, not {layers} layers x {experts} experts", "take one of the same model"
+        )
     if not np.isfinite(popularity).all() or popularity.min() < 0 or (popularity > 0).sum(axis=1).min() < top_k:
         raise TraceError(f"a layer's popularity is negative, not finite, or zero for all but {top_k - 1} experts")
     if top_k == experts:
