@@ -15,7 +15,7 @@ from elmoe.errors import TraceError
 from elmoe.trace.facts import RoutingFacts
 
 LOCALITY_VERSION = 1
-FILE_LIMIT = 1 << 20
+FILE_LIMIT, MAX_MARKS = 1 << 20, 1 << 28
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "locality"
 HOTTEST, LAGS, BATCHES = (0.10, 0.25, 0.50), (1, 4, 16), (2, 4, 8, 16)
 
@@ -145,9 +145,13 @@ def measured(facts: RoutingFacts) -> dict[str, float]:
 
     ``hottest N %``: share of the routing that a layer's most used N % of experts take. ``reuse at N``: share of a token's
     experts that the N-th token before it used too. ``distinct in N``: experts that N sequences use at the same step over the
-    most they could (N top-k), a mean over steps and layers.
+    most they could (N top-k), a mean over steps and layers. Facts of more than ``MAX_MARKS`` (sequence, position, layer,
+    expert) are judged by as many of their layers, evenly spaced.
     """
-    return statistics_of(membership(facts.chosen, facts.computed, facts.experts), facts.computed, facts.top_k)
+    sequences, positions, layers, _ = facts.ranked.shape
+    count = max(1, min(layers, MAX_MARKS // (sequences * positions * facts.experts)))
+    chosen = facts.chosen if count == layers else facts.chosen[:, :, np.arange(count) * layers // count]
+    return statistics_of(membership(chosen, facts.computed, facts.experts), facts.computed, facts.top_k)
 
 
 def statistics_of(marks: NDArray[np.bool_], computed: NDArray[np.bool_], top_k: int) -> dict[str, float]:
