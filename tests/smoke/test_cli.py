@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from elmoe.trace import read_trace
+from elmoe.trace import load_acceptance, read_trace
 
 
 def elmoe(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +115,8 @@ def test_record_look_at_and_replay_a_trace(tmp_path):
     (tmp_path / "prompts.txt").write_text("The whale was\nA prime number is\n")
     trace = tmp_path / "run.trace"
     facts = elmoe_json("trace", "record", "demo", str(trace), "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens",
-                       "24", "--every-position", "--fast-memory", "50%")  # fmt: skip
+                       "24", "--every-position", "--fast-memory", "50%", "--all-ranks")  # fmt: skip
+    assert read_trace(trace).header.ranks == 64
     assert facts["statistics"]["committed_tokens"] == 48
     assert elmoe_json("trace", "show", str(trace))["sequences"] == 2
     rates = elmoe_json("trace", "policies", str(trace), "--share", "0.25")["hit_rates"]
@@ -124,6 +125,29 @@ def test_record_look_at_and_replay_a_trace(tmp_path):
              "direct", "--fast-memory", "50%")  # fmt: skip
     data = elmoe_json(*bench)
     assert data["tier"].endswith("replayed") and len(data["rows"]) == 3 and all(row["identical"] for row in data["rows"])
+
+
+def test_fit_synthesise_import_and_profile(tmp_path):
+    fitted, facts, log = tmp_path / "fit.json", tmp_path / "facts", tmp_path / "log"
+    sizes = ("--experts", "16", "--top-k", "2", "--layers", "2")
+    made = elmoe_json("trace", "synthesise", "gsm8k", str(facts), *sizes, "--sequences", "4", "--positions", "40")
+    assert made["shape"] == [4, 40, 2, 4] and made["source"].startswith("synthetic") and made["statistics"]["reuse at 1"] > 0
+    found = elmoe_json("trace", "fit", str(facts), str(fitted))
+    assert {row["name"] for row in found["statistics"]} >= {"reuse at 4", "distinct in 4", "LRU hits at 25%"}
+    assert "measured" in elmoe("trace", "fit", str(facts), str(fitted)).stdout
+    assert elmoe_json("trace", "policies", str(facts))["hit_rates"]["belady"] > 0
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps({"layers": [0], "models": {"m": {"expert_counts": {"c4": [list(range(1, 17))]}}}}))
+    told = elmoe_json("trace", "import", str(counts), str(tmp_path / "p.json"), "--format", "olmoe")
+    assert told["experts"] == 16 and told["domains"] == ["c4"]
+    popular = ("--popularity", str(tmp_path / "p.json"), "--domain", "c4")
+    assert "of m, c4" in elmoe("trace", "synthesise", str(fitted), str(facts), *sizes, *popular).stdout.replace("\n", " ")
+    log.write_text('{"n_layers": 1, "n_experts": 4, "top_k": 2}\n[0, 3, 1]\n[0, 2, 1]\n')
+    assert elmoe_json("trace", "import", str(log), str(facts), "--format", "ndjson")["shape"] == [1, 2, 1, 2]
+    (tmp_path / "prompts.txt").write_text("The whale was\n")
+    profiled = elmoe_json("trace", "profile", "demo", str(tmp_path / "a.json"), "--prompts", str(tmp_path / "prompts.txt"),
+                          "--max-tokens", "8", "--depth", "2")  # fmt: skip
+    assert profiled["depths"] == [1, 2] and load_acceptance(tmp_path / "a.json").status == "measured"
 
 
 def test_doctor():
@@ -148,6 +172,9 @@ def test_doctor():
         (("generate", "demo", "--prompt", "x", "--slow-bandwidth", "1.7GB/s"), "no slow tier"),
         (("generate", "demo", "--prompt", "x", "--fast-memory", "1MiB", "--mode", "plain"), "minimum of"),
         (("trace", "show", "pyproject.toml"), "not a readable Parquet"),
+        (("trace", "fit", "pyproject.toml", "out"), "not a readable Parquet"),
+        (("trace", "import", "pyproject.toml", "out", "--format", "ndjson"), "line 1: not JSON"),
+        (("trace", "synthesise", "none", "out", "--experts", "4", "--top-k", "2", "--layers", "1"), "preset: alpaca"),
         (("convert", "no-such-folder", "out"), "no-such-folder"),
     ],
 )

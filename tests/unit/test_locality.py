@@ -12,6 +12,8 @@ import pytest
 from elmoe.errors import TraceError
 from elmoe.trace import Locality, RoutingFacts, fit_locality, load_locality, save_locality, synthesise
 from elmoe.trace import fit as fit_module
+from elmoe.trace import locality as locality_module
+from elmoe.trace import synthesis as synthesis_module
 from elmoe.trace.fit import lru_hit_rate
 from elmoe.trace.locality import FILE_LIMIT, measured
 from elmoe.trace.synthesis import calibrated_scores
@@ -46,6 +48,14 @@ def test_the_same_seed_gives_the_same_facts_and_prefixes_agree():
     assert facts.ranked.shape == (8, 64, 3, 8) and facts.source.startswith("synthetic: 8 x 64") and facts.top_k == 4
     everything = synthesise(locality(), 32, 4, 3, 8, 64, 1, ranks=32)
     assert np.array_equal(everything.ranked[..., :8], facts.ranked)
+
+
+def test_blocks_and_sampled_layers_bound_memory(monkeypatch):
+    facts, all_layers = made(), measured(made())
+    monkeypatch.setattr(synthesis_module, "BLOCK", 3 * 64 * 32)
+    assert np.array_equal(facts.ranked, made().ranked)
+    monkeypatch.setattr(locality_module, "MAX_MARKS", 2 * 8 * 64 * 32)
+    assert measured(facts) == measured(replace(facts, ranked=facts.ranked[:, :, [0, 1]].copy())) != all_layers
 
 
 def test_each_parameter_does_what_its_name_says():

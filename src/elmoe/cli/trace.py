@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import Serving, json_option, percent, print_json, print_table, progress_bar, serving_options
-from elmoe.cli.trace_facts import fit, synthesise
+from elmoe.cli.trace_facts import fit, import_, synthesise
 from elmoe.cli.trace_profile import profile, read_prompts
 
 
@@ -100,17 +100,17 @@ def show(path: Path, as_json: bool) -> None:
               help="Of each layer's experts that the cache holds.")  # fmt: skip
 @json_option
 def policies(path: Path, share: float, as_json: bool) -> None:
-    """Hit rates of the residency policies on a trace, and Belady's optimum."""
-    from elmoe.trace import read_trace
-    from elmoe.trace.replacement import hit_rates
+    """Hit rates of the residency policies on a trace or a facts file, and Belady's optimum."""
+    from elmoe.trace import read_facts
+    from elmoe.trace.replacement import hit_rates_of
 
-    trace = read_trace(path)
-    slots = max(1, round(share * trace.header.model.experts))
-    rates = hit_rates(trace, slots)
+    facts = read_facts(path)
+    slots = max(1, round(share * facts.experts))
+    rates = hit_rates_of(facts.chosen[facts.computed], facts.experts, slots)
     if as_json:
         print_json({"slots": slots, "hit_rates": rates})
         return
-    title = f"{slots} of {trace.header.model.experts} experts per layer, whole experts, one token at a time"
+    title = f"{slots} of {facts.experts} experts per layer, whole experts, one token at a time"
     print_table(title, ("policy", "hits"), [(name, percent(rate)) for name, rate in rates.items()])
 
 
@@ -122,5 +122,5 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-for subcommand in (fit, synthesise, profile):
+for subcommand in (import_, fit, synthesise, profile):
     command.add_command(subcommand)

@@ -1,8 +1,10 @@
-"""``elmoe trace fit`` and ``synthesise``: routing facts made to measure."""
+"""``elmoe trace import``, ``fit`` and ``synthesise``: routing facts of others, and made to measure."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,6 +12,39 @@ from elmoe.cli.common import json_option, number, print_json, print_table
 
 input_path = click.Path(exists=True, dir_okay=False, path_type=Path)
 output_path = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command("import")
+@click.argument("source", metavar="SRC", type=click.Path(exists=True, path_type=Path))
+@click.argument("out", type=output_path)
+@click.option("--format", "kind", required=True, type=click.Choice(["ndjson", "esft", "olmoe", "fiddler"]),
+              help="ndjson: steps logged by tools around llama.cpp, to routing facts. Others: published statistics, to a "
+              "popularity for `synthesise`: ESFT scores (a file or a folder), OLMoE counts, Fiddler's order.")  # fmt: skip
+@click.option("--model", help="Which model of a file that holds several.")
+@json_option
+def import_(source: Path, out: Path, kind: Any, model: str | None, as_json: bool) -> None:
+    """Import the routing of others: SRC to OUT."""
+    from elmoe.trace import import_ndjson, import_popularity, save_popularity, write_facts
+
+    if kind == "ndjson":
+        facts = import_ndjson(source)
+        write_facts(facts, out)
+        told: dict[str, Any] = {"source": facts.source, "shape": facts.ranked.shape, "prompt": int(facts.prompts[0])}
+    else:
+        popularity = import_popularity(source, kind, model)
+        save_popularity(popularity, out)
+        told = {
+            "source": popularity.source, "model": popularity.model, "status": popularity.status,
+            "layers": popularity.layers, "experts": popularity.experts, "domains": list(popularity.domains),
+        }  # fmt: skip
+    if as_json:
+        print_json({"out": str(out), **told})
+    else:
+        click.echo(f"wrote {out}: " + "; ".join(f"{key} {_brief(value)}" for key, value in told.items()))
+
+
+def _brief(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 @click.command("fit")
@@ -64,29 +99,27 @@ def fit(path: Path, out: Path, as_json: bool) -> None:
 @click.option("--positions", type=click.IntRange(1), default=96, show_default=True, help="Per sequence.")
 @click.option("--prompt", type=click.IntRange(1), default=1, show_default=True, help="Of them, the prompt's.")
 @click.option("--ranks", type=click.IntRange(1), help="Experts ranked [default: twice top-k].")
+@click.option("--popularity", "popularity_path", type=input_path, help="Of `elmoe trace import`, in place of the fit's own.")
+@click.option("--domain", help="Of the popularity [default: the mean of all].")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @json_option
 def synthesise(
     source: str, out: Path, experts: int, top_k: int, layers: int, sequences: int, positions: int, prompt: int,
-    ranks: int | None, seed: int, as_json: bool,
+    ranks: int | None, popularity_path: Path | None, domain: str | None, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Write synthetic routing facts OUT with the locality FIT: a file, or mt_bench, gsm8k, alpaca or humaneval."""
-    from elmoe.trace import load_locality, write_facts
+    from elmoe.trace import load_locality, load_popularity, write_facts
     from elmoe.trace import synthesise as make
     from elmoe.trace.locality import measured
 
+    popularity = load_popularity(popularity_path) if popularity_path else None
     facts = make(
-        load_locality(source),
-        experts,
-        top_k,
-        layers,
-        sequences,
-        positions,
-        seed,
-        ranks=ranks,
-        popularity=None,
-        prompt=prompt,
-    )
+        load_locality(source), experts, top_k, layers, sequences, positions, seed, ranks=ranks, prompt=prompt,
+        popularity=popularity.table(layers, domain) if popularity else None,
+    )  # fmt: skip
+    if popularity is not None:
+        of = f" of {popularity.model}, {domain or 'all domains'} ({popularity.source}; {popularity.status})"
+        facts = replace(facts, source=facts.source + of)
     write_facts(facts, out)
     statistics = measured(facts.decoding())
     if as_json:

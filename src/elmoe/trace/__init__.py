@@ -8,6 +8,8 @@ from elmoe.trace.facts import RoutingFacts, facts_of_trace, read_facts, write_fa
 from elmoe.trace.fit import fit_locality
 from elmoe.trace.format import TRACE_VERSION, Trace, read_trace
 from elmoe.trace.locality import Locality, load_locality, save_locality
+from elmoe.trace.ndjson import import_ndjson
+from elmoe.trace.popularity import Popularity, import_popularity, load_popularity, save_popularity
 from elmoe.trace.record import TraceRecorder
 from elmoe.trace.replay import ReplayFacts, replay_facts
 from elmoe.trace.synthesis import synthesise
@@ -15,6 +17,7 @@ from elmoe.trace.synthesis import synthesise
 __all__ = [
     "AcceptanceTable",
     "Locality",
+    "Popularity",
     "ReplayFacts",
     "RoutingFacts",
     "TRACE_VERSION",
@@ -22,13 +25,17 @@ __all__ = [
     "TraceRecorder",
     "facts_of_trace",
     "fit_locality",
+    "import_ndjson",
+    "import_popularity",
     "load_acceptance",
     "load_locality",
+    "load_popularity",
     "read_facts",
     "read_trace",
     "replay_facts",
     "save_acceptance",
     "save_locality",
+    "save_popularity",
     "synthesise",
     "write_facts",
 ]

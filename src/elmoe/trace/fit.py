@@ -18,12 +18,12 @@ from elmoe.trace.synthesis import draw_noise, latent_scores, popularity_scores, 
 
 FIT_SEEDS, CHECK_SEED = (20260414, 20260415, 20260416), 20260417
 """A try is a mean over the first; a fit reports the numbers of synthetic facts it was not fitted on."""
-MAX_VALUES = 1 << 24
+MAX_VALUES = 1 << 22
 """Latent scores of a try and seed; more layers than these allow are left out of the fit."""
 STARTS = ((0.3, 0.8, 1.5), (0.05, 0.3), (0.3, 0.8), (0.7, 2.3))
 STEPS, SMALLEST = (0.4, 0.15, 0.2, 0.8), 0.02
 LOW, HIGH = (0.0, 0.0, 0.0, 0.0), (4.0, 0.999, 1.0, 6.0)
-CACHE_SHARES = (0.25, 0.50)
+CACHE_SHARES, CACHE_TOKENS = (0.25, 0.50), 4096
 Point = Sequence[float] | NDArray[np.float64]
 
 
@@ -71,9 +71,10 @@ def fit_locality(facts: RoutingFacts) -> Locality:
 
 
 def lru_hit_rate(facts: RoutingFacts, share: float) -> float:
-    """Hit rate of an LRU cache of ``share`` of each layer's experts, one token at a time, sequence after sequence."""
+    """Hit rate of an LRU cache of ``share`` of each layer's experts, one token at a time, sequence after sequence, over the
+    first ``CACHE_TOKENS``."""
     slots = max(1, round(share * facts.experts))
-    return policy_hit_rate(facts.chosen[facts.computed], facts.experts, slots, ResidencyParameters("lru"))
+    return policy_hit_rate(facts.chosen[facts.computed][:CACHE_TOKENS], facts.experts, slots, ResidencyParameters("lru"))
 
 
 def _locality(point: Point, single: bool, source: str = "a try") -> Locality:
@@ -95,7 +96,7 @@ class _Trial:
         self._computed, self._top_k = facts.computed, facts.top_k
         layers = max(1, min(layers, MAX_VALUES // (sequences * positions * facts.experts)))
         self._popularity = popularity_scores(layers, facts.experts, seed)
-        self._noise = [draw_noise(layer, sequences, positions, facts.experts, seed) for layer in range(layers)]
+        self._noise = [draw_noise(layer, range(sequences), positions, facts.experts, seed) for layer in range(layers)]
         self._marks = np.empty((sequences, positions, layers, facts.experts), bool)
 
     def statistics(self, locality: Locality) -> dict[str, float]:

@@ -15,7 +15,7 @@ from elmoe.errors import TraceError
 from elmoe.trace.facts import RoutingFacts
 
 LOCALITY_VERSION = 1
-FILE_LIMIT = 1 << 20
+FILE_LIMIT, MAX_MARKS = 1 << 20, 1 << 28
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "locality"
 HOTTEST, LAGS, BATCHES = (0.10, 0.25, 0.50), (1, 4, 16), (2, 4, 8, 16)
 
@@ -103,17 +103,18 @@ def load_locality(name_or_path: str | Path) -> Locality:
     return locality
 
 
-def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str) -> tuple[Path, bytes]:
-    """The bytes of a preset, if one has this name, or else of a file; TraceError without one or above ``FILE_LIMIT``."""
+def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str, limit: int = FILE_LIMIT) -> tuple[Path, bytes]:
+    """The bytes of a preset, if one has this name, or else of a file; TraceError without one or above ``limit`` bytes."""
     preset = presets / f"{name_or_path}.json"
     path = preset if preset.parent == presets and preset.is_file() else Path(name_or_path)
     try:
-        if path.stat().st_size > FILE_LIMIT:
-            raise TraceError(f"'{path}' has more than {FILE_LIMIT} bytes: it is no {kind}")
+        if path.stat().st_size > limit:
+            raise TraceError(f"'{path}' has more than {limit} bytes: it is no {kind}")
         return path, path.read_bytes()
     except FileNotFoundError:
         names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
-        raise TraceError(f"there is no {kind} '{name_or_path}'", f"{hint}, or take a preset: {names}") from None
+        hint += f", or take a preset: {names}" if names else ""
+        raise TraceError(f"there is no {kind} '{name_or_path}'", hint) from None
     except OSError as error:
         raise TraceError(f"cannot read '{path}': {error.strerror or error}") from error
 
@@ -144,9 +145,13 @@ def measured(facts: RoutingFacts) -> dict[str, float]:
 
     ``hottest N %``: share of the routing that a layer's most used N % of experts take. ``reuse at N``: share of a token's
     experts that the N-th token before it used too. ``distinct in N``: experts that N sequences use at the same step over the
-    most they could (N top-k), a mean over steps and layers.
+    most they could (N top-k), a mean over steps and layers. Facts of more than ``MAX_MARKS`` (sequence, position, layer,
+    expert) are judged by as many of their layers, evenly spaced.
     """
-    return statistics_of(membership(facts.chosen, facts.computed, facts.experts), facts.computed, facts.top_k)
+    sequences, positions, layers, _ = facts.ranked.shape
+    count = max(1, min(layers, MAX_MARKS // (sequences * positions * facts.experts)))
+    chosen = facts.chosen if count == layers else facts.chosen[:, :, np.arange(count) * layers // count]
+    return statistics_of(membership(chosen, facts.computed, facts.experts), facts.computed, facts.top_k)
 
 
 def statistics_of(marks: NDArray[np.bool_], computed: NDArray[np.bool_], top_k: int) -> dict[str, float]:

@@ -21,8 +21,11 @@ def hit_rates(trace: Trace, slots: int) -> dict[str, float]:
     The policies are the engine's own. ``belady`` keeps the experts used again soonest, newcomers included: no policy that
     knows the past only can do better.
     """
-    chosen = committed_experts(trace)
-    experts = trace.header.model.experts
+    return hit_rates_of(committed_experts(trace), trace.header.model.experts, slots)
+
+
+def hit_rates_of(chosen: NDArray, experts: int, slots: int) -> dict[str, float]:
+    """See :func:`hit_rates`; ``chosen``: (tokens, layers, k) uses."""
     rates = {policy: policy_hit_rate(chosen, experts, slots, ResidencyParameters(policy)) for policy in get_args(Policy)}
     rates["belady"] = float(np.mean([_belady_hits(chosen[:, layer], experts, slots) for layer in range(chosen.shape[1])]))
     return rates

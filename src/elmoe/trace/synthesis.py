@@ -24,6 +24,8 @@ from elmoe.trace.locality import Locality
 
 CALIBRATION_SAMPLES, CALIBRATION_ROUNDS = 512, 40
 POPULARITY_STREAM, NOISE_STREAM = 1, 2
+BLOCK, MAX_SCORES = 1 << 22, 1 << 26
+"""Scores computed together, by whole sequences, and those that one sequence may have in a layer."""
 
 
 def synthesise(
@@ -55,7 +57,7 @@ def synthesise(
             f"{sequences} sequences x {positions} positions x {layers} layers, prompt {prompt}, seed {seed} cannot be",
             "give at least 1 of each, a prompt no longer than the positions, and a seed of 0 or more",
         )
-    if sequences * positions * layers * ranks > MAX_IDS or sequences * positions * experts > MAX_IDS:
+    if sequences * positions * layers * ranks > MAX_IDS or positions * experts > MAX_SCORES:
         raise TraceError("these are more expert ids than memory is meant to hold", "ask for fewer sequences or positions")
     spread = (
         locality.popularity * popularity_scores(layers, experts, seed)
@@ -63,10 +65,13 @@ def synthesise(
         else calibrated_scores(popularity, layers, experts, top_k)
     )
     ranked = np.empty((sequences, positions, layers, ranks), np.uint16)
+    together = max(1, BLOCK // (positions * experts))
     for layer in range(layers):
-        fixed, fresh = draw_noise(layer, sequences, positions, experts, seed)
-        scores = latent_scores(locality, spread[layer], fixed, fresh)
-        ranked[:, :, layer] = np.argsort(-scores, axis=-1, kind="stable")[..., :ranks]
+        for start in range(0, sequences, together):
+            block = range(start, min(start + together, sequences))
+            fixed, fresh = draw_noise(layer, block, positions, experts, seed)
+            scores = latent_scores(locality, spread[layer], fixed, fresh)
+            ranked[start : block.stop, :, layer] = np.argsort(-scores, axis=-1, kind="stable")[..., :ranks]
     shape = f"{sequences} x {positions} positions, {layers} layers, top {top_k} of {experts}, seed {seed}"
     return RoutingFacts(
         ranked, np.full(sequences, prompt, np.int32), np.full(sequences, positions, np.int32), experts, top_k,
@@ -84,16 +89,16 @@ def popularity_scores(layers: int, experts: int, seed: int) -> NDArray[np.float3
 
 
 def draw_noise(
-    layer: int, sequences: int, positions: int, experts: int, seed: int
+    layer: int, sequences: range, positions: int, experts: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Standard normals of a layer: (sequences, 1, experts) fixed ones and (2, sequences, positions, experts) fresh ones."""
-    fixed = np.empty((sequences, 1, experts), np.float32)
-    fresh = np.empty((2, sequences, positions, experts), np.float32)
-    for sequence in range(sequences):
+    fixed = np.empty((len(sequences), 1, experts), np.float32)
+    fresh = np.empty((2, len(sequences), positions, experts), np.float32)
+    for row, sequence in enumerate(sequences):
         rng = np.random.default_rng((seed, NOISE_STREAM, layer, sequence))
-        fixed[sequence] = rng.standard_normal(experts, np.float32)
+        fixed[row] = rng.standard_normal(experts, np.float32)
         both = rng.standard_normal((positions, 2, experts), np.float32)
-        fresh[:, sequence] = both.transpose(1, 0, 2)
+        fresh[:, row] = both.transpose(1, 0, 2)
     return fixed, fresh
 
 
@@ -120,7 +125,9 @@ def calibrated_scores(popularity: NDArray[np.float64], layers: int, experts: int
     """
     popularity = np.asarray(popularity, np.float64)
     if popularity.shape != (layers, experts):
-        raise TraceError(f"the popularity is {popularity.shape}, not {layers} layers x {experts} experts", "match the model")
+        raise TraceError(
+            f"the popularity is {popularity.shape}, not {layers} layers x {experts} experts", "take one of the same model"
+        )
     if not np.isfinite(popularity).all() or popularity.min() < 0 or (popularity > 0).sum(axis=1).min() < top_k:
         raise TraceError(f"a layer's popularity is negative, not finite, or zero for all but {top_k - 1} experts")
     if top_k == experts:
