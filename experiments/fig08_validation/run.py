@@ -64,8 +64,10 @@ def run(scope: Scope) -> Section:
             _checks("Decoding one sequence, DGX Spark, tokens/s, one efficiency and no overhead", boxes),
             _checks("The same with the preset's efficiency and overhead per layer", preset), _dram(),
             Table(
-                title="Engine: hits and bytes of the demo model, predicted from its trace", status="counted v predicted",
-                columns=("run", "phase", "MSB hits", "predicted", "slow bytes", "predicted", "all equal"), rows=tuple(counts),
+                title="Engine: hits and bytes of the demo model, predicted from its trace",
+                status="counted v predicted",
+                columns=("run", "phase", "MSB hits", "predicted", "slow bytes", "predicted", "all equal"),
+                rows=tuple(counts),
             ),
             Table(
                 title="Engine: milliseconds per token on this machine, slow tier throttled", status="measured v predicted",
@@ -77,7 +79,8 @@ def run(scope: Scope) -> Section:
 
 def _checks(title: str, checks: list[Check]) -> Table:
     return Table(
-        title=title, status="published measurements v simulated", columns=("case", "measured", "simulated", "error", "fitted"),
+        title=title, status="published measurements v simulated",
+        columns=("case", "measured", "simulated", "error", "fitted"),
         rows=tuple((c.name, c.measured, c.predicted, f"{c.error:+.1%}", "yes" if c.fitted else "no") for c in checks),
     )  # fmt: skip
 
@@ -90,7 +93,8 @@ def _dram() -> Table:
     measured = next(row.efficiency for row in data.rows if row.memory.startswith("LPDDR5"))
     rows = (("LPDDR5-6400", measured, efficiency_of_refresh(refresh)),)
     return Table(
-        title="Streaming efficiency (DDR5, HBM3 and GDDR7: tests/physics/test_efficiency.py)", status="Ramulator v closed form",
+        title="Streaming efficiency (DDR5, HBM3 and GDDR7: tests/physics/test_efficiency.py)",
+        status="Ramulator v closed form",
         columns=("memory", "Ramulator", "closed form"), rows=rows,
     )  # fmt: skip
 
@@ -103,7 +107,7 @@ def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ..
         prompts = [session.encode(text) for text in PROMPTS]
     with TemporaryDirectory() as folder, open_store("demo") as memory, open_direct("demo") as direct:
         bandwidth = _throttle(memory, prompts)
-        calibration = calibrate(memory, bandwidth)
+        calibration = calibrate(direct, bandwidth)
         text = hardware_yaml(calibration, 1 << 30, 1 << 40)
         hardware = load_described(text, "this machine", Hardware)
         for batch in scope.batches:

@@ -24,7 +24,7 @@ def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: floa
     """What this machine can do: instruction set, threads, memory and disk bandwidth, native kernels."""
     from elmoe import __version__, kernels
     from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
-    from elmoe.store import available_memory, open_store
+    from elmoe.store import available_memory, open_direct, open_store
 
     cores, available = len(os.sched_getaffinity(0)), available_memory()
     data: dict[str, object] = {
@@ -48,7 +48,9 @@ def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: floa
             from elmoe.engine.calibrate import calibrate, hardware_yaml
 
             kernels.set_threads(min(64, cores))
-            calibration = calibrate(reader, slow_bandwidth)
+            direct = open_direct(store)
+            with direct:
+                calibration = calibrate(direct, slow_bandwidth)
             hardware.write_text(
                 hardware_yaml(calibration, available, shutil.disk_usage(reader.path).total), encoding="utf-8"
             )

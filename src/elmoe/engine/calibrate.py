@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median
+from time import perf_counter
 
 import numpy as np
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
+from elmoe.engine.engine import READ_THREADS, Engine, EngineOptions
+from elmoe.engine.probe import memory_bandwidth
 from elmoe.engine.request import Request
+from elmoe.kernels.reads import ReadPool
 from elmoe.schema.model import ModelSchema
-from elmoe.store import MemoryReader
+from elmoe.store import DirectReader
 
 BATCHES = (1, 2, 4, 8, 16)
 TOKENS, REPEATS = 32, 3
+BURST, BURSTS = 4, 40
+"""Experts read at once, as a layer of a small batch misses them, and how often."""
 
 
 @dataclass(frozen=True)
@@ -32,36 +37,60 @@ class Calibration:
     error: float
 
 
-def calibrate(reader: MemoryReader, slow_bandwidth: float | None = None) -> Calibration:
-    """Measure plain decoding of random prompts at several batch sizes, and both tiers; takes some seconds.
+def calibrate(reader: DirectReader, slow_bandwidth: float | None = None) -> Calibration:
+    """Measure decoding of random prompts with every expert cached, at several batch sizes, and both tiers; takes some
+    seconds. The cost of passes includes what deciding about residents costs.
 
-    :param slow_bandwidth: the throttle in force, in place of the disk's own rate.
+    :param slow_bandwidth: a throttle on the slow tier, bytes per second.
     """
     schema = reader.schema
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, schema.vocabulary, 16).tolist()) for _ in range(max(BATCHES))]
     tokens, seconds = [], []
     for batch in BATCHES:
-        engine = Engine(reader, kernels, EngineOptions("plain", batch=batch))
+        engine = Engine(reader, kernels, EngineOptions("cache", batch=batch, fast_memory=1.0, split="whole_experts"))
         requests = [
             Request(prompt, TOKENS, SamplingParameters(0.8, seed=seed), ignore_eos=True)
             for seed, prompt in enumerate(prompts[:batch])
         ]
         runs = []
+        engine.generate(requests)
         for _ in range(REPEATS):
             counters = engine.generate(requests)[1].phases["plain"]
-            runs.append(counters.seconds / counters.steps)
+            runs.append((counters.seconds - counters.waited_seconds) / counters.steps)
         tokens.append(float(batch))
         seconds.append(median(runs))
     fixed, per_token = _line(np.array(tokens), np.array(seconds))
     modelled = fixed + per_token * np.array(tokens)
     footprint = min(512 << 20, sum(file.bytes for file in reader.manifest.files))
-    largest = max(reader.manifest.files, key=lambda file: file.bytes)
-    slow = slow_bandwidth or disk_bandwidth(reader.path / largest.name)
     return Calibration(
-        memory_bandwidth(footprint, kernels.threads()), slow, fixed / schema.layers,
+        memory_bandwidth(footprint, kernels.threads()), _slow_bandwidth(reader, slow_bandwidth), fixed / schema.layers,
         2 * _macs(schema) / per_token, float(np.abs(modelled / np.array(seconds) - 1).mean()),
     )  # fmt: skip
+
+
+def _slow_bandwidth(reader: DirectReader, throttle: float | None) -> float:
+    """Bytes per second of reading experts in bursts, as a layer misses them, through the engine's own pool."""
+    pool = ReadPool(READ_THREADS)
+    pool.set_bandwidth(throttle or 0.0)
+    layer = reader.schema.moe_layers[0]
+    layout = reader.expert_layout(layer)
+    size = layout.msb_bytes + layout.lsb_bytes
+    memory = mmap.mmap(-1, size * BURST)
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    rng, rates = np.random.default_rng(0), []
+    for _ in range(BURSTS):
+        began, tickets = perf_counter(), []
+        for place, expert in enumerate(rng.integers(0, reader.schema.experts, BURST).tolist()):
+            handle, offset = reader.extent(layer, expert)
+            at = address + place * size
+            tickets += pool.submit(
+                [handle, handle], [offset, offset + layout.msb_bytes], [layout.msb_bytes, layout.lsb_bytes],
+                [at, at + layout.msb_bytes], 0,
+            )  # fmt: skip
+        pool.wait(tickets)
+        rates.append(size * BURST / (perf_counter() - began))
+    return median(rates)
 
 
 def hardware_yaml(calibration: Calibration, fast_bytes: int, slow_bytes: int, name: str = "this_machine") -> str:

@@ -1,0 +1,95 @@
+"""``elmoe simulate`` and ``elmoe report`` from the command line, on real input and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from elmoe.cli.main import cli
+from elmoe.errors import ElmoeError
+
+SMALL = ["--model", "qwen3-30b-a3b", "--prompts", "mt_bench", "--batch", "1,4"]
+
+
+def run(*arguments: str):
+    result = CliRunner().invoke(cli, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_simulate_gives_a_row_for_each_case():
+    result = run("simulate", *SMALL, "--hardware", "xpu", "--hardware", "elmoe3d_8gb", "--acceptance", "0.6", "--json")
+    data = json.loads(result.stdout)
+    assert data["label"] == "simulated"
+    cases = {(r["system"], r["form"], r["batch"]) for r in data["rows"]}
+    forms = ("ar", "eagle", "small_lm", "quant")
+    assert cases == {("xpu", f, b) for f in forms for b in (1, 4)} | {
+        ("elmoe3d_8gb", f, b) for f in (*forms, "elastic") for b in (1, 4)
+    }
+    row = next(r for r in data["rows"] if r["form"] == "elastic")
+    assert row["tokens_per_second"] > 0 and row["acceptance"] == "0.6"
+    assert all(share <= 1 + 1e-9 for share in row["busy"].values())
+    assert row["joules_per_token"]["low"] < row["joules_per_token"]["high"]
+
+
+def test_a_copied_preset_with_another_bandwidth_works(tmp_path):
+    """The three lines of the README."""
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        run("simulate", "--show-preset", "xpu").stdout.replace("102.4 GB/s", "204.8 GB/s").replace("name: xpu", "name: mine")
+    )
+    result = run("simulate", *SMALL, "--hardware", "xpu", "--hardware", str(path), "--form", "ar", "--json")
+    rows = json.loads(result.stdout)["rows"]
+    rates = {(r["system"], r["batch"]): r["tokens_per_second"] for r in rows}
+    assert rates["mine", 1] == pytest.approx(2 * rates["xpu", 1], rel=0.05)
+
+
+def test_results_become_a_page(tmp_path):
+    out, page, timeline = tmp_path / "result.json", tmp_path / "page.html", tmp_path / "timeline.json"
+    systems = ("--hardware", "xpu", "--hardware", "hb_xpu", "--hardware", "elmoe3d_8gb")
+    run("simulate", *SMALL, *systems, "--out", str(out), "--timeline", str(timeline), "--json")
+    result = run("report", str(out), "--out", str(page), "--json")
+    section = json.loads(result.stdout)["sections"][0]
+    assert "speed over xPU: the claim of 6.6x" in section["verdict"]
+    html = page.read_text()
+    assert "Paper v this simulator" in html and "Plotly.newPlot" in html
+    events = json.loads(timeline.read_text())["traceEvents"]
+    assert {event["tid"] for event in events} >= {"passes", "main", "fast", "compute"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("clock: {", "clok: {"), "clok"),
+        (("102.4 GB/s", "102.4"), "has no unit"),
+        (("102.4 GB/s", "102.4 ns"), "unit of time, expected bandwidth"),
+        (("102.4 GB/s", "0 GB/s"), "not positive"),
+        (("102.4 GB/s", "-5 GB/s"), "not a positive number"),
+    ],
+)
+def test_bad_hardware_is_refused_by_file_and_path(tmp_path, change, message):
+    path = tmp_path / "my.yaml"
+    path.write_text(run("simulate", "--show-preset", "xpu").stdout.replace(*change))
+    with pytest.raises(ElmoeError, match=message) as caught:
+        run("simulate", *SMALL, "--hardware", str(path))
+    assert "my.yaml" in str(caught.value) and "$" in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_model_too_large_becomes_a_row_that_says_so():
+    arguments = ("--model", "qwen3-235b-a22b", "--prompts", "mt_bench", "--batch", "1", "--hardware", "xpu")
+    with pytest.raises(ElmoeError, match=r"needs .* 'xpu' has"):
+        run("simulate", *arguments, "--json")
+
+
+def test_bad_acceptance_and_foreign_files_are_refused(tmp_path):
+    with pytest.raises(ElmoeError, match="no probability below 1"):
+        run("simulate", *SMALL, "--acceptance", "1.5")
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    with pytest.raises(ElmoeError, match="not a section of a report"):
+        run("report", str(bad), "--out", str(tmp_path / "page.html"))
+    assert not (tmp_path / "page.html").exists()
