@@ -24,7 +24,7 @@ class Comparison:
     """One condition: our system in the better of its modes, against the xPU (plain) and the best prior row.
 
     Ratios of tokens per second, and of joules per token at each static-power share; each comparison of energy takes the
-    rival that uses the least, not the one that is fastest.
+    rival that uses the least, not the one that is fastest. ``over_rivals``: speed over each prior system in its best form.
     """
 
     model: str
@@ -33,6 +33,7 @@ class Comparison:
     acceptance: str
     mode: str
     prior: str
+    over_rivals: dict[str, float]
     speed_over_xpu: float
     speed_over_prior: float
     energy_over_xpu: dict[str, float]
@@ -54,6 +55,9 @@ def compare(rows: Iterable[dict[str, Any]], system: str = "elmoe3d_8gb", use_ar:
         if bare is None:
             continue
         fastest = max(prior, key=lambda row: row["tokens_per_second"])
+        rates: dict[str, float] = {}
+        for row in prior:
+            rates[row["system"]] = max(rates.get(row["system"], 0.0), row["tokens_per_second"])
         for label in labels:
             modes = [row for row in ours if row["form"] == "elastic" and row["acceptance"] == label]
             modes += [row for row in ours if row["form"] == "ar" and use_ar]
@@ -62,6 +66,7 @@ def compare(rows: Iterable[dict[str, Any]], system: str = "elmoe3d_8gb", use_ar:
             result.append(
                 Comparison(
                     model, prompts, batch, label, mine["form"], f"{fastest['system']}, {fastest['form']}",
+                    {name: mine["tokens_per_second"] / rate for name, rate in rates.items()},
                     mine["tokens_per_second"] / bare["tokens_per_second"],
                     mine["tokens_per_second"] / fastest["tokens_per_second"],
                     {share: bare["joules_per_token"][share] / joules[share] for share in SHARES},
