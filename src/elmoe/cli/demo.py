@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -30,10 +31,13 @@ PROMPTS = (
 @click.option("--max-tokens", type=click.IntRange(1, 1024), default=64, show_default=True)
 @click.option("--draft-length", type=click.IntRange(1, 16), default=4, show_default=True)
 @click.option("--fast-memory", type=budget, default="50%", show_default=True, help="Budget of the fast tier.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the projection as an HTML page too.")
 @threads_option
 @json_option
-def command(max_tokens: int, draft_length: int, fast_memory: int | float, threads: int | None, as_json: bool) -> None:
-    """Write text with the embedded model, plainly and elastically, and compare."""
+def command(
+    max_tokens: int, draft_length: int, fast_memory: int | float, report: Path | None, threads: int | None, as_json: bool
+) -> None:
+    """Write text with the embedded model, plainly and elastically; then what hybrid-bonded hardware would give."""
     from elmoe.engine.engine import EngineOptions
     from elmoe.engine.request import Request
     from elmoe.engine.session import Session
@@ -51,6 +55,7 @@ def command(max_tokens: int, draft_length: int, fast_memory: int | float, thread
     # Results hold tokens, log-probabilities and a hash of the KV bytes: equality is exact.
     identical = runs["elastic"][0] == runs["plain"][0] == runs["cache"][0]
     facts = {mode: statistics.as_dict() for mode, (_, statistics) in runs.items()}
+    projection = _project(report)
     if as_json:
         print_json(
             {
@@ -59,6 +64,7 @@ def command(max_tokens: int, draft_length: int, fast_memory: int | float, thread
                 "identical": identical,
                 "tier": session.tier,
                 "modes": facts,
+                "projection": projection,
             }
         )
     else:
@@ -78,6 +84,37 @@ def command(max_tokens: int, draft_length: int, fast_memory: int | float, thread
         ]
         title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {session.tier}"
         print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in rows])
-        click.echo(f"identical output: {'yes' if identical else 'NO'}")
+        click.echo(f"identical output: {'yes' if identical else 'NO'}\n")
+        _show(projection, report)
     if not identical:
         raise SystemExit(1)
+
+
+def _project(report: Path | None) -> list[dict[str, Any]]:
+    """Rows of Qwen3-30B-A3B on the paper's hardware at the acceptance measured on the demo model."""
+    from elmoe.schema.hardware import load_hardware
+    from elmoe.sim.grid import Grid, run_grid
+    from elmoe.sim.result import odds_of
+
+    systems = tuple(load_hardware(name) for name in ("xpu", "hb_xpu", "elmoe3d_8gb"))
+    grid = Grid(systems, ("qwen3-30b-a3b",), ("mt_bench",), (1, 4, 16), ("ar", "elastic"), (odds_of("demo"),))
+    rows = run_grid(grid)
+    if report is not None:
+        from elmoe.report.overview import overview
+        from elmoe.report.page import write_page
+
+        write_page([overview(rows, {"reference": "xpu"}, "elmoe demo --report")], report)
+    return rows
+
+
+def _show(rows: list[dict[str, Any]], report: Path | None) -> None:
+    cases = dict.fromkeys((row["system"], row["form"]) for row in rows)
+    rates = {(row["system"], row["form"], row["batch"]): row["speedup"] for row in rows}
+    batches = sorted({row["batch"] for row in rows})
+    print_table(
+        "Qwen3-30B-A3B on described hardware, x the plain xPU: simulated, locality and acceptance of the demo model",
+        ("system, form", *(f"batch {batch}" for batch in batches)),
+        [(", ".join(case), *(number(rates[*case, batch]) for batch in batches)) for case in cases],
+    )
+    if report is not None:
+        click.echo(f"wrote {report}")
