@@ -67,6 +67,14 @@ def test_inspect_and_verify():
     assert "MSB slices" in elmoe("inspect", "demo").stdout
 
 
+def test_export_and_convert_back(tmp_path):
+    file, store = str(tmp_path / "demo.gguf"), str(tmp_path / "store")
+    assert elmoe_json("export", "demo", file)["bytes"] == (tmp_path / "demo.gguf").stat().st_size
+    elmoe("convert", file, store)
+    common = ("--prompt", "The whale", "--max-tokens", "8")
+    assert elmoe_json("generate", store, *common)["logprobs"] == elmoe_json("generate", "demo", *common)["logprobs"]
+
+
 def test_eval(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The whale is a large animal that lives in the sea. " * 40)
@@ -176,6 +184,10 @@ def test_doctor():
         (("trace", "import", "pyproject.toml", "out", "--format", "ndjson"), "line 1: not JSON"),
         (("trace", "synthesise", "none", "out", "--experts", "4", "--top-k", "2", "--layers", "1"), "preset: alpaca"),
         (("convert", "no-such-folder", "out"), "no-such-folder"),
+        (("convert", "no-such.gguf", "out"), "no-such.gguf"),
+        (("convert", "no-such-folder", "out", "--tokenizer", "pyproject.toml"), "--tokenizer is for GGUF"),
+        (("export", "no-such-store", "out"), "no-such-store"),
+        (("export", "demo", "pyproject.toml"), "exists already"),
     ],
 )
 def test_errors_name_the_thing(arguments, message, tmp_path):

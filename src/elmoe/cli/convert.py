@@ -12,13 +12,20 @@ from elmoe.cli.common import json_option, print_json, progress_bar
 @click.command("convert")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "--tokenizer", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A tokenizer.json in place of the one a GGUF file describes.",
+)  # fmt: skip
 @json_option
-def command(source: Path, store: Path, as_json: bool) -> None:
-    """Convert the Hugging Face folder SOURCE to STORE. Resumes where a killed conversion stopped."""
+def command(source: Path, store: Path, tokenizer: Path | None, as_json: bool) -> None:
+    """Convert SOURCE to STORE: a Hugging Face folder, or a GGUF file (qwen3moe, Q8_0 bit for bit, F16, BF16 or F32).
+
+    Resumes where a killed conversion stopped.
+    """
     from elmoe.convert import convert_checkpoint
 
     with progress_bar("tensors and experts", None) as bar:
-        convert_checkpoint(source, store, lambda done, total: bar(done, total))
+        convert_checkpoint(source, store, lambda done, total: bar(done, total), tokenizer)
     if as_json:
         print_json({"store": str(store)})
     else:

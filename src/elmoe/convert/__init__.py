@@ -1,4 +1,6 @@
-"""Hugging Face checkpoint -> store, tensor by tensor. Knows nothing of how a model computes."""
+"""Hugging Face checkpoint or GGUF file -> store, and store -> GGUF file, tensor by tensor. Knows nothing of how a model
+computes.
+"""
 
 from elmoe.convert.convert import convert_checkpoint, schema_of_config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -228,6 +228,18 @@ class MemoryReader:
         first = self._file(entry.file).ctypes.data + entry.offset
         msb = first + entry.stride * np.arange(entry.experts, dtype=np.int64)
         return np.ascontiguousarray(np.stack([msb, msb + entry.msb_bytes], axis=1))
+
+    def expert_records(self, layer: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """MSB and LSB record of each expert of the layer, or of its dense FFN, without a copy."""
+        if layer in self.schema.dense_layers:
+            tensor = self._tensor(f"layers.{layer}.dense_ffn", "expert")
+            yield self._section(tensor, "msb"), self._section(tensor, "lsb")
+            return
+        entry = self._layers[layer]
+        for expert in range(entry.experts):
+            start = entry.offset + expert * entry.stride
+            record = self._file(entry.file)[start : start + entry.stride]
+            yield record[: entry.msb_bytes], record[entry.msb_bytes :]
 
     @property
     def dense_bytes(self) -> int:

@@ -35,12 +35,12 @@ from elmoe.store.format import (
 )
 
 JOURNAL = "journal.jsonl"
-Rows = Callable[[int, int], NDArray[np.float32]]
-"""Rows [first, last) of a matrix as float32."""
+Rows = Callable[[int, int], NestedMatrix]
+"""Rows [first, last) of a matrix, nested."""
 ExpertRecords = Callable[[int], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 """MSB and LSB record of an expert."""
 ROW_BLOCK = 4096
-"""Rows of a large matrix quantised at a time."""
+"""Rows of a large matrix nested at a time."""
 
 
 class JournalLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -195,13 +195,13 @@ class DenseFile:
             TensorEntry(name=name, kind=kind, shape=shape, offsets=offsets, checksum=checksum(*parts))  # type: ignore[arg-type]
         )
 
-    def nested(self, name: str, shape: tuple[int, int], rows: Rows, source: str) -> None:
-        """Quantise and add a matrix, ``ROW_BLOCK`` rows at a time; errors name its ``source``."""
+    def nested(self, name: str, shape: tuple[int, int], rows: Rows) -> None:
+        """Add a matrix, ``ROW_BLOCK`` rows at a time."""
         cells, groups = ceil_div(shape[0], BLOCK_ROWS) * ceil_div(shape[1], GROUP), ceil_div(shape[1], GROUP)
         sizes = {"hi": cells * GROUP_BYTES, "lo": cells * GROUP_BYTES, "scales": cells * 2 * BLOCK_ROWS}
         offsets = self._allocate(sizes)
         for first in range(0, shape[0], ROW_BLOCK):
-            matrix = NestedMatrix.from_weights(rows(first, min(first + ROW_BLOCK, shape[0])), source)
+            matrix = rows(first, min(first + ROW_BLOCK, shape[0]))
             before = first // BLOCK_ROWS * groups
             for section, plane, per_cell in (
                 ("hi", matrix.hi, GROUP_BYTES), ("lo", matrix.lo, GROUP_BYTES), ("scales", matrix.scales, 2 * BLOCK_ROWS)

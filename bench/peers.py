@@ -1,0 +1,328 @@
+"""Our engine against llama.cpp (and transformers) on the same weights: decoding, prefill, loading, memory.
+
+    .venv/bin/python bench/peers.py --quick --json     # OLMoE-1B-7B shapes, 4 layers: under 10 minutes
+    .venv/bin/python bench/peers.py                    # 4 and 16 layers, and the demo model
+
+Runs alternate and wait for calm; a row is the median over rounds. Definitions: bench/README.md. Needs `make peers`; stores,
+traces and exported files are kept in ``--folder`` and made once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import msgspec
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.machine_load import observed, wait_for_calm
+from bench.offload import recorded_traces, same, steady_rate, synthetic_store
+from bench.peer_llama import REPACK, Llama, PeerError, run
+from bench.peer_transformers import Transformers
+from bench.random_tokens import PROMPT, RandomTokens
+from elmoe import kernels
+from elmoe.cli.common import number, print_table, progress_bar
+from elmoe.convert.gguf_export import export_store
+from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.replay import Replay
+from elmoe.store import MemoryReader, open_store
+from elmoe.trace import read_trace, replay_facts
+
+BATCHES = (1, 4, 8, 16)
+DECODE_TARGETS = {1: 1.6, 4: 1.6, 8: 1.5, 16: 1.5}
+ELASTIC_TARGET, PREFILL_TARGET, LOAD_TARGET, MEMORY_MARGIN = 0.97, 1.2, 1.0, 300e6
+PREFILL = 512
+READ_BYTES = 1 << 30
+QUICK_SECONDS = 420
+"""Of ``--quick``, shared evenly by its cells: on a busy machine they begin fewer rounds, and say so."""
+Runner = Callable[[], float]
+
+
+@dataclass
+class Bench:
+    """What all cells share: rounds, how long a run waits for calm, the seconds after which a cell begins no further round,
+    and whom to tell how far the whole thing is."""
+
+    rounds: int
+    patience: float
+    tokens: int
+    seconds: float
+    report: Callable[[str], None]
+    probe: np.ndarray = field(default_factory=lambda: np.ones(READ_BYTES, np.uint8))
+
+    def read(self) -> float:
+        """Bytes per second of reading memory with our threads."""
+        began = perf_counter()
+        kernels.stream_read(self.probe)
+        return READ_BYTES / (perf_counter() - began)
+
+    def alternate(self, runners: dict[str, Runner]) -> Cell:
+        """Run all in turn, ``rounds`` times, ours once before that to warm up (peers are processes that warm up
+        themselves); who fails is left out."""
+        cell, began = Cell({}, {}, []), perf_counter()
+        for turn in range(self.rounds + 1):
+            if turn > 1 and perf_counter() - began > self.seconds:
+                break
+            for name, runner in list(runners.items()):
+                if not turn and name not in ("ours", "plain"):
+                    continue
+                wait_for_calm(min(self.patience, self.seconds / 20))
+                try:
+                    value, others = observed(runner)
+                except PeerError as error:
+                    cell.failures[name] = str(error)
+                    del runners[name]
+                    cell.values.pop(name, None)
+                    continue
+                if turn:
+                    cell.values.setdefault(name, []).append(value)
+                    cell.others.append(others)
+        return cell
+
+
+@dataclass
+class Cell:
+    """What alternating runs gave: values by runner, reasons of those that failed, cores that others used meanwhile."""
+
+    values: dict[str, list[float]]
+    failures: dict[str, str]
+    others: list[float]
+
+    def best(self, names: list[str], most: bool = True) -> str | None:
+        """The runner among ``names`` with the best median."""
+        ran = [name for name in names if name in self.values]
+        return (max if most else min)(ran, key=lambda name: median(self.values[name])) if ran else None
+
+    def row(self, work: str, unit: str, target: float, against: str, peers: list[str]) -> dict[str, Any]:
+        """A row of rates: the ratio is the median over rounds of ours over the best peer's."""
+        mine, peer = self.values["ours"], self.best(peers)
+        ratio = None if peer is None else median(a / b for a, b in zip(mine, self.values[peer], strict=True))
+        return {
+            "work": work, "against": against, "variant": peer, "unit": unit, "ours": median(mine),
+            "peer": None if peer is None else median(self.values[peer]), "ratio": ratio, "target": target,
+            "met": None if ratio is None else ratio >= target, "share_of_bandwidth": None,
+            "failed": {name: self.failures[name] for name in peers if name in self.failures} or None,
+            "others_cores": median(self.others), "rounds": len(mine), "runs": self.values,
+        }  # fmt: skip
+
+
+def step_bytes(reader: MemoryReader, experts: float) -> float:
+    """Bytes of weights that a step reads if a layer runs ``experts`` experts; the KV cache is not counted."""
+    schema = reader.schema
+    sizes = {"float32": 4.0, "nested": 34 / 32, "expert": 3 * 34 / 32}
+    dense = sum(
+        sizes[tensor.kind] * float(np.prod(tensor.shape))
+        for tensor in reader.manifest.tensors
+        if tensor.name != "embedding" or schema.tied_embeddings
+    )
+    return dense + len(schema.moe_layers) * experts * 3 * schema.hidden * schema.expert_width * 34 / 32
+
+
+def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) -> Iterator[dict[str, Any]]:
+    """Decoding, prefill, load time and memory."""
+    schema, variants = reader.schema, list(REPACK)
+    backend = RandomTokens(kernels, schema)  # type: ignore[arg-type]
+    for batch in BATCHES:
+        bench.report(f"decode, batch {batch}")
+        engine = Engine(reader, backend, EngineOptions("plain", batch=batch))  # type: ignore[arg-type]
+
+        def ours(engine: Engine = engine, batch: int = batch) -> float:
+            return steady_rate(engine, backend.requests(batch, PROMPT, bench.tokens))[0]
+
+        peers = {name: partial(llama.decode, name, batch, bench.tokens) for name in variants}
+        cell = bench.alternate({"ours": ours, "read": bench.read, **peers})
+        row = cell.row(f"decode, batch {batch}", "tokens/s", DECODE_TARGETS[batch], "llama.cpp", variants)
+        experts, bandwidth = backend.experts_per_step(batch), median(cell.values["read"])
+        per_token = step_bytes(reader, experts) / batch / bandwidth
+        yield row | {
+            "share_of_bandwidth": row["ours"] * per_token,
+            "peer_share_of_bandwidth": None if row["peer"] is None else row["peer"] * per_token,
+            "read_bytes_per_second": bandwidth, "experts_per_layer": experts,
+        }  # fmt: skip
+    bench.report("prefill")
+    engine = Engine(reader, backend, EngineOptions("plain"))  # type: ignore[arg-type]
+    peers = {name: lambda name=name: llama.bench(name, PREFILL, 0)[0] for name in variants}
+    cell = bench.alternate({"ours": partial(prefill_rate, engine, backend), **peers})
+    yield cell.row(f"prefill, {PREFILL} tokens", "tokens/s", PREFILL_TARGET, "llama.cpp", variants)
+    yield from processes(bench, reader, llama, store)
+
+
+def prefill_rate(engine: Engine, backend: RandomTokens) -> float:
+    """Prompt tokens per second until the first token is there."""
+    requests = backend.requests(1, PREFILL, 1)
+    began = perf_counter()
+    engine.generate(requests)
+    return PREFILL / (perf_counter() - began)
+
+
+def processes(bench: Bench, reader: MemoryReader, llama: Llama, store: str) -> Iterator[dict[str, Any]]:
+    """Whole processes: from start to the first token with the file in the page cache; peak resident memory."""
+    variants = list(REPACK)
+
+    text = "".join(chr(code) for code in np.random.default_rng(0).integers(33, 127, PREFILL))
+
+    def generate(prompt: int, tokens: int) -> list[str]:
+        return [sys.executable, "-m", "elmoe.cli.main", "generate", store, "--prompt", text[:prompt], "--max-tokens",
+                str(tokens), "--ignore-eos", "--mode", "plain", "--reader", "memory", "--threads", "2"]  # fmt: skip
+
+    bench.report("load to first token")
+    peers = {name: lambda name=name: llama.bench(name, 0, 1, warm_up=False)[1].seconds for name in variants}
+    cell = bench.alternate({"ours": lambda: run(generate(1, 1)).seconds, **peers})
+    yield lower(cell, "load to first token", "s", LOAD_TARGET, variants)
+    bench.report("peak memory")
+    few = Bench(1, bench.patience, bench.tokens, bench.seconds, bench.report, bench.probe)
+    peers = {name: lambda name=name: llama.bench(name, PREFILL, 8)[1].peak for name in variants}
+    cell = few.alternate({"ours": lambda: run(generate(PREFILL, 8)).peak, **peers})
+    store_bytes = sum(file.bytes for file in reader.manifest.files)
+    kv = reader.schema.kv_bytes_per_position * (PREFILL + 8)
+    yield lower(cell, "peak memory", "bytes", store_bytes + kv + MEMORY_MARGIN, variants)
+
+
+def lower(cell: Cell, work: str, unit: str, target: float, variants: list[str]) -> dict[str, Any]:
+    """A row where less is better: the target is the most that ours may be, the ratio the peer's over ours."""
+    row, peer = cell.row(work, unit, target, "llama.cpp", variants), cell.best(variants, most=False)
+    values = None if peer is None else cell.values[peer]
+    return row | {
+        "variant": peer, "peer": None if values is None else median(values), "met": row["ours"] <= target,
+        "ratio": None if values is None else median(b / a for a, b in zip(cell.values["ours"], values, strict=True)),
+    }  # fmt: skip
+
+
+def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Iterator[dict[str, Any]]:
+    """Elastic decoding over plain decoding, both replaying the demo model's routing and acceptance, all in memory."""
+    replay = Replay(kernels, reader.schema, [replay_facts(read_trace(path)) for path in traces])
+    tokens = 2 * bench.tokens
+    for batch in BATCHES:
+        bench.report(f"elastic, batch {batch}")
+        engines = {
+            name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
+            for name, mode in (("ours", "elastic"), ("plain", "plain"))
+        }
+        digests: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
+
+        def rate(name: str, engines: Any = engines, digests: Any = digests, facts: Any = facts, batch: int = batch) -> float:
+            value, facts[name] = steady_rate(engines[name], replay.requests(list(range(batch)), tokens))
+            digests[name] = replay.committed_digests()
+            return value
+
+        cell = bench.alternate({name: partial(rate, name) for name in engines})
+        row = cell.row(f"elastic, batch {batch}", "tokens/s", ELASTIC_TARGET, "our plain decoding", ["plain"])
+        yield row | {
+            "identical": same(digests["ours"], digests["plain"]), "acceptance_rate": facts["ours"]["acceptance_rate"],
+            "tokens_per_verification": facts["ours"]["tokens_per_verification"],
+        }  # fmt: skip
+
+
+def against_transformers(bench: Bench, reader: MemoryReader, file: Path) -> Iterator[dict[str, Any]]:
+    """Decoding at batch 1 and prefill; rows with a reason where transformers cannot run."""
+    bench.report("transformers")
+    works = {"decode, batch 1": DECODE_TARGETS[1], f"prefill, {PREFILL} tokens": PREFILL_TARGET}
+    try:
+        with Transformers(file) as peer:
+            backend = RandomTokens(kernels, reader.schema)  # type: ignore[arg-type]
+            engine = Engine(reader, backend, EngineOptions("plain"))  # type: ignore[arg-type]
+            pairs: list[tuple[Runner, Runner]] = [
+                (lambda: steady_rate(engine, backend.requests(1, PROMPT, bench.tokens))[0],
+                 lambda: peer.decode(bench.tokens)),
+                (lambda: prefill_rate(engine, backend), lambda: peer.prefill(PREFILL)),
+            ]  # fmt: skip
+            for (work, target), (ours, theirs) in zip(works.items(), pairs, strict=True):
+                cell = bench.alternate({"ours": ours, "bfloat16": theirs})
+                yield cell.row(work, "tokens/s", target, "transformers", ["bfloat16"])
+    except PeerError as error:
+        for work, target in works.items():
+            yield {
+                "work": work, "against": "transformers", "target": target, "skipped": str(error),
+                **dict.fromkeys(("variant", "unit", "ours", "peer", "ratio", "met", "share_of_bandwidth")),
+            }  # fmt: skip
+
+
+def exported(store: str, file: Path) -> MemoryReader:
+    """The store, and its GGUF beside it, made once. GGUF's qwen3moe rescales the chosen experts' weights: so do we here."""
+    reader = open_store(store)
+    reader.schema = msgspec.structs.replace(reader.schema, normalize_top_k=True)
+    if not file.exists():
+        export_store(reader, file)
+    return reader
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    def cell(row: dict[str, Any], key: str) -> str | None:
+        value = row[key]
+        if value is None or row.get("unit") != "bytes" or key == "ratio":
+            return number(value)
+        return f"{value / 1e9:.2f} GB"
+
+    print_table(
+        title,
+        ("model", "work", "against", "ours", "peer", "variant", "ratio", "target", "met", "share of bandwidth", "others"),
+        [
+            (r["model"], r["work"], r["against"], cell(r, "ours"), cell(r, "peer"), r["variant"], cell(r, "ratio"),
+             cell(r, "target"), r.get("skipped") or {None: "-", True: "yes", False: "NO"}[r["met"]],
+             None if r["share_of_bandwidth"] is None else f"{r['share_of_bandwidth']:.0%}", number(r.get("others_cores")))
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("build/offload"), help="where stores and files are kept")
+    parser.add_argument("--quick", action="store_true", help="4 layers only, fewer tokens")
+    parser.add_argument("--models", default="4,16,demo", help="layers of OLMoE's shapes, or demo")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, help="seconds to wait for a calm machine before a run")
+    parser.add_argument("--llamacpp", type=Path, default=Path("build/peers/bin"), help="folder of `make peers`")
+    parser.add_argument("--only", default="llama,elastic,transformers", help="parts to run")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    kernels.set_threads(2)
+    models, parts = ["4"] if arguments.quick else arguments.models.split(","), arguments.only.split(",")
+    patience = arguments.patience if arguments.patience is not None else 30.0
+    rows: list[dict[str, Any]] = []
+    total = len(models) * (3 + len(BATCHES)) * ("llama" in parts) + len(models) * len(BATCHES) * ("elastic" in parts)
+    total += "transformers" in parts
+    with progress_bar("peers", total) as bar:
+        done = -1
+
+        def report(what: str) -> None:
+            nonlocal done
+            done += 1
+            bar(done)
+            print(what, file=sys.stderr)
+
+        tokens, seconds = (24, QUICK_SECONDS / total) if arguments.quick else (48, float("inf"))
+        bench = Bench(arguments.rounds, patience, tokens, seconds, report)
+        for model in models:
+            store = "demo" if model == "demo" else str(synthetic_store(arguments.folder, int(model)))
+            file = arguments.folder / ("demo.gguf" if model == "demo" else f"olmoe-{model}-qwen3moe.gguf")
+            with exported(store, file) as reader:
+                jobs: list[Iterator[dict[str, Any]]] = []
+                if "llama" in parts:
+                    jobs.append(against_llama(bench, reader, Llama(arguments.llamacpp, file), store))
+                if "elastic" in parts:
+                    jobs.append(against_plain(bench, reader, recorded_traces(arguments.folder, None)))
+                if "transformers" in parts and model == models[0]:
+                    jobs.append(against_transformers(bench, reader, file))
+                for job in jobs:
+                    rows += [{"model": model} | row for row in job]
+    if arguments.json:
+        print(json.dumps({"kernels": kernels.variant(), "rounds": arguments.rounds, "rows": rows}, indent=1))
+    else:
+        show(rows, f"our engine over its peers, medians of {arguments.rounds}, 2 threads")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""``elmoe export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from elmoe.cli.common import json_option, print_json, progress_bar
+
+
+@click.command("export")
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@json_option
+def command(store: str, out: Path, as_json: bool) -> None:
+    """Write STORE as the GGUF file OUT (qwen3moe, Q8_0), bit for bit: what llama.cpp and its kin read."""
+    from elmoe.convert.gguf_export import export_store
+    from elmoe.store import open_store
+
+    with open_store(store) as reader, progress_bar("writing", None, bytes_=True) as bar:
+        export_store(reader, out, lambda done, total: bar(done, total))
+    if as_json:
+        print_json({"file": str(out), "bytes": out.stat().st_size})
+    else:
+        click.echo(f"wrote {out}")

@@ -1,0 +1,165 @@
+"""Store -> GGUF (Q8_0): codes and scales as they are, norms and routers as float32, tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from numpy.typing import NDArray
+
+from elmoe.bitslice import NestedMatrix
+from elmoe.bitslice.nested import GROUP
+from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, GgufTokenizer, describe, idle_merge
+from elmoe.convert.q8_0 import BLOCK_BYTES, blocks_of
+from elmoe.convert.source import NORM_NAMES
+from elmoe.errors import ConvertError
+from elmoe.models import qwen3_moe_gguf
+from elmoe.schema.model import ModelSchema
+from elmoe.store import MemoryReader
+from elmoe.store.writer import ROW_BLOCK
+
+Rows = Callable[[], Iterator[NDArray]]
+"""A tensor's rows, part by part."""
+
+
+def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int, int], None] | None = None) -> None:
+    """Write an open store as one GGUF file of llama.cpp's architecture ``qwen3moe``, under a temporary name until it is
+    whole. Peak memory is that of the largest tensor.
+
+    :param progress: takes (bytes of tensors written, all).
+    :raises ConvertError: the file exists, the model or its tokenizer cannot be said in GGUF, or the disk has no room.
+    """
+    path, schema = Path(path), reader.schema
+    if path.exists():
+        raise ConvertError(f"'{path}' exists already", "remove it or choose another name")
+    metadata = qwen3_moe_gguf.metadata_of(schema)
+    tokenizer_json = reader.tokenizer_path.read_bytes()
+    tokenizer = describe(tokenizer_json, schema.vocabulary)
+    tensors = list(_tensors(reader))
+    total = sum(_bytes(name, shape, plain) for name, shape, plain, _ in tensors)
+    partial_path = path.with_name(path.name + ".partial")
+    with _atomic(path, partial_path, total + len(tokenizer_json) * 4):
+        writer = GGUFWriter(partial_path, qwen3_moe_gguf.ARCHITECTURE)
+        try:
+            for key, value in metadata.items():
+                writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, int(value))
+            _add_texts(writer, schema, tokenizer, tokenizer_json, reader.chat_template())
+            for name, shape, plain, _ in tensors:
+                kind = GGMLQuantizationType.F32 if plain else GGMLQuantizationType.Q8_0
+                # The writer takes the shape in elements where the type is not said to be bytes.
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), _bytes(name, shape, plain), kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            done = 0
+            for name, shape, plain, rows in tensors:
+                data = np.empty(_bytes(name, shape, plain), np.uint8)
+                end = 0
+                for part in rows():
+                    flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+                    data[end : end + flat.size] = flat
+                    end += flat.size
+                assert end == data.size, name
+                writer.write_tensor_data(data)
+                done += end
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            writer.close()
+
+
+def _bytes(name: str, shape: tuple[int, ...], plain: bool) -> int:
+    count = int(np.prod(shape, dtype=object))
+    if not plain and shape[-1] % GROUP:
+        raise ConvertError(
+            f"tensor '{name}' has {shape[-1]} columns, Q8_0 needs a multiple of {GROUP}",
+            "this model cannot be written as Q8_0",
+        )
+    return 4 * count if plain else count // GROUP * BLOCK_BYTES
+
+
+def _tensors(reader: MemoryReader) -> Iterator[tuple[str, tuple[int, ...], bool, Rows]]:
+    """(name, shape outermost first, whether float32, rows) of every tensor, in the order they are written."""
+    schema = reader.schema
+    for ours, parts in qwen3_moe_gguf.tensor_sources(schema).items():
+        before = 0
+        for name, shape in parts:
+            if ours.endswith(NORM_NAMES):
+                yield name, shape, True, partial(_plain, reader, ours)
+            else:
+                yield name, shape, False, partial(_matrix_rows, reader, ours, before, before + shape[0], name)
+            before += shape[0]
+    for layer in range(schema.layers):
+        for projection, (name, shape) in qwen3_moe_gguf.ffn_sources(schema, layer).items():
+            yield name, shape, False, partial(_expert_rows, reader, layer, projection, name)
+
+
+def _plain(reader: MemoryReader, name: str) -> Iterator[NDArray]:
+    yield reader.array(name)
+
+
+def _matrix_rows(reader: MemoryReader, ours: str, first: int, last: int, name: str) -> Iterator[NDArray]:
+    yield from _part_rows(reader.nested(ours), first, last, name)
+
+
+def _expert_rows(reader: MemoryReader, layer: int, projection: str, name: str) -> Iterator[NDArray]:
+    layout = reader.expert_layout(layer)
+    for msb, lsb in reader.expert_records(layer):
+        matrix = layout.unpack(msb, lsb)[projection]
+        yield from _part_rows(matrix, 0, matrix.rows, name)
+
+
+def _part_rows(matrix: NestedMatrix, first: int, last: int, name: str) -> Iterator[NDArray[np.uint8]]:
+    """Blocks of rows [first, last), ``ROW_BLOCK`` at a time."""
+    for start in range(first - first % 16, last, ROW_BLOCK):
+        blocks = blocks_of(matrix, start, min(start + ROW_BLOCK, last), name)
+        yield blocks[max(first - start, 0) :]
+
+
+def _add_texts(
+    writer: GGUFWriter, schema: ModelSchema, tokenizer: GgufTokenizer, tokenizer_json: bytes, template: str | None
+) -> None:
+    """Tokenizer and chat template."""
+    writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
+    writer.add_quantization_version(2)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types(tokenizer.types)
+    writer.add_token_merges(tokenizer.merges or [idle_merge(tokenizer.tokens)])
+    writer.add_string("tokenizer.huggingface.json", tokenizer_json.decode())
+    writer.add_add_bos_token(tokenizer.add_bos is not None)
+    if tokenizer.add_bos is not None:
+        writer.add_bos_token_id(tokenizer.add_bos)
+    for index, add in zip(schema.eos_tokens, (writer.add_eos_token_id, writer.add_eot_token_id), strict=False):
+        add(index)
+    if len(schema.eos_tokens) > 2:
+        writer.add_array(ALL_EOS_KEY, list(schema.eos_tokens))
+    if template is not None:
+        writer.add_chat_template(template)
+
+
+@contextmanager
+def _atomic(path: Path, partial_path: Path, needed: int) -> Iterator[None]:
+    """Check the room, and give the file its name once it is written and synced; on an error nothing is left."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < needed:
+            raise ConvertError(
+                f"'{path}' needs {needed} bytes of disk, {free} are free", "free some disk or choose another place"
+            )
+        yield
+        with open(partial_path, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.rename(partial_path, path)
+    except OSError as error:
+        raise ConvertError(f"cannot write '{path}': {error.strerror}") from error
+    finally:
+        partial_path.unlink(missing_ok=True)

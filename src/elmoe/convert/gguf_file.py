@@ -1,0 +1,224 @@
+"""GGUF files, one or split, each count and offset checked before it is used.
+
+Types, sizes and names are those of the ``gguf`` package, its reader is not: it believes counts (an array of 2^40 entries is
+walked through, file or no file) and makes several arrays for every token of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as TensorType
+from gguf import GGUFValueType as ValueType
+from numpy.typing import NDArray
+
+from elmoe.convert.q8_0 import BLOCK_BYTES, split_blocks
+from elmoe.errors import ConvertError
+
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MOST_DIMENSIONS, MOST_PARTS = 4, 1000
+DAMAGED = "download the file anew"
+FLOAT_TYPES = {TensorType.F32: 4, TensorType.F16: 2, TensorType.BF16: 2}
+"""Types that are quantised (matrices) or widened (norms, routers), and their bytes per element."""
+_SCALARS = {
+    ValueType.UINT8: "B", ValueType.INT8: "b", ValueType.UINT16: "H", ValueType.INT16: "h", ValueType.UINT32: "I",
+    ValueType.INT32: "i", ValueType.FLOAT32: "f", ValueType.UINT64: "Q", ValueType.INT64: "q", ValueType.FLOAT64: "d",
+    ValueType.BOOL: "?",
+}  # fmt: skip
+_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor's place: ``shape`` outermost first (GGUF writes it innermost first), ``start`` in bytes from the file's
+    begin."""
+
+    shape: tuple[int, ...]
+    type: TensorType
+    start: int
+    bytes: int
+
+
+class GgufPart:
+    """One file, mapped: its metadata and where its tensors are. ConvertError where anything lies outside the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        try:
+            with open(path, "rb") as handle:
+                self._end = handle.seek(0, 2)
+                self._map = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ) if self._end else b""
+        except FileNotFoundError:
+            raise ConvertError(f"there is no file '{path}'", "give a GGUF file; of a split one, all parts") from None
+        except OSError as error:
+            raise ConvertError(f"'{path}' cannot be opened: {error.strerror}") from error
+        self._at = 0
+        if bytes(self._map[:4]) != b"GGUF":
+            raise ConvertError(f"'{self.name}' is no GGUF file", "give a .gguf file, or a Hugging Face folder")
+        self._at = 4
+        version = self._number("I", "the version")
+        if version not in VERSIONS:
+            raise ConvertError(
+                f"'{self.name}' has GGUF version {version}", "supported: little-endian files of version 2 and 3"
+            )
+        tensors, values = self._number("Q", "the tensor count"), self._number("Q", "the metadata count")
+        # An entry takes at least: name length, dimensions, type and offset; name length, type and one byte.
+        self._room(tensors * 24 + values * 13, f"{tensors} tensors and {values} metadata values")
+        self.metadata: dict[str, Any] = {}
+        for _ in range(values):
+            key = self._text("a metadata key")
+            self.metadata[key] = self._value(self._number("I", key), key)
+        infos = [self._tensor() for _ in range(tensors)]
+        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+            raise ConvertError(f"'{self.name}': general.alignment is {alignment!r}", DAMAGED)
+        data = -(-self._at // alignment) * alignment
+        self.tensors: dict[str, Tensor] = {}
+        for name, shape, kind, offset, size in infos:
+            if name in self.tensors:
+                raise ConvertError(f"tensor '{name}' is in '{self.name}' twice", DAMAGED)
+            if data + offset + size > self._end:
+                raise ConvertError(f"tensor '{name}' lies outside '{self.name}'", "complete the download")
+            self.tensors[name] = Tensor(shape, kind, data + offset, size)
+
+    def _room(self, size: int, what: str) -> None:
+        if size > self._end - self._at:
+            raise ConvertError(f"'{self.name}' ends before {what}", "complete the download")
+
+    def _number(self, letter: str, what: str) -> Any:
+        size = struct.calcsize("<" + letter)
+        self._room(size, what)
+        self._at += size
+        return struct.unpack_from("<" + letter, self._map, self._at - size)[0]
+
+    def _text(self, what: str) -> str:
+        length = self._number("Q", what)
+        self._room(length, what)
+        self._at += length
+        try:
+            return str(self._map[self._at - length : self._at], "utf-8")
+        except UnicodeDecodeError:
+            raise ConvertError(f"'{self.name}': {what} is not UTF-8", DAMAGED) from None
+
+    def _value(self, kind: int, key: str) -> Any:
+        if kind == ValueType.STRING:
+            return self._text(f"'{key}'")
+        if kind in _SCALARS:
+            number = self._number(_SCALARS[ValueType(kind)], f"'{key}'")
+            # 1e-6 was rounded to float32: take the shortest decimal that is rounded so.
+            return float(str(np.float32(number))) if kind == ValueType.FLOAT32 else number
+        if kind != ValueType.ARRAY:
+            raise ConvertError(f"'{self.name}': metadata '{key}' has the unknown type {kind}", DAMAGED)
+        inner, count = self._number("I", f"'{key}'"), self._number("Q", f"'{key}'")
+        if inner == ValueType.STRING:
+            self._room(8 * count, f"the {count} strings of '{key}'")
+            return [self._text(f"'{key}'") for _ in range(count)]
+        if inner not in _SCALARS:
+            raise ConvertError(f"'{self.name}': metadata '{key}' is an array of the type {inner}", DAMAGED)
+        layout = np.dtype("<" + _SCALARS[ValueType(inner)])
+        self._room(layout.itemsize * count, f"the {count} values of '{key}'")
+        self._at += layout.itemsize * count
+        return np.frombuffer(self._map, layout, count, self._at - layout.itemsize * count).tolist()
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], TensorType, int, int]:
+        name = self._text("a tensor's name")
+        dimensions = self._number("I", f"tensor '{name}'")
+        if not 0 < dimensions <= MOST_DIMENSIONS:
+            raise ConvertError(f"tensor '{name}' in '{self.name}' has {dimensions} dimensions", DAMAGED)
+        shape = tuple(self._number("Q", f"tensor '{name}'") for _ in range(dimensions))[::-1]
+        number, offset = self._number("I", f"tensor '{name}'"), self._number("Q", f"tensor '{name}'")
+        try:
+            kind = TensorType(number)
+        except ValueError:
+            raise ConvertError(f"tensor '{name}' has the unknown type {number}", "update the package gguf") from None
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if not all(shape) or shape[-1] % block:
+            raise ConvertError(f"tensor '{name}' of type {kind.name} has shape {list(shape)}", DAMAGED)
+        count = 1
+        for side in shape:
+            count *= side
+        return name, shape, kind, offset, count // block * block_bytes
+
+    def rows(self, tensor: Tensor, first: int, last: int) -> NDArray[np.uint8]:
+        """Rows [first, last) of a tensor seen as a matrix of its innermost dimension: (rows, bytes of a row), a view."""
+        count = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+        size = tensor.bytes // count
+        data = np.frombuffer(self._map, np.uint8, (last - first) * size, tensor.start + first * size)
+        return data.reshape(last - first, size)
+
+
+class GgufFile:
+    """A model in one GGUF file or in parts named ``-00001-of-0000N.gguf`` (give the first)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parts = [GgufPart(part) for part in part_paths(path)]
+        self.metadata = self.parts[0].metadata
+        self._tensors: dict[str, tuple[GgufPart, Tensor]] = {}
+        for part in self.parts:
+            for name, tensor in part.tensors.items():
+                if name in self._tensors:
+                    raise ConvertError(f"tensor '{name}' is in more than one part of '{path.name}'", DAMAGED)
+                self._tensors[name] = part, tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def fingerprint(self) -> str:
+        """What tells one source from another: names, sizes and times of the files."""
+        stats = [(part.name, (self.path.parent / part.name).stat()) for part in self.parts]
+        return json.dumps(["gguf", [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor's place; ConvertError if it is missing."""
+        if name not in self._tensors:
+            raise ConvertError(f"tensor '{name}' is missing", "the file is incomplete, or of another architecture")
+        return self._tensors[name][1]
+
+    def check(self, name: str, shape: tuple[int, ...], matrix: bool) -> None:
+        """ConvertError unless a tensor exists with this shape and a type that is supported, for a matrix or an array."""
+        tensor = self.tensor(name)
+        if tensor.shape != shape:
+            raise ConvertError(f"tensor '{name}' has shape {list(tensor.shape)}, the metadata says {list(shape)}", DAMAGED)
+        if tensor.type not in FLOAT_TYPES and not (matrix and tensor.type == TensorType.Q8_0):
+            allowed = ("Q8_0, " if matrix else "") + ", ".join(kind.name for kind in FLOAT_TYPES)
+            raise ConvertError(
+                f"tensor '{name}' is {tensor.type.name}", f"supported: {allowed}; take the Q8_0 or F16 file of the model"
+            )
+
+    def floats(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+        """Rows [first, last) of a tensor seen as a matrix of its innermost dimension, as float32; not for Q8_0."""
+        part, tensor = self._tensors[name]
+        count = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+        raw = np.ascontiguousarray(part.rows(tensor, first, count if last is None else last))
+        if tensor.type == TensorType.BF16:
+            return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return raw.view("<f2" if tensor.type == TensorType.F16 else "<f4").astype(np.float32)
+
+    def codes(self, name: str, first: int, last: int) -> tuple[NDArray[np.int8], NDArray[np.float16]] | None:
+        """Codes and scales of rows [first, last), as they are in the file; None if the tensor is not Q8_0."""
+        part, tensor = self._tensors[name]
+        if tensor.type != TensorType.Q8_0:
+            return None
+        assert tensor.bytes % BLOCK_BYTES == 0
+        return split_blocks(part.rows(tensor, first, last), name)
+
+
+def part_paths(path: Path) -> list[Path]:
+    """All files of a model, given its only or its first one."""
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, number, count = match[1], int(match[2]), int(match[3])
+    if number != 1 or not 0 < count <= MOST_PARTS:
+        raise ConvertError(f"'{path.name}' is not the first part of a split file", "give the part ...-00001-of-...")
+    return [path.with_name(f"{stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1)]

@@ -1,0 +1,197 @@
+"""Byte-level BPE tokenizers as GGUF metadata (``gpt2``), and back.
+
+An exported file carries the whole tokenizer.json too (``tokenizer.huggingface.json``, a key of the GGUF specification); it
+is what an import takes if it is there. Without it the tokenizer is rebuilt from tokens, types, merges and the name of its
+pre-tokenizer. What GGUF does not know is lost then: how added tokens strip spaces, and normalisers other than the known.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import Keys, TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from elmoe.errors import ConvertError
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = ("gpt-2", "qwen2")
+"""Values of ``tokenizer.ggml.pre`` that are known: GPT-2's pattern, which ByteLevel has built in, and Qwen2's."""
+GIVE_TOKENIZER = "give the model's tokenizer.json with --tokenizer"
+_SPECIAL_KEYS = {
+    "eos": Keys.Tokenizer.EOS_ID, "eot": Keys.Tokenizer.EOT_ID, "eom": Keys.Tokenizer.EOM_ID,
+    "bos": Keys.Tokenizer.BOS_ID,
+}  # fmt: skip
+ALL_EOS_KEY = "elmoe.eos_token_ids"
+"""Our own key, where a model has more than the two ids of the end that GGUF has keys for."""
+
+
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """What GGUF says of a tokenizer. ``tokens``, ``types``: one for each row of the embedding. ``add_bos``: the id that
+    begins every text."""
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    add_bos: int | None
+
+
+def describe(tokenizer_json: bytes, vocabulary: int) -> GgufTokenizer:
+    """A tokenizer.json in GGUF's terms; ids that no token has become unused ones.
+
+    :raises ConvertError: it is no byte-level BPE with a known pre-tokenizer, or has more tokens than the ``vocabulary``.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+        data = json.loads(tokenizer.to_str())  # as the library understood it: defaults filled in, merges in pairs
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConvertError(f"tokenizer.json is not readable: {error}") from error
+    model = data["model"]
+    plain = model["type"] == "BPE" and not any(
+        model.get(key) for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
+    )
+    if not plain or (data["decoder"] or {}).get("type") != "ByteLevel":
+        raise ConvertError("tokenizer.json is no byte-level BPE", "GGUF's gpt2 tokenizer is the only one that is written")
+    tokens: list[str | None] = [None] * vocabulary
+    types = [int(TokenType.UNUSED)] * vocabulary
+    added = {entry["id"]: entry for entry in data["added_tokens"]}
+    for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
+        if index >= vocabulary:
+            raise ConvertError(f"token {index} of tokenizer.json is beyond the model's vocabulary of {vocabulary}")
+        kind = TokenType.NORMAL if index not in added else TokenType.USER_DEFINED
+        tokens[index] = token
+        types[index] = int(TokenType.CONTROL if index in added and added[index]["special"] else kind)
+    names = [token if token is not None else f"[PAD{index}]" for index, token in enumerate(tokens)]
+    if len(set(names)) < vocabulary:
+        raise ConvertError("tokenizer.json has a token with the name of a filler ([PAD...])")
+    merges = [" ".join(pair) for pair in model["merges"]]
+    return GgufTokenizer(_pre_name(data), names, types, merges, _first_token(tokenizer))
+
+
+def _pre_name(data: dict[str, Any]) -> str:
+    """The name of a pre-tokenizer and normaliser."""
+    pre, normalizer = data["pre_tokenizer"] or {}, (data["normalizer"] or {}).get("type")
+    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    byte_level = steps[-1] if steps and steps[-1].get("type") == "ByteLevel" else {"add_prefix_space": True}
+    if not byte_level["add_prefix_space"]:
+        if len(steps) == 1 and byte_level.get("use_regex", True) and normalizer is None:
+            return "gpt-2"
+        split = steps[0]
+        pattern = split.get("pattern", {}).get("Regex") if split.get("behavior") == "Isolated" else None
+        isolated = pattern == QWEN2_PATTERN and not split["invert"] and not byte_level.get("use_regex", True)
+        if len(steps) == 2 and isolated and normalizer in (None, "NFC"):
+            return "qwen2"
+    raise ConvertError(
+        "tokenizer.json has a pre-tokenizer or normaliser that GGUF has no known name for",
+        f"known: those of {', '.join(PRE_TOKENIZERS)}",
+    )
+
+
+def _first_token(tokenizer: Tokenizer) -> int | None:
+    """The id that the post-processor puts before every text; ConvertError if it does more than that."""
+    bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    if full == bare:
+        return None
+    if full[1:] == bare:
+        return int(full[0])
+    raise ConvertError("the tokenizer adds more than one token before a text", "GGUF cannot say that")
+
+
+def idle_merge(tokens: list[str]) -> str:
+    """A merge that never applies, for a tokenizer without any: llama.cpp refuses a file with none."""
+    known = set(tokens)
+    return next(f"{token} {token}" for token in tokens if token + token not in known)
+
+
+def eos_tokens(metadata: dict[str, Any], vocabulary: int) -> list[int]:
+    """Ids that end a generation; ConvertError if one is no token."""
+    found = metadata.get(ALL_EOS_KEY)
+    ids = found if isinstance(found, list) else [metadata.get(_SPECIAL_KEYS[name]) for name in ("eos", "eot", "eom")]
+    present = dict.fromkeys(index for index in ids if index is not None)
+    return [_check_id(index, vocabulary, "an id of the end") for index in present]
+
+
+def _check_id(index: Any, vocabulary: int, what: str) -> int:
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < vocabulary:
+        raise ConvertError(f"metadata: {what} is {index!r}, the vocabulary has {vocabulary} tokens", "the file is damaged")
+    return index
+
+
+def tokens_of(metadata: dict[str, Any]) -> list[str]:
+    """The list of tokens; ConvertError if it is missing or malformed."""
+    tokens = metadata.get(Keys.Tokenizer.LIST)
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise ConvertError(f"metadata '{Keys.Tokenizer.LIST}' is no list of tokens", GIVE_TOKENIZER)
+    return tokens
+
+
+def rebuild(metadata: dict[str, Any]) -> bytes:
+    """The tokenizer.json of a GGUF's metadata.
+
+    :raises ConvertError: the tokenizer is of another kind, has an unknown pre-tokenizer, or is malformed.
+    """
+    tokens = tokens_of(metadata)
+    if metadata.get(Keys.Tokenizer.HF_JSON) is not None:
+        return _carried(metadata[Keys.Tokenizer.HF_JSON], tokens)
+    kind, pre = metadata.get(Keys.Tokenizer.MODEL), metadata.get(Keys.Tokenizer.PRE)
+    if kind != "gpt2":
+        raise ConvertError(f"metadata '{Keys.Tokenizer.MODEL}' is {kind!r}, not 'gpt2'", GIVE_TOKENIZER)
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ConvertError(f"metadata '{Keys.Tokenizer.PRE}' is {pre!r}; known: {known}", GIVE_TOKENIZER)
+    types = metadata.get(Keys.Tokenizer.TOKEN_TYPE, [TokenType.NORMAL] * len(tokens))
+    merges = metadata.get(Keys.Tokenizer.MERGES)
+    if not isinstance(types, list) or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise ConvertError("metadata: tokens are not unique, or not as many as their types", GIVE_TOKENIZER)
+    pairs = [tuple(str(text).split(" ")) for text in merges] if isinstance(merges, list) else []
+    if len(pairs) == 1 and "".join(pairs[0]) not in set(tokens):
+        pairs = []  # see idle_merge
+    added = [
+        AddedToken(tokens[index], special=one == TokenType.CONTROL, normalized=False)
+        for index, one in enumerate(types)
+        if one in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    ]
+    try:
+        # Added tokens are in the model's own vocabulary too, or they would get other ids.
+        vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != TokenType.UNUSED}
+        tokenizer = Tokenizer(models.BPE(vocabulary, pairs))  # type: ignore[arg-type]
+        for token in added:
+            (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConvertError(f"metadata '{Keys.Tokenizer.MERGES}' does not fit its tokens: {error}", GIVE_TOKENIZER) from error
+    if pre == "gpt-2":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    tokenizer.decoder = decoders.ByteLevel()
+    if metadata.get(Keys.Tokenizer.ADD_BOS) is True:
+        bos = _check_id(metadata.get(Keys.Tokenizer.BOS_ID), len(tokens), "the id of the begin")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", pair=None, special_tokens=[(tokens[bos], bos)]
+        )
+    return tokenizer.to_str().encode()
+
+
+def _carried(text: Any, tokens: list[str]) -> bytes:
+    """The tokenizer.json that a file carries, if its tokens are those of the file."""
+    key = Keys.Tokenizer.HF_JSON
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConvertError(f"metadata '{key}' is not readable: {error}", GIVE_TOKENIZER) from error
+    for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
+        if index >= len(tokens) or tokens[index] != token:
+            raise ConvertError(f"metadata '{key}' and '{Keys.Tokenizer.LIST}' differ at token {index}", GIVE_TOKENIZER)
+    return str(text).encode()
