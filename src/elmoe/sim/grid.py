@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from elmoe.errors import BudgetError, HardwareError
 from elmoe.hw.machine import Machine
 from elmoe.schema.architecture import Architecture, load_architecture
-from elmoe.schema.drafters import load_drafters
+from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
 from elmoe.sim.rows import row_of, static_watts
 from elmoe.sim.simulate import DRAFT_LENGTHS, Simulation
@@ -31,7 +31,7 @@ PAPER_ODDS = tuple(Odds(f"{value:g}", value, "published range") for value in (0.
 @dataclass(frozen=True)
 class Grid:
     """What to simulate. ``odds``: acceptances of elastic drafts, a row each; ``systems``: the first is the reference.
-    ``trace``: replayed in place of synthetic facts."""
+    ``trace``: replayed in place of synthetic facts. ``drafters``: what the rivals draft with."""
 
     systems: tuple[Hardware, ...]
     models: tuple[str, ...]
@@ -43,6 +43,7 @@ class Grid:
     context: int = 1024
     steps: int = 24
     trace: Path | None = None
+    drafters: Drafters = field(default_factory=load_drafters)
 
 
 def facts_of(model: Architecture, prompts: str, trace: Path | None = None) -> RoutingFacts:
@@ -81,7 +82,7 @@ def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]
     """Rows of one model and prompt set; what does not fit becomes a row with ``error``."""
     model = load_architecture(model_name)
     facts = facts_of(model, prompts, grid.trace)
-    simulation = Simulation(model, Replay(facts), load_drafters(), grid.context, grid.steps)
+    simulation = Simulation(model, Replay(facts), grid.drafters, grid.context, grid.steps)
     machines = [Machine(hardware) for hardware in grid.systems]
     rows = []
     for batch in grid.batches:
@@ -111,7 +112,6 @@ def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]
 
 def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | TableOdds | None]]:
     """Forms that a system can run, with the acceptances to run them at."""
-    drafters = load_drafters()
     for form in grid.forms:
         if form == "ar":
             yield form, None
@@ -120,7 +120,7 @@ def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | Tabl
             if features.expert_cache and features.bit_slices:
                 yield from ((form, odds) for odds in grid.odds)
         else:
-            yield form, rival_odds(form, drafters)
+            yield form, rival_odds(form, grid.drafters)
 
 
 def best(rows: Sequence[dict[str, Any]], key: str = "tokens_per_second") -> dict[str, Any] | None:

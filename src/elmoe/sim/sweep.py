@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from elmoe.errors import HardwareError
-from elmoe.schema.hardware import Constant, Hardware
+from elmoe.schema.hardware import Constant
+
+Described = TypeVar("Described", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True)
@@ -20,29 +22,29 @@ class Ranged:
     constant: Constant
 
 
-def constants(hardware: Hardware) -> Iterator[Ranged]:
+def constants(described: msgspec.Struct) -> Iterator[Ranged]:
     """All constants of a description."""
-    yield from _walk(hardware, "")
+    yield from _walk(described, "")
 
 
-def ranged(hardware: Hardware) -> list[Ranged]:
+def ranged(described: msgspec.Struct) -> list[Ranged]:
     """Those with a range."""
-    return [item for item in constants(hardware) if item.constant.low < item.constant.high]
+    return [item for item in constants(described) if item.constant.low < item.constant.high]
 
 
-def changed(hardware: Hardware, path: str, value: float) -> Hardware:
+def changed(described: Described, path: str, value: float) -> Described:
     """The description with another value (SI) at ``path``; HardwareError if there is no constant."""
-    return _changed(hardware, path.split("."), value, path)
+    return _changed(described, path.split("."), value, path)
 
 
 def _changed(node: Any, path: list[str], value: float, whole: str) -> Any:
     child = getattr(node, path[0], None)
     if len(path) == 1:
         if not isinstance(child, Constant):
-            raise HardwareError(f"'{whole}' is no constant of this hardware", "name one such as main.bandwidth")
+            raise HardwareError(f"'{whole}' is no constant of this description", "name one such as main.bandwidth")
         return msgspec.structs.replace(node, **{path[0]: child.at(value)})
     if not isinstance(child, msgspec.Struct):
-        raise HardwareError(f"'{whole}' is no constant of this hardware", "name one such as main.bandwidth")
+        raise HardwareError(f"'{whole}' is no constant of this description", "name one such as main.bandwidth")
     return msgspec.structs.replace(node, **{path[0]: _changed(child, path[1:], value, whole)})
 
 
