@@ -20,19 +20,21 @@ from elmoe.schema.model import ModelSchema
 from elmoe.store import DirectReader
 
 BATCHES = (1, 2, 4, 8, 16)
-TOKENS, REPEATS = 32, 3
+TOKENS, REPEATS, DRAFT_LENGTH = 32, 3, 4
 BURST, BURSTS = 4, 40
 """Experts read at once, as a layer of a small batch misses them, and how often."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """``fast``, ``slow``: bytes/s. ``fixed``: seconds per layer and pass. ``throughput``: operations/s, two a
+    """``fast``, ``slow``: bytes/s. ``fixed``: seconds per layer and pass, ``decisions``: beyond them in target passes.
+    ``throughput``: operations/s, two a
     multiply-accumulate. ``error``: mean relative error of the fit over the batch sizes."""
 
     fast: float
     slow: float
     fixed: float
+    decisions: float
     throughput: float
     error: float
 
@@ -46,26 +48,29 @@ def calibrate(reader: DirectReader, slow_bandwidth: float | None = None) -> Cali
     schema = reader.schema
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, schema.vocabulary, 16).tolist()) for _ in range(max(BATCHES))]
-    tokens, seconds = [], []
+    points: dict[str, list[tuple[float, float]]] = {"verify": [], "draft": []}
     for batch in BATCHES:
-        engine = Engine(reader, kernels, EngineOptions("cache", batch=batch, fast_memory=1.0, split="whole_experts"))
+        options = EngineOptions("elastic", batch=batch, fast_memory=1.0, split="whole_experts", draft_length=DRAFT_LENGTH)
+        engine = Engine(reader, kernels, options)
         requests = [
             Request(prompt, TOKENS, SamplingParameters(0.8, seed=seed), ignore_eos=True)
             for seed, prompt in enumerate(prompts[:batch])
         ]
-        runs = []
         engine.generate(requests)
-        for _ in range(REPEATS):
-            counters = engine.generate(requests)[1].phases["plain"]
-            runs.append((counters.seconds - counters.waited_seconds) / counters.steps)
-        tokens.append(float(batch))
-        seconds.append(median(runs))
-    fixed, per_token = _line(np.array(tokens), np.array(seconds))
-    modelled = fixed + per_token * np.array(tokens)
+        runs = [engine.generate(requests)[1].phases for _ in range(REPEATS)]
+        for phase, found in points.items():
+            counters = [run[phase] for run in runs]
+            seconds = median((c.seconds - c.waited_seconds) / c.steps for c in counters)
+            found.append((counters[0].tokens / counters[0].steps, seconds))
+    target_fixed, per_token = _line(*np.array(points["verify"]).T)
+    draft_fixed, _ = _line(*np.array(points["draft"]).T)
+    fixed = min(draft_fixed, target_fixed)
+    tokens, seconds = np.array(points["verify"]).T
+    error = float(np.abs((target_fixed + per_token * tokens) / seconds - 1).mean())
     footprint = min(512 << 20, sum(file.bytes for file in reader.manifest.files))
     return Calibration(
         memory_bandwidth(footprint, kernels.threads()), _slow_bandwidth(reader, slow_bandwidth), fixed / schema.layers,
-        2 * _macs(schema) / per_token, float(np.abs(modelled / np.array(seconds) - 1).mean()),
+        (target_fixed - fixed) / max(1, len(schema.moe_layers)), 2 * _macs(schema) / per_token, error,
     )  # fmt: skip
 
 
@@ -127,6 +132,7 @@ vector:
   energy: {assumed("1 pJ")}
 static_share: {assumed("20 %")}
 layer_overhead: {measured(f"{max(calibration.fixed, 1e-9) * 1e6:.6f} us")}
+decision_overhead: {measured(f"{max(calibration.decisions, 1e-9) * 1e6:.6f} us")}
 features: {{fast_dense: true, expert_cache: true, bit_slices: true, parallel_tiers: true, refill: true,
   lsb_augmentation: true}}
 """

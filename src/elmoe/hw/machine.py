@@ -96,10 +96,12 @@ class Machine:
         energy = {memory: count * BITS * near.energy.value, "multiply": macs * self.hardware.compute.mac_energy.value}
         return Cost(seconds, energy, {"near": seconds}, {near.placement: count})
 
-    def overhead(self, like: Array, starts_layer: bool) -> Cost:
-        """The fixed seconds of a layer and pass, borne by the operation that starts the layer."""
-        fixed = self.hardware.layer_overhead
-        return Cost(np.full_like(like, fixed.value if fixed is not None and starts_layer else 0.0))
+    def overhead(self, like: Array, starts_layer: bool, decides: bool) -> Cost:
+        """Fixed seconds of a pass: of a layer, borne by what starts it, and of deciding about residents."""
+        hardware = self.hardware
+        parts = ((hardware.layer_overhead, starts_layer), (hardware.decision_overhead, decides))
+        seconds = sum(fixed.value for fixed, borne in parts if fixed is not None and borne)
+        return Cost(np.full_like(like, seconds, np.float64))
 
     def _transfer(self, name: str, memory: Memory, bandwidth: float, count: Array) -> Cost:
         seconds = count / bandwidth

@@ -254,7 +254,8 @@ class Features(Struct, frozen=True, kw_only=True):
 
 
 class Hardware(Struct, frozen=True, kw_only=True):
-    """A machine and how it is used. ``layer_overhead``: fixed seconds per layer and pass (kernel launches, synchronisation).
+    """A machine and how it is used. ``layer_overhead``: fixed seconds per layer and pass (kernel launches, synchronisation);
+    ``decision_overhead``: those of deciding about residents, per layer with experts and target pass.
     ``static_share``: static power as a share of the main processor's whole power, swept."""
 
     name: str
@@ -268,6 +269,7 @@ class Hardware(Struct, frozen=True, kw_only=True):
     vector: VectorUnit
     static_share: Ratio
     layer_overhead: Seconds | None = None
+    decision_overhead: Seconds | None = None
     features: Features = Features()
 
     def __post_init__(self) -> None:

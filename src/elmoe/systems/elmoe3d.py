@@ -28,7 +28,7 @@ def lower(machine: Machine, operation: Operation) -> Cost:
     work = compute(machine, operation)
     if features.parallel_tiers:
         work = work.then(machine.exchange(np.where((fast > 0) & (main > 0), operation.sums, 0.0)))
-    return read.beside(work).then(machine.overhead(operation.dense, operation.starts_layer))
+    return read.beside(work).then(machine.overhead(operation.dense, operation.starts_layer, operation.decides))
 
 
 def refill(machine: Machine, captured: np.ndarray) -> Cost:

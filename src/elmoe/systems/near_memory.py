@@ -26,7 +26,9 @@ def lower(machine: Machine, operation: Operation) -> Cost:
 def _beside_main(machine: Machine, operation: Operation) -> Cost:
     """All products inside the main memory."""
     bytes_ = operation.dense + operation.msb + operation.lsb
-    return _near(machine, operation, bytes_, 1.0).then(machine.overhead(operation.dense, operation.starts_layer))
+    return _near(machine, operation, bytes_, 1.0).then(
+        machine.overhead(operation.dense, operation.starts_layer, operation.decides)
+    )
 
 
 def _beside_fast(machine: Machine, operation: Operation) -> Cost:
@@ -39,7 +41,7 @@ def _beside_fast(machine: Machine, operation: Operation) -> Cost:
     near = _near(machine, operation, fast, share)
     rest = in_order(machine.multiply(_scaled(work, 1 - share)) for work in operation.multiplies)
     other = machine.read_main(total - fast).beside(rest)
-    return near.beside(other).then(machine.overhead(operation.dense, operation.starts_layer))
+    return near.beside(other).then(machine.overhead(operation.dense, operation.starts_layer, operation.decides))
 
 
 def _near(machine: Machine, operation: Operation, bytes_: np.ndarray, share: float | np.ndarray) -> Cost:

@@ -23,6 +23,7 @@ class Operation:
     """``dense``: bytes of weights and KV that every token needs. ``msb``, ``lsb``: bytes of expert slices of active experts;
     ``msb_hit``, ``lsb_hit``: those of them that the fast memory held. ``repeat``: times per pass. ``sums``: bytes of
     partial sums where both memories' shares of a product meet. ``starts_layer``: it bears the layer's fixed seconds.
+    ``decides``: it bears those of deciding about residents.
     Arrays are (passes,), for experts (passes, layers)."""
 
     name: str
@@ -36,6 +37,7 @@ class Operation:
     sums: Array
     repeat: float = 1.0
     starts_layer: bool = False
+    decides: bool = False
 
 
 def operations(
@@ -56,7 +58,7 @@ def operations(
         size = model.shared_parameters + model.router_parameters
         read = (model.shared_parameters * bits + model.router_parameters * model.router_bits) / 8
         ops.append(_plain("router and shared", model, size, read, tokens, blocks, bits, model.moe_layers))
-        ops.append(_experts(model, passes, draft))
+        ops.append(_experts(model, passes, draft, decides=not draft))
     size = model.embedding_parameters
     ops.append(_plain("head", model, size, size * bits / 8, tokens, blocks, bits, 1))
     return ops
@@ -100,7 +102,7 @@ def _operation(
     return Operation(name, read, zero, zero, zero, zero, multiplies, elementwise, 4 * outputs, repeat)
 
 
-def _experts(model: Architecture, passes: Passes, draft: bool) -> Operation:
+def _experts(model: Architecture, passes: Passes, draft: bool, decides: bool) -> Operation:
     """All active experts of a layer: every one's weights are read once, whatever the number of its tokens."""
     sampled = passes.active.shape[1]
     weight_passes = 1 if draft and model.lsb_bytes else 2
@@ -113,5 +115,5 @@ def _experts(model: Architecture, passes: Passes, draft: bool) -> Operation:
         "experts", np.zeros_like(passes.active), passes.active * model.msb_bytes, passes.active * lsb,
         passes.msb_hits * model.msb_bytes, passes.lsb_hits * lsb, work,
         passes.pairs * (model.expert_width + model.hidden) * ELEMENTWISE,
-        4 * passes.tokens[:, None] * np.full((1, sampled), float(model.hidden)), model.moe_layers / sampled,
+        4 * passes.tokens[:, None] * np.full((1, sampled), float(model.hidden)), model.moe_layers / sampled, decides=decides,
     )  # fmt: skip

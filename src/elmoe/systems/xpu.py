@@ -10,7 +10,9 @@ from elmoe.systems.operations import Operation
 def lower(machine: Machine, operation: Operation) -> Cost:
     """Seconds and joules of one execution."""
     read = machine.read_main(operation.dense + operation.msb + operation.lsb)
-    return read.beside(compute(machine, operation)).then(machine.overhead(operation.dense, operation.starts_layer))
+    return read.beside(compute(machine, operation)).then(
+        machine.overhead(operation.dense, operation.starts_layer, operation.decides)
+    )
 
 
 def compute(machine: Machine, operation: Operation) -> Cost:
