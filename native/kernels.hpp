@@ -68,5 +68,6 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // null where the processor lacks them
 const Kernels* avx512_kernels();  // null where the processor lacks them
+const Kernels* amx_kernels();     // null where the processor or the system lacks them
 
 }  // namespace elmoe
