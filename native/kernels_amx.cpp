@@ -7,7 +7,6 @@
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
-#include <cstring>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -21,7 +20,6 @@ constexpr int kTile = 16;
 constexpr int kLeastTokens = 8;  // below, VNNI is as fast
 constexpr int kSpan = 16;        // groups whose unpacked weights (8 KiB) stay in the L1 cache while all tokens pass
 constexpr int kTogether = 16;     // tiles that share unpacked weights
-constexpr int kPrefetch = 2048;  // bytes ahead, measured: bench/matmul.py
 
 struct TileShapes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -75,10 +73,8 @@ void unpack(const uint8_t* hi, const uint8_t* lo, int groups, uint8_t* weights) 
     const __m512i high = _mm512_set1_epi8(static_cast<char>(0xF0)), flip = _mm512_set1_epi8(static_cast<char>(0x88));
     for (int g = 0; g < groups; ++g, hi += kGroupBytes, lo += kGroupBytes, weights += 2 * kGroupBytes)
         for (int j = 0; j < 4; ++j) {
-            _mm_prefetch(reinterpret_cast<const char*>(hi + kPrefetch + 64 * j), _MM_HINT_T0);
             __m512i h = _mm512_loadu_si512(hi + 64 * j), first, second;
             if constexpr (Full) {
-                _mm_prefetch(reinterpret_cast<const char*>(lo + kPrefetch + 64 * j), _MM_HINT_T0);
                 const __m512i l = _mm512_loadu_si512(lo + 64 * j);
                 h = _mm512_xor_si512(h, flip);
                 first = _mm512_ternarylogic_epi32(high, _mm512_slli_epi16(h, 4), l, 0xCA);  // high ? h << 4 : l
@@ -106,20 +102,34 @@ template <int T, bool Full>
     }
 }
 
-// Groups first .. first + groups - 1 of a block, for the T tokens of a tile, onto `totals`. Each iteration multiplies a group,
-// stores the dots of the one before and adds the terms of the one before that.
+// Asks for a part of a group of the next span. Blocks lie one after the other: the last span of one asks for the first of the
+// next.
+template <bool Full>
+[[gnu::always_inline]] inline void fetch_ahead(const uint8_t* hi, const uint8_t* lo, int bytes) {
+    for (int at = kSpan * kGroupBytes; at < kSpan * kGroupBytes + bytes; at += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(hi + at), _MM_HINT_T0);
+        if (Full) _mm_prefetch(reinterpret_cast<const char*>(lo + at), _MM_HINT_T0);
+    }
+}
+
+// Groups first .. first + groups - 1 of a block, for the T tokens of a tile, onto `totals` (from 0 if first is 0). Each
+// iteration multiplies a group, stores the dots of the one before, adds the terms of the one before that and asks for `bytes`
+// of each plane (hi, lo: where this span's begin) of the next span.
 template <int T, bool Full>
-void span_product(const uint8_t* weights, const uint16_t* scales, int first, int groups, const Tile& tile, float* totals) {
+void span_product(const uint8_t* weights, const uint16_t* scales, int first, int groups, const Tile& tile, float* totals,
+                  const uint8_t* hi, const uint8_t* lo, int bytes) {
     alignas(64) int32_t dots[4][T * kBlockRows];
     const int8_t* codes = tile.codes + static_cast<int64_t>(first) * T * kGroup;
     const float* token_scales = tile.scales + static_cast<int64_t>(first) * T;
     const int32_t* correction = tile.correction + static_cast<int64_t>(first) * T;
+    const __mmask16 begun = first ? 0xFFFF : 0;
     __m512 total[T];
 #pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) total[t] = _mm512_load_ps(totals + t * kBlockRows);
+    for (int t = 0; t < T; ++t) total[t] = _mm512_maskz_load_ps(begun, totals + t * kBlockRows);
     auto iterate = [&]<int Parity>(int g) __attribute__((always_inline)) {
         if (g + 1 < groups) multiply<1 - Parity, Full>(codes + (g + 1) * T * kGroup, weights + (g + 1) * 2 * kGroupBytes);
         store_dots<Parity>(dots[g & 3]);
+        fetch_ahead<Full>(hi + g * kGroupBytes, lo + g * kGroupBytes, bytes);
         if (g == 0) return;
         add_terms<T, Full>(dots[(g - 1) & 3], scales, token_scales, correction, total);
         scales += kBlockRows, token_scales += T, correction += T;
@@ -137,10 +147,11 @@ void span_product(const uint8_t* weights, const uint16_t* scales, int first, int
 }
 
 template <bool Full, int T = kLeastTokens>
-void dispatch(const uint8_t* weights, const uint16_t* scales, int first, int groups, const Tile& tile, float* totals) {
+void dispatch(const uint8_t* weights, const uint16_t* scales, int first, int groups, const Tile& tile, float* totals,
+              const uint8_t* hi, const uint8_t* lo, int bytes) {
     if constexpr (T < kTile)
-        if (tile.tokens > T) return dispatch<Full, T + 1>(weights, scales, first, groups, tile, totals);
-    span_product<T, Full>(weights, scales, first, groups, tile, totals);
+        if (tile.tokens > T) return dispatch<Full, T + 1>(weights, scales, first, groups, tile, totals, hi, lo, bytes);
+    span_product<T, Full>(weights, scales, first, groups, tile, totals, hi, lo, bytes);
 }
 
 // The tiles, at most kTogether, over one block.
@@ -148,16 +159,19 @@ template <bool Full>
 void block_product(const Matrix& m, int block, const Tile* tiles, int count, float* y, int64_t stride, int& shaped) {
     alignas(64) uint8_t weights[kSpan * 2 * kGroupBytes];
     alignas(64) float totals[kTogether][kTile * kBlockRows];
-    for (int i = 0; i < count; ++i) std::memset(totals[i], 0, 4 * tiles[i].tokens * kBlockRows);
     const int all = m.groups();
     const int64_t at = static_cast<int64_t>(block) * all;
+    const int share = ceil_div(kGroupBytes / 64, count) * 64;
     for (int first = 0; first < all; first += kSpan) {
         const int groups = all - first < kSpan ? all - first : kSpan;
         const uint8_t* hi = m.hi + (at + first) * kGroupBytes;
-        unpack<Full>(hi, Full ? m.lo + (at + first) * kGroupBytes : hi, groups, weights);
-        for (int i = 0; i < count; ++i) {
+        const uint8_t* lo = Full ? m.lo + (at + first) * kGroupBytes : hi;
+        unpack<Full>(hi, lo, groups, weights);
+        for (int turn = 0; turn < count; ++turn) {
+            const int i = first / kSpan % 2 ? count - 1 - turn : turn;  // to and fro, so that shapes change seldom
             if (tiles[i].tokens != shaped) shape_tiles(shaped = tiles[i].tokens);
-            dispatch<Full>(weights, m.scales + (at + first) * kBlockRows, first, groups, tiles[i], totals[i]);
+            dispatch<Full>(weights, m.scales + (at + first) * kBlockRows, first, groups, tiles[i], totals[i],
+                           hi + turn * share, lo + turn * share, turn * share < kGroupBytes ? share : 0);
         }
     }
     for (int i = 0; i < count; ++i)
