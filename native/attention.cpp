@@ -72,31 +72,42 @@ void attention_block(const AttentionLayer& layer, float* x, int tokens, const Ca
     int longest = 0;
     for (int t = 0; t < tokens; ++t) longest = std::max(longest, positions[t] + 1);
     const size_t padded = static_cast<size_t>(ceil_div(longest, 16)) * 16, pages = ceil_div(longest, cache.page_positions);
-    auto* scores = scratch().get<float>(pool.threads() * padded);
+    auto* scores = scratch().get<float>(pool.threads() * kQueries * padded);
     auto* pointers = scratch().get<const uint16_t*>(pool.threads() * 2 * pages);
+    auto* all_queries = scratch().get<Query>(static_cast<size_t>(pool.threads()) * kQueries * repeat);
     auto* attended = scratch().get<float>(static_cast<size_t>(tokens) * inner);
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+    // Neighbours of one sequence and the query heads of one key head read the same pages.
+    std::vector<int> runs{0};
+    for (int t = 1; t < tokens; ++t)
+        if (slots[t] != slots[t - 1] || t - runs.back() == kQueries) runs.push_back(t);
+    const int count = static_cast<int>(runs.size());
+    runs.push_back(tokens);
     auto attend = [&](int task, int thread) {
-        const int t = task / kv_heads, kv = task % kv_heads, length = positions[t] + 1;
+        const int run = task / kv_heads, kv = task % kv_heads;
+        Query* queries = all_queries + static_cast<size_t>(thread) * kQueries * repeat;
+        int length = 0, many = 0;
+        for (int t = runs[run]; t < runs[run + 1]; ++t) {
+            length = std::max(length, positions[t] + 1);
+            for (int h = kv * repeat; h < (kv + 1) * repeat; ++h)
+                queries[many++] = {projected + t * stride + h * head_dim,
+                                   attended + static_cast<int64_t>(t) * inner + h * head_dim, positions[t] + 1};
+        }
         const uint16_t** keys = pointers + thread * 2 * pages;
         const uint16_t** values = keys + pages;
         for (int page = 0; page * cache.page_positions < length; ++page) {
-            const int64_t at = page_at(slots[t], page, kv);
+            const int64_t at = page_at(slots[runs[run]], page, kv);
             keys[page] = cache.keys + at;
             values[page] = cache.values + at;
         }
-        const HeadPages head{keys, values, cache.page_positions};
-        for (int r = 0; r < repeat; ++r) {
-            const int h = kv * repeat + r;
-            k.attend(projected + t * stride + h * head_dim, head, length, head_dim, scale, scores + thread * padded,
-                     attended + static_cast<int64_t>(t) * inner + h * head_dim);
-        }
+        k.attend(queries, many, {keys, values, cache.page_positions}, head_dim, scale, scores + thread * kQueries * padded,
+                 static_cast<int64_t>(padded));
     };
     const int64_t work = static_cast<int64_t>(tokens) * heads * head_dim * longest;
     if (work < 40000)  // below some 10 us a fork costs more than it saves
-        for (int task = 0; task < tokens * kv_heads; ++task) attend(task, 0);
+        for (int task = 0; task < count * kv_heads; ++task) attend(task, 0);
     else
-        pool.run(tokens * kv_heads, attend);
+        pool.run(count * kv_heads, attend);
 
     const int64_t out_stride = static_cast<int64_t>(layer.output.blocks()) * kBlockRows;
     auto* out = scratch().get<float>(tokens * out_stride);

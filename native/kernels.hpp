@@ -10,6 +10,7 @@ namespace elmoe {
 constexpr int kGroup = 32;        // weights that share a scale
 constexpr int kBlockRows = 16;    // output rows interleaved in a block
 constexpr int kGroupBytes = 256;  // one plane, one group, one block
+constexpr int kQueries = 4;       // attended to together
 
 inline int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
@@ -40,6 +41,13 @@ struct HeadPages {
     int page_positions;
 };
 
+// A query head of a token: its vector and result (head_dim), and how many positions it sees.
+struct Query {
+    const float* vector;
+    float* out;
+    int length;
+};
+
 struct Kernels {
     const char* name;
     int tile;  // most tokens in a tile: their accumulators fit the registers
@@ -56,9 +64,10 @@ struct Kernels {
     float (*softmax_numerators)(float* x, int size);
     void (*exp_shifted)(const float* x, float shift, float* y, int size);  // y = exp(x - shift)
     void (*swiglu)(const float* gate, const float* up, float* out, int size);
-    // out (head_dim) of one query head over positions 0..length-1; scores: scratch of length rounded up to 16.
-    void (*attend)(const float* query, const HeadPages& pages, int length, int head_dim, float scale, float* scores,
-                   float* out);
+    // Queries over the same pages, at most kQueries at a time share a load of keys and values; scores: scratch of kQueries rows
+    // of `stride`, at least the longest length rounded up to 16.
+    void (*attend)(const Query* queries, int count, const HeadPages& pages, int head_dim, float scale, float* scores,
+                   int64_t stride);
     // Round to nearest even; returns false if a result is not finite.
     bool (*to_half)(const float* x, uint16_t* y, int size);
     void (*multiply_add)(float* total, float weight, const float* y, int size);  // total = total + weight * y
@@ -68,5 +77,6 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // null where the processor lacks them
 const Kernels* avx512_kernels();  // null where the processor lacks them
+const Kernels* amx_kernels();     // null where the processor or the system lacks them
 
 }  // namespace elmoe

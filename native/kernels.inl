@@ -151,48 +151,89 @@ void swiglu(const float* gate, const float* up, float* out, int size) {
     }
 }
 
-template <int C>  // C chunks of 16 dimensions at once
-inline void weigh_values(const HeadPages& pages, int length, int head_dim, int chunk, const float* weights, Lanes divisor,
-                         float* out) {
-    Lanes total[C];
-    for (int c = 0; c < C; ++c) total[c] = set1(0);
-    for (int page = 0, position = 0; position < length; ++page) {
-        const uint16_t* values = pages.values[page] + chunk * 16;
-        const int end = length - position < pages.page_positions ? length - position : pages.page_positions;
-        for (int i = 0; i < end; ++i, ++position, values += head_dim) {
-            const Lanes weight = set1(weights[position]);
-            for (int c = 0; c < C; ++c) total[c] = total[c] + weight * load_half(values + 16 * c);
-        }
+// Q queries over C chunks of 16 dimensions: positions that all of them see together, then each one's own rest, so that every
+// sum ascends from position 0.
+template <int Q, int C>
+inline void weigh_values(const HeadPages& pages, const Query* queries, int head_dim, int chunk, const float* weights,
+                         int64_t stride, const Lanes* divisors) {
+    Lanes total[Q][C];
+    int common = queries[0].length;
+    for (int q = 0; q < Q; ++q) {
+        common = queries[q].length < common ? queries[q].length : common;
+        for (int c = 0; c < C; ++c) total[q][c] = set1(0);
     }
-    for (int c = 0; c < C; ++c) store(out + (chunk + c) * 16, total[c] / divisor);
+    const int size = pages.page_positions;
+    for (int page = 0, position = 0; position < common; ++page) {
+        const uint16_t* values = pages.values[page] + chunk * 16;
+        const int end = common - position < size ? common : position + size;
+        for (; position < end; ++position, values += head_dim)
+            for (int c = 0; c < C; ++c) {
+                const Lanes value = load_half(values + 16 * c);
+                for (int q = 0; q < Q; ++q) total[q][c] = total[q][c] + set1(weights[q * stride + position]) * value;
+            }
+    }
+    for (int q = 0; q < Q; ++q) {
+        for (int position = common; position < queries[q].length; ++position) {
+            const uint16_t* values = pages.values[position / size] + static_cast<int64_t>(position % size) * head_dim + chunk * 16;
+            const Lanes weight = set1(weights[q * stride + position]);
+            for (int c = 0; c < C; ++c) total[q][c] = total[q][c] + weight * load_half(values + 16 * c);
+        }
+        for (int c = 0; c < C; ++c) store(queries[q].out + (chunk + c) * 16, total[q][c] / divisors[q]);
+    }
 }
 
-void attend(const float* query, const HeadPages& pages, int length, int head_dim, float scale, float* scores, float* out) {
+template <int Q>
+inline void attend_together(const Query* queries, const HeadPages& pages, int head_dim, float scale, float* scores,
+                            int64_t stride) {
     const float least = -__builtin_inff();
-    Lanes best = set1(least);
-    for (int start = 0; start < length; start += 16) {
+    int longest = 0;
+    Lanes best[Q], divisors[Q];
+    for (int q = 0; q < Q; ++q) {
+        best[q] = set1(least);
+        longest = queries[q].length > longest ? queries[q].length : longest;
+    }
+    for (int start = 0; start < longest; start += 16) {
         const uint16_t* keys = pages.keys[start / pages.page_positions];
         keys += static_cast<int64_t>(start % pages.page_positions) * head_dim;
+        Lanes sum[Q];
+        for (int q = 0; q < Q; ++q) sum[q] = set1(0);
+        for (int i = 0; i < head_dim; ++i) {
+            const Lanes key = load_half(keys + 16 * i);
+            for (int q = 0; q < Q; ++q) sum[q] = sum[q] + set1(queries[q].vector[i]) * key;
+        }
+        for (int q = 0; q < Q; ++q) {
+            const int left = queries[q].length - start;
+            if (left <= 0) continue;
+            Lanes score = sum[q] * set1(scale);
+            if (left < 16) score = keep_first(score, left, least);
+            store(scores + q * stride + start, score);
+            best[q] = maximum(best[q], score);
+        }
+    }
+    for (int q = 0; q < Q; ++q) {
+        float* weights = scores + q * stride;
+        const Lanes shift = set1(largest(best[q]));
         Lanes sum = set1(0);
-        for (int i = 0; i < head_dim; ++i) sum = sum + set1(query[i]) * load_half(keys + 16 * i);
-        sum = sum * set1(scale);
-        if (length - start < 16) sum = keep_first(sum, length - start, least);
-        store(scores + start, sum);
-        best = maximum(best, sum);
+        for (int start = 0; start < queries[q].length; start += 16) {
+            Lanes e = exp(load(weights + start) - shift);  // positions beyond the length hold -infinity: weight 0
+            store(weights + start, e);
+            sum = sum + e;
+        }
+        divisors[q] = set1(tree_sum(sum));
     }
-    const Lanes shift = set1(largest(best));
-    Lanes sum = set1(0);
-    for (int start = 0; start < length; start += 16) {
-        Lanes e = exp(load(scores + start) - shift);  // positions beyond the length hold -infinity: weight 0
-        store(scores + start, e);
-        sum = sum + e;
-    }
-    const Lanes divisor = set1(tree_sum(sum));
+    constexpr int C = Q == 1 ? 8 : 4;  // what the registers hold
     int chunk = 0;
-    for (; chunk + 8 <= head_dim / 16; chunk += 8) weigh_values<8>(pages, length, head_dim, chunk, scores, divisor, out);
-    for (; chunk + 4 <= head_dim / 16; chunk += 4) weigh_values<4>(pages, length, head_dim, chunk, scores, divisor, out);
-    for (; chunk + 2 <= head_dim / 16; chunk += 2) weigh_values<2>(pages, length, head_dim, chunk, scores, divisor, out);
-    for (; chunk < head_dim / 16; ++chunk) weigh_values<1>(pages, length, head_dim, chunk, scores, divisor, out);
+    for (; chunk + C <= head_dim / 16; chunk += C)
+        weigh_values<Q, C>(pages, queries, head_dim, chunk, scores, stride, divisors);
+    for (; chunk + 2 <= head_dim / 16; chunk += 2)
+        weigh_values<Q, 2>(pages, queries, head_dim, chunk, scores, stride, divisors);
+    for (; chunk < head_dim / 16; ++chunk) weigh_values<Q, 1>(pages, queries, head_dim, chunk, scores, stride, divisors);
+}
+
+void attend(const Query* queries, int count, const HeadPages& pages, int head_dim, float scale, float* scores, int64_t stride) {
+    for (; count >= 4; count -= 4, queries += 4) attend_together<4>(queries, pages, head_dim, scale, scores, stride);
+    for (; count >= 2; count -= 2, queries += 2) attend_together<2>(queries, pages, head_dim, scale, scores, stride);
+    if (count) attend_together<1>(queries, pages, head_dim, scale, scores, stride);
 }
 
 bool to_half(const float* x, uint16_t* y, int size) {

@@ -14,7 +14,7 @@ namespace elmoe {
 namespace {
 std::vector<const Kernels*> all_kernels() {
     std::vector<const Kernels*> found;
-    for (const Kernels* one : {avx512_kernels(), avx2_kernels(), portable_kernels()})
+    for (const Kernels* one : {amx_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
         if (one) found.push_back(one);
     return found;
 }
@@ -97,6 +97,7 @@ std::vector<Tile> allocate_tiles(int count, int groups, int largest) {
     auto* codes = scratch().get<int8_t>(static_cast<size_t>(count) * groups * kGroup);
     auto* scales = scratch().get<float>(static_cast<size_t>(count) * groups);
     auto* correction = scratch().get<int32_t>(static_cast<size_t>(count) * groups);
+    if (count > largest) largest = ceil_div(count, ceil_div(count, largest));  // 17 tokens: 9 and 8, not 16 and 1
     std::vector<Tile> tiles;
     for (int first = 0; first < count; first += largest) {
         const int64_t at = static_cast<int64_t>(first) * groups;

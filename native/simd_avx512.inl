@@ -36,7 +36,7 @@ inline int store_codes(int8_t* p, Lanes a) {  // a within -127..127, integral; r
     return _mm512_reduce_add_epi32(integers);
 }
 
-constexpr int kTile = 8;
+constexpr int kTile = 12;
 
 // Per group and 16 rows: weights' nibbles become unsigned bytes, full (hi << 4 | lo) or draft (hi << 4), and dpbusd adds
 // four products at a time to 32-bit lanes. |dot| <= 32 * 255 * 127 < 2^20, exact in float32 later.

@@ -57,6 +57,18 @@ def test_matmul(machine, rows, columns):
             assert same_bits(kernels.nested_matmul(draft_only, x, True, offset), expected)
 
 
+@pytest.mark.parametrize("rows,columns", [(16, 512), (17, 513), (40, 1056)])
+def test_matmul_of_many_tokens(machine, rows, columns):
+    """Token counts and widths on both sides of the borders of tiles, spans of groups and tiles computed together."""
+    rng = np.random.default_rng(columns)
+    matrix = NestedMatrix.from_weights(normal(rng, rows, columns))
+    x = normal(rng, 273, columns)
+    expected = {draft: bitslice.nested_matmul(matrix, x, draft, offset=8.0) for draft in (False, True)}
+    for tokens in (8, 11, 12, 13, 16, 17, 24, 25, 47, 49, 64, 65, 129, 241, 255, 256, 257, 273):
+        for draft in (False, True):
+            assert same_bits(kernels.nested_matmul(matrix, x[:tokens], draft), expected[draft][:tokens])
+
+
 def test_matmul_of_all_codes_and_extreme_values(machine):
     """All 256 codes (-128 too), subnormal and huge scales, zero groups, activations from subnormal to huge."""
     codes = np.tile(np.arange(-128, 128).astype(np.int8), (20, 1))
@@ -73,6 +85,8 @@ def test_matmul_of_all_codes_and_extreme_values(machine):
             with np.errstate(over="ignore"):
                 expected = bitslice.nested_matmul(matrix, x, draft, offset=8.0)
             assert same_bits(kernels.nested_matmul(matrix, x, draft), expected)
+            many = np.tile(x, (4, 1))
+            assert same_bits(kernels.nested_matmul(matrix, many, draft), np.tile(expected, (4, 1)))
 
 
 def test_values_at_the_rounding_border_are_rounded_to_even(machine):
