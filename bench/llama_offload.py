@@ -56,7 +56,8 @@ def add_rows(
                     row["over_llamacpp"] = row["tokens_per_second"] / rate
     for row in rows:
         if row["system"] == "llama.cpp":
-            naive = next(r for r in rows if r["system"] == "naive" and r["batch"] == row["batch"])
+            cell = (row["batch"], row["budget"])
+            naive = next(r for r in rows if r["system"] == "naive" and (r["batch"], r["budget"]) == cell)
             row["over_naive"] = row["tokens_per_second"] / naive["tokens_per_second"]
     return done
 

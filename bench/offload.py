@@ -198,12 +198,15 @@ def finished_row(
     row = system.row()
     slow, speed = row["slow_bytes_per_token"], disk if bandwidth is None else bandwidth
     lru = next((other for other in systems if other.name == "lru"), system)
+    byte_ceiling = speed / slow if slow else None
+    naive = median(run[0] for run in systems[0].runs)
     return row | {
         "identical": all(same(outcome, reference) for outcome in system.outcomes),
         "over_naive": system.over(systems[0]),
         "over_lru": None if lru is system else system.over(lru),
         "resident_tokens_per_second": ceiling,
-        "byte_ceiling_tokens_per_second": speed / slow if slow else None,
+        "byte_ceiling_tokens_per_second": byte_ceiling,
+        "ceiling_over_naive": min(ceiling, byte_ceiling or ceiling) / naive,
     }
 
 
@@ -278,6 +281,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "mean_over_naive": means(rows, "over_naive"),
         "mean_over_lru": means(rows, "over_lru"),
+        "mean_ceiling_over_naive": means(rows, "ceiling_over_naive"),
         "mean_over_llamacpp": means(rows, "over_llamacpp") or None,
         "resident_over_naive": sum(resident) / len(resident),
         "identical": all(row["identical"] for row in rows if row["identical"] is not None),
@@ -294,14 +298,21 @@ def show(data: dict[str, Any], title: str) -> None:
             (f"{r['budget']:.0%}" if isinstance(r["budget"], float) else f"{r['budget'] / 2**30:g} GiB", r["batch"],
              r["system"], number(r["tokens_per_second"]), number(r["over_naive"]), number(r["over_lru"]),
              number(r["acceptance_rate"]), number(r["tokens_per_verification"]),
-             None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}", r["slices"][-1],
+             None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}", r["slices"] and r["slices"][-1],
              number(r["waited_share"]), number(r["byte_ceiling_tokens_per_second"], 1),
              number(r["resident_tokens_per_second"], 1),
              "-" if r["identical"] is None else "yes" if r["identical"] else "NO")
             for r in sorted(data["rows"], key=lambda r: (r["budget"], r["batch"]))
         ],
     )  # fmt: skip
-    for key in ("mean_over_naive", "mean_over_lru", "mean_over_llamacpp", "resident_over_naive", "identical"):
+    for key in (
+        "mean_over_naive",
+        "mean_ceiling_over_naive",
+        "mean_over_lru",
+        "mean_over_llamacpp",
+        "resident_over_naive",
+        "identical",
+    ):
         print(f"{key}: {json.dumps(data[key])}")
 
 
@@ -337,7 +348,7 @@ def main() -> None:
         make, resident = replayed(store, traces)
         rows = compare(
             budgets, batches, make, resident, arguments.repeats,
-            {"naive": 6, "lru": 16, "cache": 16, "elastic": 48, "warm_up": 16}, arguments.slow_bandwidth, disk,
+            {"naive": 4, "lru": 12, "cache": 12, "elastic": 36, "warm_up": 12}, arguments.slow_bandwidth, disk,
             arguments.systems.split(","),
         )  # fmt: skip
         reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)

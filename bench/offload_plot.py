@@ -24,10 +24,10 @@ def main() -> None:
     from matplotlib import pyplot
 
     rows = json.loads(arguments.result.read_text())["rows"]
-    naive = {row["batch"]: row["tokens_per_second"] for row in rows if row["system"] == "naive"}
+    gains = {(row["batch"], row["budget"]): row["over_naive"] for row in rows if row["system"] == "elastic"}
     resident = {row["batch"]: row["resident_tokens_per_second"] for row in rows if row["system"] == "naive"}
     budgets = sorted({row["budget"] for row in rows if row["system"] == "elastic"})
-    batches = sorted(naive)
+    batches = sorted(resident)
     figure, panels = pyplot.subplots(1, len(budgets), figsize=(4.4 * len(budgets), 3.6), sharey=True, dpi=110, squeeze=False)
     for panel, budget in zip(panels[0], budgets, strict=True):
         systems = [name for name in COLOURS if any(row["system"] == name for row in rows)]
@@ -37,8 +37,7 @@ def main() -> None:
                     (
                         row["tokens_per_second"]
                         for row in rows
-                        if (row["system"], row["batch"]) == (system, batch)
-                        and (system == "naive" or row["budget"] == budget)
+                        if (row["system"], row["batch"], row["budget"]) == (system, batch, budget)
                     ),
                     0,
                 )
@@ -47,7 +46,7 @@ def main() -> None:
             places = [place + (index - (len(systems) - 1) / 2) * 0.2 for place in range(len(batches))]
             bars = panel.bar(places, rates, 0.19, label=system, color=COLOURS[system])
             if system == "elastic":
-                labels = [f"{rate / naive[batch]:.1f}x" for rate, batch in zip(rates, batches, strict=True)]
+                labels = [f"{gains[batch, budget]:.1f}x" for batch in batches]
                 panel.bar_label(bars, labels, fontsize=7)
         for place, batch in enumerate(batches):
             panel.hlines(resident[batch], place - 0.45, place + 0.45, colors="#52606d", linestyles="dotted", linewidth=1)
