@@ -298,7 +298,8 @@ def show(data: dict[str, Any], title: str) -> None:
             (f"{r['budget']:.0%}" if isinstance(r["budget"], float) else f"{r['budget'] / 2**30:g} GiB", r["batch"],
              r["system"], number(r["tokens_per_second"]), number(r["over_naive"]), number(r["over_lru"]),
              number(r["acceptance_rate"]), number(r["tokens_per_verification"]),
-             None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}", r["slices"] and r["slices"][-1],
+             None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}",
+             r["slices"] and r["slices"][-1],
              number(r["waited_share"]), number(r["byte_ceiling_tokens_per_second"], 1),
              number(r["resident_tokens_per_second"], 1),
              "-" if r["identical"] is None else "yes" if r["identical"] else "NO")
