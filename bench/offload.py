@@ -349,7 +349,7 @@ def main() -> None:
         make, resident = replayed(store, traces)
         rows = compare(
             budgets, batches, make, resident, arguments.repeats,
-            {"naive": 4, "lru": 12, "cache": 12, "elastic": 36, "warm_up": 12}, arguments.slow_bandwidth, disk,
+            {"naive": 3, "lru": 8, "cache": 8, "elastic": 28, "warm_up": 10}, arguments.slow_bandwidth, disk,
             arguments.systems.split(","),
         )  # fmt: skip
         reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
