@@ -24,7 +24,8 @@ from elmoe.hw.efficiency import efficiency_of_refresh
 from elmoe.hw.machine import Machine
 from elmoe.report.section import Section, Table
 from elmoe.schema.architecture import Architecture
-from elmoe.schema.hardware import Hardware, load_described, load_hardware
+from elmoe.schema.constants import load_described
+from elmoe.schema.hardware import Hardware, load_hardware
 from elmoe.schema.model import ModelSchema
 from elmoe.schema.validation import Streaming, load_validation
 from elmoe.sim.recorded import Counts, Prediction, predict

@@ -8,23 +8,17 @@ import msgspec
 import numpy as np
 
 from elmoe.schema.architecture import Architecture
-from elmoe.schema.hardware import (
+from elmoe.schema.constants import (
     Bandwidth,
     Capacity,
     EnergyPerBit,
     EnergyPerByte,
     EnergyPerOperation,
-    Features,
     Frequency,
-    Hardware,
-    Links,
-    Memory,
-    PeArray,
     Ratio,
-    Sram,
     Throughput,
-    VectorUnit,
-)  # fmt: skip
+)
+from elmoe.schema.hardware import Features, Hardware, Links, Memory, PeArray, Sram, VectorUnit
 from elmoe.trace.facts import RoutingFacts
 
 

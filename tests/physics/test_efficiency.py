@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from elmoe.hw.efficiency import efficiency_of, efficiency_of_refresh, streaming_bandwidth
-from elmoe.schema.hardware import Memory, Ratio, Refresh, Seconds, load_hardware, preset_names
+from elmoe.schema.constants import Ratio, Seconds
+from elmoe.schema.hardware import Memory, Refresh, load_hardware, preset_names
 from elmoe.schema.validation import load_validation
 
 # Nanoseconds: tREFI, tRFCab, and tRTP, tRP, tRCD as clocks times the clock period, from Ramulator 2.1's own presets

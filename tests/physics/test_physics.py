@@ -8,8 +8,9 @@ import pytest
 
 from elmoe.errors import BudgetError, HardwareError
 from elmoe.hw.machine import Machine
+from elmoe.schema.constants import Bandwidth, Capacity
 from elmoe.schema.drafters import load_drafters
-from elmoe.schema.hardware import Bandwidth, Capacity, Features, Hardware
+from elmoe.schema.hardware import Features, Hardware
 from elmoe.sim.simulate import Priced, Simulation
 from elmoe.sim.workload import Replay
 from elmoe.systems.forms import Odds

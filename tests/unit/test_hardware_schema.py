@@ -7,14 +7,8 @@ import pytest
 import yaml
 
 from elmoe.errors import HardwareError
-from elmoe.schema.hardware import (
-    Constant,
-    Hardware,
-    PeArray,
-    load_hardware,
-    preset_names,
-    preset_text,
-)
+from elmoe.schema.constants import Constant
+from elmoe.schema.hardware import Hardware, PeArray, load_hardware, preset_names, preset_text
 
 PAPER = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu", "elmoe3d_4gb", "elmoe3d_8gb")
 BOXES = ("dgx_spark", "jetson_thor", "rtx_pro_6000", "ddr5_nvme")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from elmoe.schema.hardware import Ratio, Struct, load_described
+from elmoe.schema.constants import Ratio, Struct, load_described
 
 
 class Eagle(Struct, frozen=True, kw_only=True):

@@ -1,159 +1,29 @@
-"""Hardware and system descriptions: YAML with a unit, a source and a status on every constant.
-
-A constant is written ``{value: 102.4 GB/s, source: "...", status: published}``; ``range: [low, high]`` names the least and
-greatest value that sources give, for sweeps. Values are held in SI units (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J, W).
-"""
+"""Hardware and system descriptions: YAML with a unit, a source and a status on every constant (see ``constants.py``)."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Literal
 
 import msgspec
-import yaml
 
-from elmoe.errors import ElmoeError, HardwareError
-from elmoe.units import parse_quantity
-
-Described = TypeVar("Described", bound=msgspec.Struct)
-Status = Literal["published", "derived", "measured", "assumed"]
-
-
-def _short(data: Any) -> str:
-    """Scalars as they are; of anything else only the kind, as aliases make YAML lists of any printed size."""
-    return f"'{data}'" if isinstance(data, str | int | float) else f"a {type(data).__name__}"
-
-
-class Constant:
-    """A physical constant: ``value`` in SI, ``low`` and ``high`` of what sources say, ``source``, ``status``.
-
-    Subclasses name the dimension that its unit must have.
-    """
-
-    dimension: ClassVar[str]
-    __slots__ = ("high", "low", "source", "status", "value")
-
-    def __init__(
-        self, value: float, source: str, status: Status, low: float | None = None, high: float | None = None
-    ) -> None:
-        self.value, self.source, self.status = value, source, status
-        self.low = value if low is None else low
-        self.high = value if high is None else high
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.value:g}, {self.status})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constant) and repr(self) == repr(other) and self.source == other.source
-
-    def __hash__(self) -> int:
-        return hash((self.value, self.source))
-
-    def at(self, value: float) -> Self:
-        """The same constant at another value, for sweeps."""
-        return type(self)(value, self.source, self.status, self.low, self.high)
-
-    @classmethod
-    def parse(cls, data: Any) -> Self:
-        """From the YAML mapping; ValueError says what is wrong with it."""
-        if not isinstance(data, dict):
-            raise ValueError(f"{_short(data)} needs a source: write {{value: ..., source: ..., status: ...}}")
-        unknown = data.keys() - {"value", "source", "status", "range"}
-        missing = {"value", "source", "status"} - data.keys()
-        if unknown or missing:
-            raise ValueError(
-                f"unknown key {min(map(_short, unknown))}" if unknown else f"the constant has no '{min(missing)}'",
-            )
-        if data["status"] not in ("published", "derived", "measured", "assumed"):
-            raise ValueError(f"status is {_short(data['status'])}, allowed: published, derived, measured, assumed")
-        if not isinstance(data["source"], str) or not data["source"].strip():
-            raise ValueError("the source is empty: name where the value comes from, or say that nobody states it")
-        span = data.get("range")
-        if span is not None and not (isinstance(span, list) and len(span) == 2):
-            raise ValueError("range must be [least, greatest]")
-
-        def number(text: Any) -> float:
-            if isinstance(text, bool) or not isinstance(text, str | int | float):
-                raise ValueError(f"{_short(text)} is not a number with a unit of {cls.dimension}")
-            return parse_quantity(str(text), cls.dimension)
-
-        value = number(data["value"])
-        low, high = (value, value) if span is None else (number(span[0]), number(span[1]))
-        if not low <= value <= high:
-            raise ValueError(f"value {data['value']} lies outside its range {span}")
-        return cls(value, data["source"], data["status"], low, high)
-
-
-class Capacity(Constant):
-    """Bytes."""
-
-    dimension = "capacity"
-
-
-class Bandwidth(Constant):
-    """Bytes per second."""
-
-    dimension = "bandwidth"
-
-
-class Seconds(Constant):
-    """Seconds."""
-
-    dimension = "time"
-
-
-class Frequency(Constant):
-    """Hertz."""
-
-    dimension = "frequency"
-
-
-class Throughput(Constant):
-    """Operations per second; a multiply-accumulate is two."""
-
-    dimension = "throughput"
-
-
-class EnergyPerBit(Constant):
-    """Joules per bit."""
-
-    dimension = "energy per bit"
-
-
-class EnergyPerByte(Constant):
-    """Joules per byte."""
-
-    dimension = "energy per byte"
-
-
-class EnergyPerOperation(Constant):
-    """Joules per operation."""
-
-    dimension = "energy per operation"
-
-
-class Power(Constant):
-    """Watts."""
-
-    dimension = "power"
-
-
-class Ratio(Constant):
-    """A number without unit, or per cent."""
-
-    dimension = "ratio"
-
-
-class OperationsPerByte(Constant):
-    """Operations per byte."""
-
-    dimension = "operations per byte"
-
-
-class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of described things: frozen, and loud about unknown keys."""
+from elmoe.errors import HardwareError
+from elmoe.schema.constants import (
+    Bandwidth,
+    Capacity,
+    EnergyPerBit,
+    EnergyPerByte,
+    EnergyPerOperation,
+    Frequency,
+    OperationsPerByte,
+    Ratio,
+    Seconds,
+    Struct,
+    Throughput,
+    load_described,
+)  # fmt: skip
 
 
 class Refresh(Struct, frozen=True, kw_only=True):
@@ -281,32 +151,9 @@ class Hardware(Struct, frozen=True, kw_only=True):
             raise ValueError("near-memory compute under the fast memory needs a 'fast' memory")
 
 
-def _decode(kind: type, data: Any) -> Any:
-    if issubclass(kind, Constant):
-        try:
-            return kind.parse(data)
-        except ElmoeError as error:
-            raise ValueError(f"{error}; {error.hint}") from None
-    raise NotImplementedError(kind)
-
-
 def load_hardware(name_or_path: str | Path) -> Hardware:
     """A preset by name, or a YAML file; HardwareError names the file, the path in it and the mend."""
     return load_described(*_read(name_or_path), Hardware)
-
-
-def load_described(text: str, where: str, kind: type[Described]) -> Described:
-    """YAML text of described constants as a typed structure; ``where`` is what errors name."""
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise HardwareError(f"'{where}' is not YAML: {error}", "a hardware description is a YAML mapping") from error
-    try:
-        return msgspec.convert(data, kind, dec_hook=_decode)
-    except msgspec.ValidationError as error:
-        raise HardwareError(
-            f"'{where}': {error}", "compare with a preset: `elmoe simulate --show-preset elmoe3d_8gb`"
-        ) from error
 
 
 @cache

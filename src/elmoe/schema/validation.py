@@ -10,7 +10,7 @@ import msgspec
 import yaml
 
 from elmoe.errors import HardwareError
-from elmoe.schema.hardware import Status
+from elmoe.schema.constants import Status
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _Count = Annotated[int, msgspec.Meta(ge=1)]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from elmoe.errors import HardwareError
-from elmoe.schema.hardware import Constant
+from elmoe.schema.constants import Constant
 
 Described = TypeVar("Described", bound=msgspec.Struct)
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from elmoe.hw.machine import Machine
 from elmoe.schema.architecture import Architecture, load_architecture
-from elmoe.schema.hardware import Hardware, Ratio, Seconds, load_hardware
+from elmoe.schema.constants import Ratio, Seconds
+from elmoe.schema.hardware import Hardware, load_hardware
 from elmoe.schema.validation import Decoding, FusedKernel, load_validation
 from elmoe.systems.forms import cost_of, lower
 from elmoe.systems.operations import operations
