@@ -42,6 +42,7 @@ BATCHES = (1, 4, 8, 16)
 DECODE_TARGETS = {1: 1.6, 4: 1.6, 8: 1.5, 16: 1.5}
 ELASTIC_TARGET, PREFILL_TARGET, LOAD_TARGET, MEMORY_MARGIN = 0.97, 1.2, 1.0, 300e6
 PREFILL = 512
+PARTS = ("llama", "elastic", "transformers")
 READ_BYTES = 1 << 30
 QUICK_SECONDS = 420
 """Of ``--quick``, shared evenly by its cells: on a busy machine they begin fewer rounds, and say so."""
@@ -57,7 +58,7 @@ class Bench:
     patience: float
     tokens: int
     seconds: float
-    report: Callable[[str], None]
+    report: Callable[[], None]
     probe: np.ndarray = field(default_factory=lambda: np.ones(READ_BYTES, np.uint8))
 
     def read(self) -> float:
@@ -103,10 +104,14 @@ class Cell:
         ran = [name for name in names if name in self.values]
         return (max if most else min)(ran, key=lambda name: median(self.values[name])) if ran else None
 
+    def over(self, one: str, other: str) -> float:
+        """Median over rounds of the ratio of two runners: what drifts from round to round cancels."""
+        return median(a / b for a, b in zip(self.values[one], self.values[other], strict=True))
+
     def row(self, work: str, unit: str, target: float, against: str, peers: list[str]) -> dict[str, Any]:
         """A row of rates: the ratio is the median over rounds of ours over the best peer's."""
         mine, peer = self.values["ours"], self.best(peers)
-        ratio = None if peer is None else median(a / b for a, b in zip(mine, self.values[peer], strict=True))
+        ratio = None if peer is None else self.over("ours", peer)
         return {
             "work": work, "against": against, "variant": peer, "unit": unit, "ours": median(mine),
             "peer": None if peer is None else median(self.values[peer]), "ratio": ratio, "target": target,
@@ -133,7 +138,7 @@ def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) 
     schema, variants = reader.schema, list(REPACK)
     backend = RandomTokens(kernels, schema)  # type: ignore[arg-type]
     for batch in BATCHES:
-        bench.report(f"decode, batch {batch}")
+        bench.report()
         engine = Engine(reader, backend, EngineOptions("plain", batch=batch))  # type: ignore[arg-type]
 
         def ours(engine: Engine = engine, batch: int = batch) -> float:
@@ -142,14 +147,14 @@ def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) 
         peers = {name: partial(llama.decode, name, batch, bench.tokens) for name in variants}
         cell = bench.alternate({"ours": ours, "read": bench.read, **peers})
         row = cell.row(f"decode, batch {batch}", "tokens/s", DECODE_TARGETS[batch], "llama.cpp", variants)
-        experts, bandwidth = backend.experts_per_step(batch), median(cell.values["read"])
-        per_token = step_bytes(reader, experts) / batch / bandwidth
+        experts = backend.experts_per_step(batch)
+        per_token = step_bytes(reader, experts) / batch
         yield row | {
-            "share_of_bandwidth": row["ours"] * per_token,
-            "peer_share_of_bandwidth": None if row["peer"] is None else row["peer"] * per_token,
-            "read_bytes_per_second": bandwidth, "experts_per_layer": experts,
+            "share_of_bandwidth": cell.over("ours", "read") * per_token,
+            "peer_share_of_bandwidth": None if row["variant"] is None else cell.over(row["variant"], "read") * per_token,
+            "read_bytes_per_second": median(cell.values["read"]), "experts_per_layer": experts,
         }  # fmt: skip
-    bench.report("prefill")
+    bench.report()
     engine = Engine(reader, backend, EngineOptions("plain"))  # type: ignore[arg-type]
     peers = {name: lambda name=name: llama.bench(name, PREFILL, 0)[0] for name in variants}
     cell = bench.alternate({"ours": partial(prefill_rate, engine, backend), **peers})
@@ -175,11 +180,11 @@ def processes(bench: Bench, reader: MemoryReader, llama: Llama, store: str) -> I
         return [sys.executable, "-m", "elmoe.cli.main", "generate", store, "--prompt", text[:prompt], "--max-tokens",
                 str(tokens), "--ignore-eos", "--mode", "plain", "--reader", "memory", "--threads", "2"]  # fmt: skip
 
-    bench.report("load to first token")
+    bench.report()
     peers = {name: lambda name=name: llama.bench(name, 0, 1, warm_up=False)[1].seconds for name in variants}
     cell = bench.alternate({"ours": lambda: run(generate(1, 1)).seconds, **peers})
     yield lower(cell, "load to first token", "s", LOAD_TARGET, variants)
-    bench.report("peak memory")
+    bench.report()
     few = Bench(1, bench.patience, bench.tokens, bench.seconds, bench.report, bench.probe)
     peers = {name: lambda name=name: llama.bench(name, PREFILL, 8)[1].peak for name in variants}
     cell = few.alternate({"ours": lambda: run(generate(PREFILL, 8)).peak, **peers})
@@ -191,10 +196,9 @@ def processes(bench: Bench, reader: MemoryReader, llama: Llama, store: str) -> I
 def lower(cell: Cell, work: str, unit: str, target: float, variants: list[str]) -> dict[str, Any]:
     """A row where less is better: the target is the most that ours may be, the ratio the peer's over ours."""
     row, peer = cell.row(work, unit, target, "llama.cpp", variants), cell.best(variants, most=False)
-    values = None if peer is None else cell.values[peer]
     return row | {
-        "variant": peer, "peer": None if values is None else median(values), "met": row["ours"] <= target,
-        "ratio": None if values is None else median(b / a for a, b in zip(cell.values["ours"], values, strict=True)),
+        "variant": peer, "peer": None if peer is None else median(cell.values[peer]), "met": row["ours"] <= target,
+        "ratio": None if peer is None else cell.over(peer, "ours"),
     }  # fmt: skip
 
 
@@ -203,7 +207,7 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
     replay = Replay(kernels, reader.schema, [replay_facts(read_trace(path)) for path in traces])
     tokens = 2 * bench.tokens
     for batch in BATCHES:
-        bench.report(f"elastic, batch {batch}")
+        bench.report()
         engines = {
             name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
             for name, mode in (("ours", "elastic"), ("plain", "plain"))
@@ -226,7 +230,7 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
 
 def against_transformers(bench: Bench, reader: MemoryReader, file: Path) -> Iterator[dict[str, Any]]:
     """Decoding at batch 1 and prefill; rows with a reason where transformers cannot run."""
-    bench.report("transformers")
+    bench.report()
     works = {"decode, batch 1": DECODE_TARGETS[1], f"prefill, {PREFILL} tokens": PREFILL_TARGET}
     try:
         with Transformers(file) as peer:
@@ -284,12 +288,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, help="seconds to wait for a calm machine before a run")
     parser.add_argument("--llamacpp", type=Path, default=Path("build/peers/bin"), help="folder of `make peers`")
-    parser.add_argument("--only", default="llama,elastic,transformers", help="parts to run")
+    parser.add_argument(
+        "--only", help="parts to run, of llama,elastic,transformers [default: all; --quick: not transformers]"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     kernels.set_threads(2)
-    models, parts = ["4"] if arguments.quick else arguments.models.split(","), arguments.only.split(",")
+    models, parts = ["4"] if arguments.quick else arguments.models.split(","), list(PARTS)
+    if arguments.only:
+        parts = arguments.only.split(",")
+    elif arguments.quick:
+        parts.remove("transformers")  # it takes minutes to load
     patience = arguments.patience if arguments.patience is not None else 30.0
     rows: list[dict[str, Any]] = []
     total = len(models) * (3 + len(BATCHES)) * ("llama" in parts) + len(models) * len(BATCHES) * ("elastic" in parts)
@@ -297,11 +307,10 @@ def main() -> None:
     with progress_bar("peers", total) as bar:
         done = -1
 
-        def report(what: str) -> None:
+        def report() -> None:
             nonlocal done
             done += 1
             bar(done)
-            print(what, file=sys.stderr)
 
         tokens, seconds = (24, QUICK_SECONDS / total) if arguments.quick else (48, float("inf"))
         bench = Bench(arguments.rounds, patience, tokens, seconds, report)
@@ -317,7 +326,10 @@ def main() -> None:
                 if "transformers" in parts and model == models[0]:
                     jobs.append(against_transformers(bench, reader, file))
                 for job in jobs:
-                    rows += [{"model": model} | row for row in job]
+                    for row in job:
+                        rows.append({"model": model} | row)
+                        figures = ", ".join(f"{key} {number(row[key]) or '-'}" for key in ("ours", "peer", "ratio"))
+                        print(f"{model}, {row['work']}: {figures}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"kernels": kernels.variant(), "rounds": arguments.rounds, "rows": rows}, indent=1))
     else:
