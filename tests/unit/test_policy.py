@@ -137,6 +137,13 @@ def test_the_controller_gives_up_where_it_does_not_pay():
         assert elastic > 0.95 * plain
 
 
+@pytest.mark.parametrize(("accept", "draft"), [(0.1, 0.8), (0.5, 1.0), (0.7, 0.9)])
+def test_finding_out_that_drafts_do_not_pay_costs_little(accept, draft):
+    """From the first token on, trials included."""
+    elastic, plain = simulate(accept, draft, plain=1.0, per_token=0.5, steps=200)
+    assert elastic > 0.97 * plain
+
+
 def test_a_fixed_length_is_kept():
     controller = DraftLengthController(fixed=3)
     assert controller.limit() == 3

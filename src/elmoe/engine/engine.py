@@ -240,7 +240,7 @@ class _Run:
         """Draft, verify, commit."""
         began = perf_counter()
         limit = (
-            self.controller.limit()
+            self.controller.limit(len(self.running))
             if self.manager is None
             else self.manager.plan(len(self.running), self.pool.bytes_touched)
         )

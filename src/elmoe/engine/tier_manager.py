@@ -51,7 +51,7 @@ class TierManager:
         if self._options.split != "auto":
             if grown:
                 self._tier.replan(plan_slots(self._budget, sizes, self._options.split), capacity)
-            return self._controller.limit()
+            return self._controller.limit(sequences)
         if self._tier.hotness.any():
             self._use = popularity(self._tier.hotness, sizes.top_k)
         old, fixed = self.point, self._controller.fixed

@@ -15,6 +15,14 @@ CONFIDENCE_EDGES = (0.3, 0.5, 0.7, 0.9, 0.97)
 """Bins in which acceptance is calibrated to the draft's confidence."""
 
 
+SETTLED, TRIAL = 4, 2
+"""Plain steps before the first draft, and tokens of a draft that only finds out what drafts cost."""
+RETRY, LONGEST_WAIT = 64, 1024
+"""Plain steps between trials where drafts do not pay: at first, and at most."""
+PROMISE = 1.02
+"""Modelled gain below which drafts are left."""
+
+
 def confidence_bin(confidence: float) -> int:
     """Index of the calibration bin of a confidence in 0..1."""
     return sum(confidence >= edge for edge in CONFIDENCE_EDGES)
@@ -91,24 +99,48 @@ class DraftLengthController:
     target_seconds: Callable[[float], float] | None = None
     _plain_rate: float = 0.0
     _elastic_rate: float = 0.0
+    _plain_steps: int = 0
     _wait: int = 0
-    _back_off: int = 8
+    _back_off: int = RETRY
     _since_plain: int = 0
     _since_elastic: int = 0
 
-    def limit(self) -> int:
-        """Most tokens to draft in the next step; 0 is plain decoding."""
+    def limit(self, sequences: int = 1) -> int:
+        """Most tokens to draft for each of so many sequences in the next step; 0 is plain decoding.
+
+        Plain decoding is measured first, then a short trial tells what drafts cost; from then on the length of the highest
+        modelled rate is drafted, or none. Further trials come ever more rarely where drafts do not pay.
+        """
         if self.fixed is not None:
             return self.fixed
-        if self._plain_rate == 0.0:
-            return 0  # measure plain decoding first
+        if self._plain_steps < SETTLED:
+            return 0
         if self._wait > 0:
             self._wait -= 1
             return 0
         # Re-measure plain decoding now and then, rarely enough to cost under 2 %.
         if self._since_plain >= 64:
             return 0
-        return self.longest
+        length = self._best_length(sequences) if self.draft_cost.known else 0
+        if length == 0:
+            self._pause()
+        return length or TRIAL
+
+    def _best_length(self, sequences: int) -> int:
+        """The length of the highest modelled rate, 0 unless it promises more than plain decoding."""
+        acceptance = min(0.99, self.calibration.mean())
+        best, rate = 0, PROMISE / self.verify_cost.seconds(sequences)
+        for length in range(1, self.longest + 1):
+            tokens = (1 - acceptance ** (length + 1)) / (1 - acceptance)
+            seconds = length * self.draft_cost.seconds(sequences) + self.verify_cost.seconds(sequences * (1 + length))
+            if tokens / seconds > rate:
+                best, rate = length, tokens / seconds
+        return best
+
+    def _pause(self) -> None:
+        """No drafts for a while, the longer the oftener this happens."""
+        self._wait, self._since_elastic, self._elastic_rate = self._back_off, 0, 0.0
+        self._back_off = min(2 * self._back_off, LONGEST_WAIT)
 
     def proceed(self, confidences: Sequence[Sequence[float]]) -> list[bool]:
         """For each sequence of the draft batch, whether to draft one more token after those of these confidences.
@@ -148,10 +180,10 @@ class DraftLengthController:
             self._elastic_rate = rate if self._elastic_rate == 0.0 else 0.8 * self._elastic_rate + 0.2 * rate
             self._since_elastic += 1
             if self._since_elastic >= 4 and self._elastic_rate < self._plain_rate:
-                self._wait, self._since_elastic, self._elastic_rate = self._back_off, 0, 0.0
-                self._back_off = min(2 * self._back_off, 512)
+                self._pause()
             elif self._since_elastic >= 16:
-                self._back_off = 8
+                self._back_off = RETRY
         else:
             self._since_plain = 0
+            self._plain_steps += 1
             self._plain_rate = rate if self._plain_rate == 0.0 else 0.8 * self._plain_rate + 0.2 * rate

@@ -97,9 +97,10 @@ class Residency:
         :param sure: (layers, tokens, k) routing that was sure to stay before acceptance was known: newcomers are judged by
             it. :param committed: that of the tokens that stayed. :param streamed: see :func:`refill`.
         """
-        after = refill(resident, self.scores(sure), streamed, slots, self._parameters)
+        if (streamed & ~(resident.msb & resident.lsb)).any():
+            resident = refill(resident, self.scores(sure), streamed, slots, self._parameters)
         self.learn(committed)
-        return after
+        return resident
 
     def _updated(self, routed: NDArray[np.int32], step: int, rows: slice = slice(None)) -> NDArray[np.float64]:
         scores = self._scores[rows]
