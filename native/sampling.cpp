@@ -53,10 +53,22 @@ uint64_t philox(uint64_t seed, uint64_t choice, uint64_t position, uint64_t toke
     return c0;
 }
 
-double gumbel(const SamplingParameters& p, int64_t position, int64_t token) {
-    const uint64_t k = philox(p.seed, p.choice, static_cast<uint64_t>(position), static_cast<uint64_t>(token)) >> 12;
+// 52 random bits of a token at a position.
+uint64_t bits52(const SamplingParameters& p, int64_t position, int64_t token) {
+    return philox(p.seed, p.choice, static_cast<uint64_t>(position), static_cast<uint64_t>(token)) >> 12;
+}
+
+double gumbel(uint64_t k) {
     const double u = (static_cast<double>(k) + 0.5) * 0x1p-52;
     return -log64(-log64(u));
+}
+
+// Whether the noise of k is surely below `gap`. It exceeds a gap of t or more where 1 - u < 1 - exp(-exp(-t)) < e^-t, and
+// 2^-floor(t) leaves a factor of 1.8 from t = 2 on: no rounding turns that over. Saves both logarithms of nearly every token.
+bool hopeless(uint64_t k, double gap) {
+    if (!(gap >= 2)) return false;
+    const int whole = gap < 52 ? static_cast<int>(gap) : 52;
+    return (uint64_t{1} << 52) - k > (uint64_t{1} << (52 - whole)) + 1;
 }
 
 // Sum of float32 values as float64 in 16 lanes and a tree; `keep` may be null.
@@ -96,7 +108,8 @@ Sampled sample(const float* logits, int vocabulary, const SamplingParameters& p,
     }
     k.exp_shifted(rounded, 0.0f, weights, vocabulary);
     auto* order = scratch().get<int32_t>(vocabulary);
-    for (int i = 0; i < vocabulary; ++i) order[i] = i;
+    if (p.top_k > 0 || p.top_p < 1)
+        for (int i = 0; i < vocabulary; ++i) order[i] = i;
     auto before = [logits](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
     int survivors = vocabulary;
     if (p.top_k > 0 && p.top_k < vocabulary) {
@@ -117,12 +130,18 @@ Sampled sample(const float* logits, int vocabulary, const SamplingParameters& p,
         }
         for (int32_t* dead = order; dead != end; ++dead) alive[*dead] = 0;
     }
-    int token = -1;
-    double highest_noisy = 0;
+    // The likeliest token survives every processor; from it on others need to beat the highest so far.
+    constexpr double kMostNoise = 37;  // -log(-log u) of the largest u is 36.7
+    int token = best;
+    double highest_noisy = z[best] + gumbel(bits52(p, position, best));
     for (int i = 0; i < vocabulary; ++i) {
-        if (!alive[i] || (p.min_p > 0 && !(static_cast<double>(weights[i]) >= p.min_p))) continue;
-        const double noisy = z[i] + gumbel(p, position, i);
-        if (token < 0 || noisy > highest_noisy) {
+        const double gap = highest_noisy - z[i];
+        if (gap > kMostNoise || !alive[i] || i == best) continue;
+        if (p.min_p > 0 && !(static_cast<double>(weights[i]) >= p.min_p)) continue;
+        const uint64_t k52 = bits52(p, position, i);
+        if (hopeless(k52, gap)) continue;
+        const double noisy = z[i] + gumbel(k52);
+        if (noisy > highest_noisy || (noisy == highest_noisy && i < token)) {
             token = i;
             highest_noisy = noisy;
         }
