@@ -48,6 +48,14 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 SHARES = (25, 50, 100)
 """Percent of experts resident while the replayed traces were recorded."""
+TOKENS = {
+    "naive": {1: 3, 2: 3, 4: 3, 8: 2, 16: 2},
+    "lru": {1: 8, 2: 8, 4: 6, 8: 5, 16: 4},
+    "cache": {1: 8, 2: 8, 4: 6, 8: 5, 16: 4},
+    "elastic": {1: 28, 2: 20, 4: 16, 8: 14, 16: 14},
+    "warm_up": {1: 10, 2: 8, 4: 6, 8: 6, 16: 6},
+}
+"""Tokens per sequence and run of the 16-layer shapes, by batch size: several steps of each, in half an hour for all."""
 SEQUENCES, TRACE_TOKENS, PROMPT_TOKENS = 16, 160, 64
 
 
@@ -161,31 +169,33 @@ def run_elmoe(*arguments: str) -> None:
 
 
 def compare(
-    budgets: list[int | float], batches: list[int], make: Any, resident: Any, repeats: int, tokens: dict[str, int],
-    bandwidth: float | None, disk: float, names: list[str],
+    budgets: list[int | float], batches: list[int], make: Any, resident: Any, repeats: int,
+    tokens: dict[str, dict[int, int]], bandwidth: float | None, disk: float, names: list[str], partial: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of all our systems: the runs of a cell's systems alternate, so that all see the same disk; `identical` against
-    the naive run."""
+    the naive run. ``partial``: a file that always holds the rows finished so far."""
     rows: list[dict[str, Any]] = []
     with progress_bar("runs", len(batches) * len(budgets) * repeats * (1 + len(names))) as bar:
         for batch in batches:
             engine, requests, outcome = resident(EngineOptions("plain", batch=batch))
             engine.generate(requests(batch, 4))
             outcome()
-            ceiling = median(steady_rate(engine, requests(batch, tokens["naive"]))[0] for _ in range(repeats))
+            ceiling = median(steady_rate(engine, requests(batch, tokens["naive"][batch]))[0] for _ in range(repeats))
             reference = outcome()
             for budget in budgets:
                 systems = [
-                    System(name, budget, batch, tokens.get(name, tokens["elastic"]), make, bandwidth)
+                    System(name, budget, batch, tokens.get(name, tokens["elastic"])[batch], make, bandwidth)
                     for name in ["naive", *names]
                 ]
                 for system in systems[1:]:
-                    system.warm_up(tokens["warm_up"])
+                    system.warm_up(tokens["warm_up"][batch])
                 for _ in range(repeats):
                     for system in systems:
                         system.run()
                         bar(sum(len(row["runs"]) for row in rows) + sum(len(s.runs) for s in systems))
                 rows += [finished_row(system, systems, reference, ceiling, disk, bandwidth) for system in systems]
+                if partial is not None:
+                    partial.write_text(json.dumps(rows))
                 del systems
                 gc.collect()  # these arenas go before the next ones come
     return rows
@@ -270,7 +280,8 @@ def demo_model(repeats: int) -> dict[str, Any]:
 
         rows = compare(
             [0.25, 0.5], [1, 2, 4, 8, 16], make, lambda options: make(options, memory), repeats,
-            {"naive": 32, "elastic": 96, "warm_up": 48}, bandwidth, 0.0, ["lru", "elastic"],
+            {name: dict.fromkeys(TOKENS["naive"], n) for name, n in (("naive", 32), ("elastic", 96), ("warm_up", 48))},
+            bandwidth, 0.0, ["lru", "elastic"],
         )  # fmt: skip
     return summary(rows) | {"slow_bandwidth": bandwidth, "resident_step_seconds": step, "throttled": True, "replayed": False}
 
@@ -349,8 +360,7 @@ def main() -> None:
         make, resident = replayed(store, traces)
         rows = compare(
             budgets, batches, make, resident, arguments.repeats,
-            {"naive": 3, "lru": 8, "cache": 8, "elastic": 28, "warm_up": 10}, arguments.slow_bandwidth, disk,
-            arguments.systems.split(","),
+            TOKENS, arguments.slow_bandwidth, disk, arguments.systems.split(","), arguments.folder / "partial.json",
         )  # fmt: skip
         reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
         data = summary(rows) | {
