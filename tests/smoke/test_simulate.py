@@ -85,6 +85,15 @@ def test_a_model_too_large_becomes_a_row_that_says_so():
         run("simulate", *arguments, "--json")
 
 
+def test_a_trace_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "other.facts"
+    run("trace", "synthesise", "mt_bench", str(path), "--experts", "32", "--top-k", "4", "--layers", "2", "--sequences", "2",
+        "--positions", "40")  # fmt: skip
+    with pytest.raises(ElmoeError, match="routes to 4 of 32 experts, 'qwen3-30b-a3b' to 8 of 128") as caught:
+        run("simulate", *SMALL, "--trace", str(path))
+    assert "synthesise" in (caught.value.hint or "")
+
+
 def test_bad_acceptance_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ElmoeError, match="no probability below 1"):
         run("simulate", *SMALL, "--acceptance", "1.5")
