@@ -53,7 +53,7 @@ def main() -> None:
         panel.set_xticks(range(len(batches)), batches)
         panel.set_yscale("log")
         panel.set_xlabel("batch")
-        panel.set_title(f"{budget / 2**30:g} GiB" if budget > 1 else f"{budget:.0%} of the experts", fontsize=10)
+        panel.set_title(f"{budget / 2**30:.3g} GiB" if budget > 1 else f"{budget:.0%} of the experts", fontsize=10)
     panels[0][0].set_ylabel("tokens/s (dotted: all in memory)")
     panels[0][0].legend(fontsize=7)
     figure.tight_layout()
