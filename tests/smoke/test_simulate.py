@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from elmoe.cli.main import cli
-from elmoe.errors import ElmoeError
+from elmoe.errors import ElmoeError, HardwareError
+from elmoe.files import write_whole
 
 SMALL = ["--model", "qwen3-30b-a3b", "--prompts", "mt_bench", "--batch", "1,4"]
 
@@ -102,3 +103,10 @@ def test_bad_acceptance_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ElmoeError, match="not a section of a report"):
         run("report", str(bad), "--out", str(tmp_path / "page.html"))
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(HardwareError, match="cannot write"):
+        write_whole(tmp_path / "taken", b"content")  # the rename meets a folder
+    assert [item.name for item in tmp_path.iterdir()] == ["taken"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from elmoe.errors import HardwareError
+from elmoe.files import write_whole
 from elmoe.report.section import Section
 
 
@@ -26,14 +25,7 @@ def write_page(sections: Sequence[Section], path: Path, title: str = "elmoe: wha
     template = environment.from_string((files("elmoe.report") / "page.html.jinja").read_text(encoding="utf-8"))
     plots = any(section.figures for section in sections)
     html = template.render(title=title, sections=sections, plotly=Markup(get_plotlyjs()) if plots else "")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise HardwareError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, html.encode())
 
 
 def cell(value: Any) -> str:

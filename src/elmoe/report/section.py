@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from elmoe.errors import HardwareError
+from elmoe.files import write_whole
 
 SIZE_LIMIT = 64 << 20
 
@@ -44,15 +44,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
 def write_section(section: Section, path: Path) -> None:
     """Write as JSON; the file appears when it is whole."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.encode(section))
-        os.replace(partial, path)
-    except OSError as error:
-        raise HardwareError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, msgspec.json.encode(section))
 
 
 def read_section(path: Path) -> Section:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elmoe.errors import HardwareError
+from elmoe.files import write_whole
 from elmoe.sim.grid import Grid
 from elmoe.systems.forms import Odds, TableOdds
 from elmoe.trace.acceptance import load_acceptance
@@ -57,14 +57,7 @@ class Result:
 
 def write_result(result: Result, path: Path) -> None:
     """Write a result file; it appears when it is whole."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(result.as_dict()), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise HardwareError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, json.dumps(result.as_dict()).encode())
 
 
 def read_result(path: Path) -> Result:
