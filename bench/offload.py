@@ -15,6 +15,8 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean, median
 from time import perf_counter
@@ -22,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import llama_offload
+from bench import clairvoyant, llama_offload
 from bench.prompts import prompts_of
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
@@ -35,6 +37,7 @@ from elmoe.engine.session import Session, load_backend
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import MemoryReader, open_direct, open_store
 from elmoe.trace import read_trace, replay_facts
+from elmoe.trace.replay import ReplayFacts
 from elmoe.units import parse_bytes
 
 SHAPES = Path(__file__).with_name("olmoe_shapes.json")
@@ -46,16 +49,17 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "cache": {"mode": "cache"},
     **{f"elastic-{length}": {"mode": "elastic", "draft_length": length} for length in (1, 2, 4, 8)},
 }
-SHARES = (25, 50, 100)
+SHARES = (25, 37, 50, 62, 75, 87, 100)
 """Percent of experts resident while the replayed traces were recorded."""
 TOKENS = {
     "naive": {1: 3, 2: 3, 4: 3, 8: 2, 16: 2},
-    "lru": {1: 8, 2: 8, 4: 6, 8: 5, 16: 4},
-    "cache": {1: 8, 2: 8, 4: 6, 8: 5, 16: 4},
-    "elastic": {1: 28, 2: 24, 4: 24, 8: 28, 16: 32},
+    "lru": {1: 28, 2: 24, 4: 20, 8: 12, 16: 6},
+    "cache": {1: 28, 2: 24, 4: 20, 8: 12, 16: 6},
+    "elastic": {1: 28, 2: 24, 4: 20, 8: 24, 16: 32},
     "warm_up": {1: 10, 2: 8, 4: 6, 8: 6, 16: 6},
 }
-"""Tokens per sequence and run of the 16-layer shapes, by batch size: several steps of each; an hour for all."""
+"""Tokens per sequence and run of the 16-layer shapes, by batch size. Caches get better as a sequence goes on, so where runs
+have few sequences all systems that cache run equally long."""
 SEQUENCES, TRACE_TOKENS, PROMPT_TOKENS = 16, 160, 64
 
 
@@ -84,6 +88,11 @@ def steady_rate(engine: Engine, requests: list[Request]) -> tuple[float, dict[st
     return sum(count for _, count in times[first:]) / seconds, statistics.as_dict()
 
 
+def window(index: int, batch: int) -> list[int]:
+    """Sequences of a round: others than the round before, as far as there are others, as a server would see."""
+    return [(index * batch + offset) % SEQUENCES for offset in range(batch)]
+
+
 class System:
     """One system at a budget and batch size: its engine, warm from run to run, and what its runs gave."""
 
@@ -96,11 +105,13 @@ class System:
         self.slices: list[list[int] | None] = []
 
     def warm_up(self, tokens: int) -> None:
-        self.engine.generate(self.requests(self.batch, tokens))
+        self.engine.generate(self.requests(window(-1, self.batch), tokens))
 
     def run(self) -> None:
+        """One more round, on the next sequences."""
         self.outcome()
-        self.runs.append(steady_rate(self.engine, self.requests(self.batch, self.tokens)))
+        sequences = window(len(self.runs), self.batch)
+        self.runs.append(steady_rate(self.engine, self.requests(sequences, self.tokens)))
         self.outcomes.append(self.outcome())
         planner = self.engine.planner
         point = None if planner is None or self.name == "lru" else planner.point
@@ -127,24 +138,36 @@ class System:
         }  # fmt: skip
 
 
-def replayed(store: Path, traces: list[Path]) -> tuple[Any, Any]:
+def replayed(store: Path, facts: list[ReplayFacts]) -> tuple[Any, Any]:
     """(engine maker over the direct reader, all-resident engine maker) of a store driven by traces."""
-    facts = [replay_facts(read_trace(path)) for path in traces]
     reader = open_direct(store)
     replay = Replay(load_backend("native"), reader.schema, facts)
 
     def make(options: EngineOptions, source: Any = reader) -> tuple[Engine, Any, Any]:
         engine = Engine(source, replay, options, replay)  # type: ignore[arg-type]
-        return engine, lambda count, tokens: replay.requests(list(range(count)), tokens), replay.committed_digests
+        return engine, replay.requests, replay.committed_digests
 
     resident = open_store(store)
     return make, lambda options: make(options, resident)
 
 
+def clairvoyant_bytes(traces: list[ReplayFacts], engine: Engine, batch: int, rounds: int) -> float:
+    """Bytes per token that a cache which knows the future would read in an engine's budget, see bench/clairvoyant.py."""
+    sizes = engine.sizes([Request((0,) * PROMPT_TOKENS, TRACE_TOKENS - PROMPT_TOKENS, SamplingParameters())] * batch)
+    slices = sizes.msb[0], sizes.lsb[0]
+    per_layer = (engine.budget(sizes) - sizes.dense - sizes.kv) / len(sizes.msb)
+    experts = clairvoyant.least_misses(
+        traces, [window(index, batch) for index in range(rounds)], sizes.top_k,
+        min(sizes.experts, per_layer / sum(slices)), min(1.0, per_layer / slices[0] / sizes.experts),
+    )  # fmt: skip
+    return experts * len(sizes.msb) * sum(slices)
+
+
 def recorded_traces(folder: Path, prompts: Path | None) -> list[Path]:
     """Traces of the demo model with a draft from every position, one for each share of resident experts; made once."""
     text = folder / "prompts.txt"
-    text.write_text("\n".join(prompts_of(prompts, SEQUENCES)))
+    if not text.exists():  # the traces that are there were recorded with the text that is there
+        text.write_text("\n".join(prompts_of(prompts, SEQUENCES)))
     paths = []
     for share in SHARES:
         path = folder / f"demo-{share}.trace"
@@ -172,17 +195,23 @@ def run_elmoe(*arguments: str) -> None:
 
 def compare(
     budgets: list[int | float], batches: list[int], make: Any, resident: Any, repeats: int,
-    tokens: dict[str, dict[int, int]], bandwidth: float | None, disk: float, names: list[str], partial: Path | None = None,
+    tokens: dict[str, dict[int, int]], bandwidth: float | None, disk: float, names: list[str], finished: Path | None = None,
+    least_bytes: Callable[[Engine, int, int], float] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of all our systems: the runs of a cell's systems alternate, so that all see the same disk; `identical` against
-    the naive run. ``partial``: a file that always holds the rows finished so far."""
+    the run in memory.
+
+    :param finished: a file that always holds the rows finished so far. :param least_bytes: bytes per token that a
+        clairvoyant cache in an engine's budget would read, by batch size and rounds.
+    """
     rows: list[dict[str, Any]] = []
     with progress_bar("runs", len(batches) * len(budgets) * repeats * (1 + len(names))) as bar:
         for batch in batches:
             engine, requests, outcome = resident(EngineOptions("plain", batch=batch))
-            engine.generate(requests(batch, 4))
+            engine.generate(requests(window(-1, batch), 4))
             outcome()
-            ceiling = median(steady_rate(engine, requests(batch, tokens["naive"][batch]))[0] for _ in range(repeats))
+            length = max(tokens["elastic"][batch], tokens["lru"][batch])
+            ceiling = median(steady_rate(engine, requests(window(i, batch), length))[0] for i in range(repeats))
             reference = outcome()
             for budget in budgets:
                 systems = [
@@ -195,23 +224,26 @@ def compare(
                     for system in systems:
                         system.run()
                         bar(sum(len(row["runs"]) for row in rows) + sum(len(s.runs) for s in systems))
-                rows += [finished_row(system, systems, reference, ceiling, disk, bandwidth) for system in systems]
-                if partial is not None:
-                    partial.write_text(json.dumps(rows))
+                least = None if least_bytes is None else least_bytes(systems[0].engine, batch, repeats)
+                rows += [finished_row(system, systems, reference, ceiling, disk, bandwidth, least) for system in systems]
+                if finished is not None:
+                    finished.write_text(json.dumps(rows))
                 del systems
                 gc.collect()  # these arenas go before the next ones come
     return rows
 
 
 def finished_row(
-    system: System, systems: list[System], reference: Any, ceiling: float, disk: float, bandwidth: float | None
-) -> dict[str, Any]:
+    system: System, systems: list[System], reference: Any, ceiling: float, disk: float, bandwidth: float | None,
+    least: float | None,
+) -> dict[str, Any]:  # fmt: skip
     """A system's row beside those it alternated with."""
     row = system.row()
     slow, speed = row["slow_bytes_per_token"], disk if bandwidth is None else bandwidth
     lru = next((other for other in systems if other.name == "lru"), system)
     byte_ceiling = speed / slow if slow else None
     naive = median(run[0] for run in systems[0].runs)
+    fastest = max(other.engine.planner.bandwidth for other in systems if other.engine.planner is not None)
     return row | {
         "identical": all(same(outcome, reference) for outcome in system.outcomes),
         "over_naive": system.over(systems[0]),
@@ -219,19 +251,15 @@ def finished_row(
         "resident_tokens_per_second": ceiling,
         "byte_ceiling_tokens_per_second": byte_ceiling,
         "ceiling_over_naive": min(ceiling, byte_ceiling or ceiling) / naive,
+        # At the fastest reads that any system of the cell saw
+        "clairvoyant_over_naive": None if least is None else min(ceiling, fastest / least) / naive,
     }
 
 
-def same(outcome: Any, reference: Any) -> bool:
-    """Whether two runs agree where both computed something: hashes by position, or whole results."""
-    if isinstance(outcome, dict):
-        common = outcome.keys() & reference.keys()
-        return bool(common) and all(outcome[key] == reference[key] for key in common)
-    shorter = [min(len(a.tokens), len(b.tokens)) for a, b in zip(outcome, reference, strict=True)]
-    return all(
-        a.tokens[:n] == b.tokens[:n] and a.logprobs[:n] == b.logprobs[:n]
-        for a, b, n in zip(outcome, reference, shorter, strict=True)
-    )
+def same(outcome: dict[Any, Any], reference: dict[Any, Any]) -> bool:
+    """Whether two runs agree at every (sequence, position) that both computed: hashes of logits, or what was sampled."""
+    common = outcome.keys() & reference.keys()
+    return bool(common) and all(outcome[key] == reference[key] for key in common)
 
 
 def means(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
@@ -253,32 +281,39 @@ def demo_model(repeats: int) -> dict[str, Any]:
         prompts = prompts_of(None, SEQUENCES)
         prompt_ids = [session.encode(text)[:PROMPT_TOKENS] for text in prompts]
 
-    def requests(count: int, tokens: int) -> list[Request]:
-        return [
-            Request(ids, tokens, SamplingParameters(0.8, seed=seed), ignore_eos=True)
-            for seed, ids in enumerate(prompt_ids[:count])
-        ]
+    asked: list[int] = []
+
+    def requests(sequences: list[int], tokens: int) -> list[Request]:
+        asked[:] = sequences
+        return [Request(prompt_ids[i], tokens, SamplingParameters(0.8, seed=i), ignore_eos=True) for i in sequences]
 
     with open_store("demo") as memory, open_direct("demo") as reader:
         schema = memory.schema
         resident = Engine(memory, kernels, EngineOptions("plain"))
-        step = 1 / median(steady_rate(resident, requests(1, 64))[0] for _ in range(5))
+        step = 1 / median(steady_rate(resident, requests([0], 64))[0] for _ in range(5))
         layouts = [memory.expert_layout(layer) for layer in schema.moe_layers]
         step_bytes = schema.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts)
         bandwidth = step_bytes / (16 * step)
 
         def make(options: EngineOptions, source: MemoryReader = reader) -> tuple[Engine, Any, Any]:
             engine = Engine(source, kernels, options)
-            kept: list[Any] = []
+            kept: dict[tuple[int, int], tuple[int, float]] = {}
             serve = engine.generate
 
             def generate(*arguments: Any, **named: Any) -> Any:
                 results, statistics = serve(*arguments, **named)
-                kept[:] = [results]
+                for index, result in zip(asked, results, strict=True):
+                    kept.update(((index, at), it) for at, it in enumerate(zip(result.tokens, result.logprobs, strict=True)))
                 return results, statistics
 
             engine.generate = generate  # type: ignore[method-assign]
-            return engine, requests, lambda: kept[0] if kept else None
+
+            def outcome() -> dict[tuple[int, int], tuple[int, float]]:
+                done = kept.copy()
+                kept.clear()
+                return done
+
+            return engine, requests, outcome
 
         rows = compare(
             [0.25, 0.5], [1, 2, 4, 8, 16], make, lambda options: make(options, memory), repeats,
@@ -295,6 +330,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "mean_over_naive": means(rows, "over_naive"),
         "mean_over_lru": means(rows, "over_lru"),
         "mean_ceiling_over_naive": means(rows, "ceiling_over_naive"),
+        "mean_clairvoyant_over_naive": means(rows, "clairvoyant_over_naive"),
         "mean_over_llamacpp": means(rows, "over_llamacpp") or None,
         "resident_over_naive": sum(resident) / len(resident),
         "identical": all(row["identical"] for row in rows if row["identical"] is not None),
@@ -306,7 +342,7 @@ def show(data: dict[str, Any], title: str) -> None:
     print_table(
         title,
         ("budget", "batch", "system", "tokens/s", "x naive", "x LRU", "accepted", "tokens/ver.", "hits MSB, LSB", "kept",
-         "waiting", "byte ceiling", "all resident", "same"),
+         "waiting", "byte ceiling", "all resident", "clairvoyant x naive", "same"),
         [
             (f"{r['budget']:.0%}" if isinstance(r["budget"], float) else f"{r['budget'] / 2**30:g} GiB", r["batch"],
              r["system"], number(r["tokens_per_second"]), number(r["over_naive"]), number(r["over_lru"]),
@@ -314,7 +350,7 @@ def show(data: dict[str, Any], title: str) -> None:
              None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}",
              r["slices"] and r["slices"][-1],
              number(r["waited_share"]), number(r["byte_ceiling_tokens_per_second"], 1),
-             number(r["resident_tokens_per_second"], 1),
+             number(r["resident_tokens_per_second"], 1), number(r.get("clairvoyant_over_naive")),
              "-" if r["identical"] is None else "yes" if r["identical"] else "NO")
             for r in sorted(data["rows"], key=lambda r: (r["budget"], r["batch"]))
         ],
@@ -322,6 +358,7 @@ def show(data: dict[str, Any], title: str) -> None:
     for key in (
         "mean_over_naive",
         "mean_ceiling_over_naive",
+        "mean_clairvoyant_over_naive",
         "mean_over_lru",
         "mean_over_llamacpp",
         "resident_over_naive",
@@ -359,10 +396,12 @@ def main() -> None:
             budgets = [parse_bytes("1340MiB")]  # half of the expert bytes of 4 layers beside dense, KV and staging
         store, traces = synthetic_store(arguments.folder, layers), recorded_traces(arguments.folder, arguments.prompts)
         disk = disk_bandwidth(store / "layer-000.experts")
-        make, resident = replayed(store, traces)
+        facts = [replay_facts(read_trace(path)) for path in traces]
+        make, resident = replayed(store, facts)
         rows = compare(
             budgets, batches, make, resident, arguments.repeats,
             TOKENS, arguments.slow_bandwidth, disk, arguments.systems.split(","), arguments.folder / "partial.json",
+            partial(clairvoyant_bytes, facts),
         )  # fmt: skip
         reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
         data = summary(rows) | {

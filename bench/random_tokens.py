@@ -3,7 +3,6 @@ how many experts a layer runs per step."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -19,25 +18,34 @@ PROMPT = 4
 
 
 class RandomTokens(SimpleNamespace):
-    """The kernels with random samples; ``distinct`` holds (tokens in the call, distinct experts) of every routing."""
+    """The kernels with random samples; ``routed`` holds the (layers, tokens, k) experts of every call."""
 
     def __init__(self, backend: ModuleType, schema: ModelSchema) -> None:
-        names = ("embed", "attention_block", "expert_ffn", "rms_norm", "logits")
+        names = ("embed", "attention_block", "expert_ffn", "rms_norm", "logits", "LayerStack")
         super().__init__(**{name: getattr(backend, name) for name in names})
         self._backend, self._vocabulary = backend, schema.vocabulary
         self._rng = np.random.default_rng(0)
-        self.distinct: list[tuple[int, int]] = []
+        self._tokens: list[int] = []
+        self.routed: list[NDArray[np.int32]] = []
 
     def route(self, router: RouterWeights, x: NDArray[np.float32], *more: Any) -> Routing:
         """Route for real, and count."""
         routing: Routing = self._backend.route(router, x, *more)
-        self.distinct.append((len(x), len(np.unique(routing.experts))))
+        self.routed.append(routing.experts[None])
         return routing
+
+    def forward(self, *arguments: Any) -> Any:
+        """Compute layers for real, and count."""
+        facts = self._backend.forward(*arguments)
+        self.routed.append(facts[2])
+        return facts
 
     def sample(self, logits: NDArray[np.float32], parameters: SamplingParameters, position: int) -> Sample:
         """Sample for real, then take any token."""
         real: Sample = self._backend.sample(logits, parameters, position)
-        return replace(real, token=int(self._rng.integers(self._vocabulary)))
+        if not self._tokens:
+            self._tokens = self._rng.integers(self._vocabulary, size=4096).tolist()
+        return Sample(self._tokens.pop(), real.confidence, real.logprob)
 
     def requests(self, count: int, prompt: int, tokens: int) -> list[Request]:
         """Requests with random prompts."""
@@ -46,6 +54,6 @@ class RandomTokens(SimpleNamespace):
 
     def experts_per_step(self, batch: int) -> float:
         """Mean number of distinct experts of a layer in the steps of ``batch`` tokens so far; forgets them."""
-        counts = [distinct for tokens, distinct in self.distinct if tokens == batch]
-        self.distinct.clear()
+        counts = [len(np.unique(layer)) for experts in self.routed if experts.shape[1] == batch for layer in experts]
+        self.routed.clear()
         return float(np.mean(counts)) if counts else float("nan")

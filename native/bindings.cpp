@@ -103,6 +103,32 @@ struct ExpertHolder {
     }
 };
 
+// Consecutive layers whose experts all lie in memory; `addresses` are read anew in every call.
+struct StackHolder {
+    std::vector<Layer> layers;
+    std::vector<nb::object> keep;
+
+    StackHolder(std::vector<nb::object> attention, std::vector<nb::object> routers, nb::object expert,
+                std::vector<Input<int64_t, 2>> addresses) {
+        require(!attention.empty() && attention.size() == routers.size() && routers.size() == addresses.size(),
+                "a stack has layers, each with attention, router and addresses");
+        const ExpertShape& shape = nb::cast<ExpertHolder&>(expert).shape;
+        for (size_t l = 0; l < attention.size(); ++l) {
+            layers.push_back({nb::cast<AttentionHolder&>(attention[l]).layer, nb::cast<RouterHolder&>(routers[l]).layer, shape,
+                              addresses[l].data()});
+            const Layer& layer = layers.back();
+            require(layer.router.hidden == shape.hidden && layer.attention.output.rows == shape.hidden &&
+                        static_cast<int>(addresses[l].shape(0)) == layer.router.experts && addresses[l].shape(1) == 2 &&
+                        layer.router.experts == layers[0].router.experts && layer.router.top_k == layers[0].router.top_k &&
+                        layer.attention.head_dim == layers[0].attention.head_dim &&
+                        layer.attention.kv_heads == layers[0].attention.kv_heads,
+                    "the layers of a stack do not fit each other");
+            keep.insert(keep.end(), {attention[l], routers[l], nb::cast(addresses[l])});
+        }
+        keep.push_back(expert);
+    }
+};
+
 int integral_offset(double offset) {
     require(offset == static_cast<int>(offset) && offset >= 0 && offset <= 16,
             "native kernels draft with an integral offset within 0..16; use the reference backend");
@@ -129,15 +155,15 @@ void bind_rms_norm(Input<float, 2> x, Input<float, 1> weight, Array<float, 2> y,
         kernels().rms_norm(x.data() + i * size, weight.data(), y.data() + i * size, static_cast<int>(size), epsilon);
 }
 
-void bind_attention(const AttentionHolder& holder, Array<float, 2> x, const CacheHolder& cache, int layer,
-                    Input<int32_t, 1> slots, Input<int32_t, 1> positions, Input<float, 2> cosine, Input<float, 2> sine) {
-    const AttentionLayer& a = holder.layer;
-    const Cache& c = cache.cache;
+void check_attention(const AttentionLayer& a, const Cache& c, int first_layer, int layers, const Array<float, 2>& x,
+                     const Input<int32_t, 1>& slots, const Input<int32_t, 1>& positions, const Input<float, 2>& cosine,
+                     const Input<float, 2>& sine) {
     const int tokens = static_cast<int>(x.shape(0)), half = a.head_dim / 2;
     require(static_cast<int>(x.shape(1)) == a.query_key_value.columns && slots.shape(0) == x.shape(0) &&
                 positions.shape(0) == x.shape(0),
             "x, slots or positions do not fit");
-    require(c.head_dim == a.head_dim && c.kv_heads == a.kv_heads && layer >= 0 && layer < c.layers, "the cache does not fit");
+    require(c.head_dim == a.head_dim && c.kv_heads == a.kv_heads && first_layer >= 0 && first_layer + layers <= c.layers,
+            "the cache does not fit");
     require(static_cast<int>(cosine.shape(1)) == half && static_cast<int>(sine.shape(1)) == half &&
                 cosine.shape(0) == sine.shape(0),
             "rotary tables do not fit");
@@ -151,9 +177,26 @@ void bind_attention(const AttentionHolder& holder, Array<float, 2> x, const Cach
             require(index >= 0 && index < c.pages, "a position has no cache page");
         }
     }
+}
+
+void bind_attention(const AttentionHolder& holder, Array<float, 2> x, const CacheHolder& cache, int layer,
+                    Input<int32_t, 1> slots, Input<int32_t, 1> positions, Input<float, 2> cosine, Input<float, 2> sine) {
+    check_attention(holder.layer, cache.cache, layer, 1, x, slots, positions, cosine, sine);
     nb::gil_scoped_release release;
     Operation operation;
-    attention_block(a, x.data(), tokens, c, layer, slots.data(), positions.data(), cosine.data(), sine.data());
+    attention_block(holder.layer, x.data(), static_cast<int>(x.shape(0)), cache.cache, layer, slots.data(), positions.data(),
+                    cosine.data(), sine.data());
+}
+
+// Whether `size` experts per token can be chosen; `allowed` may be null.
+void check_choice(const RouterLayer& r, const uint8_t* allowed, int size, int ranks) {
+    int usable = r.top_k;
+    if (allowed) {
+        usable = 0;
+        for (int e = 0; e < r.experts; ++e) usable += allowed[e] != 0;
+    }
+    require(size > 0 && size <= r.top_k && size <= usable && (allowed || size == r.top_k) && ranks <= r.experts,
+            "too many experts asked for");
 }
 
 void bind_route(const RouterHolder& holder, Input<float, 2> x, std::optional<Input<uint8_t, 1>> allowed, bool rescale,
@@ -165,20 +208,12 @@ void bind_route(const RouterHolder& holder, Input<float, 2> x, std::optional<Inp
                 ranked.shape(0) == tokens && scores.shape(0) == tokens && experts.shape(0) == tokens &&
                 weights.shape(0) == tokens && ranked.shape(1) == scores.shape(1) && experts.shape(1) == weights.shape(1),
             "routing arrays do not fit");
-    const int size = static_cast<int>(experts.shape(1));
-    int usable = r.top_k;
-    if (allowed) {
-        require(static_cast<int>(allowed->shape(0)) == r.experts, "the mask does not fit");
-        usable = 0;
-        for (int e = 0; e < r.experts; ++e) usable += allowed->data()[e] != 0;
-    }
-    require(size > 0 && size <= r.top_k && size <= usable && (allowed || size == r.top_k) &&
-                static_cast<int>(ranked.shape(1)) <= r.experts,
-            "too many experts asked for");
+    check_choice(r, allowed ? allowed->data() : nullptr, static_cast<int>(experts.shape(1)), static_cast<int>(ranked.shape(1)));
     nb::gil_scoped_release release;
     Operation operation;
     route(r, x.data(), static_cast<int>(tokens), allowed ? allowed->data() : nullptr, rescale,
-          {hidden.data(), ranked.data(), scores.data(), static_cast<int>(ranked.shape(1)), experts.data(), weights.data(), size});
+          {hidden.data(), ranked.data(), scores.data(), static_cast<int>(ranked.shape(1)), experts.data(), weights.data(),
+           static_cast<int>(experts.shape(1))});
 }
 
 void bind_expert_ffn(const ExpertHolder& holder, Input<int64_t, 2> addresses, Input<float, 2> hidden, Input<int32_t, 2> experts,
@@ -195,6 +230,31 @@ void bind_expert_ffn(const ExpertHolder& holder, Input<int64_t, 2> addresses, In
     Operation operation;
     expert_ffn(holder.shape, addresses.data(), count, hidden.data(), experts.data(), weights.data(), static_cast<int>(tokens),
                static_cast<int>(experts.shape(1)), x.data(), draft, whole, chain);
+}
+
+void bind_forward(const StackHolder& stack, Array<float, 2> x, const CacheHolder& cache, int first_layer,
+                  Input<int32_t, 1> slots, Input<int32_t, 1> positions, Input<float, 2> cosine, Input<float, 2> sine,
+                  std::optional<Input<uint8_t, 2>> allowed, bool rescale, bool draft, double offset, Array<int32_t, 3> ranked,
+                  Array<float, 3> scores, Array<int32_t, 3> experts, Array<float, 3> weights) {
+    const int whole = integral_offset(offset);
+    const size_t layers = stack.layers.size(), tokens = x.shape(0);
+    check_attention(stack.layers[0].attention, cache.cache, first_layer, static_cast<int>(layers), x, slots, positions, cosine,
+                    sine);
+    auto fits = [&](const auto& a, size_t last) { return a.shape(0) == layers && a.shape(1) == tokens && a.shape(2) == last; };
+    const size_t ranks = ranked.shape(2), size = experts.shape(2);
+    require(fits(ranked, ranks) && fits(scores, ranks) && fits(experts, size) && fits(weights, size), "routing arrays do not fit");
+    const size_t count = static_cast<size_t>(stack.layers[0].router.experts);
+    require(!allowed || (allowed->shape(0) == layers && allowed->shape(1) == count), "the mask does not fit");
+    for (size_t l = 0; l < layers; ++l)
+        check_choice(stack.layers[l].router, allowed ? allowed->data() + l * count : nullptr, static_cast<int>(size),
+                     static_cast<int>(ranks));
+    if (tokens == 0) return;
+    nb::gil_scoped_release release;
+    Operation operation;
+    forward(stack.layers, x.data(), static_cast<int>(tokens), cache.cache, first_layer, slots.data(), positions.data(),
+            cosine.data(), sine.data(), allowed ? allowed->data() : nullptr, rescale, draft, whole,
+            {nullptr, ranked.data(), scores.data(), static_cast<int>(ranks), experts.data(), weights.data(),
+             static_cast<int>(size)});
 }
 
 void bind_embed(const MatrixHolder& matrix, Input<int32_t, 1> tokens, Array<float, 2> out) {
@@ -267,6 +327,11 @@ NB_MODULE(_native, m) {
     nb::class_<CacheHolder>(m, "Cache").def(nb::init<Array<uint16_t, 6>, Array<uint16_t, 5>, Input<int32_t, 2>>());
     nb::class_<ExpertHolder>(m, "Expert").def(nb::init<int, int, std::vector<int64_t>, std::vector<int64_t>>());
     m.def("nested_matmul", &bind_nested_matmul);
+    nb::class_<StackHolder>(m, "Stack")
+        .def(nb::init<std::vector<nb::object>, std::vector<nb::object>, nb::object, std::vector<Input<int64_t, 2>>>());
+    m.def("forward", &bind_forward, nb::arg("stack"), nb::arg("x"), nb::arg("cache"), nb::arg("first_layer"), nb::arg("slots"),
+          nb::arg("positions"), nb::arg("cosine"), nb::arg("sine"), nb::arg("allowed").none(), nb::arg("rescale"),
+          nb::arg("draft"), nb::arg("offset"), nb::arg("ranked"), nb::arg("scores"), nb::arg("experts"), nb::arg("weights"));
     m.def("rms_norm", &bind_rms_norm);
     m.def("attention_block", &bind_attention);
     m.def("route", &bind_route, nb::arg("router"), nb::arg("x"), nb::arg("allowed").none(), nb::arg("rescale"), nb::arg("hidden"),

@@ -213,4 +213,25 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
     });
 }
 
+void forward(const std::vector<Layer>& layers, float* x, int tokens, const Cache& cache, int first_layer, const int32_t* slots,
+             const int32_t* positions, const float* cosine, const float* sine, const uint8_t* allowed, bool rescale, bool draft,
+             int offset, const RoutingOut& out) {
+    static std::vector<float> hidden;  // outlives the resets of the scratch memory; an operation runs alone
+    hidden.resize(static_cast<size_t>(tokens) * layers[0].router.hidden);
+    const int64_t rank_step = static_cast<int64_t>(tokens) * out.ranks, step = static_cast<int64_t>(tokens) * out.size;
+    for (size_t l = 0; l < layers.size(); ++l) {
+        const Layer& layer = layers[l];
+        const int64_t at = static_cast<int64_t>(l);
+        scratch().reset();
+        attention_block(layer.attention, x, tokens, cache, first_layer + static_cast<int>(l), slots, positions, cosine, sine);
+        scratch().reset();
+        const RoutingOut routing{hidden.data(), out.ranked + at * rank_step, out.scores + at * rank_step, out.ranks,
+                                 out.experts + at * step, out.weights + at * step, out.size};
+        route(layer.router, x, tokens, allowed ? allowed + at * layer.router.experts : nullptr, rescale, routing);
+        scratch().reset();
+        expert_ffn(layer.expert, layer.addresses, layer.router.experts, hidden.data(), routing.experts, routing.weights, tokens,
+                   out.size, x, draft, offset, false);
+    }
+}
+
 }  // namespace elmoe

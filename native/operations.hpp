@@ -113,6 +113,20 @@ struct ExpertShape {
 void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts, const float* hidden, const int32_t* ids,
                 const float* weights, int tokens, int k, float* x, bool draft, int offset, bool chain);
 
+// A layer whose experts lie in memory.
+struct Layer {
+    AttentionLayer attention;
+    RouterLayer router;
+    ExpertShape expert;
+    const int64_t* addresses;  // (router.experts, 2)
+};
+
+// Attention, routing and experts of consecutive layers: what the three operations do one after the other. `allowed` (layers,
+// experts) may be null; the arrays of `out` have a leading axis of layers, its `hidden` is not used.
+void forward(const std::vector<Layer>& layers, float* x, int tokens, const Cache& cache, int first_layer, const int32_t* slots,
+             const int32_t* positions, const float* cosine, const float* sine, const uint8_t* allowed, bool rescale, bool draft,
+             int offset, const RoutingOut& out);
+
 void embed(const Matrix& matrix, const int32_t* tokens, int count, float* out);
 
 struct SamplingParameters {

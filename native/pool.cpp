@@ -8,7 +8,7 @@ namespace elmoe {
 
 namespace {
 constexpr uint64_t kField = (1u << 24) - 1;  // tasks and next have 24 bits each, the generation 16
-constexpr int kSpins = 4000;                 // some 50-100 us: longer than the serial stretches inside a decode step
+constexpr int kSpins = 20000;                // some 200-400 us: longer than the serial stretches of a decode step
 
 void relax() {
 #if defined(__x86_64__)

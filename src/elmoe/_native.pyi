@@ -35,6 +35,29 @@ class Cache:
 class Expert:
     def __init__(self, hidden: int, width: int, msb: list[int], lsb: list[int]) -> None: ...
 
+class Stack:
+    def __init__(
+        self, attention: list[Attention], routers: list[Router], expert: Expert, addresses: list[NDArray[np.int64]]
+    ) -> None: ...
+
+def forward(
+    stack: Stack,
+    x: NDArray[np.float32],
+    cache: Cache,
+    first_layer: int,
+    slots: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    cosine: NDArray[np.float32],
+    sine: NDArray[np.float32],
+    allowed: NDArray[np.uint8] | None,
+    rescale: bool,
+    draft: bool,
+    offset: float,
+    ranked: NDArray[np.int32],
+    scores: NDArray[np.float32],
+    experts: NDArray[np.int32],
+    weights: NDArray[np.float32],
+) -> None: ...
 def nested_matmul(matrix: Matrix, x: NDArray[np.float32], y: NDArray[np.float32], draft: bool, offset: float) -> None: ...
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], y: NDArray[np.float32], epsilon: float) -> None: ...
 def attention_block(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,7 @@ import pytest
 from elmoe.errors import TraceError
 from elmoe.trace import TRACE_VERSION, TraceRecorder, read_trace
 from elmoe.trace.format import METADATA_KEY, TraceHeader, table_schema
-from elmoe.trace.replacement import hit_rates
+from elmoe.trace.replacement import belady_misses, hit_rates
 from elmoe.trace.summary import summarise
 from tests.tiny import tiny_schema
 
@@ -128,3 +130,21 @@ def test_a_summary_of_a_known_trace(tmp_path):
     assert summary["rows"] == {"plain": 10} and summary["sequences"] == 1 and summary["acceptance"] is None
     assert summary["reuse"] == pytest.approx(8 / 9) and summary["busiest_over_mean"] == pytest.approx(2.0)
     assert summary["routing_covered_by"]["50%"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_belady_is_the_least(seed):
+    """Against trying every cache content after every step."""
+    rng = np.random.default_rng(seed)
+    experts, slots, uses = 5, 2, rng.random((7, 5)) < 0.4
+
+    def least(step: int, cached: frozenset[int]) -> int:
+        if step == len(uses):
+            return 0
+        needed = set(np.flatnonzero(uses[step]).tolist())
+        kept = [frozenset(c) for size in range(slots + 1) for c in combinations(sorted(cached | needed), size)]
+        return len(needed - cached) + min(least(step + 1, after) for after in kept)
+
+    assert belady_misses(uses, slots) == least(0, frozenset())
+    best = min(least(0, frozenset(c)) for c in combinations(range(experts), slots))
+    assert belady_misses(uses, slots, warm=True) == best

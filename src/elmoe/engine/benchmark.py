@@ -23,7 +23,7 @@ class TimedBackend(ObservedBackend):
 
     def __init__(self, backend: ModuleType | SimpleNamespace) -> None:
         self.seconds = 0.0
-        super().__init__(backend, self._add)
+        super().__init__(backend, self._add, fused=True)
 
     def _add(self, name: str, began: float, ended: float) -> None:
         self.seconds += ended - began

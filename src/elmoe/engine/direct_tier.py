@@ -62,8 +62,13 @@ class DirectTier(ExpertTier):
         self._planned: set[Key] = set()
         self._before = self.resident
 
-    def _address_tables(self, reader: WeightReader) -> list[NDArray[np.int64]]:
-        return [np.zeros((reader.schema.experts, 2), np.int64) for _ in reader.schema.moe_layers]
+    def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
+        return tuple(np.zeros((reader.schema.experts, 2), np.int64) for _ in reader.schema.moe_layers)
+
+    @property
+    def tables(self) -> None:
+        """See ``ExpertSource``: slices come and go."""
+        return None
 
     def begin_run(self, statistics: Statistics, timeline: Timeline | None = None) -> None:
         """See ``ExpertTier.begin_run``."""

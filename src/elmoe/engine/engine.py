@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from elmoe.bitslice import Routing
 from elmoe.bitslice.sampling import Sample
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.kv import KVPool, pages_for
 from elmoe.engine.observe import Timeline
 from elmoe.engine.request import Request, Result, Sequence
 from elmoe.engine.statistics import Phase, Statistics
-from elmoe.engine.tier import ExpertTier, committed_routing, tier_sizes
+from elmoe.engine.tier import ExpertTier, tier_sizes
 from elmoe.engine.tier_manager import TierManager
 from elmoe.errors import RequestError
 from elmoe.kernels.reads import ReadPool
-from elmoe.models.decoder import Decoder, Draft, Tokens, WeightReader
+from elmoe.models.decoder import Decoder, Draft, Routings, Tokens, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, check_budget, plan_slots
 from elmoe.policy.draft_length import DraftLengthController
 from elmoe.policy.operating_point import Planner, TierShape
@@ -221,7 +220,7 @@ class _Run:
         self.running: list[Sequence] = []
         self.results: dict[int, Result] = {}
         self.step_index = 0
-        self._routings: list[Routing] = []
+        self._routings = Routings((), (), ())
 
     def serve(self) -> list[Result]:
         started, read = perf_counter(), self.tier.bytes_read
@@ -341,7 +340,7 @@ class _Run:
             if self.on_commit is not None:
                 self.on_commit(sequence.index, sequence.tokens[before:])
         self.statistics.committed += total
-        self.tier.end_step(phase, committed_routing(self._routings, kept))
+        self.tier.end_step(phase, self._routings.of(kept) if self.tier.learns else None)
         return total
 
     def compute(
@@ -384,7 +383,7 @@ class _Run:
         if self.recorder is not None:
             self.record(self.recorder, phase, sequences, tokens, samples)
         if end:
-            routing = None if committed is None else committed_routing(self._routings, committed)
+            routing = None if committed is None or not self.tier.learns else self._routings.of(committed)
             self.tier.end_step(phase, routing)
         return samples
 
@@ -414,8 +413,8 @@ class _Run:
             drafts=drafts,
             confidences=confidences,
             draft_lengths=[len(sequence.draft) for sequence in sequences],
-            ranked=[routing.ranked for routing in self._routings],
-            scores=[routing.scores for routing in self._routings],
+            ranked=list(self._routings.ranked),
+            scores=list(self._routings.scores),
             resident=self.tier.resident.msb,
         )
 

@@ -16,10 +16,15 @@ Span = tuple[str, str, float, float]
 
 
 class ObservedBackend(SimpleNamespace):
-    """A backend that reports each call as (kernel, begin, end)."""
+    """A backend that reports each call as (kernel, begin, end). ``fused``: where the backend can compute all layers in one
+    call, so be it; otherwise each kernel is seen."""
 
-    def __init__(self, backend: ModuleType | SimpleNamespace, report: Callable[[str, float, float], None]) -> None:
+    def __init__(
+        self, backend: ModuleType | SimpleNamespace, report: Callable[[str, float, float], None], fused: bool = False
+    ) -> None:
         super().__init__(**{name: _observed(name, getattr(backend, name), report) for name in KERNELS})
+        if fused and hasattr(backend, "forward"):
+            self.forward, self.LayerStack = _observed("forward", backend.forward, report), backend.LayerStack
 
 
 def _observed(name: str, function: Callable[..., Any], report: Callable[[str, float, float], None]) -> Callable[..., Any]:

@@ -55,8 +55,13 @@ class ExpertTier:
         self.resident = ResidentSet.empty(*shape)
         self.allowed = np.zeros(shape, np.uint8)
 
-    def _address_tables(self, reader: WeightReader) -> list[NDArray[np.int64]]:
-        return [reader.expert_addresses(layer) for layer in reader.schema.moe_layers]
+    def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
+        return tuple(reader.expert_addresses(layer) for layer in reader.schema.moe_layers)
+
+    @property
+    def tables(self) -> tuple[NDArray[np.int64], ...] | None:
+        """See ``ExpertSource``: every expert stays where it is."""
+        return self._addresses
 
     def begin_run(self, statistics: Statistics, timeline: Timeline | None = None) -> None:
         """Count into ``statistics`` from now on, and put waits and reads on ``timeline``."""
@@ -84,6 +89,11 @@ class ExpertTier:
         """Whether every layer has a resident MSB slice to draft with."""
         return bool(self._slots is not None and self.resident.msb.any(axis=1).all())
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything may stay resident, so that what is routed matters."""
+        return self._slots is not None
+
     def begin_step(self, sure: list[int]) -> None:
         """A target pass begins; the token rows ``sure`` stay whatever is accepted."""
         self._sure, self._sure_routing = sure, []
@@ -96,17 +106,24 @@ class ExpertTier:
 
     def _note(self, row: int, experts: NDArray[np.int32], draft: bool) -> None:
         """Remember which experts a layer used."""
-        if draft and not self.allowed[row][experts].all():
+        self.note(experts[None], draft, row)
+
+    def note(self, experts: NDArray[np.int32], draft: bool, first: int = 0) -> None:
+        """Remember which (layers, tokens, k) experts consecutive MoE layers used, the first of them row ``first``."""
+        rows = first + np.arange(len(experts))[:, None]
+        used = experts.reshape(len(experts), -1)
+        if draft and not self.allowed[rows, used].all():
             self._statistics.draft_slow_reads += 1
-            raise NumericsError(f"MoE layer {row}: a draft asked for an expert that is not resident")
-        self._active[row, experts] = True
-        if not draft:
-            self._sure_routing.append(experts[self._sure])
+            raise NumericsError("a draft asked for an expert that is not resident")
+        self._active[rows, used] = True
+        if not draft and self.learns:
+            self._sure_routing.extend(experts[:, self._sure])
 
     def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
         """Account the step's active experts; after a target step also refill and learn.
 
-        :param committed: (layers, tokens, k) routing of the tokens that stay, None after a draft step.
+        :param committed: (layers, tokens, k) routing of the tokens that stay, None after a draft step or where nothing
+            ``learns`` of it.
         """
         self._account(phase, self.resident)
         if committed is not None and self._slots is not None:
@@ -123,7 +140,7 @@ class ExpertTier:
             [(resident.lsb, self._lsb_bytes, "lsb")] if phase != "draft" else []
         )
         for present, sizes, name in slices:
-            hits = (self._active & present).sum(axis=1)
+            hits = (self._active & present).sum(axis=1) if self.learns else np.zeros_like(used)
             misses = used - hits
             setattr(counters, f"{name}_hits", getattr(counters, f"{name}_hits") + int(hits.sum()))
             setattr(counters, f"{name}_misses", getattr(counters, f"{name}_misses") + int(misses.sum()))
@@ -141,8 +158,3 @@ def tier_sizes(reader: WeightReader, dense_bytes: int, kv_bytes: int, staging_ex
     lsb = tuple(layout.lsb_bytes for layout in layouts)
     staging = staging_experts * max((m + x for m, x in zip(msb, lsb, strict=True)), default=0)
     return FastTierSizes(dense_bytes, kv_bytes, staging, msb, lsb, schema.experts, schema.top_k)
-
-
-def committed_routing(routings: list[Routing], rows: list[int]) -> NDArray[np.int32]:
-    """(layers, rows, k) experts of the chosen token rows."""
-    return np.stack([routing.experts[rows] for routing in routings]) if routings else np.zeros((0, len(rows), 0), np.int32)

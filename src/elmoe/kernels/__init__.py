@@ -6,6 +6,7 @@ Native objects made of weights are kept on the weights themselves, so a call on 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ __all__ = [
     "AttentionWeights",
     "ExpertLayout",
     "KVCache",
+    "LayerStack",
     "NestedMatrix",
     "RouterWeights",
     "Routing",
@@ -45,6 +47,7 @@ __all__ = [
     "attention_block",
     "embed",
     "expert_ffn",
+    "forward",
     "logits",
     "nested_matmul",
     "rms_norm",
@@ -133,6 +136,12 @@ def _cache(cache: KVCache) -> Any:
 def _expert(layout: ExpertLayout) -> Any:
     msb = [layout.msb[0][f"{projection}_{kind}"] for kind in ("hi", "scales") for projection in PROJECTIONS]
     return _native.Expert(layout.hidden, layout.width, msb, [layout.lsb[0][f"{name}_lo"] for name in PROJECTIONS])
+
+
+def _stack(stack: LayerStack) -> Any:
+    attention = [_handle(weights, _attention) for weights in stack.attention]
+    routers = [_handle(weights, _router) for weights in stack.routers]
+    return _native.Stack(attention, routers, _handle(stack.layout, _expert), list(stack.addresses))
 
 
 def nested_matmul(
@@ -226,6 +235,54 @@ def expert_ffn(
         _native.expert_ffn(_handle(layout, _expert), addresses, hidden, experts, weights, x, draft, offset, chain)
     except _native.NumericsFailure as error:
         raise NumericsError(str(error), "check the checkpoint's weights") from None
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """Consecutive MoE layers, the first of them layer ``first`` of the cache, whose experts all lie in memory, at the
+    (experts, 2) ``addresses``."""
+
+    first: int
+    attention: tuple[AttentionWeights, ...]
+    routers: tuple[RouterWeights, ...]
+    layout: ExpertLayout
+    addresses: tuple[NDArray[np.int64], ...]
+
+
+def forward(
+    stack: LayerStack,
+    x: NDArray[np.float32],
+    cache: KVCache,
+    slots: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    cosine: NDArray[np.float32],
+    sine: NDArray[np.float32],
+    allowed: NDArray[np.uint8] | None = None,
+    draft_top_k: int | None = None,
+    rescale: bool = True,
+    draft: bool = False,
+    offset: float = 8.0,
+) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
+    """``attention_block``, ``route`` and ``expert_ffn`` of layer after layer in one call, in place on ``x``.
+
+    :param allowed: (layers, experts), see ``route``; at least the wanted number of experts in every layer.
+    :returns: ranked, scores, experts and weights of the layers' routings, with a leading axis of layers.
+    """
+    _check_offset(offset)
+    router = stack.routers[0]
+    shape = (len(stack.routers), x.shape[0])
+    size = router.top_k if allowed is None else min(draft_top_k or router.top_k, router.top_k)
+    ranked = np.empty((*shape, router.ranks), np.int32)
+    scores = np.empty((*shape, router.ranks), np.float32)
+    experts, weights = np.empty((*shape, size), np.int32), np.empty((*shape, size), np.float32)
+    try:
+        _native.forward(
+            _handle(stack, _stack), x, _handle(cache, _cache), stack.first, slots, positions, cosine, sine, allowed, rescale,
+            draft, offset, ranked, scores, experts, weights,
+        )  # fmt: skip
+    except _native.NumericsFailure as error:
+        raise NumericsError(str(error), "check the checkpoint's weights") from None
+    return ranked, scores, experts, weights
 
 
 def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

@@ -6,10 +6,10 @@ where each token sits and asks an expert source for the bytes of the experts it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,11 +54,34 @@ class Stretch:
 
 
 class ExpertSource(Protocol):
-    """Where the bytes of experts come from; called once per MoE layer and step."""
+    """Where the bytes of experts come from; called once per MoE layer and step.
+
+    A source may have ``tables``, the MoE layers' (experts, 2) addresses, if all of them stay readable, and ``note(experts,
+    draft)``: then a backend that has ``forward`` computes the layers in one call and ``note`` is told the (layers, tokens,
+    k) experts afterwards.
+    """
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterable[Stretch]:
         """The layer's experts, ascending, in one or several stretches; each is computed before the next is asked for."""
         ...
+
+
+@dataclass(frozen=True)
+class Routings:
+    """What the MoE layers' routers said of a pass: (tokens, ...) arrays by layer, as lists or as one array each; see
+    ``Routing``."""
+
+    ranked: Sequence[NDArray[np.int32]] | NDArray[np.int32]
+    scores: Sequence[NDArray[np.float32]] | NDArray[np.float32]
+    experts: Sequence[NDArray[np.int32]] | NDArray[np.int32]
+
+    def of(self, rows: list[int]) -> NDArray[np.int32]:
+        """(layers, rows, k) experts of chosen token rows."""
+        if isinstance(self.experts, np.ndarray):
+            return self.experts[:, rows]
+        return (
+            np.stack([experts[rows] for experts in self.experts]) if self.experts else np.zeros((0, len(rows), 0), np.int32)
+        )
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,7 @@ class Decoder:
             for layer in schema.moe_layers
         }
         self._cosine, self._sine = rotary_tables(0, schema.head_dim, schema.rope_theta)
+        self._stack: Any = None
 
     def _attention_weights(self, reader: WeightReader, layer: int) -> AttentionWeights:
         schema = self.schema
@@ -137,18 +161,19 @@ class Decoder:
         source: ExpertSource,
         draft: Draft | None = None,
         rows: NDArray[np.int64] | None = None,
-    ) -> tuple[NDArray[np.float32], list[Routing]]:
+    ) -> tuple[NDArray[np.float32], Routings]:
         """Compute the tokens and store their keys and values.
 
         :param draft: None computes the target; otherwise MSB slices of allowed experts only.
         :param rows: the tokens whose logits are wanted; None is all.
-        :returns: logits (rows, vocabulary) float32 and the routing of each MoE layer.
+        :returns: logits (rows, vocabulary) float32 and the routings of the MoE layers.
         :raises NumericsError: a non-finite value appeared, or an expert's slice was not readable.
         """
         backend, schema = self._backend, self.schema
         x = backend.embed(self._embedding, tokens.ids)
-        routings: list[Routing] = []
-        for layer in range(schema.layers):
+        layers: list[Routing] = []
+        stack = self._stack_of(source, draft)
+        for layer in range(schema.layers if stack is None else stack.first):
             backend.attention_block(
                 self._attention[layer], x, cache, layer, tokens.slots, tokens.positions, self._cosine, self._sine
             )
@@ -160,14 +185,47 @@ class Decoder:
                 routing = backend.route(weights, x)
                 self._experts(layer, routing, source, x, None)
             else:
-                routing = backend.route(weights, x, draft.allowed[len(routings)], draft.top_k, draft.rescale)
+                routing = backend.route(weights, x, draft.allowed[len(layers)], draft.top_k, draft.rescale)
                 self._experts(layer, routing, source, x, draft)
-            routings.append(routing)
+            layers.append(routing)
+        if stack is None:
+            routings = Routings(*([getattr(layer, name) for layer in layers] for name in ("ranked", "scores", "experts")))
+        else:
+            routings = self._forward(stack, x, tokens, cache, source, draft)
         if rows is not None:
             x = np.ascontiguousarray(x[rows])
         if x.shape[0] == 0:
             return np.empty((0, schema.vocabulary), np.float32), routings
         return backend.logits(self._final_norm, schema.norm_epsilon, self._head, x), routings
+
+    def _stack_of(self, source: Any, draft: Draft | None) -> Any:
+        """The MoE layers as one stack, where backend, source and draft allow to compute them in one call; else None."""
+        schema, tables = self.schema, getattr(source, "tables", None)
+        if tables is None or not hasattr(self._backend, "forward") or not tables:
+            return None
+        if draft is not None and (
+            draft.bits != 4 or np.count_nonzero(draft.allowed, axis=1).min() < min(draft.top_k, schema.top_k)
+        ):
+            return None
+        if self._stack is None or self._stack.addresses is not tables:
+            first = schema.layers - len(tables)
+            if schema.moe_layers != tuple(range(first, schema.layers)):
+                return None
+            self._stack = self._backend.LayerStack(
+                first, tuple(self._attention[first:]), tuple(self._routers.values()), self._layouts[first], tables
+            )
+        return self._stack
+
+    def _forward(
+        self, stack: Any, x: NDArray[np.float32], tokens: Tokens, cache: KVCache, source: Any, draft: Draft | None
+    ) -> Routings:
+        """All MoE layers in one call."""
+        choice = () if draft is None else (draft.allowed, draft.top_k, draft.rescale, True, draft.offset)
+        ranked, scores, experts, _ = self._backend.forward(
+            stack, x, cache, tokens.slots, tokens.positions, self._cosine, self._sine, *choice
+        )
+        source.note(experts, draft is not None)
+        return Routings(ranked, scores, experts)
 
     def _experts(
         self, layer: int, routing: Routing, source: ExpertSource, x: NDArray[np.float32], draft: Draft | None

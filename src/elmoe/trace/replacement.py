@@ -27,7 +27,10 @@ def hit_rates(trace: Trace, slots: int) -> dict[str, float]:
 def hit_rates_of(chosen: NDArray, experts: int, slots: int) -> dict[str, float]:
     """See :func:`hit_rates`; ``chosen``: (tokens, layers, k) uses."""
     rates = {policy: policy_hit_rate(chosen, experts, slots, ResidencyParameters(policy)) for policy in get_args(Policy)}
-    rates["belady"] = float(np.mean([_belady_hits(chosen[:, layer], experts, slots) for layer in range(chosen.shape[1])]))
+    uses = np.zeros((len(chosen), chosen.shape[1], experts), bool)
+    np.put_along_axis(uses, chosen.astype(np.int64), True, axis=2)
+    misses = sum(belady_misses(uses[:, layer], slots) for layer in range(uses.shape[1]))
+    rates["belady"] = 1 - misses / int(uses.sum())
     return rates
 
 
@@ -48,21 +51,25 @@ def policy_hit_rate(chosen: NDArray, experts: int, slots: int, parameters: Resid
     return hits / chosen.size
 
 
-def _belady_hits(chosen: NDArray, experts: int, slots: int) -> float:
-    """One layer's (tokens, k) uses."""
-    tokens = len(chosen)
-    next_use = np.full((tokens + 1, experts), UNUSED)
-    for token in range(tokens - 1, -1, -1):
-        next_use[token] = next_use[token + 1]
-        next_use[token, chosen[token]] = token
-    cached = np.zeros(experts, bool)
-    hits = 0
-    for token in range(tokens):
-        hits += int(cached[chosen[token]].sum())
-        cached[chosen[token]] = True
-        if cached.sum() > slots:
-            soonest = np.argsort(np.where(cached, next_use[token + 1], UNUSED), kind="stable")[:slots]
-            kept = np.zeros(experts, bool)
-            kept[soonest] = True
-            cached &= kept
-    return hits / chosen.size
+def belady_misses(uses: NDArray[np.bool_], slots: int, warm: bool = False) -> int:
+    """Fewest misses of any cache of ``slots`` experts.
+
+    :param uses: (steps, experts), the experts that each step uses. :param warm: start with the best experts instead of none.
+    """
+    steps, experts = uses.shape
+    next_use = np.full((steps + 1, experts), UNUSED)
+    for step in range(steps - 1, -1, -1):
+        next_use[step] = np.where(uses[step], step, next_use[step + 1])
+
+    def soonest(cached: NDArray[np.bool_], step: int) -> NDArray[np.bool_]:
+        order = np.argsort(np.where(cached, next_use[step], UNUSED), kind="stable")[:slots]
+        kept = np.zeros(experts, bool)
+        kept[order] = True
+        return kept & cached
+
+    cached = soonest(np.full(experts, warm), 0)
+    misses = 0
+    for step in range(steps):
+        misses += int((uses[step] & ~cached).sum())
+        cached = soonest(cached | uses[step], step + 1)
+    return misses
