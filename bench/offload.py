@@ -56,7 +56,7 @@ TOKENS = {
     "lru": {1: 28, 2: 24, 4: 20, 8: 12, 16: 6},
     "cache": {1: 28, 2: 24, 4: 20, 8: 12, 16: 6},
     "elastic": {1: 28, 2: 24, 4: 20, 8: 24, 16: 32},
-    "warm_up": {1: 10, 2: 8, 4: 6, 8: 6, 16: 6},
+    "warm_up": {1: 28, 2: 16, 4: 10, 8: 6, 16: 6},
 }
 """Tokens per sequence and run of the 16-layer shapes, by batch size. Caches get better as a sequence goes on, so where runs
 have few sequences all systems that cache run equally long."""
