@@ -151,16 +151,17 @@ def replayed(store: Path, facts: list[ReplayFacts]) -> tuple[Any, Any]:
     return make, lambda options: make(options, resident)
 
 
-def clairvoyant_bytes(traces: list[ReplayFacts], engine: Engine, batch: int, rounds: int) -> float:
-    """Bytes per token that a cache which knows the future would read in an engine's budget, see bench/clairvoyant.py."""
+def least_bytes(facts: list[ReplayFacts], engine: Engine, batch: int, rounds: int) -> dict[str, float]:
+    """Bytes per token that ideal systems would read in an engine's budget, see bench/clairvoyant.py."""
     sizes = engine.sizes([Request((0,) * PROMPT_TOKENS, TRACE_TOKENS - PROMPT_TOKENS, SamplingParameters())] * batch)
     slices = sizes.msb[0], sizes.lsb[0]
     per_layer = (engine.budget(sizes) - sizes.dense - sizes.kv) / len(sizes.msb)
-    experts = clairvoyant.least_misses(
-        traces, [window(index, batch) for index in range(rounds)], sizes.top_k,
-        min(sizes.experts, per_layer / sum(slices)), min(1.0, per_layer / slices[0] / sizes.experts),
-    )  # fmt: skip
-    return experts * len(sizes.msb) * sum(slices)
+    whole, share = min(sizes.experts, per_layer / sum(slices)), min(1.0, per_layer / slices[0] / sizes.experts)
+    windows = [window(index, batch) for index in range(rounds)]
+    return {
+        name: clairvoyant.least_misses(count, facts, windows, sizes.top_k, whole, share) * len(sizes.msb) * sum(slices)
+        for name, count in (("clairvoyant", clairvoyant.clairvoyant_misses), ("policy", clairvoyant.policy_misses))
+    }
 
 
 def recorded_traces(folder: Path, prompts: Path | None) -> list[Path]:
@@ -196,13 +197,12 @@ def run_elmoe(*arguments: str) -> None:
 def compare(
     budgets: list[int | float], batches: list[int], make: Any, resident: Any, repeats: int,
     tokens: dict[str, dict[int, int]], bandwidth: float | None, disk: float, names: list[str], finished: Path | None = None,
-    least_bytes: Callable[[Engine, int, int], float] | None = None,
+    ideal: Callable[[Engine, int, int], dict[str, float]] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of all our systems: the runs of a cell's systems alternate, so that all see the same disk; `identical` against
     the run in memory.
 
-    :param finished: a file that always holds the rows finished so far. :param least_bytes: bytes per token that a
-        clairvoyant cache in an engine's budget would read, by batch size and rounds.
+    :param finished: a file that always holds the rows finished so far. :param ideal: see :func:`least_bytes`.
     """
     rows: list[dict[str, Any]] = []
     with progress_bar("runs", len(batches) * len(budgets) * repeats * (1 + len(names))) as bar:
@@ -224,7 +224,7 @@ def compare(
                     for system in systems:
                         system.run()
                         bar(sum(len(row["runs"]) for row in rows) + sum(len(s.runs) for s in systems))
-                least = None if least_bytes is None else least_bytes(systems[0].engine, batch, repeats)
+                least = {} if ideal is None else ideal(systems[0].engine, batch, repeats)
                 rows += [finished_row(system, systems, reference, ceiling, disk, bandwidth, least) for system in systems]
                 if finished is not None:
                     finished.write_text(json.dumps(rows))
@@ -235,7 +235,7 @@ def compare(
 
 def finished_row(
     system: System, systems: list[System], reference: Any, ceiling: float, disk: float, bandwidth: float | None,
-    least: float | None,
+    least: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     """A system's row beside those it alternated with."""
     row = system.row()
@@ -244,16 +244,20 @@ def finished_row(
     byte_ceiling = speed / slow if slow else None
     naive = median(run[0] for run in systems[0].runs)
     fastest = max(other.engine.planner.bandwidth for other in systems if other.engine.planner is not None)
-    return row | {
-        "identical": all(same(outcome, reference) for outcome in system.outcomes),
-        "over_naive": system.over(systems[0]),
-        "over_lru": None if lru is system else system.over(lru),
-        "resident_tokens_per_second": ceiling,
-        "byte_ceiling_tokens_per_second": byte_ceiling,
-        "ceiling_over_naive": min(ceiling, byte_ceiling or ceiling) / naive,
-        # At the fastest reads that any system of the cell saw
-        "clairvoyant_over_naive": None if least is None else min(ceiling, fastest / least) / naive,
-    }
+    return (
+        row
+        | {
+            "identical": all(same(outcome, reference) for outcome in system.outcomes),
+            "over_naive": system.over(systems[0]),
+            "over_lru": None if lru is system else system.over(lru),
+            "resident_tokens_per_second": ceiling,
+            "byte_ceiling_tokens_per_second": byte_ceiling,
+            "ceiling_over_naive": min(ceiling, byte_ceiling or ceiling) / naive,
+        }
+        | {  # at the fastest reads that any system of the cell saw
+            f"{name}_over_naive": min(ceiling, fastest / bytes_per_token) / naive for name, bytes_per_token in least.items()
+        }
+    )
 
 
 def same(outcome: dict[Any, Any], reference: dict[Any, Any]) -> bool:
@@ -330,6 +334,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "mean_over_naive": means(rows, "over_naive"),
         "mean_over_lru": means(rows, "over_lru"),
         "mean_ceiling_over_naive": means(rows, "ceiling_over_naive"),
+        "mean_policy_over_naive": means(rows, "policy_over_naive"),
         "mean_clairvoyant_over_naive": means(rows, "clairvoyant_over_naive"),
         "mean_over_llamacpp": means(rows, "over_llamacpp") or None,
         "resident_over_naive": sum(resident) / len(resident),
@@ -342,7 +347,7 @@ def show(data: dict[str, Any], title: str) -> None:
     print_table(
         title,
         ("budget", "batch", "system", "tokens/s", "x naive", "x LRU", "accepted", "tokens/ver.", "hits MSB, LSB", "kept",
-         "waiting", "byte ceiling", "all resident", "clairvoyant x naive", "same"),
+         "waiting", "byte ceiling", "all resident", "ideal x naive", "same"),
         [
             (f"{r['budget']:.0%}" if isinstance(r["budget"], float) else f"{r['budget'] / 2**30:g} GiB", r["batch"],
              r["system"], number(r["tokens_per_second"]), number(r["over_naive"]), number(r["over_lru"]),
@@ -350,7 +355,9 @@ def show(data: dict[str, Any], title: str) -> None:
              None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}",
              r["slices"] and r["slices"][-1],
              number(r["waited_share"]), number(r["byte_ceiling_tokens_per_second"], 1),
-             number(r["resident_tokens_per_second"], 1), number(r.get("clairvoyant_over_naive")),
+             number(r["resident_tokens_per_second"], 1), 
+             None if "policy_over_naive" not in r else
+             f"{r['policy_over_naive']:.1f} {r['clairvoyant_over_naive']:.1f}",
              "-" if r["identical"] is None else "yes" if r["identical"] else "NO")
             for r in sorted(data["rows"], key=lambda r: (r["budget"], r["batch"]))
         ],
@@ -358,6 +365,7 @@ def show(data: dict[str, Any], title: str) -> None:
     for key in (
         "mean_over_naive",
         "mean_ceiling_over_naive",
+        "mean_policy_over_naive",
         "mean_clairvoyant_over_naive",
         "mean_over_lru",
         "mean_over_llamacpp",
@@ -401,7 +409,7 @@ def main() -> None:
         rows = compare(
             budgets, batches, make, resident, arguments.repeats,
             TOKENS, arguments.slow_bandwidth, disk, arguments.systems.split(","), arguments.folder / "partial.json",
-            partial(clairvoyant_bytes, facts),
+            partial(least_bytes, facts),
         )  # fmt: skip
         reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
         data = summary(rows) | {

@@ -20,6 +20,16 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
     const Kernels& k = kernels();
     const int experts = layer.experts, hidden = layer.hidden, top_k = layer.top_k;
     std::atomic<bool> finite{true};
+    // A single token's logits are shared out: a router is half a megabyte of floats.
+    const bool large = static_cast<int64_t>(tokens) * experts * hidden >= 100000, split = large && tokens < Pool::instance().threads();
+    auto dots = [&](const float* row, float* p) {
+        if (!split) return k.dots(row, layer.router, experts, hidden, p);
+        const int each = ceil_div(experts, 4 * Pool::instance().threads());
+        Pool::instance().run(ceil_div(experts, each), [&](int piece, int) {
+            const int first = piece * each;
+            k.dots(row, layer.router + static_cast<int64_t>(first) * hidden, std::min(each, experts - first), hidden, p + first);
+        });
+    };
     auto* all_logits = scratch().get<float>(static_cast<size_t>(Pool::instance().threads()) * experts);
     auto* all_orders = scratch().get<int32_t>(static_cast<size_t>(Pool::instance().threads()) * (experts + 2 * top_k));
     auto one = [&](int t, int thread) {
@@ -28,7 +38,7 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
         int32_t *natural = order + experts, *chosen = natural + top_k;
         float* row = out.hidden + static_cast<int64_t>(t) * hidden;
         k.rms_norm(x + static_cast<int64_t>(t) * hidden, layer.norm, row, hidden, layer.epsilon);
-        k.dots(row, layer.router, experts, hidden, p);
+        dots(row, p);
         for (int e = 0; e < experts; ++e)
             if (!std::isfinite(p[e])) finite = false;
         if (!finite) return;
@@ -64,7 +74,7 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
             for (int i = 0; i < out.size; ++i) weights[i] = weights[i] / natural_sum;
         }
     };
-    if (static_cast<int64_t>(tokens) * experts * hidden < 100000)
+    if (!large || split)
         for (int t = 0; t < tokens; ++t) one(t, 0);
     else
         Pool::instance().run(tokens, one);
@@ -145,7 +155,7 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
     const size_t count = pairs.size();
     auto* gate = scratch().get<float>(count * inner_stride);
     auto* up = scratch().get<float>(count * inner_stride);
-    const int pieces = 8 * pool.threads(), wanted = ceil_div(pieces, static_cast<int>(active.size()));
+    const int pieces = 4 * pool.threads(), wanted = ceil_div(pieces, static_cast<int>(active.size()));
     const int64_t block_bytes = static_cast<int64_t>(hidden_groups) * 2 * (2 * kGroupBytes + 2 * kBlockRows);
     const int per_task =
         std::min(width_blocks, static_cast<int>(std::max<int64_t>(ceil_div(width_blocks, wanted), (32 << 10) / block_bytes + 1)));

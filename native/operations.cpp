@@ -127,7 +127,7 @@ void matmul_all(const Matrix& matrix, bool draft, const std::vector<Tile>& tiles
     const int blocks = matrix.blocks(), count = static_cast<int>(tiles.size());
     const int64_t block_bytes = static_cast<int64_t>(matrix.groups()) * (2 * kGroupBytes + 2 * kBlockRows);
     // A task reads at least 32 KiB, so that claiming is cheap; there are several per thread, so that they balance.
-    const int pieces = 8 * Pool::instance().threads();
+    const int pieces = 4 * Pool::instance().threads();
     const int per_task = static_cast<int>(std::max<int64_t>(ceil_div(blocks, pieces), (32 << 10) / block_bytes + 1));
     Pool::instance().run(ceil_div(blocks, per_task), [&](int task, int) {
         const int first = task * per_task;

@@ -153,9 +153,9 @@ class DirectTier(ExpertTier):
                     self._release((row, int(expert), kind))
 
     @property
-    def hotness(self) -> NDArray[np.float64]:
-        """(layers, experts) scores of the residency policy."""
-        return self._residency.hotness
+    def popularity(self) -> NDArray[np.float64]:
+        """(layers, experts) counts of verified routing."""
+        return self._residency.popularity
 
     @property
     def bytes_read(self) -> int:

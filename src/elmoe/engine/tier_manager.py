@@ -52,8 +52,8 @@ class TierManager:
             if grown:
                 self._tier.replan(plan_slots(self._budget, sizes, self._options.split), capacity)
             return self._controller.limit(sequences)
-        if self._tier.hotness.any():
-            self._use = popularity(self._tier.hotness, sizes.top_k)
+        if self._tier.popularity.any():
+            self._use = popularity(self._tier.popularity, sizes.top_k)
         old, fixed = self.point, self._controller.fixed
         lengths = DRAFT_LENGTHS if fixed is None else (fixed,)
         self.point = self.planner.choose(

@@ -11,17 +11,20 @@ from numpy.typing import NDArray
 from elmoe.policy.budget import SlotPlan
 
 Policy = Literal["decayed", "lru", "lfu", "static", "random"]
-"""``decayed``: exponentially decayed counts (the default). Baselines: ``lru`` keeps what was used last, ``lfu`` counts
-without decay, ``static`` keeps what the first pass brought in, ``random`` any."""
+"""``decayed``: exponentially decayed counts on two time scales (the default). Baselines: ``lru`` keeps what was used last,
+``lfu`` counts without decay, ``static`` keeps what the first pass brought in, ``random`` any."""
 
 
 @dataclass(frozen=True)
 class ResidencyParameters:
-    """``decay``: what a committed token leaves of the older counts. ``hysteresis``: how much hotter than a resident a
-    newcomer must be. ``swap_cap``: newcomers per layer and step once the slots are full."""
+    """``decay``: what a committed token leaves of the older counts. ``recent``, ``recent_decay``: weight and decay of a
+    second count of what was used last. ``hysteresis``: how much hotter than a resident a newcomer must be. ``swap_cap``:
+    newcomers per layer and step once the slots are full."""
 
     policy: Policy = "decayed"
-    decay: float = 0.97
+    decay: float = 0.99
+    recent: float = 9.0
+    recent_decay: float = 0.7
     hysteresis: float = 0.1
     swap_cap: int = 4
 
@@ -66,27 +69,33 @@ class Residency:
     """What a policy remembers of verified routing, as one score per (layer, expert): hotter is higher."""
 
     def __init__(self, layers: int, experts: int, parameters: ResidencyParameters) -> None:
-        self._scores = np.zeros((layers, experts))
+        self._counts = np.zeros((layers, experts))
+        self._recent = np.zeros((layers, experts))
         self._parameters = parameters
         self._step = 0
 
     @property
     def hotness(self) -> NDArray[np.float64]:
         """(layers, experts) scores up to the last step."""
-        return self._scores
+        return self._combined(self._counts, self._recent)
+
+    @property
+    def popularity(self) -> NDArray[np.float64]:
+        """(layers, experts) counts up to the last step, for policies that count: the slower ones, which vary least."""
+        return self._counts
 
     def scores(self, sure: NDArray[np.int32]) -> NDArray[np.float64]:
         """Scores with the (layers, tokens, k) routing that is sure to be committed counted in."""
-        return self._updated(sure, self._step + 1)
+        return self._combined(*self._updated(sure, self._step + 1))
 
     def layer_scores(self, row: int, sure: NDArray[np.int32]) -> NDArray[np.float64]:
         """One row of :meth:`scores`, (1, experts), from that layer's (tokens, k) routing."""
-        return self._updated(sure[None], self._step + 1, slice(row, row + 1))
+        return self._combined(*self._updated(sure[None], self._step + 1, slice(row, row + 1)))
 
     def learn(self, committed: NDArray[np.int32]) -> None:
         """Count the (layers, tokens, k) routing of a step's committed tokens."""
         self._step += 1
-        self._scores = self._updated(committed, self._step)
+        self._counts, self._recent = self._updated(committed, self._step)
 
     def end_step(
         self, resident: ResidentSet, sure: NDArray[np.int32], committed: NDArray[np.int32], streamed: NDArray[np.bool_],
@@ -102,18 +111,28 @@ class Residency:
         self.learn(committed)
         return resident
 
-    def _updated(self, routed: NDArray[np.int32], step: int, rows: slice = slice(None)) -> NDArray[np.float64]:
-        scores = self._scores[rows]
-        policy = self._parameters.policy
-        if policy in ("decayed", "lfu", "static"):
-            return updated_hotness(scores, routed, self._parameters.decay if policy == "decayed" else 1.0)
-        layers, experts = scores.shape
-        used = updated_hotness(np.zeros_like(scores), routed, 1.0) > 0
+    def _combined(self, counts: NDArray[np.float64], recent: NDArray[np.float64]) -> NDArray[np.float64]:
+        return counts + self._parameters.recent * recent if self._parameters.policy == "decayed" else counts
+
+    def _updated(
+        self, routed: NDArray[np.int32], step: int, rows: slice = slice(None)
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        counts, recent, parameters = self._counts[rows], self._recent[rows], self._parameters
+        policy = parameters.policy
+        if policy == "decayed":
+            return (
+                updated_hotness(counts, routed, parameters.decay),
+                updated_hotness(recent, routed, parameters.recent_decay),
+            )
+        if policy in ("lfu", "static"):
+            return updated_hotness(counts, routed, 1.0), recent
+        layers, experts = counts.shape
+        used = updated_hotness(np.zeros_like(counts), routed, 1.0) > 0
         if policy == "lru":
-            return np.where(used, float(step), scores)
+            return np.where(used, float(step), counts), recent
         # random: a fixed value per expert and step, the same whenever it is asked for
-        noise = np.random.Generator(np.random.PCG64([step])).random((len(self._scores), experts))[rows]
-        return noise.reshape(layers, experts)
+        noise = np.random.Generator(np.random.PCG64([step])).random((len(self._counts), experts))[rows]
+        return noise.reshape(layers, experts), recent
 
 
 def trimmed(
