@@ -348,6 +348,13 @@ NB_MODULE(_native, m) {
         Pool::instance().set_threads(threads);
     });
     m.def("threads", [] { return Pool::instance().threads(); });
+    m.def("set_prefetch", [](int bytes) {
+        require(bytes >= 0 && bytes <= 1 << 16, "a prefetch distance lies within 0..65536");
+        nb::gil_scoped_release release;
+        Operation operation;
+        prefetch_ahead = bytes;
+    });
+    m.def("prefetch", [] { return prefetch_ahead; });
     m.def("set_variant", &set_variant);
     m.def("variant", [] { return std::string(kernels().name); });
     m.def("variants", &available_variants);

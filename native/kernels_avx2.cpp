@@ -10,7 +10,6 @@ namespace elmoe {
 namespace {
 namespace avx2 {
 constexpr const char* kName = "avx2";
-constexpr int kPrefetch = 2048;  // bytes ahead, measured: bench/matmul.py
 #include "simd_avx2.inl"
 
 #include "kernels.inl"

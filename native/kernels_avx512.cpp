@@ -10,7 +10,6 @@ namespace elmoe {
 namespace {
 namespace avx512 {
 constexpr const char* kName = "avx512";
-constexpr int kPrefetch = 2048;  // bytes ahead, measured: bench/matmul.py
 #include "simd_avx512.inl"
 
 #include "kernels.inl"

@@ -11,6 +11,8 @@
 
 namespace elmoe {
 
+int prefetch_ahead = 2048;
+
 namespace {
 std::vector<const Kernels*> all_kernels() {
     std::vector<const Kernels*> found;

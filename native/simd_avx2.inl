@@ -74,6 +74,7 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
     const int8_t* codes = tile.codes;
     const float* token_scales = tile.scales;
     const int32_t* correction = tile.correction;
+    const int ahead = prefetch_ahead;
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     Lanes total[T];
     for (int t = 0; t < T; ++t) total[t] = set1(0);
@@ -85,12 +86,12 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
             for (int t = 0; t < T; ++t) high[t] = low[t] = _mm256_setzero_si256();
             for (int j = 0; j < 4; ++j) {
                 const int at = 64 * j + 32 * half;
-                _mm_prefetch(reinterpret_cast<const char*>(hi + kPrefetch + at), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(hi + ahead + at), _MM_HINT_T0);
                 __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(hi + at));
                 __m256i h0 = _mm256_and_si256(h, nibble), h1 = _mm256_and_si256(_mm256_srli_epi16(h, 4), nibble);
                 __m256i l0 = h0, l1 = h1;
                 if constexpr (Full) {
-                    _mm_prefetch(reinterpret_cast<const char*>(lo + kPrefetch + at), _MM_HINT_T0);
+                    _mm_prefetch(reinterpret_cast<const char*>(lo + ahead + at), _MM_HINT_T0);
                     __m256i l = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lo + at));
                     l0 = _mm256_and_si256(l, nibble);
                     l1 = _mm256_and_si256(_mm256_srli_epi16(l, 4), nibble);

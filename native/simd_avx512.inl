@@ -46,6 +46,7 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
     const int8_t* codes = tile.codes;
     const float* token_scales = tile.scales;
     const int32_t* correction = tile.correction;
+    const int ahead = prefetch_ahead;
     const __m512i high = _mm512_set1_epi8(static_cast<char>(0xF0));
     __m512 total[T];
     for (int t = 0; t < T; ++t) total[t] = _mm512_setzero_ps();
@@ -54,11 +55,11 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
         __m512i sum[T];
         for (int t = 0; t < T; ++t) sum[t] = _mm512_set1_epi32(correction[t]);
         for (int j = 0; j < 4; ++j) {
-            _mm_prefetch(reinterpret_cast<const char*>(hi + kPrefetch + 64 * j), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(hi + ahead + 64 * j), _MM_HINT_T0);
             __m512i h = _mm512_loadu_si512(hi + 64 * j);
             __m512i first = _mm512_slli_epi16(h, 4), second = h;
             if constexpr (Full) {
-                _mm_prefetch(reinterpret_cast<const char*>(lo + kPrefetch + 64 * j), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(lo + ahead + 64 * j), _MM_HINT_T0);
                 __m512i l = _mm512_loadu_si512(lo + 64 * j);
                 first = _mm512_ternarylogic_epi32(high, first, l, 0xCA);  // high ? first : l
                 second = _mm512_ternarylogic_epi32(high, second, _mm512_srli_epi16(l, 4), 0xCA);

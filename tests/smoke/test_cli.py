@@ -199,3 +199,5 @@ def test_errors_name_the_thing(arguments, message, tmp_path):
 def test_a_variant_this_processor_lacks_is_named():
     run = elmoe("generate", "demo", "--prompt", "x", check=False, ELMOE_VARIANT="sve2")
     assert run.returncode == 1 and "sve2" in run.stderr and "Traceback" not in run.stderr
+    run = elmoe("generate", "demo", "--prompt", "x", check=False, ELMOE_PREFETCH="far")
+    assert run.returncode == 1 and "ELMOE_PREFETCH is 'far'" in run.stderr and "Traceback" not in run.stderr

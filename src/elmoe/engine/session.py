@@ -76,6 +76,10 @@ class Session:
         except Exception as error:  # tokenizers raises bare Exception
             raise StoreError(f"'{self.reader.tokenizer_path}' is not a readable tokenizer: {error}") from error
         self.backend = module
+        if kind == "memory" and backend == "native":
+            from elmoe.engine.prefetch import calibrate_prefetch  # needs the native kernels
+
+            calibrate_prefetch(self.reader)
         self.engine = Engine(self.reader, module, options)
 
     def __enter__(self) -> Session:

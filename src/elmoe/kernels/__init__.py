@@ -50,10 +50,12 @@ __all__ = [
     "forward",
     "logits",
     "nested_matmul",
+    "prefetch",
     "rms_norm",
     "rotary_tables",
     "route",
     "sample",
+    "set_prefetch",
     "set_threads",
     "set_variant",
     "stream_read",
@@ -94,7 +96,26 @@ def set_threads(count: int) -> None:
     _native.set_threads(count)
 
 
+def prefetch() -> int:
+    """How many bytes ahead the kernels ask for weights."""
+    return int(_native.prefetch())
+
+
+def set_prefetch(distance: int) -> None:
+    """Ask for weights ``distance`` bytes ahead, 0..65536; results do not depend on it."""
+    if not 0 <= distance <= 1 << 16:
+        raise KernelError(f"a prefetch distance of {distance} bytes", "use 0 to 65536")
+    _native.set_prefetch(distance)
+
+
 set_variant(os.environ.get("ELMOE_VARIANT"))
+PREFETCH_PINNED = "ELMOE_PREFETCH" in os.environ
+"""Whether the environment says how far ahead to ask, so that nothing is measured."""
+if PREFETCH_PINNED:
+    pinned = os.environ["ELMOE_PREFETCH"]
+    if not pinned.isdigit():
+        raise KernelError(f"ELMOE_PREFETCH is '{pinned}'", "give a number of bytes, 0 to 65536")
+    set_prefetch(int(pinned))
 
 
 def _handle(owner: Any, make: Any) -> Any:
