@@ -148,7 +148,7 @@ class Engine:
                 pool.set_bandwidth(options.slow_bandwidth or 0.0)
                 self._tier = DirectTier(self._reader, options.residency, pool, options.prefetch)
             else:
-                self._tier = ExpertTier(self._reader, options.residency)
+                self._tier = ExpertTier(self._reader, options.residency, everything=options.fast_memory is None)
         return self._tier
 
     def _positions(self, request: Request) -> int:

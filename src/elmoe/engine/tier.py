@@ -25,7 +25,8 @@ class ExpertTier:
     """Residency and accounting; the decoder's source of experts. It lives as long as its engine, so a run finds warm what
     the run before left. ``waited``: seconds spent waiting for reads.
 
-    Holds nothing until :meth:`replan` gives it slots; ``begin_run`` says where a run's counters are.
+    Holds nothing until :meth:`replan` gives it slots; ``begin_run`` says where a run's counters are. ``everything``: no
+    budget, so with slots all slices are resident from the start and nothing is learned.
 
     Per pass: ``begin_step`` (which token rows are sure to stay), the decoder's ``stretches`` layer by layer, ``end_step``.
     Newcomers are judged by the hotness up to the step before plus the step's sure rows, so that a layer can decide as soon
@@ -34,7 +35,7 @@ class ExpertTier:
 
     label = "simulated tier: budget accounted, not enforced"
 
-    def __init__(self, reader: WeightReader, parameters: ResidencyParameters) -> None:
+    def __init__(self, reader: WeightReader, parameters: ResidencyParameters, everything: bool = False) -> None:
         schema = reader.schema
         self._layers = schema.moe_layers
         self._rows = {layer: row for row, layer in enumerate(self._layers)}
@@ -45,7 +46,7 @@ class ExpertTier:
         self._addresses = self._address_tables(reader)
         self._active = np.zeros(shape, bool)
         self._slots: SlotPlan | None = None
-        self._parameters = parameters
+        self._parameters, self._everything = parameters, everything
         self._residency = Residency(*shape, parameters)
         self._statistics = Statistics()
         self._timeline: Timeline | None = None
@@ -76,7 +77,10 @@ class ExpertTier:
         self._slots = slots
         none = np.zeros(len(self._layers), np.int64)
         most = (none, none) if slots is None else (np.array(slots.msb), np.array(slots.lsb))
-        self.resident = trimmed(self.resident, self._residency.hotness, *most)
+        if self._everything and slots is not None:
+            self.resident = ResidentSet(np.ones_like(self._active), np.ones_like(self._active))
+        else:
+            self.resident = trimmed(self.resident, self._residency.hotness, *most)
         self.allowed = self.resident.msb.astype(np.uint8)
 
     @property
@@ -91,8 +95,8 @@ class ExpertTier:
 
     @property
     def learns(self) -> bool:
-        """Whether anything may stay resident, so that what is routed matters."""
-        return self._slots is not None
+        """Whether what is resident depends on what is routed."""
+        return self._slots is not None and not self._everything
 
     def begin_step(self, sure: list[int]) -> None:
         """A target pass begins; the token rows ``sure`` stay whatever is accepted."""
@@ -126,7 +130,7 @@ class ExpertTier:
             ``learns`` of it.
         """
         self._account(phase, self.resident)
-        if committed is not None and self._slots is not None:
+        if committed is not None and self._slots is not None and not self._everything:
             sure = np.stack(self._sure_routing)
             self.resident = self._residency.end_step(self.resident, sure, committed, self._active, self._slots)
             self.allowed = self.resident.msb.astype(np.uint8)
@@ -136,11 +140,12 @@ class ExpertTier:
         """Count hits and bytes of the step against what was resident when it began."""
         counters = self._statistics.phases[phase]
         used = self._active.sum(axis=1)
+        holds = self._slots is not None
         slices = [(resident.msb, self._msb_bytes, "msb")] + (
             [(resident.lsb, self._lsb_bytes, "lsb")] if phase != "draft" else []
         )
         for present, sizes, name in slices:
-            hits = (self._active & present).sum(axis=1) if self.learns else np.zeros_like(used)
+            hits = (self._active & present).sum(axis=1) if holds else np.zeros_like(used)
             misses = used - hits
             setattr(counters, f"{name}_hits", getattr(counters, f"{name}_hits") + int(hits.sum()))
             setattr(counters, f"{name}_misses", getattr(counters, f"{name}_misses") + int(misses.sum()))
