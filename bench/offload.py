@@ -24,7 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import clairvoyant, llama_offload
+from bench import llama_offload
+from bench.ceilings import Ceilings
 from bench.prompts import prompts_of
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
@@ -53,13 +54,15 @@ SHARES = (25, 37, 50, 62, 75, 87, 100)
 """Percent of experts resident while the replayed traces were recorded."""
 TOKENS = {
     "naive": {1: 3, 2: 3, 4: 3, 8: 2, 16: 2},
-    "lru": {1: 28, 2: 24, 4: 20, 8: 12, 16: 6},
-    "cache": {1: 28, 2: 24, 4: 20, 8: 12, 16: 6},
-    "elastic": {1: 28, 2: 24, 4: 20, 8: 24, 16: 32},
+    "lru": {1: 64, 2: 64, 4: 48, 8: 12, 16: 6},
+    "cache": {1: 64, 2: 64, 4: 48, 8: 12, 16: 6},
+    "elastic": {1: 64, 2: 64, 4: 48, 8: 32, 16: 32},
     "warm_up": {1: 28, 2: 16, 4: 10, 8: 6, 16: 6},
 }
 """Tokens per sequence and run of the 16-layer shapes, by batch size. Caches get better as a sequence goes on, so where runs
 have few sequences all systems that cache run equally long."""
+IDEALS = ("clairvoyant", "policy")
+"""Ceilings, see bench/ceilings.py."""
 SEQUENCES, TRACE_TOKENS, PROMPT_TOKENS = 16, 160, 64
 
 
@@ -151,17 +154,11 @@ def replayed(store: Path, facts: list[ReplayFacts]) -> tuple[Any, Any]:
     return make, lambda options: make(options, resident)
 
 
-def least_bytes(facts: list[ReplayFacts], engine: Engine, batch: int, rounds: int) -> dict[str, float]:
-    """Bytes per token that ideal systems would read in an engine's budget, see bench/clairvoyant.py."""
-    sizes = engine.sizes([Request((0,) * PROMPT_TOKENS, TRACE_TOKENS - PROMPT_TOKENS, SamplingParameters())] * batch)
-    slices = sizes.msb[0], sizes.lsb[0]
-    per_layer = (engine.budget(sizes) - sizes.dense - sizes.kv) / len(sizes.msb)
-    whole, share = min(sizes.experts, per_layer / sum(slices)), min(1.0, per_layer / slices[0] / sizes.experts)
-    windows = [window(index, batch) for index in range(rounds)]
-    return {
-        name: clairvoyant.least_misses(count, facts, windows, sizes.top_k, whole, share) * len(sizes.msb) * sum(slices)
-        for name, count in (("clairvoyant", clairvoyant.clairvoyant_misses), ("policy", clairvoyant.policy_misses))
-    }
+def ceilings_of(facts: list[ReplayFacts], engine: Engine, batch: int, rounds: int) -> Ceilings:
+    """The ceilings of an engine's budget, see bench/ceilings.py."""
+    requests = [Request((0,) * PROMPT_TOKENS, TRACE_TOKENS - PROMPT_TOKENS, SamplingParameters())] * batch
+    sizes = engine.sizes(requests)
+    return Ceilings(facts, [window(index, batch) for index in range(rounds)], sizes, engine.budget(sizes))
 
 
 def recorded_traces(folder: Path, prompts: Path | None) -> list[Path]:
@@ -197,12 +194,13 @@ def run_elmoe(*arguments: str) -> None:
 def compare(
     budgets: list[int | float], batches: list[int], make: Any, resident: Any, repeats: int,
     tokens: dict[str, dict[int, int]], bandwidth: float | None, disk: float, names: list[str], finished: Path | None = None,
-    ideal: Callable[[Engine, int, int], dict[str, float]] | None = None,
+    ceilings: Callable[[Engine, int, int], Ceilings] | None = None, memory: float = 0.0,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of all our systems: the runs of a cell's systems alternate, so that all see the same disk; `identical` against
     the run in memory.
 
-    :param finished: a file that always holds the rows finished so far. :param ideal: see :func:`least_bytes`.
+    :param finished: a file that always holds the rows finished so far. :param ceilings: see :func:`ceilings_of`.
+    :param disk, memory: their bandwidths, bytes per second.
     """
     rows: list[dict[str, Any]] = []
     with progress_bar("runs", len(batches) * len(budgets) * repeats * (1 + len(names))) as bar:
@@ -224,8 +222,15 @@ def compare(
                     for system in systems:
                         system.run()
                         bar(sum(len(row["runs"]) for row in rows) + sum(len(s.runs) for s in systems))
-                least = {} if ideal is None else ideal(systems[0].engine, batch, repeats)
-                rows += [finished_row(system, systems, reference, ceiling, disk, bandwidth, least) for system in systems]
+                ideal: dict[str, float] = {}
+                if ceilings is not None:  # at the fastest reads that any system of the cell saw
+                    fastest = max(system.engine.planner.bandwidth for system in systems if system.engine.planner is not None)
+                    bounds = ceilings(systems[0].engine, batch, repeats)
+                    rates = min(ceiling, fastest / bounds.clairvoyant_bytes()), bounds.policy_rate(fastest, memory)
+                    naive = systems[0].row()["tokens_per_second"]
+                    for name, rate in zip(IDEALS, rates, strict=True):
+                        ideal |= {f"{name}_tokens_per_second": rate, f"{name}_over_naive": rate / naive}
+                rows += [finished_row(system, systems, reference, ceiling, disk, bandwidth) | ideal for system in systems]
                 if finished is not None:
                     finished.write_text(json.dumps(rows))
                 del systems
@@ -234,30 +239,20 @@ def compare(
 
 
 def finished_row(
-    system: System, systems: list[System], reference: Any, ceiling: float, disk: float, bandwidth: float | None,
-    least: dict[str, float],
-) -> dict[str, Any]:  # fmt: skip
+    system: System, systems: list[System], reference: Any, ceiling: float, disk: float, bandwidth: float | None
+) -> dict[str, Any]:
     """A system's row beside those it alternated with."""
     row = system.row()
     slow, speed = row["slow_bytes_per_token"], disk if bandwidth is None else bandwidth
     lru = next((other for other in systems if other.name == "lru"), system)
     byte_ceiling = speed / slow if slow else None
-    naive = median(run[0] for run in systems[0].runs)
-    fastest = max(other.engine.planner.bandwidth for other in systems if other.engine.planner is not None)
-    return (
-        row
-        | {
-            "identical": all(same(outcome, reference) for outcome in system.outcomes),
-            "over_naive": system.over(systems[0]),
-            "over_lru": None if lru is system else system.over(lru),
-            "resident_tokens_per_second": ceiling,
-            "byte_ceiling_tokens_per_second": byte_ceiling,
-            "ceiling_over_naive": min(ceiling, byte_ceiling or ceiling) / naive,
-        }
-        | {  # at the fastest reads that any system of the cell saw
-            f"{name}_over_naive": min(ceiling, fastest / bytes_per_token) / naive for name, bytes_per_token in least.items()
-        }
-    )
+    return row | {
+        "identical": all(same(outcome, reference) for outcome in system.outcomes),
+        "over_naive": system.over(systems[0]),
+        "over_lru": None if lru is system else system.over(lru),
+        "resident_tokens_per_second": ceiling,
+        "byte_ceiling_tokens_per_second": byte_ceiling,
+    }
 
 
 def same(outcome: dict[Any, Any], reference: dict[Any, Any]) -> bool:
@@ -333,9 +328,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "mean_over_naive": means(rows, "over_naive"),
         "mean_over_lru": means(rows, "over_lru"),
-        "mean_ceiling_over_naive": means(rows, "ceiling_over_naive"),
-        "mean_policy_over_naive": means(rows, "policy_over_naive"),
-        "mean_clairvoyant_over_naive": means(rows, "clairvoyant_over_naive"),
+        **{f"mean_{ideal}_over_naive": means(rows, f"{ideal}_over_naive") for ideal in IDEALS},
         "mean_over_llamacpp": means(rows, "over_llamacpp") or None,
         "resident_over_naive": sum(resident) / len(resident),
         "identical": all(row["identical"] for row in rows if row["identical"] is not None),
@@ -347,7 +340,7 @@ def show(data: dict[str, Any], title: str) -> None:
     print_table(
         title,
         ("budget", "batch", "system", "tokens/s", "x naive", "x LRU", "accepted", "tokens/ver.", "hits MSB, LSB", "kept",
-         "waiting", "byte ceiling", "all resident", "ideal x naive", "same"),
+         "waiting", "byte ceiling", "all resident", "policy ceiling", "clairvoyant", "same"),
         [
             (f"{r['budget']:.0%}" if isinstance(r["budget"], float) else f"{r['budget'] / 2**30:g} GiB", r["batch"],
              r["system"], number(r["tokens_per_second"]), number(r["over_naive"]), number(r["over_lru"]),
@@ -355,18 +348,15 @@ def show(data: dict[str, Any], title: str) -> None:
              None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}",
              r["slices"] and r["slices"][-1],
              number(r["waited_share"]), number(r["byte_ceiling_tokens_per_second"], 1),
-             number(r["resident_tokens_per_second"], 1), 
-             None if "policy_over_naive" not in r else
-             f"{r['policy_over_naive']:.1f} {r['clairvoyant_over_naive']:.1f}",
+             number(r["resident_tokens_per_second"], 1),
+             number(r.get("policy_tokens_per_second"), 1), number(r.get("clairvoyant_tokens_per_second"), 1),
              "-" if r["identical"] is None else "yes" if r["identical"] else "NO")
             for r in sorted(data["rows"], key=lambda r: (r["budget"], r["batch"]))
         ],
     )  # fmt: skip
     for key in (
         "mean_over_naive",
-        "mean_ceiling_over_naive",
-        "mean_policy_over_naive",
-        "mean_clairvoyant_over_naive",
+        *(f"mean_{ideal}_over_naive" for ideal in IDEALS),
         "mean_over_lru",
         "mean_over_llamacpp",
         "resident_over_naive",
@@ -403,17 +393,17 @@ def main() -> None:
         if arguments.quick:
             budgets = [parse_bytes("1340MiB")]  # half of the expert bytes of 4 layers beside dense, KV and staging
         store, traces = synthetic_store(arguments.folder, layers), recorded_traces(arguments.folder, arguments.prompts)
-        disk = disk_bandwidth(store / "layer-000.experts")
+        disk, memory = disk_bandwidth(store / "layer-000.experts"), memory_bandwidth(1 << 30, 2)
         facts = [replay_facts(read_trace(path)) for path in traces]
         make, resident = replayed(store, facts)
         rows = compare(
             budgets, batches, make, resident, arguments.repeats,
             TOKENS, arguments.slow_bandwidth, disk, arguments.systems.split(","), arguments.folder / "partial.json",
-            partial(least_bytes, facts),
+            partial(ceilings_of, facts), memory,
         )  # fmt: skip
         reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
         data = summary(rows) | {
-            "disk_bytes_per_second": disk, "memory_bytes_per_second": memory_bandwidth(1 << 30, 2), "replayed": True,
+            "disk_bytes_per_second": disk, "memory_bytes_per_second": memory, "replayed": True,
             "throttled": arguments.slow_bandwidth is not None, "llamacpp": reason,
         }  # fmt: skip
         title = f"OLMoE-1B-7B shapes, {layers} layers, replayed"

@@ -109,7 +109,7 @@ def simulate(accept: float, draft: float, plain: float, per_token: float, steps:
         while len(confidences) < limit:
             confidences.append(0.8)
             controller.draft_cost.observe(1, draft)
-            if not controller.proceed([confidences])[0]:
+            if not controller.proceed([confidences], limit)[0]:
                 break
         verify = plain + per_token * len(confidences)
         controller.verify_cost.observe(1 + len(confidences), verify)
@@ -147,5 +147,18 @@ def test_finding_out_that_drafts_do_not_pay_costs_little(accept, draft):
 def test_a_fixed_length_is_kept():
     controller = DraftLengthController(fixed=3)
     assert controller.limit() == 3
-    assert controller.proceed([[0.1], [0.1, 0.1, 0.1]]) == [True, False]
+    assert controller.proceed([[0.1], [0.1, 0.1, 0.1]], 3) == [True, False]
     assert DraftLengthController(fixed=0).limit() == 0
+
+
+def test_a_draft_goes_on_where_only_several_more_tokens_pay():
+    """A verification whose first extra token reads most of what all would read."""
+    controller = DraftLengthController()
+    controller.draft_cost.observe(1, 0.1)
+    controller.verify_cost.observe(1, 1.0)
+    controller.target_seconds = {1: 1.0, 2: 3.0, 3: 3.2, 4: 3.3, 5: 3.4, 6: 3.5, 7: 3.6, 8: 3.7, 9: 3.8}.__getitem__
+    controller.acceptance = lambda: 0.95
+    assert controller.proceed([[]], 8) == [True]
+    assert controller.proceed([[]], 1) == [False]
+    controller.acceptance = lambda: 0.3
+    assert controller.proceed([[]], 8) == [False]

@@ -298,7 +298,7 @@ class _Run:
                 sequence.draft.append(sample.token)
                 sequence.confidences.append(sample.confidence)
             self.statistics.drafted += len(active)
-            more = self.controller.proceed([sequence.confidences for sequence in active])
+            more = self.controller.proceed([sequence.confidences for sequence in active], limit)
             active = [
                 sequence
                 for sequence, proceed in zip(active, more, strict=True)

@@ -35,6 +35,8 @@ class TierManager:
         self._kv = -1
         self._use = np.full(sizes.experts, sizes.top_k / sizes.experts)
         controller.target_seconds = self._target_seconds
+        if options.split == "auto":
+            controller.acceptance = lambda: planner.acceptance(self._covered())
 
     def plan(self, sequences: int, kv_bytes: int) -> int:
         """Fit the tier to the KV cache and the planner's choice; returns how many tokens to draft at most."""
@@ -76,14 +78,17 @@ class TierManager:
         if self.point is None:
             return
         if drafted:
-            covered = float(self._use[: self.point.msb].sum() / self._use.sum())
-            self.planner.acceptance.observe(covered, accepted, judged)
+            self.planner.acceptance.observe(self._covered(), accepted, judged)
         ran = replace(self.point, draft_length=round(drafted / sequences))
         expected = self.planner.slow_bytes(self._use, sequences + drafted, ran.msb, ran.lsb)
         modelled = self.planner.seconds(
             ran, slow_bytes, sequences, self._capacity, self._draft_seconds, self._compute_seconds
         )
         self.planner.observe(drafted > 0, (slow_bytes, expected), (seconds, modelled))
+
+    def _covered(self) -> float:
+        """Share of the routing that the residents of the operating point cover."""
+        return 1.0 if self.point is None else float(self._use[: self.point.msb].sum() / self._use.sum())
 
     def _draft_seconds(self, sequences: float) -> float:
         """Seconds of a draft step."""

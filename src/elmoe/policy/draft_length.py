@@ -87,6 +87,7 @@ class LinearCost:
 class DraftLengthController:
     """Chooses how many tokens to draft. ``fixed`` switches every choice off and always drafts that many.
     ``target_seconds``: seconds of a target pass of so many tokens where reads count too; by default ``verify_cost``.
+    ``acceptance``: probability that a token not drafted yet would be accepted; by default the calibration's mean.
 
     Used per step: ``limit()`` before drafting, ``proceed()`` after each draft step, ``observe()`` at the end.
     """
@@ -97,6 +98,7 @@ class DraftLengthController:
     draft_cost: LinearCost = field(default_factory=LinearCost)
     verify_cost: LinearCost = field(default_factory=LinearCost)
     target_seconds: Callable[[float], float] | None = None
+    acceptance: Callable[[], float] | None = None
     _plain_rate: float = 0.0
     _elastic_rate: float = 0.0
     _plain_steps: int = 0
@@ -142,17 +144,19 @@ class DraftLengthController:
         self._wait, self._since_elastic, self._elastic_rate = self._back_off, 0, 0.0
         self._back_off = min(2 * self._back_off, LONGEST_WAIT)
 
-    def proceed(self, confidences: Sequence[Sequence[float]]) -> list[bool]:
-        """For each sequence of the draft batch, whether to draft one more token after those of these confidences.
+    def proceed(self, confidences: Sequence[Sequence[float]], limit: int) -> list[bool]:
+        """For each sequence of the draft batch, whether to draft one more token, of ``limit`` at most, after those of these
+        confidences.
 
-        Continues while the expected token of one more draft pays at least the rate of the step so far:
-        ``reach * acceptance / marginal seconds > expected tokens / seconds``.
+        Continues while some number of further tokens pays at least the rate of the step so far: ``reach * expected tokens of
+        those further / their seconds > expected tokens / seconds``. One token alone would often not pay where the next ones
+        would: verification gets cheaper by the token, because tokens share experts.
         """
         if self.fixed is not None:
             return [len(row) < self.fixed for row in confidences]
         if not (self.draft_cost.known and self.verify_cost.known):
             return [len(row) < self.longest for row in confidences]
-        mean = self.calibration.mean()
+        acceptance = (self.acceptance or self.calibration.mean)()
         sequences = len(confidences)
         drafted = sum(len(row) for row in confidences)
         expected, reaches = float(sequences), []
@@ -164,11 +168,14 @@ class DraftLengthController:
             reaches.append(reach)
         depth = max((len(row) for row in confidences), default=0)
         verify_seconds = self.target_seconds or self.verify_cost.seconds
-        verify_base = verify_seconds(sequences + drafted)
-        spent = depth * self.draft_cost.seconds(sequences) + verify_base
-        verify_more = (verify_seconds(2 * sequences + drafted) - verify_base) / sequences
-        marginal = self.draft_cost.seconds(sequences) / sequences + verify_more
-        return [reach * mean * spent > expected * marginal for row, reach in zip(confidences, reaches, strict=True)]
+        draft_seconds, verify_base = self.draft_cost.seconds(sequences), verify_seconds(sequences + drafted)
+        spent = depth * draft_seconds + verify_base
+        worth, tokens = 0.0, 0.0  # the best of tokens per second and sequence, given that the draft so far is accepted
+        for further in range(1, limit - depth + 1):
+            tokens += acceptance**further
+            verify_more = verify_seconds(sequences * (1 + further) + drafted) - verify_base
+            worth = max(worth, tokens * sequences / (further * draft_seconds + verify_more))
+        return [reach * worth * spent > expected for reach in reaches]
 
     def observe(self, drafted: bool, sequences: int, committed: int, seconds: float) -> None:
         """Learn from a whole step: whether it drafted, the tokens it committed and the seconds it took."""
