@@ -208,7 +208,7 @@ def compare(
             engine, requests, outcome = resident(EngineOptions("plain", batch=batch))
             engine.generate(requests(window(-1, batch), 4))
             outcome()
-            length = max(tokens["elastic"][batch], tokens["lru"][batch])
+            length = max(counts[batch] for name, counts in tokens.items() if name != "warm_up")
             ceiling = median(steady_rate(engine, requests(window(i, batch), length))[0] for i in range(repeats))
             reference = outcome()
             for budget in budgets:
