@@ -115,15 +115,17 @@ class DirectTier(ExpertTier):
             if len(ready) == len(active):
                 yield Stretch(experts, self._addresses[row], whole=True)
             else:
-                yield Stretch(np.where(np.isin(experts, ready), experts, np.int32(-1)), self._addresses[row], whole=False)
+                readable = np.zeros(self._active.shape[1], bool)
+                readable[ready] = True
+                yield Stretch(np.where(readable[experts], experts, np.int32(-1)), self._addresses[row], whole=False)
             for expert in ready:
                 self._let_go(row, expert)
             self._issue(demands)
             self._pump()
-        for unused in np.flatnonzero((self._slot[row] >= 0).any(axis=1)):  # read ahead in vain, or evicted
-            if unused not in active:
-                self._arrive((row, int(unused)))
-                self._let_go(row, int(unused))
+        staged = (self._slot[row] >= 0) & ~np.stack([self.resident.msb[row], self.resident.lsb[row]], axis=-1)
+        for unused in np.flatnonzero(staged.any(axis=1) & ~self._active[row]).tolist():  # read ahead in vain, or evicted
+            self._arrive((row, unused))
+            self._let_go(row, unused)
 
     def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
         """Account the pass and learn; residency has changed layer by layer already."""
@@ -237,11 +239,13 @@ class DirectTier(ExpertTier):
     def _arrive(self, place: tuple[int, int]) -> None:
         """Wait for an expert's slices; StoreError names the file, the expert and what went wrong."""
         keys = [key for key in ((*place, MSB), (*place, LSB)) if key in self._tickets]
+        if not keys:
+            return
         began = perf_counter()
-        failures = self._pool.wait([self._tickets[key] for key in keys]) if keys else []
+        failures = self._pool.wait([self._tickets[key] for key in keys])
         ended = perf_counter()
         self.waited += ended - began
-        if keys and self._timeline is not None:
+        if self._timeline is not None:
             self._timeline.add("waits", f"expert {place[1]}", began, ended)
         failed = dict(failures)
         for key in keys:

@@ -115,6 +115,7 @@ def _blend(old: float | None, new: float) -> float:
 
 Seconds = Callable[[float], float]
 """Seconds of a pass of so many tokens."""
+Values = NDArray[np.float64]
 
 
 class Planner:
@@ -145,16 +146,11 @@ class Planner:
     def seconds(
         self, point: OperatingPoint, needed: float, sequences: int, capacity: int, draft: Seconds, target: Seconds
     ) -> float:
-        """Modelled seconds of a step that reads ``needed`` bytes, but for the mode's correction.
-
-        Drafting reads ahead as much as fits beside the residents. A target pass hides its reads behind compute only within a
-        layer, hence the share of the shorter that is added to the longer.
-        """
+        """Modelled seconds of a step that reads ``needed`` bytes, but for the mode's correction."""
         drafting = point.draft_length * draft(sequences) if point.draft_length else 0.0
         kept = self.shape.layers * (point.msb * self.shape.msb + point.lsb * self.shape.lsb)
-        ahead = min(max(0, capacity - kept), drafting * self.bandwidth, needed)
-        compute, reading = target(sequences * (1 + point.draft_length)), (needed - ahead) / self.bandwidth
-        return drafting + max(compute, reading) + EXPOSED * min(compute, reading)
+        compute = target(sequences * (1 + point.draft_length))
+        return float(self._step_seconds(np.array(drafting), np.array(compute), np.array(needed), np.array(capacity - kept)))
 
     def choose(
         self, use: NDArray[np.float64], sequences: int, capacity: int, staging: int, draft: Seconds, target: Seconds,
@@ -165,29 +161,37 @@ class Planner:
         :param use: see :func:`popularity`. :param capacity: bytes for slices, of which ``staging`` are not for residents.
         :param lengths: draft lengths to choose from.
         """
-        points = []
-        splits = self._splits(capacity - staging)
-        total = use.sum()
-        covered = np.concatenate(([0.0], np.cumsum(use))) / total
-        for length in lengths:
-            bytes_factor, seconds_factor = self.correction(length > 0)
-            touched = (1 - (1 - use) ** (sequences * (1 + length))) * self.shape.layers * bytes_factor
-            beyond = np.concatenate((np.cumsum(touched[::-1])[::-1], [0.0]))  # of the experts from a rank on
-            for msb, lsb in splits:
-                needed = float(beyond[msb] * self.shape.msb + beyond[lsb] * self.shape.lsb)
-                acceptance = self.acceptance(float(covered[msb]))
-                tokens = sequences * (1 - acceptance ** (length + 1)) / (1 - acceptance)
-                bare = OperatingPoint(msb, lsb, length, 0.0)
-                seconds = seconds_factor * self.seconds(bare, needed, sequences, capacity, draft, target)
-                points.append(OperatingPoint(msb, lsb, length, tokens / seconds))
-
-        def promise(point: OperatingPoint) -> float:
-            rate = point.rate / DRAFT_GAIN if point.draft_length else point.rate
-            old = self.point
-            return rate if old is None or (point.msb, point.lsb) == (old.msb, old.lsb) else rate / SWITCH_GAIN
-
-        self.point = max(points, key=promise)
+        shape = self.shape
+        msb, lsb = np.array(self._splits(capacity - staging)).T  # columns; draft lengths are rows
+        length = np.array(lengths)[:, None]
+        factors = np.array([self.correction(False), self.correction(True)])[(length[:, 0] > 0).astype(int)]
+        touched = 1 - (1 - use) ** (sequences * (1 + length))
+        beyond = np.pad(np.cumsum(touched[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))  # of the experts from a rank on
+        needed = factors[:, :1] * shape.layers * (beyond[:, msb] * shape.msb + beyond[:, lsb] * shape.lsb)
+        covered = np.concatenate(([0.0], np.cumsum(use))) / use.sum()
+        acceptance = np.array([self.acceptance(share) for share in covered[msb].tolist()])
+        tokens = sequences * (1 - acceptance ** (length + 1)) / (1 - acceptance)
+        drafting = length * (draft(sequences) if any(lengths) else 0.0)
+        compute = np.array([[target(sequences * (1 + n))] for n in lengths])
+        room = capacity - shape.layers * (msb * shape.msb + lsb * shape.lsb)
+        rate = tokens / (factors[:, 1:] * self._step_seconds(drafting, compute, needed, room))
+        promise = np.where(length > 0, rate / DRAFT_GAIN, rate)
+        if self.point is not None:
+            promise = np.where((msb == self.point.msb) & (lsb == self.point.lsb), promise, promise / SWITCH_GAIN)
+        row, column = np.unravel_index(promise.argmax(), promise.shape)
+        self.point = OperatingPoint(int(msb[column]), int(lsb[column]), lengths[row], float(rate[row, column]))
         return self.point
+
+    def _step_seconds(self, drafting: Values, compute: Values, needed: Values, room: Values) -> Values:
+        """Seconds of steps, from those of their drafts and of the target's kernels, the bytes they read and the bytes of
+        room beside the residents.
+
+        Drafting reads ahead as much as there is room for. A target pass hides its reads behind compute only within a layer,
+        hence the share of the shorter that is added to the longer.
+        """
+        ahead = np.minimum(np.minimum(np.maximum(room, 0), drafting * self.bandwidth), needed)
+        reading = (needed - ahead) / self.bandwidth
+        return drafting + np.maximum(compute, reading) + EXPOSED * np.minimum(compute, reading)
 
     def observe(self, drafted: bool, slow: tuple[float, float], seconds: tuple[float, float]) -> None:
         """Correct the model of a mode by a step's (measured, modelled) bytes and seconds."""

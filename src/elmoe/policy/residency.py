@@ -146,10 +146,7 @@ def trimmed(
 
 def _rank(score: NDArray[np.float64]) -> NDArray[np.int64]:
     """Each expert's place in its layer by score, 0 the highest; ties by index."""
-    order = np.argsort(-score, axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
-    return rank
+    return np.argsort(np.argsort(-score, axis=1, kind="stable"), axis=1)  # of a permutation: its inverse
 
 
 def refill(
