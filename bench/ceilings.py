@@ -89,6 +89,11 @@ class Ceilings:
                     best = max(best, self._rate(passes, msb_slots, lsb_slots, length, slow, fast))
         return best
 
+    def naive_rate(self, slow: float, fast: float) -> float:
+        """Tokens/s of plain decoding that keeps nothing, in the same terms."""
+        passes = [target_passes(self.traces[0], window, self.sizes.top_k, 0) for window in self.windows]
+        return self._rate(passes, 0, 0, 0, slow, fast)
+
     @property
     def _slices(self) -> tuple[int, int]:
         return self.sizes.msb[0], self.sizes.lsb[0]
