@@ -110,8 +110,8 @@ class Ceilings:
         ahead = self._room - len(self.sizes.msb) * (msb_slots * msb + lsb_slots * lsb)
         plan = SlotPlan((msb_slots,) * layers, (lsb_slots,) * layers, 0)
         seconds, tokens = 0.0, 0
-        for passes in runs:
-            residency, resident = Residency(layers, experts, ResidencyParameters()), ResidentSet.empty(layers, experts)
+        residency, resident = Residency(layers, experts, ResidencyParameters()), ResidentSet.empty(layers, experts)
+        for passes in runs:  # each into a tier that is warm from those before
             for index, step in enumerate(passes):
                 if index:  # the first, a prompt, is not counted
                     missing = int((step.uses & ~resident.msb).sum()) * msb + int((step.uses & ~resident.lsb).sum()) * lsb
