@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,13 @@ TOKENS, TIMEOUT = 4, 900
 
 
 def add_rows(
-    rows: list[dict[str, Any]], folder: Path, layers: int, budgets: list[int | float], batches: list[int], programs: Path
-) -> str:
-    """Measure llama.cpp at each budget, add its rows and elastic's ratio to them; returns what was done, or why not."""
+    rows: list[dict[str, Any]], folder: Path, layers: int, budgets: list[int | float], batches: list[int], programs: Path,
+    bandwidth: float | None = None,
+) -> str:  # fmt: skip
+    """Measure llama.cpp at each budget, add its rows and elastic's ratio to them; returns what was done, or why not.
+
+    :param bandwidth: throttle of its reads, bytes per second.
+    """
     program = programs / "llama-batched-bench"
     if not program.exists():
         return "not built: run `make peers`"
@@ -38,10 +42,10 @@ def add_rows(
     model = folder / f"olmoe-{layers}.gguf"
     if not model.exists():
         write_gguf(model, layers)
-    done = "llama-batched-bench in a child memory cgroup"
+    done = "llama-batched-bench in a child memory cgroup" + (", reads throttled in a block I/O cgroup" if bandwidth else "")
     for budget in budgets:
         try:
-            rates = run(program, model, int(budget), batches)
+            rates = run(program, model, int(budget), batches, bandwidth)
         except (OSError, subprocess.SubprocessError) as error:
             done = f"llama.cpp failed under a limit of {budget} bytes: {error}"
             continue
@@ -62,7 +66,7 @@ def add_rows(
     return done
 
 
-def run(program: Path, model: Path, limit: int, batches: list[int]) -> dict[int, float]:
+def run(program: Path, model: Path, limit: int, batches: list[int], bandwidth: float | None) -> dict[int, float]:
     """Decoded tokens per second by batch size, under a memory limit of ``limit`` bytes."""
     rates: dict[int, float] = {}
     for batch in batches:
@@ -71,7 +75,7 @@ def run(program: Path, model: Path, limit: int, batches: list[int]) -> dict[int,
             str(program), "-m", str(model), "-t", "2", "-c", "1024", "-npp", "4", "-ntg", str(TOKENS), "-npl", str(batch),
             "--no-repack", "--output-format", "jsonl",
         ]  # fmt: skip
-        with memory_limit(limit) as enter:
+        with limits(limit, model, bandwidth) as enter:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=TIMEOUT, preexec_fn=enter
             )
@@ -85,28 +89,43 @@ def run(program: Path, model: Path, limit: int, batches: list[int]) -> dict[int,
 
 
 @contextmanager
-def memory_limit(limit: int) -> Iterator[Any]:
-    """A child memory cgroup (version 1 or 2); yields a function by which a new process enters it."""
+def limits(memory: int, model: Path, bandwidth: float | None) -> Iterator[Callable[[], None]]:
+    """Child cgroups (version 1 or 2) that limit memory to so many bytes and, unless ``bandwidth`` is None, the reads of the
+    model's disk to so many bytes per second; yields a function by which a new process enters them."""
     own = {fields[1]: fields[2] for fields in (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().split())}
-    if "memory" in own:
-        base, name = Path("/sys/fs/cgroup/memory") / own["memory"].lstrip("/"), "memory.limit_in_bytes"
-    else:
-        base, name = Path("/sys/fs/cgroup") / own.get("", "/").lstrip("/"), "memory.max"
-    group = base / f"elmoe_bench_{os.getpid()}"
-    group.mkdir()
+    settings: list[tuple[str, str, str]] = []  # controller of version 1 or nothing, file, value
+    old = "memory" in own
+    settings.append(("memory", "memory.limit_in_bytes", str(memory)) if old else ("", "memory.max", str(memory)))
+    if bandwidth is not None:
+        device, rate = os.stat(model).st_dev, int(bandwidth)
+        disk = f"{os.major(device)}:{os.minor(device)}"
+        settings.append(
+            ("blkio", "blkio.throttle.read_bps_device", f"{disk} {rate}") if old else ("", "io.max", f"{disk} rbps={rate}")
+        )
+    groups = {
+        controller: Path("/sys/fs/cgroup", controller, own.get(controller, "/").lstrip("/"), f"elmoe_bench_{os.getpid()}")
+        for controller, _, _ in settings
+    }
+    made: list[Path] = []
     try:
-        (group / name).write_text(str(limit))
-        entrance = str(group / "cgroup.procs")
+        for group in groups.values():
+            group.mkdir()
+            made.append(group)
+        for controller, name, value in settings:
+            (groups[controller] / name).write_text(value)
+        entrances = [str(group / "cgroup.procs") for group in made]
 
         def enter() -> None:
-            with open(entrance, "w") as file:
-                file.write("0")
+            for entrance in entrances:
+                with open(entrance, "w") as file:
+                    file.write("0")
 
         yield enter
     finally:
-        if (group / "memory.force_empty").exists():
-            (group / "memory.force_empty").write_text("0")
-        group.rmdir()
+        for group in made:
+            if (group / "memory.force_empty").exists():
+                (group / "memory.force_empty").write_text("0")
+            group.rmdir()
 
 
 def evict(path: Path) -> None:

@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--systems", default="lru,elastic", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--llamacpp", type=Path, default=Path("build/peers/bin"), help="folder of `make peers`")
-    parser.add_argument("--slow-bandwidth", type=float, help="throttle our systems' disk, bytes per second")
+    parser.add_argument("--slow-bandwidth", type=float, help="throttle the disk, bytes per second")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -401,7 +401,9 @@ def main() -> None:
             TOKENS, arguments.slow_bandwidth, disk, arguments.systems.split(","), arguments.folder / "partial.json",
             partial(ceilings_of, facts), memory,
         )  # fmt: skip
-        reason = llama_offload.add_rows(rows, arguments.folder, layers, budgets, batches, arguments.llamacpp)
+        reason = llama_offload.add_rows(
+            rows, arguments.folder, layers, budgets, batches, arguments.llamacpp, arguments.slow_bandwidth
+        )
         data = summary(rows) | {
             "disk_bytes_per_second": disk, "memory_bytes_per_second": memory, "replayed": True,
             "throttled": arguments.slow_bandwidth is not None, "llamacpp": reason,
