@@ -52,10 +52,11 @@ def main() -> None:
             panel.hlines(resident[batch], place - 0.45, place + 0.45, colors="#52606d", linestyles="dotted", linewidth=1)
         panel.set_xticks(range(len(batches)), batches)
         panel.set_yscale("log")
+        panel.set_ylim(top=4 * max(resident.values()))  # room for the legend
         panel.set_xlabel("batch")
         panel.set_title(f"{budget / 2**30:.3g} GiB" if budget > 1 else f"{budget:.0%} of the experts", fontsize=10)
     panels[0][0].set_ylabel("tokens/s (dotted: all in memory)")
-    panels[0][0].legend(fontsize=7)
+    panels[0][0].legend(fontsize=7, ncols=2, loc="upper left")
     figure.tight_layout()
     figure.savefig(arguments.out)
 
