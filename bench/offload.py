@@ -226,9 +226,9 @@ def compare(
                 if ceilings is not None:  # at the fastest reads that any system of the cell saw
                     fastest = max(system.engine.planner.bandwidth for system in systems if system.engine.planner is not None)
                     bounds = ceilings(systems[0].engine, batch, repeats)
-                    rates = min(ceiling, fastest / bounds.clairvoyant_bytes()), bounds.policy_rate(fastest, memory)
+                    rates = fastest / bounds.clairvoyant_bytes(), bounds.policy_rate(fastest, memory)
                     naive = bounds.naive_rate(fastest, memory)
-                    for name, rate in zip(IDEALS, rates, strict=True):
+                    for name, rate in zip(IDEALS, (min(ceiling, rate) for rate in rates), strict=True):
                         ideal |= {f"{name}_tokens_per_second": rate, f"{name}_over_naive": rate / naive}
                 rows += [finished_row(system, systems, reference, ceiling, disk, bandwidth) | ideal for system in systems]
                 if finished is not None:
