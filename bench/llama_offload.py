@@ -67,7 +67,8 @@ def add_rows(
 
 
 def run(program: Path, model: Path, limit: int, batches: list[int], bandwidth: float | None) -> dict[int, float]:
-    """Decoded tokens per second by batch size, under a memory limit of ``limit`` bytes."""
+    """Decoded tokens per second by batch size, under a memory limit of ``limit`` bytes, reading ``bandwidth`` bytes per second
+    at most."""
     rates: dict[int, float] = {}
     for batch in batches:
         evict(model)
@@ -93,9 +94,9 @@ def limits(memory: int, model: Path, bandwidth: float | None) -> Iterator[Callab
     """Child cgroups (version 1 or 2) that limit memory to so many bytes and, unless ``bandwidth`` is None, the reads of the
     model's disk to so many bytes per second; yields a function by which a new process enters them."""
     own = {fields[1]: fields[2] for fields in (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().split())}
-    settings: list[tuple[str, str, str]] = []  # controller of version 1 or nothing, file, value
     old = "memory" in own
-    settings.append(("memory", "memory.limit_in_bytes", str(memory)) if old else ("", "memory.max", str(memory)))
+    # Controller of version 1 or nothing, file, value
+    settings = [("memory", "memory.limit_in_bytes", str(memory)) if old else ("", "memory.max", str(memory))]
     if bandwidth is not None:
         device, rate = os.stat(model).st_dev, int(bandwidth)
         disk = f"{os.major(device)}:{os.minor(device)}"
