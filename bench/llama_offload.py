@@ -67,8 +67,8 @@ def add_rows(
 
 
 def run(program: Path, model: Path, limit: int, batches: list[int], bandwidth: float | None) -> dict[int, float]:
-    """Decoded tokens per second by batch size, under a memory limit of ``limit`` bytes, reading ``bandwidth`` bytes per second
-    at most."""
+    """Decoded tokens per second by batch size, under a memory limit of ``limit`` bytes, at ``bandwidth`` bytes read per
+    second at most."""
     rates: dict[int, float] = {}
     for batch in batches:
         evict(model)
