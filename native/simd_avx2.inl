@@ -66,62 +66,67 @@ inline int store_codes(int8_t* p, Lanes x) {
 
 constexpr int kTile = 4;
 
-// maddubs adds pairs in 16 bits: 2 * 15 * 127 fits for a nibble (2 * 255 * 127 would not for a whole code), so the planes
-// are summed apart and joined as 16 * dot(hi) + dot(lo).
+// Sums of one plane's nibbles times codes in 16 bits, for the low and the high 8 rows. maddubs adds pairs: a nibble times a code
+// is at most 15 * 127, so all 16 products that meet in a lane stay below 2^15 (16 * 15 * 127 = 30480) and are widened once.
+template <int T>
+[[gnu::always_inline]] inline void plane_product(const uint8_t* plane, const int8_t* codes, int64_t ahead, __m256i (*sum)[2]) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j, plane += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(plane + ahead), _MM_HINT_T0);
+        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane));
+        const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + 32));
+        const __m256i a0 = _mm256_and_si256(a, nibble), a1 = _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble);
+        const __m256i b0 = _mm256_and_si256(b, nibble), b1 = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+            const int8_t* x = codes + t * kGroup + 4 * j;
+            int32_t first, second;
+            __builtin_memcpy(&first, x, 4);
+            __builtin_memcpy(&second, x + 16, 4);
+            const __m256i x0 = _mm256_set1_epi32(first), x1 = _mm256_set1_epi32(second);
+            sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(a0, x0));
+            sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(b0, x0));
+            sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(a1, x1));
+            sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(b1, x1));
+        }
+    }
+}
+
+// The planes are summed one after the other, so that the sums of both halves of the rows fit the registers, and joined as
+// 16 * dot(hi) + dot(lo).
 template <int T, bool Full>
 inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* scales, int groups, const Tile& tile, float* y,
                           int64_t stride) {
     const int8_t* codes = tile.codes;
     const float* token_scales = tile.scales;
     const int32_t* correction = tile.correction;
-    const int ahead = prefetch_ahead;
-    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    Lanes total[T];
-    for (int t = 0; t < T; ++t) total[t] = set1(0);
+    const int64_t ahead = prefetch_ahead;
+    const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
+    __m256 total[T][2];
+    for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
     for (int g = 0; g < groups; ++g, hi += kGroupBytes, lo += kGroupBytes, scales += kBlockRows, codes += T * kGroup,
              token_scales += T, correction += T) {
-        Lanes scale = load_half(scales);
-        for (int half = 0; half < 2; ++half) {  // 8 rows each
-            __m256i high[T], low[T];
-            for (int t = 0; t < T; ++t) high[t] = low[t] = _mm256_setzero_si256();
-            for (int j = 0; j < 4; ++j) {
-                const int at = 64 * j + 32 * half;
-                _mm_prefetch(reinterpret_cast<const char*>(hi + ahead + at), _MM_HINT_T0);
-                __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(hi + at));
-                __m256i h0 = _mm256_and_si256(h, nibble), h1 = _mm256_and_si256(_mm256_srli_epi16(h, 4), nibble);
-                __m256i l0 = h0, l1 = h1;
-                if constexpr (Full) {
-                    _mm_prefetch(reinterpret_cast<const char*>(lo + ahead + at), _MM_HINT_T0);
-                    __m256i l = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lo + at));
-                    l0 = _mm256_and_si256(l, nibble);
-                    l1 = _mm256_and_si256(_mm256_srli_epi16(l, 4), nibble);
-                }
-                for (int t = 0; t < T; ++t) {
-                    const int8_t* x = codes + t * kGroup + 4 * j;
-                    int32_t first, second;
-                    __builtin_memcpy(&first, x, 4);
-                    __builtin_memcpy(&second, x + 16, 4);
-                    const __m256i x0 = _mm256_set1_epi32(first), x1 = _mm256_set1_epi32(second);
-                    // |pair sums| <= 3810 each, so two of them still fit 16 bits
-                    __m256i s = _mm256_add_epi16(_mm256_maddubs_epi16(h0, x0), _mm256_maddubs_epi16(h1, x1));
-                    high[t] = _mm256_add_epi32(high[t], _mm256_madd_epi16(s, ones));
-                    if constexpr (Full) {
-                        s = _mm256_add_epi16(_mm256_maddubs_epi16(l0, x0), _mm256_maddubs_epi16(l1, x1));
-                        low[t] = _mm256_add_epi32(low[t], _mm256_madd_epi16(s, ones));
-                    }
-                }
-            }
-            for (int t = 0; t < T; ++t) {
-                __m256i sum = _mm256_add_epi32(_mm256_slli_epi32(high[t], 4), _mm256_set1_epi32(correction[t]));
-                if constexpr (Full) sum = _mm256_add_epi32(sum, low[t]);
-                __m256 product = _mm256_mul_ps(half ? scale.b : scale.a, _mm256_set1_ps(token_scales[t]));
-                __m256 term = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), product);
-                __m256& acc = half ? total[t].b : total[t].a;
-                acc = _mm256_add_ps(acc, term);
-            }
+        __m256i sum[T][2], low[T][2];
+        plane_product<T>(hi, codes, ahead, sum);
+        for (int t = 0; t < T; ++t)
+            for (int half = 0; half < 2; ++half) sum[t][half] = _mm256_madd_epi16(sum[t][half], sixteens);
+        if constexpr (Full) {
+            plane_product<T>(lo, codes, ahead, low);
+            for (int t = 0; t < T; ++t)
+                for (int half = 0; half < 2; ++half)
+                    sum[t][half] = _mm256_add_epi32(sum[t][half], _mm256_madd_epi16(low[t][half], ones));
         }
+        const Lanes scale = load_half(scales);
+        for (int t = 0; t < T; ++t)
+            for (int half = 0; half < 2; ++half) {
+                const __m256i integer = _mm256_add_epi32(sum[t][half], _mm256_set1_epi32(correction[t]));
+                const __m256 product = _mm256_mul_ps(half ? scale.b : scale.a, _mm256_set1_ps(token_scales[t]));
+                total[t][half] = _mm256_add_ps(total[t][half], _mm256_mul_ps(_mm256_cvtepi32_ps(integer), product));
+            }
     }
-    for (int t = 0; t < T; ++t) store(y + t * stride, total[t]);
+    for (int t = 0; t < T; ++t) store(y + t * stride, {total[t][0], total[t][1]});
 }
 
 uint64_t read(const uint8_t* data, int64_t size) {

@@ -95,6 +95,14 @@ def test_matmul_of_all_codes_and_extreme_values(machine):
             assert same_bits(kernels.nested_matmul(matrix, many, draft), np.tile(expected, (4, 1)))
 
 
+def test_the_largest_sums_of_a_group_fit(machine):
+    """All nibbles 15 times all activation codes 127 or -127: what partial sums in 16 bits must hold."""
+    matrix = NestedMatrix.from_codes(np.full((20, 64), 127, np.int8), np.ones((20, 2), np.float16))
+    x = np.stack([np.full(64, sign, np.float32) for sign in (1, -1, 1, -1, 1)])
+    for draft in (False, True):
+        assert same_bits(kernels.nested_matmul(matrix, x, draft), bitslice.nested_matmul(matrix, x, draft, offset=8.0))
+
+
 def test_values_at_the_rounding_border_are_rounded_to_even(machine):
     matrix = NestedMatrix.from_weights(np.eye(32, dtype=np.float32))
     x = np.zeros((1, 32), np.float32)
