@@ -44,21 +44,22 @@ ELASTIC_TARGET, PREFILL_TARGET, LOAD_TARGET, MEMORY_MARGIN = 0.97, 1.2, 1.0, 300
 PREFILL = 512
 PARTS = ("llama", "elastic", "transformers")
 READ_BYTES, READ_PASSES = 1 << 30, 10
-QUICK_SECONDS = 420
-"""Of ``--quick``, shared evenly by its cells: on a busy machine they begin fewer rounds, and say so."""
+QUICK_SECONDS = 450
+"""Of ``--quick``: a cell may take an even share of what is left; on a busy machine it begins fewer rounds, and says so."""
+ELASTIC_ROUNDS = 3
+"""Times as many rounds for the rows that compare our engine with itself: they differ by per cents, runs by more."""
 Runner = Callable[[], float]
 
 
 @dataclass
 class Bench:
-    """What all cells share: rounds, how long a run waits for calm, the seconds after which a cell begins no further round,
-    and whom to tell how far the whole thing is."""
+    """What all cells share: rounds, how long a run waits for calm, and whom to tell that a cell begins, which returns the
+    seconds after which it begins no further round."""
 
     rounds: int
     patience: float
     tokens: int
-    seconds: float
-    report: Callable[[], None]
+    report: Callable[[], float]
     probe: np.ndarray = field(default_factory=lambda: np.ones(READ_BYTES, np.uint8))
 
     def read(self) -> float:
@@ -70,17 +71,17 @@ class Bench:
             rates.append(READ_BYTES / (perf_counter() - began))
         return max(rates)
 
-    def alternate(self, runners: dict[str, Runner]) -> Cell:
-        """Run all in turn, ``rounds`` times, ours once before that to warm up (peers are processes that warm up
-        themselves); who fails is left out."""
-        cell, began = Cell({}, {}, []), perf_counter()
-        for turn in range(self.rounds + 1):
-            if turn > 1 and perf_counter() - began > self.seconds:
+    def alternate(self, runners: dict[str, Runner], rounds: int | None = None) -> Cell:
+        """Run all in turn, ``rounds`` times, every other time in reverse, ours once before that to warm up (peers are
+        processes that warm up themselves); who fails is left out."""
+        cell, began, seconds = Cell({}, {}, []), perf_counter(), self.report()
+        for turn in range((self.rounds if rounds is None else rounds) + 1):
+            if turn > 1 and perf_counter() - began > seconds:
                 break
-            for name, runner in list(runners.items()):
+            for name, runner in list(runners.items())[:: -1 if turn % 2 else 1]:
                 if not turn and name not in ("ours", "plain"):
                     continue
-                wait_for_calm(min(self.patience, self.seconds / 20))
+                wait_for_calm(min(self.patience, seconds / 20))
                 try:
                     value, others = observed(runner)
                 except PeerError as error:
@@ -141,7 +142,6 @@ def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) 
     schema, variants = reader.schema, list(REPACK)
     backend = RandomTokens(kernels, schema)  # type: ignore[arg-type]
     for batch in BATCHES:
-        bench.report()
         engine = Engine(reader, backend, EngineOptions("plain", batch=batch))  # type: ignore[arg-type]
 
         def ours(engine: Engine = engine, batch: int = batch) -> float:
@@ -157,7 +157,6 @@ def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) 
             "peer_share_of_bandwidth": None if row["variant"] is None else cell.over(row["variant"], "read") * per_token,
             "read_bytes_per_second": median(cell.values["read"]), "experts_per_layer": experts,
         }  # fmt: skip
-    bench.report()
     engine = Engine(reader, backend, EngineOptions("plain"))  # type: ignore[arg-type]
     peers = {name: lambda name=name: llama.bench(name, PREFILL, 0)[0] for name in variants}
     cell = bench.alternate({"ours": partial(prefill_rate, engine, backend), **peers})
@@ -183,14 +182,11 @@ def processes(bench: Bench, reader: MemoryReader, llama: Llama, store: str) -> I
         return [sys.executable, "-m", "elmoe.cli.main", "generate", store, "--prompt", text[:prompt], "--max-tokens",
                 str(tokens), "--ignore-eos", "--mode", "plain", "--reader", "memory", "--threads", "2"]  # fmt: skip
 
-    bench.report()
     peers = {name: lambda name=name: llama.bench(name, 0, 1, warm_up=False)[1].seconds for name in variants}
     cell = bench.alternate({"ours": lambda: run(generate(1, 1)).seconds, **peers})
     yield lower(cell, "load to first token", "s", LOAD_TARGET, variants)
-    bench.report()
-    few = Bench(1, bench.patience, bench.tokens, bench.seconds, bench.report, bench.probe)
     peers = {name: lambda name=name: llama.bench(name, PREFILL, 8)[1].peak for name in variants}
-    cell = few.alternate({"ours": lambda: run(generate(PREFILL, 8)).peak, **peers})
+    cell = bench.alternate({"ours": lambda: run(generate(PREFILL, 8)).peak, **peers}, rounds=1)
     store_bytes = sum(file.bytes for file in reader.manifest.files)
     kv = reader.schema.kv_bytes_per_position * (PREFILL + 8)
     yield lower(cell, "peak memory", "bytes", store_bytes + kv + MEMORY_MARGIN, variants)
@@ -210,7 +206,6 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
     replay = Replay(kernels, reader.schema, [replay_facts(read_trace(path)) for path in traces])
     tokens = 2 * bench.tokens
     for batch in BATCHES:
-        bench.report()
         engines = {
             name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
             for name, mode in (("ours", "elastic"), ("plain", "plain"))
@@ -223,7 +218,7 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
             digests[name] = replay.committed_digests()
             return value
 
-        cell = bench.alternate({name: partial(rate, name) for name in engines})
+        cell = bench.alternate({name: partial(rate, name) for name in engines}, ELASTIC_ROUNDS * bench.rounds)
         row = cell.row(f"elastic, batch {batch}", "tokens/s", ELASTIC_TARGET, "our plain decoding", ["plain"])
         yield row | {
             "identical": same(digests["ours"], digests["plain"]), "acceptance_rate": facts["ours"]["acceptance_rate"],
@@ -233,7 +228,6 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
 
 def against_transformers(bench: Bench, reader: MemoryReader, file: Path) -> Iterator[dict[str, Any]]:
     """Decoding at batch 1 and prefill; rows with a reason where transformers cannot run."""
-    bench.report()
     works = {"decode, batch 1": DECODE_TARGETS[1], f"prefill, {PREFILL} tokens": PREFILL_TARGET}
     try:
         with Transformers(file) as peer:
@@ -306,17 +300,17 @@ def main() -> None:
     patience = arguments.patience if arguments.patience is not None else 30.0
     rows: list[dict[str, Any]] = []
     total = len(models) * (3 + len(BATCHES)) * ("llama" in parts) + len(models) * len(BATCHES) * ("elastic" in parts)
-    total += "transformers" in parts
+    total += 2 * ("transformers" in parts)
     with progress_bar("peers", total) as bar:
-        done = -1
+        done, began = -1, perf_counter()
 
-        def report() -> None:
+        def report() -> float:
             nonlocal done
             done += 1
             bar(done)
+            return (QUICK_SECONDS - perf_counter() + began) / (total - done) if arguments.quick else float("inf")
 
-        tokens, seconds = (24, QUICK_SECONDS / total) if arguments.quick else (48, float("inf"))
-        bench = Bench(arguments.rounds, patience, tokens, seconds, report)
+        bench = Bench(arguments.rounds, patience, 24 if arguments.quick else 48, report)
         for model in models:
             store = "demo" if model == "demo" else str(synthetic_store(arguments.folder, int(model)))
             file = arguments.folder / ("demo.gguf" if model == "demo" else f"olmoe-{model}-qwen3moe.gguf")

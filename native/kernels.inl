@@ -221,7 +221,7 @@ inline void attend_together(const Query* queries, const HeadPages& pages, int he
         }
         divisors[q] = set1(tree_sum(sum));
     }
-    constexpr int C = Q == 1 ? 8 : 4;  // what the registers hold
+    constexpr int C = kValueChunks<Q>;
     int chunk = 0;
     for (; chunk + C <= head_dim / 16; chunk += C)
         weigh_values<Q, C>(pages, queries, head_dim, chunk, scores, stride, divisors);

@@ -64,6 +64,8 @@ inline int store_codes(int8_t* p, Lanes x) {
     return sum;
 }
 
+template <int Q>
+constexpr int kValueChunks = 8 / Q;  // of 16 sums for each of Q queries: what the registers hold
 constexpr int kTile = 4;
 
 // Sums of one plane's nibbles times codes in 16 bits, for the low and the high 8 rows. maddubs adds pairs: a nibble times a code

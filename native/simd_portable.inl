@@ -84,6 +84,8 @@ inline int store_codes(int8_t* p, const Lanes& a) {
 }
 #undef ELMOE_EACH
 
+template <int Q>
+constexpr int kValueChunks = 8 / Q;  // of 16 sums for each of Q queries: what the registers hold
 constexpr int kTile = 4;
 
 template <int T, bool Full>
