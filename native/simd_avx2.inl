@@ -68,35 +68,40 @@ template <int Q>
 constexpr int kValueChunks = 8 / Q;  // of 16 sums for each of Q queries: what the registers hold
 constexpr int kTile = 4;
 
-// Sums of one plane's nibbles times codes in 16 bits, for the low and the high 8 rows. maddubs adds pairs: a nibble times a code
-// is at most 15 * 127, so all 16 products that meet in a lane stay below 2^15 (16 * 15 * 127 = 30480) and are widened once.
+// Sums of one plane's nibbles times codes, in 16 bits, for the first and the last 8 rows. maddubs adds pairs: a nibble times a
+// code is at most 15 * 127, so all 16 products that meet in a lane stay below 2^15 (16 * 15 * 127 = 30480) and are widened once.
+struct PlaneSums {
+    __m256i first, last;
+};
+
 template <int T>
-[[gnu::always_inline]] inline void plane_product(const uint8_t* plane, const int8_t* codes, int64_t ahead, __m256i (*sum)[2]) {
+[[gnu::always_inline]] inline void plane_product(const uint8_t* plane, const int8_t* codes, int64_t ahead, PlaneSums (&sums)[T]) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j, plane += 64) {
+    for (int t = 0; t < T; ++t) sums[t].first = sums[t].last = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j, plane += 64, codes += 4) {
         _mm_prefetch(reinterpret_cast<const char*>(plane + ahead), _MM_HINT_T0);
         const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane));
         const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(plane + 32));
-        const __m256i a0 = _mm256_and_si256(a, nibble), a1 = _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble);
-        const __m256i b0 = _mm256_and_si256(b, nibble), b1 = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
+        auto add = [&](const int8_t* x, __m256i first, __m256i last) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-            const int8_t* x = codes + t * kGroup + 4 * j;
-            int32_t first, second;
-            __builtin_memcpy(&first, x, 4);
-            __builtin_memcpy(&second, x + 16, 4);
-            const __m256i x0 = _mm256_set1_epi32(first), x1 = _mm256_set1_epi32(second);
-            sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(a0, x0));
-            sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(b0, x0));
-            sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(a1, x1));
-            sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(b1, x1));
-        }
+            for (int t = 0; t < T; ++t) {
+                int32_t four;
+                __builtin_memcpy(&four, x + t * kGroup, 4);
+                const __m256i all = _mm256_set1_epi32(four);
+                sums[t].first = _mm256_add_epi16(sums[t].first, _mm256_maddubs_epi16(first, all));
+                sums[t].last = _mm256_add_epi16(sums[t].last, _mm256_maddubs_epi16(last, all));
+                // Keeps the compiler from reordering the sums, which takes more registers than there are.
+                asm("" : "+x"(sums[t].first), "+x"(sums[t].last));
+            }
+        };
+        add(codes, _mm256_and_si256(a, nibble), _mm256_and_si256(b, nibble));
+        add(codes + 16, _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble));
     }
 }
 
-// The planes are summed one after the other, so that the sums of both halves of the rows fit the registers, and joined as
+// The planes are summed one after the other, so that the sums of all rows fit the registers, and joined as
 // 16 * dot(hi) + dot(lo).
 template <int T, bool Full>
 inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* scales, int groups, const Tile& tile, float* y,
@@ -106,29 +111,32 @@ inline void block_product(const uint8_t* hi, const uint8_t* lo, const uint16_t* 
     const int32_t* correction = tile.correction;
     const int64_t ahead = prefetch_ahead;
     const __m256i ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
-    __m256 total[T][2];
-    for (int t = 0; t < T; ++t) total[t][0] = total[t][1] = _mm256_setzero_ps();
+    Lanes total[T];
+    for (int t = 0; t < T; ++t) total[t] = set1(0);
     for (int g = 0; g < groups; ++g, hi += kGroupBytes, lo += kGroupBytes, scales += kBlockRows, codes += T * kGroup,
              token_scales += T, correction += T) {
-        __m256i sum[T][2], low[T][2];
-        plane_product<T>(hi, codes, ahead, sum);
-        for (int t = 0; t < T; ++t)
-            for (int half = 0; half < 2; ++half) sum[t][half] = _mm256_madd_epi16(sum[t][half], sixteens);
+        PlaneSums sums[T], low[T];
+        plane_product<T>(hi, codes, ahead, sums);
+        for (PlaneSums& sum : sums) {
+            sum.first = _mm256_madd_epi16(sum.first, sixteens);
+            sum.last = _mm256_madd_epi16(sum.last, sixteens);
+        }
         if constexpr (Full) {
             plane_product<T>(lo, codes, ahead, low);
-            for (int t = 0; t < T; ++t)
-                for (int half = 0; half < 2; ++half)
-                    sum[t][half] = _mm256_add_epi32(sum[t][half], _mm256_madd_epi16(low[t][half], ones));
+            for (int t = 0; t < T; ++t) {
+                sums[t].first = _mm256_add_epi32(sums[t].first, _mm256_madd_epi16(low[t].first, ones));
+                sums[t].last = _mm256_add_epi32(sums[t].last, _mm256_madd_epi16(low[t].last, ones));
+            }
         }
         const Lanes scale = load_half(scales);
-        for (int t = 0; t < T; ++t)
-            for (int half = 0; half < 2; ++half) {
-                const __m256i integer = _mm256_add_epi32(sum[t][half], _mm256_set1_epi32(correction[t]));
-                const __m256 product = _mm256_mul_ps(half ? scale.b : scale.a, _mm256_set1_ps(token_scales[t]));
-                total[t][half] = _mm256_add_ps(total[t][half], _mm256_mul_ps(_mm256_cvtepi32_ps(integer), product));
-            }
+        for (int t = 0; t < T; ++t) {
+            const __m256i shift = _mm256_set1_epi32(correction[t]);
+            const Lanes sum = {_mm256_cvtepi32_ps(_mm256_add_epi32(sums[t].first, shift)),
+                               _mm256_cvtepi32_ps(_mm256_add_epi32(sums[t].last, shift))};
+            total[t] = total[t] + sum * (scale * set1(token_scales[t]));
+        }
     }
-    for (int t = 0; t < T; ++t) store(y + t * stride, {total[t][0], total[t][1]});
+    for (int t = 0; t < T; ++t) store(y + t * stride, total[t]);
 }
 
 uint64_t read(const uint8_t* data, int64_t size) {
