@@ -65,10 +65,15 @@ class DirectTier(ExpertTier):
     def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
         return tuple(np.zeros((reader.schema.experts, 2), np.int64) for _ in reader.schema.moe_layers)
 
-    @property
-    def tables(self) -> None:
-        """See ``ExpertSource``: slices come and go."""
-        return None
+    def tables(self, draft: bool) -> tuple[NDArray[np.int64], ...] | None:
+        """See ``ExpertSource``: a draft uses what is resident; a target pass's slices come and go."""
+        return self._addresses if draft else None
+
+    def note(self, ranked: NDArray[np.int32], experts: NDArray[np.int32], draft: bool) -> None:
+        """See ``ExpertTier.note``; a draft's natural routing tells what verification will need."""
+        super().note(ranked, experts, draft)
+        for row, layer in enumerate(ranked):
+            self._foresee(row, layer)
 
     def begin_run(self, statistics: Statistics, timeline: Timeline | None = None) -> None:
         """See ``ExpertTier.begin_run``."""
@@ -92,8 +97,7 @@ class DirectTier(ExpertTier):
         row, experts = self._rows[layer], routing.experts
         self._note(row, experts, draft)
         if draft:
-            if self._prefetch:
-                self._foresee(row, np.unique(routing.ranked[:, : self._reader.schema.top_k]))
+            self._foresee(row, routing.ranked)
             yield Stretch(experts, self._addresses[row], whole=True)
             return
         active = np.flatnonzero(self._active[row])
@@ -122,10 +126,11 @@ class DirectTier(ExpertTier):
                 self._let_go(row, expert)
             self._issue(demands)
             self._pump()
-        staged = (self._slot[row] >= 0) & ~np.stack([self.resident.msb[row], self.resident.lsb[row]], axis=-1)
-        for unused in np.flatnonzero(staged.any(axis=1) & ~self._active[row]).tolist():  # read ahead in vain, or evicted
-            self._arrive((row, unused))
-            self._let_go(row, unused)
+        if self._planned:
+            staged = (self._slot[row] >= 0) & ~np.stack([self.resident.msb[row], self.resident.lsb[row]], axis=-1)
+            for unused in np.flatnonzero(staged.any(axis=1) & ~self._active[row]).tolist():  # read ahead in vain
+                self._arrive((row, unused))
+                self._let_go(row, unused)
 
     def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
         """Account the pass and learn; residency has changed layer by layer already."""
@@ -141,8 +146,8 @@ class DirectTier(ExpertTier):
 
     def _choose_residents(self, row: int, active: NDArray[np.int64]) -> None:
         """Decide which of the layer's slices stay, before they are read; evicted ones that are not needed go at once."""
-        if self._slots is None:
-            return
+        if self._slots is None or (self.resident.msb[row, active] & self.resident.lsb[row, active]).all():
+            return  # what stays changes only by what is read
         slots = SlotPlan((self._slots.msb[row],), (self._slots.lsb[row],), 0)
         here = ResidentSet(self.resident.msb[row : row + 1], self.resident.lsb[row : row + 1])
         scores = self._residency.layer_scores(row, self._sure_routing[row])
@@ -173,9 +178,11 @@ class DirectTier(ExpertTier):
                 self._release((row, expert, kind))
         self._arena.resize(capacity)
 
-    def _foresee(self, row: int, experts: NDArray[np.int32]) -> None:
-        """Plan reads of what verification will need of a layer, and start what fits."""
-        for expert in experts.tolist():
+    def _foresee(self, row: int, ranked: NDArray[np.int32]) -> None:
+        """Plan reads of what verification will need of a layer by its (tokens, ranks) routing, and start what fits."""
+        if not self._prefetch:
+            return
+        for expert in np.unique(ranked[:, : self._reader.schema.top_k]).tolist():
             for kind in (MSB, LSB):
                 key = (row, expert, kind)
                 if self._slot[key] < 0 and key not in self._planned:

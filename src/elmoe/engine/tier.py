@@ -59,8 +59,7 @@ class ExpertTier:
     def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
         return tuple(reader.expert_addresses(layer) for layer in reader.schema.moe_layers)
 
-    @property
-    def tables(self) -> tuple[NDArray[np.int64], ...] | None:
+    def tables(self, draft: bool) -> tuple[NDArray[np.int64], ...] | None:
         """See ``ExpertSource``: every expert stays where it is."""
         return self._addresses
 
@@ -110,18 +109,18 @@ class ExpertTier:
 
     def _note(self, row: int, experts: NDArray[np.int32], draft: bool) -> None:
         """Remember which experts a layer used."""
-        self.note(experts[None], draft, row)
-
-    def note(self, experts: NDArray[np.int32], draft: bool, first: int = 0) -> None:
-        """Remember which (layers, tokens, k) experts consecutive MoE layers used, the first of them row ``first``."""
-        rows = first + np.arange(len(experts))[:, None]
-        used = experts.reshape(len(experts), -1)
-        if draft and not self.allowed[rows, used].all():
+        used = experts.ravel()
+        if draft and not self.allowed[row, used].all():
             self._statistics.draft_slow_reads += 1
             raise NumericsError("a draft asked for an expert that is not resident")
-        self._active[rows, used] = True
+        self._active[row, used] = True
         if not draft and self.learns:
-            self._sure_routing.extend(experts[:, self._sure])
+            self._sure_routing.append(experts[self._sure])
+
+    def note(self, ranked: NDArray[np.int32], experts: NDArray[np.int32], draft: bool) -> None:
+        """See ``ExpertSource``."""
+        for row, used in enumerate(experts):
+            self._note(row, used, draft)
 
     def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
         """Account the step's active experts; after a target step also refill and learn.

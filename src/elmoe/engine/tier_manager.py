@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 ASSUMED_MEMORY_BANDWIDTH = 15e9
 """Bytes per second of memory, assumed for the cost of passes until some were measured."""
+PLANNING = 0.02
+"""Share of the time that planning may take: steps of a millisecond do not plan each time."""
 WAITING = 0.3
 """Share of a pass spent waiting from which on reads are taken to have been in flight all the time."""
 
@@ -32,7 +35,7 @@ class TierManager:
         self._tier, self._controller, self._page_bytes = tier, controller, page_bytes
         self.planner = planner
         self.point: OperatingPoint | None = None
-        self._kv = -1
+        self._kv, self._sequences, self._plan_again = -1, 0, 0.0
         self._use = np.full(sizes.experts, sizes.top_k / sizes.experts)
         controller.target_seconds = self._target_seconds
         if options.split == "auto":
@@ -41,7 +44,7 @@ class TierManager:
     def plan(self, sequences: int, kv_bytes: int) -> int:
         """Fit the tier to the KV cache and the planner's choice; returns how many tokens to draft at most."""
         page = sequences * self._page_bytes
-        grown = kv_bytes + page > self._kv
+        grown = self._kv < min(self._sizes.kv, kv_bytes + page)
         if grown:  # in steps of a page per sequence, so that slices are not given up for every token
             self._kv = min(self._sizes.kv, kv_bytes + 2 * page)
         sizes = replace(self._sizes, kv=self._kv)
@@ -54,6 +57,9 @@ class TierManager:
             if grown:
                 self._tier.replan(plan_slots(self._budget, sizes, self._options.split), capacity)
             return self._controller.limit(sequences)
+        began = perf_counter()
+        if self.point is not None and not grown and sequences == self._sequences and began < self._plan_again:
+            return self.point.draft_length
         if self._tier.popularity.any():
             self._use = popularity(self._tier.popularity, sizes.top_k)
         old, fixed = self.point, self._controller.fixed
@@ -64,7 +70,8 @@ class TierManager:
         if grown or old is None or (old.msb, old.lsb) != (self.point.msb, self.point.lsb):
             layers = len(sizes.msb)
             self._tier.replan(SlotPlan((self.point.msb,) * layers, (self.point.lsb,) * layers, 0), capacity)
-        self._capacity = capacity
+        self._capacity, self._sequences = capacity, sequences
+        self._plan_again = perf_counter() + (perf_counter() - began) / PLANNING
         return self.point.draft_length
 
     def observe_pass(self, read_bytes: int, waited: float, seconds: float) -> None:

@@ -56,9 +56,9 @@ class Stretch:
 class ExpertSource(Protocol):
     """Where the bytes of experts come from; called once per MoE layer and step.
 
-    A source may have ``tables``, the MoE layers' (experts, 2) addresses, if all of them stay readable, and ``note(experts,
-    draft)``: then a backend that has ``forward`` computes the layers in one call and ``note`` is told the (layers, tokens,
-    k) experts afterwards.
+    A source may have ``tables(draft)``, the MoE layers' (experts, 2) addresses if all that such a pass may use stays readable,
+    else None, and ``note(ranked, experts, draft)``: then a backend that has ``forward`` computes the layers in one call and
+    ``note`` is told their (layers, tokens, ...) routing afterwards.
     """
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterable[Stretch]:
@@ -200,8 +200,10 @@ class Decoder:
 
     def _stack_of(self, source: Any, draft: Draft | None) -> Any:
         """The MoE layers as one stack, where backend, source and draft allow to compute them in one call; else None."""
-        schema, tables = self.schema, getattr(source, "tables", None)
-        if tables is None or not hasattr(self._backend, "forward") or not tables:
+        if not hasattr(source, "tables") or not hasattr(self._backend, "forward"):
+            return None
+        schema, tables = self.schema, source.tables(draft is not None)
+        if not tables:
             return None
         if draft is not None and (
             draft.bits != 4 or np.count_nonzero(draft.allowed, axis=1).min() < min(draft.top_k, schema.top_k)
@@ -224,7 +226,7 @@ class Decoder:
         ranked, scores, experts, _ = self._backend.forward(
             stack, x, cache, tokens.slots, tokens.positions, self._cosine, self._sine, *choice
         )
-        source.note(experts, draft is not None)
+        source.note(ranked, experts, draft is not None)
         return Routings(ranked, scores, experts)
 
     def _experts(

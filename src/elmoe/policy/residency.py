@@ -23,10 +23,10 @@ class ResidencyParameters:
 
     policy: Policy = "decayed"
     decay: float = 0.99
-    recent: float = 9.0
-    recent_decay: float = 0.7
+    recent: float = 20.0
+    recent_decay: float = 0.95
     hysteresis: float = 0.1
-    swap_cap: int = 4
+    swap_cap: int = 8
 
     def __post_init__(self) -> None:
         if self.policy == "lru":  # an LRU cache admits whatever was used last
@@ -175,7 +175,7 @@ def _keep_hottest(
     parameters: ResidencyParameters,
 ) -> NDArray[np.bool_]:
     """Per layer the hottest ``slots`` of residents (favoured by the hysteresis) and the best few candidates."""
-    if not candidates.any():
+    if not (candidates.any() and slots.any()):
         return resident
     empty = slots - resident.sum(axis=1)
     newcomers = np.minimum(empty + parameters.swap_cap, slots)
