@@ -45,8 +45,8 @@ PREFILL = 512
 PARTS = ("llama", "elastic", "transformers")
 READ_BYTES, READ_PASSES = 1 << 30, 10
 QUICK_SECONDS = 530
-"""Of ``--quick``, with what is prepared once: a cell may take an even share of what is left; on a busy machine it begins fewer
-rounds, and says so."""
+"""Of ``--quick``, with what is prepared once: a cell may take an even share of what is left; on a busy machine it begins
+fewer rounds, and says so."""
 ELASTIC_ROUNDS = 3
 """Times as many rounds for the rows that compare our engine with itself: they differ by per cents, runs by more."""
 Runner = Callable[[], float]

@@ -103,8 +103,10 @@ class DirectTier(ExpertTier):
         active = np.flatnonzero(self._active[row])
         self._plan[row].clear()  # what is not on its way by now is demanded
         demands = deque((row, int(e), kind) for e in active for kind in (MSB, LSB) if self._slot[row, e, kind] < 0)
-        self._statistics.foreseen_hits += sum((row, int(e), k) in self._planned for e in active for k in (MSB, LSB))
-        self._hasten([(row, int(e), kind) for e in active for kind in (MSB, LSB)])
+        if self._planned:
+            needed = [(row, int(e), kind) for e in active for kind in (MSB, LSB)]
+            self._statistics.foreseen_hits += sum(key in self._planned for key in needed)
+            self._hasten(needed)
         self._choose_residents(row, active)
         waiting = deque(int(e) for e in active)
         while waiting:

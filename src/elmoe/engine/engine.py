@@ -24,7 +24,7 @@ from elmoe.errors import RequestError
 from elmoe.kernels.reads import ReadPool
 from elmoe.models.decoder import Decoder, Draft, Routings, Tokens, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, check_budget, plan_slots
-from elmoe.policy.draft_length import DraftLengthController
+from elmoe.policy.draft_length import DraftLengthController, LinearCost
 from elmoe.policy.operating_point import Planner, TierShape
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store.direct import DirectReader
@@ -114,7 +114,9 @@ class Engine:
         self._script = script
         self._decoder = Decoder(reader, backend, self.schema.experts if options.all_ranks else None)
         self._tier: ExpertTier | None = None
-        self.controller = DraftLengthController(fixed=options.draft_length if options.mode == "elastic" else 0)
+        self.controller = DraftLengthController(
+            fixed=options.draft_length if options.mode == "elastic" else 0, draft_cost=LinearCost(skip=1)
+        )
         self.planner: Planner | None = None
 
     def sizes(self, requests: Items[Request]) -> FastTierSizes:

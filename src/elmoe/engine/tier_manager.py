@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 ASSUMED_MEMORY_BANDWIDTH = 15e9
 """Bytes per second of memory, assumed for the cost of passes until some were measured."""
-PLANNING = 0.02
-"""Share of the time that planning may take: steps of a millisecond do not plan each time."""
+PLANNING = 0.01
+"""Share of the time that planning may take: where steps take milliseconds, not each plans and is learned from."""
+SETTLED_TOKENS = 50
+"""Tokens counted (with their decay) from which on the popularity of experts, and what a step reads by it, can be told."""
 WAITING = 0.3
 """Share of a pass spent waiting from which on reads are taken to have been in flight all the time."""
 
@@ -82,7 +84,7 @@ class TierManager:
     def observe(self, sequences: int, drafted: int, accepted: int, judged: int, slow_bytes: int, seconds: float) -> None:
         """Learn from a decode step: tokens drafted in all, those accepted of those judged, bytes that were not resident, and
         its seconds."""
-        if self.point is None:
+        if self.point is None or (not drafted and perf_counter() < self._plan_again):
             return
         if drafted:
             self.planner.acceptance.observe(self._covered(), accepted, judged)
@@ -91,16 +93,20 @@ class TierManager:
         modelled = self.planner.seconds(
             ran, slow_bytes, sequences, self._capacity, self._draft_seconds, self._compute_seconds
         )
-        self.planner.observe(drafted > 0, (slow_bytes, expected), (seconds, modelled))
+        counted = self._tier.popularity.sum() / (len(self._sizes.msb) * self._sizes.top_k)
+        bytes_of = (slow_bytes, expected) if counted >= SETTLED_TOKENS else None
+        self.planner.observe(drafted > 0, bytes_of, (seconds, modelled))
 
     def _covered(self) -> float:
         """Share of the routing that the residents of the operating point cover."""
         return 1.0 if self.point is None else float(self._use[: self.point.msb].sum() / self._use.sum())
 
     def _draft_seconds(self, sequences: float) -> float:
-        """Seconds of a draft step."""
+        """Seconds of a draft step, which does part of a target pass's work."""
         cost = self._controller.draft_cost
-        return cost.seconds(sequences) if cost.known else self._assumed_seconds(sequences, max(self._sizes.msb))
+        if cost.known:
+            return min(cost.seconds(sequences), self._compute_seconds(sequences))
+        return self._assumed_seconds(sequences, max(self._sizes.msb))
 
     def _compute_seconds(self, tokens: float) -> float:
         """Seconds of a target pass but for waiting."""

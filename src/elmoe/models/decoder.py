@@ -56,9 +56,9 @@ class Stretch:
 class ExpertSource(Protocol):
     """Where the bytes of experts come from; called once per MoE layer and step.
 
-    A source may have ``tables(draft)``, the MoE layers' (experts, 2) addresses if all that such a pass may use stays readable,
-    else None, and ``note(ranked, experts, draft)``: then a backend that has ``forward`` computes the layers in one call and
-    ``note`` is told their (layers, tokens, ...) routing afterwards.
+    A source may have ``tables(draft)``, the MoE layers' (experts, 2) addresses if all that such a pass may use stays
+    readable, else None, and ``note(ranked, experts, draft)``: then a backend that has ``forward`` computes the layers in one
+    call and ``note`` is told their (layers, tokens, ...) routing afterwards.
     """
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterable[Stretch]:

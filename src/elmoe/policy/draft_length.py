@@ -55,10 +55,13 @@ class Calibration:
 
 
 class LinearCost:
-    """Seconds of a step as ``base + slope * tokens``: least squares over an exponentially decayed past."""
+    """Seconds of a step as ``base + slope * tokens``: least squares over an exponentially decayed past.
 
-    def __init__(self, decay: float = 0.95) -> None:
-        self._decay = decay
+    :param skip: first steps that do not count, because they pay for what is set up once.
+    """
+
+    def __init__(self, decay: float = 0.95, skip: int = 0) -> None:
+        self._decay, self._skip = decay, skip
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     @property
@@ -68,6 +71,9 @@ class LinearCost:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn from one step."""
+        if self._skip > 0:
+            self._skip -= 1
+            return
         values = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
         old = (self._n, self._x, self._y, self._xx, self._xy)
         self._n, self._x, self._y, self._xx, self._xy = (

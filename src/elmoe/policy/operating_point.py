@@ -19,6 +19,9 @@ SWITCH_GAIN = 1.1
 """Other slices must promise this much more: changing them costs reads."""
 DRAFT_GAIN = 1.04
 """Drafting must promise this much more than plain decoding, whose model errs less."""
+CURIOSITY = 1.5
+"""How much more drafting is taken to promise until its bytes were measured: tokens are modelled as independent, but those of
+a draft share experts."""
 ASSUMED_BANDWIDTH = 1e9
 """Of the slow tier, bytes per second, until it was measured."""
 EXPOSED = 0.5
@@ -96,16 +99,19 @@ class ModeCorrection:
     slow_bytes: float | None = None
     seconds: float | None = None
 
-    def observe(self, byte_ratio: float | None, second_ratio: float) -> None:
-        """Learn from a step; a step that modelled no bytes says nothing of them."""
+    def observe(self, byte_ratio: float | None, second_ratio: float, expected: float) -> None:
+        """Learn from a step; a step that modelled no bytes says nothing of them. ``expected``: the ratio of bytes before the
+        first, because those of single steps scatter widely."""
         if byte_ratio is not None:
-            self.slow_bytes = _blend(self.slow_bytes, byte_ratio)
+            self.slow_bytes = _blend(expected if self.slow_bytes is None else self.slow_bytes, byte_ratio)
         self.seconds = _blend(self.seconds, second_ratio)
 
     def forget(self, other: ModeCorrection) -> None:
         """The mode did not run: what it learned fades, so that one bad step does not rule it out for good."""
         if self.seconds is not None and other.seconds is not None:
             self.seconds += FORGETTING * (min(1.0, other.seconds) - self.seconds)
+        if self.slow_bytes is not None and other.slow_bytes is not None:
+            self.slow_bytes += FORGETTING * (other.slow_bytes - self.slow_bytes)
 
 
 def _blend(old: float | None, new: float) -> float:
@@ -175,7 +181,8 @@ class Planner:
         compute = np.array([[target(sequences * (1 + n))] for n in lengths])
         room = capacity - shape.layers * (msb * shape.msb + lsb * shape.lsb)
         rate = tokens / (factors[:, 1:] * self._step_seconds(drafting, compute, needed, room))
-        promise = np.where(length > 0, rate / DRAFT_GAIN, rate)
+        untried = self.corrections[True].slow_bytes is None and self.corrections[False].slow_bytes is not None
+        promise = np.where(length > 0, rate * (CURIOSITY if untried else 1 / DRAFT_GAIN), rate)
         if self.point is not None:
             promise = np.where((msb == self.point.msb) & (lsb == self.point.lsb), promise, promise / SWITCH_GAIN)
         row, column = np.unravel_index(promise.argmax(), promise.shape)
@@ -193,11 +200,14 @@ class Planner:
         reading = (needed - ahead) / self.bandwidth
         return drafting + np.maximum(compute, reading) + EXPOSED * np.minimum(compute, reading)
 
-    def observe(self, drafted: bool, slow: tuple[float, float], seconds: tuple[float, float]) -> None:
-        """Correct the model of a mode by a step's (measured, modelled) bytes and seconds."""
-        ratio = slow[0] / slow[1] if slow[1] > self.shape.msb else None
+    def observe(self, drafted: bool, slow: tuple[float, float] | None, seconds: tuple[float, float]) -> None:
+        """Correct the model of a mode by a step's (measured, modelled) bytes and seconds.
+
+        :param slow: None where the bytes say nothing, because too few tokens were seen.
+        """
+        ratio = slow[0] / slow[1] if slow is not None and slow[1] > self.shape.msb else None
         ran, idle = self.corrections[drafted], self.corrections[not drafted]
-        ran.observe(ratio, seconds[0] / seconds[1])
+        ran.observe(ratio, seconds[0] / seconds[1], idle.slow_bytes or 1.0)
         idle.forget(ran)
 
     def observe_reads(self, read_bytes: int, seconds: float) -> None:

@@ -55,14 +55,24 @@ def updated_hotness(hotness: NDArray[np.float64], routed: NDArray[np.int32], dec
     :param hotness: (layers, experts) counts so far.
     :param routed: (layers, tokens, k) expert ids of committed tokens, oldest first; all weigh the same within a step.
     """
-    layers, experts = hotness.shape
-    flat = (routed.reshape(layers, -1) + np.arange(layers)[:, None] * experts).ravel()
-    counts = np.bincount(flat, minlength=layers * experts).reshape(layers, experts)
+    return _decayed(hotness, decay, routed.shape[1]) + _uses(hotness.shape, routed)
+
+
+def _decayed(hotness: NDArray[np.float64], decay: float, tokens: int) -> NDArray[np.float64]:
     # decay ** tokens as repeated products: pow() differs between libraries
     factor = 1.0
-    for _ in range(routed.shape[1]):
+    for _ in range(tokens):
         factor *= decay
-    return hotness * factor + counts
+    return hotness * factor
+
+
+def _uses(shape: tuple[int, ...], routed: NDArray[np.int32]) -> NDArray[np.int64]:
+    """How often each (layer, expert) of ``shape`` is routed to."""
+    layers, experts = shape
+    flat = routed.reshape(layers, -1)
+    if layers > 1:
+        flat = flat + np.arange(layers)[:, None] * experts
+    return np.bincount(flat.ravel(), minlength=layers * experts).reshape(layers, experts)
 
 
 class Residency:
@@ -120,9 +130,10 @@ class Residency:
         counts, recent, parameters = self._counts[rows], self._recent[rows], self._parameters
         policy = parameters.policy
         if policy == "decayed":
+            uses, tokens = _uses(counts.shape, routed), routed.shape[1]
             return (
-                updated_hotness(counts, routed, parameters.decay),
-                updated_hotness(recent, routed, parameters.recent_decay),
+                _decayed(counts, parameters.decay, tokens) + uses,
+                _decayed(recent, parameters.recent_decay, tokens) + uses,
             )
         if policy in ("lfu", "static"):
             return updated_hotness(counts, routed, 1.0), recent
@@ -177,6 +188,9 @@ def _keep_hottest(
     """Per layer the hottest ``slots`` of residents (favoured by the hysteresis) and the best few candidates."""
     if not (candidates.any() and slots.any()):
         return resident
+    both: NDArray[np.bool_] = resident | candidates
+    if (both.sum(axis=1) <= slots).all():
+        return both
     empty = slots - resident.sum(axis=1)
     newcomers = np.minimum(empty + parameters.swap_cap, slots)
     admitted = candidates & (_rank(np.where(candidates, hotness, -np.inf)) < newcomers[:, None])
