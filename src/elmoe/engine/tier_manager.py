@@ -37,7 +37,7 @@ class TierManager:
         self._tier, self._controller, self._page_bytes = tier, controller, page_bytes
         self.planner = planner
         self.point: OperatingPoint | None = None
-        self._kv, self._sequences, self._plan_again = -1, 0, 0.0
+        self._kv, self._sequences, self._plan_again, self._unobserved = -1, 0, 0.0, 0
         self._use = np.full(sizes.experts, sizes.top_k / sizes.experts)
         controller.target_seconds = self._target_seconds
         if options.split == "auto":
@@ -84,6 +84,7 @@ class TierManager:
     def observe(self, sequences: int, drafted: int, accepted: int, judged: int, slow_bytes: int, seconds: float) -> None:
         """Learn from a decode step: tokens drafted in all, those accepted of those judged, bytes that were not resident, and
         its seconds."""
+        self._unobserved += 1
         if self.point is None or (not drafted and perf_counter() < self._plan_again):
             return
         if drafted:
@@ -95,7 +96,8 @@ class TierManager:
         )
         counted = self._tier.popularity.sum() / (len(self._sizes.msb) * self._sizes.top_k)
         bytes_of = (slow_bytes, expected) if counted >= SETTLED_TOKENS else None
-        self.planner.observe(drafted > 0, bytes_of, (seconds, modelled))
+        self.planner.observe(drafted > 0, bytes_of, (seconds, modelled), self._unobserved)
+        self._unobserved = 0
 
     def _covered(self) -> float:
         """Share of the routing that the residents of the operating point cover."""

@@ -106,12 +106,13 @@ class ModeCorrection:
             self.slow_bytes = _blend(expected if self.slow_bytes is None else self.slow_bytes, byte_ratio)
         self.seconds = _blend(self.seconds, second_ratio)
 
-    def forget(self, other: ModeCorrection) -> None:
-        """The mode did not run: what it learned fades, so that one bad step does not rule it out for good."""
+    def forget(self, other: ModeCorrection, steps: int) -> None:
+        """The mode did not run for ``steps``: what it learned fades, so that one bad step does not rule it out for good."""
+        share = 1 - (1 - FORGETTING) ** steps
         if self.seconds is not None and other.seconds is not None:
-            self.seconds += FORGETTING * (min(1.0, other.seconds) - self.seconds)
+            self.seconds += share * (min(1.0, other.seconds) - self.seconds)
         if self.slow_bytes is not None and other.slow_bytes is not None:
-            self.slow_bytes += FORGETTING * (other.slow_bytes - self.slow_bytes)
+            self.slow_bytes += share * (other.slow_bytes - self.slow_bytes)
 
 
 def _blend(old: float | None, new: float) -> float:
@@ -200,15 +201,16 @@ class Planner:
         reading = (needed - ahead) / self.bandwidth
         return drafting + np.maximum(compute, reading) + EXPOSED * np.minimum(compute, reading)
 
-    def observe(self, drafted: bool, slow: tuple[float, float] | None, seconds: tuple[float, float]) -> None:
+    def observe(self, drafted: bool, slow: tuple[float, float] | None, seconds: tuple[float, float], steps: int = 1) -> None:
         """Correct the model of a mode by a step's (measured, modelled) bytes and seconds.
 
-        :param slow: None where the bytes say nothing, because too few tokens were seen.
+        :param slow: None where the bytes say nothing, because too few tokens were seen. :param steps: of this mode since the
+            last one observed.
         """
         ratio = slow[0] / slow[1] if slow is not None and slow[1] > self.shape.msb else None
         ran, idle = self.corrections[drafted], self.corrections[not drafted]
         ran.observe(ratio, seconds[0] / seconds[1], idle.slow_bytes or 1.0)
-        idle.forget(ran)
+        idle.forget(ran, steps)
 
     def observe_reads(self, read_bytes: int, seconds: float) -> None:
         """Learn the slow tier's bandwidth from a span in which reads were always in flight."""
