@@ -113,3 +113,20 @@ def test_popularity_is_a_ranked_probability():
     hotness = np.array([[4.0, 0, 2, 2], [1, 1, 1, 1]])
     assert popularity(hotness, 2).tolist() == [0.75, 0.5, 0.5, 0.25]
     assert popularity(np.full((2, 4), 1e-12), 2).sum() <= 2
+
+
+def test_what_a_resting_mode_learned_fades_by_steps():
+    """As much in 50 steps told at once as in 50 told singly; and bytes are not learned where they say nothing."""
+    scale = float(10 * SHAPE.msb)
+    at_once, singly = Planner(SHAPE), Planner(SHAPE)
+    for planner in (at_once, singly):
+        for _ in range(30):
+            planner.observe(True, (4 * scale, scale), (2.0, 1.0))
+        planner.observe(False, (scale, scale), (1.0, 1.0))
+    before = at_once.correction(True)
+    at_once.observe(False, None, (1.0, 1.0), steps=50)
+    for _ in range(50):
+        singly.observe(False, None, (1.0, 1.0))
+    assert at_once.correction(True) == pytest.approx(singly.correction(True))
+    assert all(1 < after < 0.97 * old for after, old in zip(at_once.correction(True), before, strict=True))
+    assert at_once.correction(False)[0] == pytest.approx(singly.correction(False)[0])

@@ -97,6 +97,11 @@ def test_linear_cost():
     flat = LinearCost()
     flat.observe(3, 1.0)
     assert flat.seconds(100) == 1.0
+    late = LinearCost(skip=1)
+    late.observe(1, 20.0)  # sets things up
+    assert not late.known
+    late.observe(1, 1.0)
+    assert late.seconds(1) == 1.0
 
 
 def simulate(accept: float, draft: float, plain: float, per_token: float, steps: int = 600) -> tuple[float, float]:
