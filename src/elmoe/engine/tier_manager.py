@@ -96,7 +96,8 @@ class TierManager:
         )
         counted = self._tier.popularity.sum() / (len(self._sizes.msb) * self._sizes.top_k)
         bytes_of = (slow_bytes, expected) if counted >= SETTLED_TOKENS else None
-        self.planner.observe(drafted > 0, bytes_of, (seconds, modelled), self._unobserved)
+        steps = 1 if drafted else self._unobserved  # only plain steps go unobserved
+        self.planner.observe(drafted > 0, bytes_of, (seconds, modelled), steps)
         self._unobserved = 0
 
     def _covered(self) -> float:
