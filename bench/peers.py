@@ -25,6 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.lockstep import lockstep_rates
 from bench.machine_load import observed, wait_for_calm
 from bench.offload import recorded_traces, same, steady_rate, synthetic_store
 from bench.peer_llama import REPACK, Llama, PeerError, run
@@ -203,22 +204,31 @@ def lower(cell: Cell, work: str, unit: str, target: float, variants: list[str]) 
 
 
 def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Iterator[dict[str, Any]]:
-    """Elastic decoding over plain decoding, both replaying the demo model's routing and acceptance, all in memory."""
-    replay = Replay(kernels, reader.schema, [replay_facts(read_trace(path)) for path in traces])
+    """Elastic decoding over plain decoding, step by step in turns, all in memory; both replay the demo model's routing and
+    acceptance."""
+    facts_of_traces = [replay_facts(read_trace(path)) for path in traces]
     for batch in BATCHES:
-        engines = {
-            name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
-            for name, mode in (("ours", "elastic"), ("plain", "plain"))
-        }
+        replays = {name: Replay(kernels, reader.schema, facts_of_traces) for name in ("ours", "plain")}
+        engines = [
+            Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
+            for replay, mode in zip(replays.values(), ("elastic", "plain"), strict=True)
+        ]
         digests: dict[str, Any] = {}
         facts: dict[str, Any] = {}
+        pending: dict[str, float] = {}
 
-        def rate(name: str, engines: Any = engines, digests: Any = digests, facts: Any = facts, batch: int = batch) -> float:
-            value, facts[name] = steady_rate(engines[name], replay.requests(list(range(batch)), bench.tokens))
-            digests[name] = replay.committed_digests()
-            return value
+        def rate(
+            name: str, engines: Any = engines, replays: Any = replays, digests: Any = digests, facts: Any = facts,
+            pending: Any = pending, batch: int = batch,
+        ) -> float:  # fmt: skip
+            """Whoever comes first in a round runs both, in turns; the other is told what came of it."""
+            if name not in pending:
+                requests = [replay.requests(list(range(batch)), bench.tokens) for replay in replays.values()]
+                for each, (value, statistics) in zip(replays, lockstep_rates(engines, requests), strict=True):
+                    pending[each], facts[each], digests[each] = value, statistics, replays[each].committed_digests()
+            return float(pending.pop(name))
 
-        cell = bench.alternate({name: partial(rate, name) for name in engines}, ELASTIC_ROUNDS * bench.rounds)
+        cell = bench.alternate({name: partial(rate, name) for name in replays}, ELASTIC_ROUNDS * bench.rounds)
         row = cell.row(f"elastic, batch {batch}", "tokens/s", ELASTIC_TARGET, "our plain decoding", ["plain"])
         yield row | {
             "identical": same(digests["ours"], digests["plain"]), "acceptance_rate": facts["ours"]["acceptance_rate"],

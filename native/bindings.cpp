@@ -310,6 +310,7 @@ uint64_t bind_stream_read(Input<uint8_t, 1> data) {
 
 }  // namespace
 
+void bind_expert_slices(nb::module_& m);
 void bind_read_pool(nb::module_& m);
 
 NB_MODULE(_native, m) {
@@ -342,6 +343,7 @@ NB_MODULE(_native, m) {
     m.def("sample", &bind_sample);
     m.def("stream_read", &bind_stream_read);
     bind_read_pool(m);
+    bind_expert_slices(m);
     m.def("set_threads", [](int threads) {
         require(threads >= 1 && threads <= 64, "threads must be within 1..64");
         nb::gil_scoped_release release;

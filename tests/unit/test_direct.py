@@ -15,11 +15,11 @@ import pytest
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.arena import LSB, MSB, ExpertArena
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.observe import Timeline
 from elmoe.engine.request import Request
 from elmoe.errors import BudgetError, RequestError, StoreError, TraceError
+from elmoe.kernels.slices import LSB, MSB, ExpertArena
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import open_direct, open_store
 from elmoe.store.synthetic import synthesize
@@ -84,13 +84,13 @@ def test_every_policy_gives_the_plain_output(reader, reference, options, tempera
         results, statistics = engine.generate(requests(temperature))
         assert results == reference[temperature]
         assert statistics.draft_slow_reads == 0
-        arena = engine.tier._arena
+        arena = engine.tier.arena
         assert arena.used <= arena.held <= arena.capacity
     if options.mode == "plain":
         assert arena.used == 0
     else:  # what the arena holds is what is resident
         resident = engine.tier.resident
-        assert arena.used == resident.msb.sum() * arena.sizes[MSB] + resident.lsb.sum() * arena.sizes[LSB]
+        assert arena.used == resident.msb.sum() * arena.size(MSB) + resident.lsb.sum() * arena.size(LSB)
         assert not (resident.lsb & ~resident.msb).any() and resident.msb.any()
 
 
@@ -186,7 +186,7 @@ def test_the_cache_of_keys_and_values_comes_first(store, reader, split):
     slices, totals = [], []
 
     def look(index: int, tokens: list[int]) -> None:
-        arena = engine.tier._arena
+        arena = engine.tier.arena
         slices.append(int(engine.tier.resident.msb.sum() + engine.tier.resident.lsb.sum()))
         kv = -(-(39 + sum(len(t) for t in seen) + len(tokens)) // 64) * sizes.kv // (-(-739 // 64))
         seen.append(tokens)
@@ -283,7 +283,7 @@ def test_a_trace_without_a_draft_from_every_position_is_refused(reader, tmp_path
 
 
 def test_the_arena_trades_memory_between_classes_within_its_capacity():
-    arena = ExpertArena((8192, 4096), (6, 6), 3 * 8192)
+    arena = ExpertArena(8192, 4096, 6, 3 * 8192)
     big = [arena.take(MSB) for _ in range(3)]
     assert not arena.has_room(LSB) and len({arena.address(MSB, slot) for slot in big}) == 3
     arena.give(MSB, big.pop())
@@ -293,5 +293,5 @@ def test_the_arena_trades_memory_between_classes_within_its_capacity():
         arena.give(LSB, slot)
     arena.resize(2 * 8192)
     assert arena.used == arena.held == 2 * 8192
-    with pytest.raises(AssertionError):
+    with pytest.raises(RuntimeError, match="do not fit"):
         arena.resize(8192)

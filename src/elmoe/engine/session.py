@@ -9,8 +9,6 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from elmoe.engine.direct_tier import DirectTier
@@ -108,11 +106,18 @@ class Session:
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> str:
         """Apply the store's chat template (sandboxed); RequestError if it has none or refuses the messages."""
+        import jinja2  # here, because loading it delays a first token that needs no template
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
         template = self.reader.chat_template()
         if template is None:
             raise RequestError(f"'{self.path.name}' has no chat template", "give a plain prompt")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
+
+        def refuse(message: Any) -> None:
+            raise jinja2.TemplateError(str(message))
+
+        environment.globals["raise_exception"] = refuse
         try:
             return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
         except jinja2.TemplateError as error:
@@ -143,7 +148,3 @@ class Session:
 def _choose_reader(options: EngineOptions, store_bytes: int, available: int) -> Reader:
     """``direct`` where a budget in bytes is to be kept, or memory does not hold the store."""
     return "direct" if isinstance(options.fast_memory, int) or store_bytes > available - HEADROOM else "memory"
-
-
-def _refuse(message: Any) -> None:
-    raise jinja2.TemplateError(str(message))

@@ -23,7 +23,7 @@ from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, 
 
 class ExpertTier:
     """Residency and accounting; the decoder's source of experts. It lives as long as its engine, so a run finds warm what
-    the run before left. ``waited``: seconds spent waiting for reads.
+    the run before left.
 
     Holds nothing until :meth:`replan` gives it slots; ``begin_run`` says where a run's counters are. ``everything``: no
     budget, so with slots all slices are resident from the start and nothing is learned.
@@ -50,7 +50,6 @@ class ExpertTier:
         self._residency = Residency(*shape, parameters)
         self._statistics = Statistics()
         self._timeline: Timeline | None = None
-        self.waited = 0.0
         self._sure: list[int] = []
         self._sure_routing: list[NDArray[np.int32]] = []
         self.resident = ResidentSet.empty(*shape)
@@ -86,6 +85,11 @@ class ExpertTier:
     def bytes_read(self) -> int:
         """Bytes read from disk since the tier began."""
         return 0
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for reads since the tier began."""
+        return 0.0
 
     @property
     def can_draft(self) -> bool:

@@ -1,0 +1,243 @@
+#include "expert_slices.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <string>
+#include <sys/mman.h>
+#include <utility>
+
+namespace elmoe {
+
+namespace {
+constexpr int64_t kDemand = 0, kPlanned = 1;  // what a row waits for goes before what a later one will need
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+}  // namespace
+
+ExpertArena::ExpertArena(int64_t msb_bytes, int64_t lsb_bytes, int slots, int64_t capacity)
+    : sizes_{msb_bytes, lsb_bytes}, start_{0, msb_bytes * slots}, reserved_((msb_bytes + lsb_bytes) * slots), capacity_(capacity) {
+    void* memory = mmap(nullptr, reserved_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    memory_ = static_cast<char*>(memory);
+    madvise(memory_, reserved_, MADV_HUGEPAGE);
+    for (auto& slot_list : cold_)
+        for (int slot = slots - 1; slot >= 0; --slot) slot_list.push_back(slot);
+}
+
+ExpertArena::~ExpertArena() { munmap(memory_, reserved_); }
+
+int64_t ExpertArena::held() const {
+    return used_ + static_cast<int64_t>(warm_[kMsb].size()) * sizes_[kMsb] + static_cast<int64_t>(warm_[kLsb].size()) * sizes_[kLsb];
+}
+
+int ExpertArena::take(int kind) {
+    if (!has_room(kind)) throw std::logic_error("the arena is full");
+    auto& slots = warm_[kind].empty() ? cold_[kind] : warm_[kind];
+    if (warm_[kind].empty()) cool(capacity_ - sizes_[kind]);
+    const int slot = slots.back();
+    slots.pop_back();
+    used_ += sizes_[kind];
+    return slot;
+}
+
+void ExpertArena::give(int kind, int slot) {
+    used_ -= sizes_[kind];
+    warm_[kind].push_back(slot);
+}
+
+void ExpertArena::resize(int64_t capacity) {
+    if (used_ > capacity) throw std::logic_error("used slots do not fit the new capacity");
+    capacity_ = capacity;
+    cool(capacity);
+}
+
+void ExpertArena::cool(int64_t limit) {
+    int64_t excess = held() - limit;
+    for (int kind : {kLsb, kMsb})
+        for (; excess > 0 && !warm_[kind].empty(); excess -= sizes_[kind]) {
+            const int slot = warm_[kind].back();
+            warm_[kind].pop_back();
+            madvise(memory_ + start_[kind] + slot * sizes_[kind], sizes_[kind], MADV_DONTNEED);
+            cold_[kind].push_back(slot);
+        }
+}
+
+SliceReadFailure::SliceReadFailure(int row, int expert, int error)
+    : std::runtime_error(std::strerror(error)), row(row), expert(expert), error(error) {}
+
+ExpertSlices::ExpertSlices(ReadPool& pool, int64_t msb_bytes, int64_t lsb_bytes, int experts, std::vector<int> files,
+                           std::vector<uint64_t> offsets, std::vector<int64_t*> addresses, int64_t reserve)
+    : arena(msb_bytes, lsb_bytes, static_cast<int>(files.size()) * experts, 0), pool_(pool), rows_(static_cast<int>(files.size())),
+      experts_(experts), files_(std::move(files)), offsets_(std::move(offsets)), addresses_(std::move(addresses)),
+      reserve_(reserve), slices_(static_cast<size_t>(rows_) * experts * 2), plans_(rows_), active_(experts) {}
+
+void ExpertSlices::foresee(int row, const std::vector<int>& experts) {
+    for (int expert : experts)
+        for (int kind : {kMsb, kLsb}) {
+            Slice& one = slice(row, expert, kind);
+            if (one.slot >= 0 || one.planned) continue;
+            one.planned = true;
+            ++planned_;
+            plans_[row].push_back({expert, kind});
+        }
+    pump();
+}
+
+void ExpertSlices::begin(int row, const std::vector<int>& active) {
+    row_ = row;
+    std::fill(active_.begin(), active_.end(), 0);
+    plans_[row].clear();  // what is not on its way by now is demanded
+    demands_.clear();
+    ready_.clear();
+    waiting_.assign(active.begin(), active.end());
+    std::vector<uint64_t> late;
+    for (int expert : active) {
+        active_[expert] = 1;
+        for (int kind : {kMsb, kLsb}) {
+            const Slice& one = slice(row, expert, kind);
+            if (one.slot < 0) demands_.push_back({expert, kind});
+            if (one.ticket) late.push_back(one.ticket);
+            foreseen_hits += one.planned;
+        }
+    }
+    if (!late.empty()) pool_.hasten(late, kDemand);
+}
+
+void ExpertSlices::keep(int row, const uint8_t* msb, const uint8_t* lsb) {
+    for (int expert = 0; expert < experts_; ++expert)
+        for (int kind : {kMsb, kLsb}) {
+            Slice& one = slice(row, expert, kind);
+            const bool stays = kind == kMsb ? msb[expert] : lsb[expert], goes = one.resident && !stays;
+            one.resident = stays;
+            if (goes && !is_active(row, expert)) release(row, expert, kind);
+        }
+}
+
+const std::vector<int>& ExpertSlices::next() {
+    for (int expert : ready_) let_go(row_, expert);
+    if (!ready_.empty()) {
+        issue();
+        pump();
+    }
+    ready_.clear();
+    if (waiting_.empty()) {
+        if (planned_)  // read ahead in vain
+            for (int expert = 0; expert < experts_; ++expert)
+                if (!active_[expert]) {
+                    arrive(row_, expert);
+                    let_go(row_, expert);
+                }
+        row_ = -1;
+        return ready_;
+    }
+    issue();
+    while (!demands_.empty() && demands_.front().expert == waiting_.front()) {
+        make_room(waiting_.front());
+        issue();
+    }
+    arrive(row_, waiting_.front());
+    do {
+        ready_.push_back(waiting_.front());
+        waiting_.pop_front();
+    } while (!waiting_.empty() && readable(waiting_.front()));
+    return ready_;
+}
+
+void ExpertSlices::forget_plans() {
+    if (!planned_) return;
+    planned_ = 0;
+    for (auto& plan : plans_) plan.clear();
+    for (auto& one : slices_) one.planned = false;
+}
+
+void ExpertSlices::finish() {
+    std::vector<uint64_t> tickets;
+    for (auto& one : slices_)
+        if (one.ticket) tickets.push_back(std::exchange(one.ticket, 0));
+    pool_.wait(tickets);
+}
+
+void ExpertSlices::read(int row, Key key, int64_t priority) {
+    Slice& one = slice(row, key.expert, key.kind);
+    one.slot = arena.take(key.kind);
+    const uint64_t offset = offsets_[static_cast<size_t>(row) * experts_ + key.expert] + (key.kind == kLsb ? arena.size(kMsb) : 0);
+    one.ticket = pool_.submit(files_[row], offset, arena.size(key.kind), arena.address(key.kind, one.slot), priority);
+    ++reads;
+}
+
+void ExpertSlices::issue() {
+    for (; !demands_.empty() && arena.has_room(demands_.front().kind); demands_.pop_front())
+        if (slice(row_, demands_.front().expert, demands_.front().kind).slot < 0) read(row_, demands_.front(), kDemand);
+}
+
+void ExpertSlices::pump() {
+    for (int row = 0; row < rows_; ++row)
+        for (auto& plan = plans_[row]; !plan.empty(); plan.pop_front()) {
+            if (!arena.has_room(plan.front().kind, reserve_)) return;
+            read(row, plan.front(), kPlanned);
+        }
+}
+
+// Drops the staged slice that is needed last, not of `expert`; if this row needs it, it is read again in turn.
+void ExpertSlices::make_room(int expert) {
+    for (int row = rows_ - 1; row >= 0; --row)
+        for (int other = experts_ - 1; other >= 0; --other)
+            for (int kind : {kLsb, kMsb}) {
+                const Slice& one = slice(row, other, kind);
+                if (one.slot < 0 || one.resident || (row == row_ && other == expert)) continue;
+                arrive(row, other);
+                release(row, other, kind);
+                if (is_active(row, other)) {
+                    auto before = [](const Key& a, const Key& b) { return a.expert != b.expert ? a.expert < b.expert : a.kind < b.kind; };
+                    const Key key{other, kind};
+                    demands_.insert(std::lower_bound(demands_.begin(), demands_.end(), key, before), key);
+                }
+                return;
+            }
+    throw std::logic_error("no staged slice can go: the budget is below the minimum");
+}
+
+bool ExpertSlices::readable(int expert) {
+    for (int kind : {kMsb, kLsb}) {
+        const Slice& one = slice(row_, expert, kind);
+        if (one.slot < 0 || (one.ticket && !pool_.done(one.ticket))) return false;
+    }
+    arrive(row_, expert);
+    return true;
+}
+
+void ExpertSlices::arrive(int row, int expert) {
+    std::vector<uint64_t> tickets;
+    for (int kind : {kMsb, kLsb})
+        if (uint64_t ticket = slice(row, expert, kind).ticket) tickets.push_back(ticket);
+    if (tickets.empty()) return;
+    const double began = now();
+    const std::vector<ReadFailure> failures = pool_.wait(tickets);
+    const double ended = now();
+    waited += ended - began;
+    if (recording) waits.push_back({expert, began, ended});
+    for (int kind : {kMsb, kLsb}) {
+        Slice& one = slice(row, expert, kind);
+        if (!one.ticket) continue;
+        one.ticket = 0;
+        if (failures.empty()) addresses_[row][2 * expert + kind] = arena.address(kind, one.slot);
+    }
+    if (!failures.empty()) throw SliceReadFailure(row, expert, failures.front().error);
+}
+
+void ExpertSlices::let_go(int row, int expert) {
+    for (int kind : {kMsb, kLsb}) {
+        const Slice& one = slice(row, expert, kind);
+        if (one.slot >= 0 && !one.resident) release(row, expert, kind);
+    }
+}
+
+void ExpertSlices::release(int row, int expert, int kind) {
+    Slice& one = slice(row, expert, kind);
+    arena.give(kind, one.slot);
+    one.slot = -1;
+    addresses_[row][2 * expert + kind] = 0;
+}
+
+}  // namespace elmoe
