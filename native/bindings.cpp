@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "operations.hpp"
+#include "slices_holder.hpp"
 
 namespace nb = nanobind;
 using namespace elmoe;
@@ -232,10 +233,24 @@ void bind_expert_ffn(const ExpertHolder& holder, Input<int64_t, 2> addresses, In
                static_cast<int>(experts.shape(1)), x.data(), draft, whole, chain);
 }
 
+// Decisions are Python's: `decide(layer)` begins a layer.
+struct Feed final : ExpertFeed {
+    Feed(ExpertSlices& slices, nb::callable decide) : slices(slices), decide(std::move(decide)) {}
+    void routed(int layer) override {
+        nb::gil_scoped_acquire acquire;
+        decide(layer);
+    }
+    const std::vector<int>& next() override { return slices.next(); }
+
+    ExpertSlices& slices;
+    nb::callable decide;
+};
+
 void bind_forward(const StackHolder& stack, Array<float, 2> x, const CacheHolder& cache, int first_layer,
                   Input<int32_t, 1> slots, Input<int32_t, 1> positions, Input<float, 2> cosine, Input<float, 2> sine,
                   std::optional<Input<uint8_t, 2>> allowed, bool rescale, bool draft, double offset, Array<int32_t, 3> ranked,
-                  Array<float, 3> scores, Array<int32_t, 3> experts, Array<float, 3> weights) {
+                  Array<float, 3> scores, Array<int32_t, 3> experts, Array<float, 3> weights,
+                  std::optional<SlicesHolder*> slices, std::optional<nb::callable> decide) {
     const int whole = integral_offset(offset);
     const size_t layers = stack.layers.size(), tokens = x.shape(0);
     check_attention(stack.layers[0].attention, cache.cache, first_layer, static_cast<int>(layers), x, slots, positions, cosine,
@@ -248,13 +263,17 @@ void bind_forward(const StackHolder& stack, Array<float, 2> x, const CacheHolder
     for (size_t l = 0; l < layers; ++l)
         check_choice(stack.layers[l].router, allowed ? allowed->data() + l * count : nullptr, static_cast<int>(size),
                      static_cast<int>(ranks));
+    require(!slices || (decide && (*slices)->tables.size() == layers && (*slices)->experts == count), "slices do not fit");
     if (tokens == 0) return;
+    std::optional<Feed> feed;
+    if (slices) feed.emplace((*slices)->slices, *decide);
     nb::gil_scoped_release release;
     Operation operation;
     forward(stack.layers, x.data(), static_cast<int>(tokens), cache.cache, first_layer, slots.data(), positions.data(),
             cosine.data(), sine.data(), allowed ? allowed->data() : nullptr, rescale, draft, whole,
             {nullptr, ranked.data(), scores.data(), static_cast<int>(ranks), experts.data(), weights.data(),
-             static_cast<int>(size)});
+             static_cast<int>(size)},
+            feed ? &*feed : nullptr);
 }
 
 void bind_embed(const MatrixHolder& matrix, Input<int32_t, 1> tokens, Array<float, 2> out) {
@@ -332,7 +351,8 @@ NB_MODULE(_native, m) {
         .def(nb::init<std::vector<nb::object>, std::vector<nb::object>, nb::object, std::vector<Input<int64_t, 2>>>());
     m.def("forward", &bind_forward, nb::arg("stack"), nb::arg("x"), nb::arg("cache"), nb::arg("first_layer"), nb::arg("slots"),
           nb::arg("positions"), nb::arg("cosine"), nb::arg("sine"), nb::arg("allowed").none(), nb::arg("rescale"),
-          nb::arg("draft"), nb::arg("offset"), nb::arg("ranked"), nb::arg("scores"), nb::arg("experts"), nb::arg("weights"));
+          nb::arg("draft"), nb::arg("offset"), nb::arg("ranked"), nb::arg("scores"), nb::arg("experts"), nb::arg("weights"),
+          nb::arg("slices").none(), nb::arg("decide").none());
     m.def("rms_norm", &bind_rms_norm);
     m.def("attention_block", &bind_attention);
     m.def("route", &bind_route, nb::arg("router"), nb::arg("x"), nb::arg("allowed").none(), nb::arg("rescale"), nb::arg("hidden"),

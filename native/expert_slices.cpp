@@ -63,14 +63,13 @@ void ExpertArena::cool(int64_t limit) {
         }
 }
 
-SliceReadFailure::SliceReadFailure(int row, int expert, int error)
-    : std::runtime_error(std::strerror(error)), row(row), expert(expert), error(error) {}
-
-ExpertSlices::ExpertSlices(ReadPool& pool, int64_t msb_bytes, int64_t lsb_bytes, int experts, std::vector<int> files,
-                           std::vector<uint64_t> offsets, std::vector<int64_t*> addresses, int64_t reserve)
+ExpertSlices::ExpertSlices(ReadPool& pool, int64_t msb_bytes, int64_t lsb_bytes, int experts, std::vector<std::string> names,
+                           std::vector<int> files, std::vector<uint64_t> offsets, std::vector<int64_t*> addresses,
+                           int64_t reserve)
     : arena(msb_bytes, lsb_bytes, static_cast<int>(files.size()) * experts, 0), pool_(pool), rows_(static_cast<int>(files.size())),
-      experts_(experts), files_(std::move(files)), offsets_(std::move(offsets)), addresses_(std::move(addresses)),
-      reserve_(reserve), slices_(static_cast<size_t>(rows_) * experts * 2), plans_(rows_), active_(experts) {}
+      experts_(experts), names_(std::move(names)), files_(std::move(files)), offsets_(std::move(offsets)),
+      addresses_(std::move(addresses)), reserve_(reserve), slices_(static_cast<size_t>(rows_) * experts * 2), plans_(rows_),
+      active_(experts) {}
 
 void ExpertSlices::foresee(int row, const std::vector<int>& experts) {
     for (int expert : experts)
@@ -115,6 +114,7 @@ void ExpertSlices::keep(int row, const uint8_t* msb, const uint8_t* lsb) {
 }
 
 const std::vector<int>& ExpertSlices::next() {
+    if (row_ < 0) throw std::logic_error("no row was begun");
     for (int expert : ready_) let_go(row_, expert);
     if (!ready_.empty()) {
         issue();
@@ -223,7 +223,9 @@ void ExpertSlices::arrive(int row, int expert) {
         one.ticket = 0;
         if (failures.empty()) addresses_[row][2 * expert + kind] = arena.address(kind, one.slot);
     }
-    if (!failures.empty()) throw SliceReadFailure(row, expert, failures.front().error);
+    if (!failures.empty())
+        throw SliceReadFailure("'" + names_[row] + "': expert " + std::to_string(expert) + " cannot be read: " +
+                               std::strerror(failures.front().error));
 }
 
 void ExpertSlices::let_go(int row, int expert) {
@@ -238,6 +240,50 @@ void ExpertSlices::release(int row, int expert, int kind) {
     arena.give(kind, one.slot);
     one.slot = -1;
     addresses_[row][2 * expert + kind] = 0;
+}
+
+namespace {
+// The hottest `slots` of residents (favoured by the hysteresis) and the best few candidates; ties go to the lower expert.
+void keep_hottest(uint8_t* resident, const double* hotness, const std::vector<uint8_t>& candidates, int slots,
+                  const RefillRule& rule) {
+    const int experts = static_cast<int>(candidates.size());
+    std::vector<int> order;
+    int held = 0;
+    for (int e = 0; e < experts; ++e) {
+        held += resident[e];
+        if (candidates[e]) order.push_back(e);
+    }
+    if (order.empty() || slots == 0) return;
+    std::vector<double> score(experts, -1.0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return hotness[a] > hotness[b]; });
+    if (held + static_cast<int>(order.size()) > slots) {
+        const int64_t newcomers = std::min<int64_t>(slots - held + rule.swap_cap, slots);
+        if (static_cast<int64_t>(order.size()) > newcomers) order.resize(std::max<int64_t>(newcomers, 0));
+    }
+    for (int e : order) score[e] = hotness[e];
+    for (int e = 0; e < experts; ++e)
+        if (resident[e]) {
+            score[e] = hotness[e] * (1 + rule.hysteresis);
+            order.push_back(e);
+        }
+    std::sort(order.begin(), order.end());
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return score[a] > score[b]; });
+    if (static_cast<int>(order.size()) > slots) order.resize(slots);
+    std::fill(resident, resident + experts, 0);
+    for (int e : order) resident[e] = 1;
+}
+}  // namespace
+
+void refill(uint8_t* msb, uint8_t* lsb, const double* hotness, const uint8_t* streamed, int experts, int msb_slots, int lsb_slots,
+            const RefillRule& rule) {
+    std::vector<uint8_t> candidates(experts);
+    for (int e = 0; e < experts; ++e) candidates[e] = streamed[e] && !msb[e];
+    keep_hottest(msb, hotness, candidates, msb_slots, rule);
+    for (int e = 0; e < experts; ++e) {
+        lsb[e] = lsb[e] && msb[e];
+        candidates[e] = streamed[e] && msb[e] && !lsb[e];
+    }
+    keep_hottest(lsb, hotness, candidates, lsb_slots, rule);
 }
 
 }  // namespace elmoe

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <deque>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "read_pool.hpp"
@@ -46,8 +47,7 @@ class ExpertArena {
 
 // Becomes elmoe.errors.StoreError.
 struct SliceReadFailure : std::runtime_error {
-    SliceReadFailure(int row, int expert, int error);
-    int row, expert, error;
+    using std::runtime_error::runtime_error;
 };
 
 struct SliceWait {  // compute waited for an expert, seconds on the steady clock
@@ -57,11 +57,11 @@ struct SliceWait {  // compute waited for an expert, seconds on the steady clock
 
 class ExpertSlices {
   public:
-    // `files` by row, `offsets` (rows, experts) of MSB records with the LSB records behind them; `addresses` by row, (experts,
+    // `names` and `files` by row, `offsets` (rows, experts) of MSB records with the LSB records behind them; `addresses` by row, (experts,
     // 2), kept up to date: 0 where a slice is not readable. `reserve`: bytes that planned reads leave free, so that demands
     // never wait for a planned slice to be used.
-    ExpertSlices(ReadPool& pool, int64_t msb_bytes, int64_t lsb_bytes, int experts, std::vector<int> files,
-                 std::vector<uint64_t> offsets, std::vector<int64_t*> addresses, int64_t reserve);
+    ExpertSlices(ReadPool& pool, int64_t msb_bytes, int64_t lsb_bytes, int experts, std::vector<std::string> names,
+                 std::vector<int> files, std::vector<uint64_t> offsets, std::vector<int64_t*> addresses, int64_t reserve);
     ~ExpertSlices() { finish(); }  // reads in flight fill the arena
 
     ExpertArena arena;
@@ -107,6 +107,7 @@ class ExpertSlices {
 
     ReadPool& pool_;
     int rows_, experts_;
+    std::vector<std::string> names_;
     std::vector<int> files_;
     std::vector<uint64_t> offsets_;
     std::vector<int64_t*> addresses_;
@@ -120,5 +121,13 @@ class ExpertSlices {
     std::deque<Key> demands_;
     std::vector<int> ready_;
 };
+
+// elmoe.policy.residency.refill of one layer, in place on `msb` and `lsb` (experts); `streamed` marks what the step reads.
+struct RefillRule {
+    double hysteresis;
+    int64_t swap_cap;
+};
+void refill(uint8_t* msb, uint8_t* lsb, const double* hotness, const uint8_t* streamed, int experts, int msb_slots, int lsb_slots,
+            const RefillRule& rule);
 
 }  // namespace elmoe

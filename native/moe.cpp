@@ -223,9 +223,38 @@ void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts,
     });
 }
 
+namespace {
+// The experts of a layer in stretches as they become readable; several are chained from zero in ascending order, as one call
+// does.
+void fed_experts(const Layer& layer, ExpertFeed& feed, const RoutingOut& routing, int tokens, float* x, bool draft, int offset) {
+    static std::vector<int32_t> ids;  // these outlive the resets of the scratch memory
+    static std::vector<float> total;
+    static std::vector<uint8_t> readable;
+    const size_t pairs = static_cast<size_t>(tokens) * routing.size, values = static_cast<size_t>(tokens) * layer.router.hidden;
+    bool chained = false;
+    for (;;) {
+        const std::vector<int>& ready = feed.next();
+        if (ready.empty()) break;
+        readable.assign(layer.router.experts, 0);
+        for (int expert : ready) readable[expert] = 1;
+        ids.assign(routing.experts, routing.experts + pairs);
+        bool whole = !chained;
+        for (int32_t& id : ids)
+            if (!readable[id]) id = -1, whole = false;
+        if (!whole && !chained) total.assign(values, 0.0f);
+        chained = !whole;
+        scratch().reset();
+        expert_ffn(layer.expert, layer.addresses, layer.router.experts, routing.hidden, ids.data(), routing.weights, tokens,
+                   routing.size, chained ? total.data() : x, draft, offset, chained);
+    }
+    if (chained)
+        for (size_t i = 0; i < values; ++i) x[i] = x[i] + total[i];
+}
+}  // namespace
+
 void forward(const std::vector<Layer>& layers, float* x, int tokens, const Cache& cache, int first_layer, const int32_t* slots,
              const int32_t* positions, const float* cosine, const float* sine, const uint8_t* allowed, bool rescale, bool draft,
-             int offset, const RoutingOut& out) {
+             int offset, const RoutingOut& out, ExpertFeed* feed) {
     static std::vector<float> hidden;  // outlives the resets of the scratch memory; an operation runs alone
     hidden.resize(static_cast<size_t>(tokens) * layers[0].router.hidden);
     const int64_t rank_step = static_cast<int64_t>(tokens) * out.ranks, step = static_cast<int64_t>(tokens) * out.size;
@@ -238,6 +267,11 @@ void forward(const std::vector<Layer>& layers, float* x, int tokens, const Cache
         const RoutingOut routing{hidden.data(), out.ranked + at * rank_step, out.scores + at * rank_step, out.ranks,
                                  out.experts + at * step, out.weights + at * step, out.size};
         route(layer.router, x, tokens, allowed ? allowed + at * layer.router.experts : nullptr, rescale, routing);
+        if (feed) {
+            feed->routed(static_cast<int>(l));
+            fed_experts(layer, *feed, routing, tokens, x, draft, offset);
+            continue;
+        }
         scratch().reset();
         expert_ffn(layer.expert, layer.addresses, layer.router.experts, hidden.data(), routing.experts, routing.weights, tokens,
                    out.size, x, draft, offset, false);

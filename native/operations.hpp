@@ -113,7 +113,7 @@ struct ExpertShape {
 void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts, const float* hidden, const int32_t* ids,
                 const float* weights, int tokens, int k, float* x, bool draft, int offset, bool chain);
 
-// A layer whose experts lie in memory.
+// A layer whose experts lie at `addresses`.
 struct Layer {
     AttentionLayer attention;
     RouterLayer router;
@@ -121,11 +121,22 @@ struct Layer {
     const int64_t* addresses;  // (router.experts, 2)
 };
 
+// Where experts come from that do not all lie in memory: told that a layer is routed, then asked for one stretch of experts
+// after the other, until there is none.
+struct ExpertFeed {
+    virtual void routed(int layer) = 0;
+    virtual const std::vector<int>& next() = 0;
+
+  protected:
+    ~ExpertFeed() = default;
+};
+
 // Attention, routing and experts of consecutive layers: what the three operations do one after the other. `allowed` (layers,
-// experts) may be null; the arrays of `out` have a leading axis of layers, its `hidden` is not used.
+// experts) may be null; the arrays of `out` have a leading axis of layers, its `hidden` is not used. `feed` is null where all
+// experts lie in memory.
 void forward(const std::vector<Layer>& layers, float* x, int tokens, const Cache& cache, int first_layer, const int32_t* slots,
              const int32_t* positions, const float* cosine, const float* sine, const uint8_t* allowed, bool rescale, bool draft,
-             int offset, const RoutingOut& out);
+             int offset, const RoutingOut& out, ExpertFeed* feed);
 
 void embed(const Matrix& matrix, const int32_t* tokens, int count, float* out);
 

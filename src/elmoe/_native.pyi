@@ -1,5 +1,7 @@
 """Types of the compiled module; ``elmoe.kernels`` is its only importer."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,6 +59,8 @@ def forward(
     scores: NDArray[np.float32],
     experts: NDArray[np.int32],
     weights: NDArray[np.float32],
+    slices: ExpertSlices | None,
+    decide: Callable[[int], None] | None,
 ) -> None: ...
 def nested_matmul(matrix: Matrix, x: NDArray[np.float32], y: NDArray[np.float32], draft: bool, offset: float) -> None: ...
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], y: NDArray[np.float32], epsilon: float) -> None: ...
@@ -129,8 +133,18 @@ class ReadPool:
     def take_events(self) -> list[tuple[float, float, float, int, int]]: ...
     def bytes_read(self) -> int: ...
 
-class SliceReadFailure(RuntimeError):
-    """Its arguments: row, expert, reason."""
+def refill(
+    msb: NDArray[np.bool_],
+    lsb: NDArray[np.bool_],
+    hotness: NDArray[np.float64],
+    streamed: NDArray[np.bool_],
+    msb_slots: int,
+    lsb_slots: int,
+    hysteresis: float,
+    swap_cap: int,
+) -> None: ...
+
+class SliceReadFailure(RuntimeError): ...
 
 class ExpertArena:
     """Slots of two sizes under one limit of bytes; see native/expert_slices.hpp."""
@@ -157,6 +171,7 @@ class ExpertSlices:
         pool: ReadPool,
         msb_bytes: int,
         lsb_bytes: int,
+        names: list[str],
         files: list[int],
         offsets: list[list[int]],
         addresses: list[NDArray[np.int64]],

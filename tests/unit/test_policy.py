@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elmoe.errors import BudgetError
+from elmoe.kernels.slices import refill_layer
 from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
 from elmoe.policy.draft_length import Calibration, DraftLengthController, LinearCost, confidence_bin
-from elmoe.policy.residency import ResidencyParameters, ResidentSet, refill, updated_hotness
+from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, refill, updated_hotness
 
 SIZES = FastTierSizes(dense=1000, kv=100, staging=50, msb=(9, 9, 12), lsb=(8, 8, 11), experts=16, top_k=2)
 
@@ -63,6 +64,36 @@ def test_refill_takes_only_what_was_streamed(seed):
         assert (after.msb.sum(axis=1) <= slots.msb).all() and (after.lsb.sum(axis=1) <= slots.lsb).all()
         assert (after.msb.sum(axis=1) >= resident.msb.sum(axis=1)).all()
         resident = after
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_native_refill_of_a_layer_is_the_definition(seed):
+    rng = np.random.default_rng(seed)
+    experts = int(rng.integers(1, 40))
+    msb_slots = int(rng.integers(0, experts + 1))
+    slots = SlotPlan((msb_slots,), (int(rng.integers(0, msb_slots + 1)),), 0)
+    parameters = ResidencyParameters(hysteresis=float(rng.choice([0.0, 0.1])), swap_cap=int(rng.choice([0, 1, 3, 1 << 30])))
+    native = ResidentSet.empty(1, experts)
+    for _ in range(8):
+        hotness = rng.integers(0, 5, (1, experts)) / 2  # with ties
+        streamed = rng.random((1, experts)) < 0.4
+        expected = refill(native, hotness, streamed, slots, parameters)
+        refill_layer(
+            (native.msb[0], native.lsb[0]), hotness[0], streamed[0], (slots.msb[0], slots.lsb[0]), parameters.hysteresis,
+            parameters.swap_cap,
+        )  # fmt: skip
+        assert (native.msb == expected.msb).all() and (native.lsb == expected.lsb).all()
+
+
+@pytest.mark.parametrize("policy", ["decayed", "lru", "lfu", "random"])
+def test_scores_of_a_layer_are_those_of_all(policy):
+    rng = np.random.default_rng(1)
+    residency = Residency(3, 10, ResidencyParameters(policy))
+    for tokens in (1, 4, 2, 2):
+        sure = rng.integers(0, 10, (3, tokens, 2)).astype(np.int32)
+        for row, scores in enumerate(residency.scores(sure)):
+            assert (residency.layer_scores(row, sure[row]) == scores).all()
+        residency.learn(sure[:, : int(rng.integers(1, tokens + 1))])
 
 
 def test_hysteresis_and_swap_cap():

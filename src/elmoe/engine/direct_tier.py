@@ -17,12 +17,12 @@ from elmoe.bitslice import Routing
 from elmoe.engine.observe import Timeline
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.engine.tier import ExpertTier
-from elmoe.errors import StoreError
+from elmoe.kernels import ExpertFeed
 from elmoe.kernels.reads import ReadPool
-from elmoe.kernels.slices import ExpertArena, ExpertSlices, SliceReadFailure
+from elmoe.kernels.slices import ExpertArena, ExpertSlices, SliceReadFailure, read_failed, refill_layer
 from elmoe.models.decoder import Stretch, WeightReader
 from elmoe.policy.budget import SlotPlan
-from elmoe.policy.residency import ResidencyParameters, ResidentSet, refill
+from elmoe.policy.residency import ResidencyParameters, ResidentSet
 from elmoe.store.direct import DirectReader
 
 RESERVE = 2
@@ -44,9 +44,11 @@ class DirectTier(ExpertTier):
         super().__init__(reader, parameters)
         self._reader, self._pool, self._prefetch = reader, pool, prefetch
         layout = reader.expert_layout(self._layers[0])
+        files = {entry.layer: entry.file for entry in reader.manifest.layers}
         extents = [[reader.extent(layer, e) for e in range(reader.schema.experts)] for layer in self._layers]
         self._slices = ExpertSlices(
-            pool, layout.msb_bytes, layout.lsb_bytes, [row[0][0] for row in extents],
+            pool, layout.msb_bytes, layout.lsb_bytes, [files[layer] for layer in self._layers],
+            [row[0][0] for row in extents],
             [[offset for _, offset in row] for row in extents], list(self._addresses),
             RESERVE * (layout.msb_bytes + layout.lsb_bytes),
         )  # fmt: skip
@@ -56,9 +58,9 @@ class DirectTier(ExpertTier):
     def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
         return tuple(np.zeros((reader.schema.experts, 2), np.int64) for _ in reader.schema.moe_layers)
 
-    def tables(self, draft: bool) -> tuple[NDArray[np.int64], ...] | None:
+    def feed(self, draft: bool) -> ExpertFeed | None:
         """See ``ExpertSource``: a draft uses what is resident; a target pass's slices come and go."""
-        return self._addresses if draft else None
+        return None if draft else (self._slices, self._begin)
 
     def note(self, ranked: NDArray[np.int32], experts: NDArray[np.int32], draft: bool) -> None:
         """See ``ExpertTier.note``; a draft's natural routing tells what verification will need."""
@@ -102,16 +104,15 @@ class DirectTier(ExpertTier):
         """See ``ExpertTier.stretches``; a draft never waits and never reads what it computes with. StoreError where a read
         fails, with the file, the expert and the reason."""
         row, experts = self._rows[layer], routing.experts
-        self._note(row, experts, draft)
         if draft:
+            self._note(row, experts, draft)
             self._foresee(row, routing.ranked)
             yield Stretch(experts, self._addresses[row], whole=True)
             return
-        active = np.flatnonzero(self._active[row]).astype(np.int32)
-        self._slices.begin(row, active)
-        self._choose_residents(row, active)
+        self._begin(row, experts)
+        active = np.count_nonzero(self._active[row])
         while ready := self._next():
-            if len(ready) == len(active):
+            if len(ready) == active:
                 yield Stretch(experts, self._addresses[row], whole=True)
             else:
                 readable = np.zeros(self._active.shape[1], bool)
@@ -123,11 +124,14 @@ class DirectTier(ExpertTier):
         try:
             return self._slices.next()
         except SliceReadFailure as failure:
-            row, expert, reason = failure.args
-            raise StoreError(
-                f"'{self._reader.manifest.layers[row].file}': expert {expert} cannot be read: {reason}",
-                "check the disk, then `elmoe inspect --verify`",
-            ) from None
+            raise read_failed(failure) from None
+
+    def _begin(self, row: int, experts: NDArray[np.int32]) -> None:
+        """A layer of a target pass is routed: demand what it needs, decide what stays."""
+        self._note(row, experts, draft=False)
+        active = np.flatnonzero(self._active[row]).astype(np.int32)
+        self._slices.begin(row, active)
+        self._choose_residents(row, active)
 
     def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
         """Account the pass and learn; residency has changed layer by layer already."""
@@ -143,12 +147,13 @@ class DirectTier(ExpertTier):
         """Decide which of the layer's slices stay, before they are read; evicted ones that are not needed go at once."""
         if self._slots is None or (self.resident.msb[row, active] & self.resident.lsb[row, active]).all():
             return  # what stays changes only by what is read
-        slots = SlotPlan((self._slots.msb[row],), (self._slots.lsb[row],), 0)
-        here = ResidentSet(self.resident.msb[row : row + 1], self.resident.lsb[row : row + 1])
+        resident = self.resident.msb[row], self.resident.lsb[row]
         scores = self._residency.layer_scores(row, self._sure_routing[row])
-        after = refill(here, scores, self._active[row : row + 1], slots, self._parameters)
-        self.resident.msb[row], self.resident.lsb[row] = after.msb[0], after.lsb[0]
-        self._slices.keep(row, after.msb[0], after.lsb[0])
+        refill_layer(
+            resident, scores, self._active[row], (self._slots.msb[row], self._slots.lsb[row]), self._parameters.hysteresis,
+            self._parameters.swap_cap,
+        )  # fmt: skip
+        self._slices.keep(row, *resident)
 
     @property
     def popularity(self) -> NDArray[np.float64]:

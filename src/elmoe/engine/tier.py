@@ -8,6 +8,7 @@ facts, so they count the same hits and bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,9 +59,14 @@ class ExpertTier:
     def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
         return tuple(reader.expert_addresses(layer) for layer in reader.schema.moe_layers)
 
-    def tables(self, draft: bool) -> tuple[NDArray[np.int64], ...] | None:
-        """See ``ExpertSource``: every expert stays where it is."""
+    @property
+    def tables(self) -> tuple[NDArray[np.int64], ...]:
+        """See ``ExpertSource``."""
         return self._addresses
+
+    def feed(self, draft: bool) -> Any:
+        """See ``ExpertSource``: every expert stays where it is."""
+        return None
 
     def begin_run(self, statistics: Statistics, timeline: Timeline | None = None) -> None:
         """Count into ``statistics`` from now on, and put waits and reads on ``timeline``."""

@@ -6,6 +6,7 @@ Native objects made of weights are kept on the weights themselves, so a call on 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from elmoe.errors import KernelError, NumericsError
 
 try:
     from elmoe import _native  # noqa: TID251 - this module is the door
+    from elmoe.kernels.slices import ExpertSlices, read_failed
 except ImportError as error:
     raise KernelError(
         f"the native kernels are missing ({error})",
@@ -270,6 +272,10 @@ class LayerStack:
     addresses: tuple[NDArray[np.int64], ...]
 
 
+ExpertFeed = tuple[ExpertSlices, Callable[[int, NDArray[np.int32]], None]]
+"""Expert slices, and who is told a layer's index in the stack and (tokens, k) experts and begins the layer with them."""
+
+
 def forward(
     stack: LayerStack,
     x: NDArray[np.float32],
@@ -283,10 +289,12 @@ def forward(
     rescale: bool = True,
     draft: bool = False,
     offset: float = 8.0,
+    feed: ExpertFeed | None = None,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
     """``attention_block``, ``route`` and ``expert_ffn`` of layer after layer in one call, in place on ``x``.
 
     :param allowed: (layers, experts), see ``route``; at least the wanted number of experts in every layer.
+    :param feed: where experts come from that do not all lie in memory.
     :returns: ranked, scores, experts and weights of the layers' routings, with a leading axis of layers.
     """
     _check_offset(offset)
@@ -296,11 +304,17 @@ def forward(
     ranked = np.empty((*shape, router.ranks), np.int32)
     scores = np.empty((*shape, router.ranks), np.float32)
     experts, weights = np.empty((*shape, size), np.int32), np.empty((*shape, size), np.float32)
+    slices = decide = None
+    if feed is not None:
+        slices, choose = feed
+        decide = lambda layer: choose(layer, experts[layer])  # noqa: E731
     try:
         _native.forward(
             _handle(stack, _stack), x, _handle(cache, _cache), stack.first, slots, positions, cosine, sine, allowed, rescale,
-            draft, offset, ranked, scores, experts, weights,
+            draft, offset, ranked, scores, experts, weights, slices, decide,
         )  # fmt: skip
+    except _native.SliceReadFailure as error:
+        raise read_failed(error) from None
     except _native.NumericsFailure as error:
         raise NumericsError(str(error), "check the checkpoint's weights") from None
     return ranked, scores, experts, weights

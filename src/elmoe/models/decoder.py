@@ -56,9 +56,9 @@ class Stretch:
 class ExpertSource(Protocol):
     """Where the bytes of experts come from; called once per MoE layer and step.
 
-    A source may have ``tables(draft)``, the MoE layers' (experts, 2) addresses if all that such a pass may use stays
-    readable, else None, and ``note(ranked, experts, draft)``: then a backend that has ``forward`` computes the layers in one
-    call and ``note`` is told their (layers, tokens, ...) routing afterwards.
+    A source may have ``tables``, the MoE layers' (experts, 2) addresses: then a backend that has ``forward`` computes the
+    layers in one call. ``feed(draft)`` is what such a call needs beside the tables where experts come and go, else None, and
+    ``note(ranked, experts, draft)`` is told the layers' (layers, tokens, ...) routing afterwards if there was no feed.
     """
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterable[Stretch]:
@@ -202,7 +202,7 @@ class Decoder:
         """The MoE layers as one stack, where backend, source and draft allow to compute them in one call; else None."""
         if not hasattr(source, "tables") or not hasattr(self._backend, "forward"):
             return None
-        schema, tables = self.schema, source.tables(draft is not None)
+        schema, tables = self.schema, source.tables
         if not tables:
             return None
         if draft is not None and (
@@ -223,10 +223,12 @@ class Decoder:
     ) -> Routings:
         """All MoE layers in one call."""
         choice = () if draft is None else (draft.allowed, draft.top_k, draft.rescale, True, draft.offset)
+        feed = source.feed(draft is not None)
         ranked, scores, experts, _ = self._backend.forward(
-            stack, x, cache, tokens.slots, tokens.positions, self._cosine, self._sine, *choice
+            stack, x, cache, tokens.slots, tokens.positions, self._cosine, self._sine, *choice, feed=feed
         )
-        source.note(ranked, experts, draft is not None)
+        if feed is None:
+            source.note(ranked, experts, draft is not None)
         return Routings(ranked, scores, experts)
 
     def _experts(

@@ -83,6 +83,7 @@ class Residency:
         self._recent = np.zeros((layers, experts))
         self._parameters = parameters
         self._step = 0
+        self._ahead: tuple[int, NDArray[np.float64], NDArray[np.float64]] | None = None
 
     @property
     def hotness(self) -> NDArray[np.float64]:
@@ -99,12 +100,19 @@ class Residency:
         return self._combined(*self._updated(sure, self._step + 1))
 
     def layer_scores(self, row: int, sure: NDArray[np.int32]) -> NDArray[np.float64]:
-        """One row of :meth:`scores`, (1, experts), from that layer's (tokens, k) routing."""
-        return self._combined(*self._updated(sure[None], self._step + 1, slice(row, row + 1)))
+        """One row of :meth:`scores`, (experts,), from that layer's (tokens, k) routing."""
+        if self._parameters.policy != "decayed":
+            return self._combined(*self._updated(sure[None], self._step + 1, slice(row, row + 1)))[0]
+        if self._ahead is None or self._ahead[0] != len(sure):  # the decay of all layers at once
+            self._ahead = len(sure), *self._faded(len(sure))
+        _, counts, recent = self._ahead
+        uses = np.bincount(sure.ravel(), minlength=counts.shape[1])
+        return self._combined(counts[row] + uses, recent[row] + uses)
 
     def learn(self, committed: NDArray[np.int32]) -> None:
         """Count the (layers, tokens, k) routing of a step's committed tokens."""
         self._step += 1
+        self._ahead = None
         self._counts, self._recent = self._updated(committed, self._step)
 
     def end_step(
@@ -121,6 +129,11 @@ class Residency:
         self.learn(committed)
         return resident
 
+    def _faded(self, tokens: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What so many further tokens leave of both counts."""
+        parameters = self._parameters
+        return _decayed(self._counts, parameters.decay, tokens), _decayed(self._recent, parameters.recent_decay, tokens)
+
     def _combined(self, counts: NDArray[np.float64], recent: NDArray[np.float64]) -> NDArray[np.float64]:
         return counts + self._parameters.recent * recent if self._parameters.policy == "decayed" else counts
 
@@ -130,11 +143,9 @@ class Residency:
         counts, recent, parameters = self._counts[rows], self._recent[rows], self._parameters
         policy = parameters.policy
         if policy == "decayed":
-            uses, tokens = _uses(counts.shape, routed), routed.shape[1]
-            return (
-                _decayed(counts, parameters.decay, tokens) + uses,
-                _decayed(recent, parameters.recent_decay, tokens) + uses,
-            )
+            uses = _uses(counts.shape, routed)
+            counts, recent = self._faded(routed.shape[1])
+            return counts + uses, recent + uses
         if policy in ("lfu", "static"):
             return updated_hotness(counts, routed, 1.0), recent
         layers, experts = counts.shape
