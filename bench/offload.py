@@ -192,24 +192,25 @@ def run_elmoe(*arguments: str) -> None:
 
 
 def compare(
-    budgets: list[int | float], batches: list[int], make: Any, resident: Any, repeats: int,
+    budgets: list[int | float], repeats: dict[int, int], make: Any, resident: Any,
     tokens: dict[str, dict[int, int]], bandwidth: float | None, disk: float, names: list[str], finished: Path | None = None,
     ceilings: Callable[[Engine, int, int], Ceilings] | None = None, memory: float = 0.0,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of all our systems: the runs of a cell's systems alternate, so that all see the same disk; `identical` against
     the run in memory.
 
-    :param finished: a file that always holds the rows finished so far. :param ceilings: see :func:`ceilings_of`.
+    :param repeats: runs, by batch size. :param finished: a file that always holds the rows finished so far.
+    :param ceilings: see :func:`ceilings_of`.
     :param disk, memory: their bandwidths, bytes per second.
     """
     rows: list[dict[str, Any]] = []
-    with progress_bar("runs", len(batches) * len(budgets) * repeats * (1 + len(names))) as bar:
-        for batch in batches:
+    with progress_bar("runs", sum(repeats.values()) * len(budgets) * (1 + len(names))) as bar:
+        for batch, rounds in repeats.items():
             engine, requests, outcome = resident(EngineOptions("plain", batch=batch))
             engine.generate(requests(window(-1, batch), 4))
             outcome()
             length = max(counts[batch] for name, counts in tokens.items() if name != "warm_up")
-            ceiling = median(steady_rate(engine, requests(window(i, batch), length))[0] for i in range(repeats))
+            ceiling = median(steady_rate(engine, requests(window(i, batch), length))[0] for i in range(rounds))
             reference = outcome()
             for budget in budgets:
                 systems = [
@@ -218,14 +219,14 @@ def compare(
                 ]
                 for system in systems[1:]:
                     system.warm_up(tokens["warm_up"][batch])
-                for _ in range(repeats):
+                for _ in range(rounds):
                     for system in systems:
                         system.run()
                         bar(sum(len(row["runs"]) for row in rows) + sum(len(s.runs) for s in systems))
                 ideal: dict[str, float] = {}
                 if ceilings is not None:  # at the fastest reads that any system of the cell saw
                     fastest = max(system.engine.planner.bandwidth for system in systems if system.engine.planner is not None)
-                    bounds = ceilings(systems[0].engine, batch, repeats)
+                    bounds = ceilings(systems[0].engine, batch, rounds)
                     rates = fastest / bounds.clairvoyant_bytes(), bounds.policy_rate(fastest, memory)
                     naive = bounds.naive_rate(fastest, memory)
                     for name, rate in zip(IDEALS, (min(ceiling, rate) for rate in rates), strict=True):
@@ -275,7 +276,10 @@ def means(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
 
 
 def demo_model(repeats: int) -> dict[str, Any]:
-    """The demo model with real routing and acceptance; reading one batch-1 step's expert bytes takes 16 times that step."""
+    """The demo model with real routing and acceptance; reading one batch-1 step's expert bytes takes 16 times that step.
+
+    Small batches run as many rounds as there are sequences for: those differ by more than what is compared.
+    """
     with Session("demo") as session:
         prompts = prompts_of(None, SEQUENCES)
         prompt_ids = [session.encode(text)[:PROMPT_TOKENS] for text in prompts]
@@ -315,7 +319,8 @@ def demo_model(repeats: int) -> dict[str, Any]:
             return engine, requests, outcome
 
         rows = compare(
-            [0.25, 0.5], [1, 2, 4, 8, 16], make, lambda options: make(options, memory), repeats,
+            [0.25, 0.5], {batch: max(repeats, SEQUENCES // batch) for batch in (1, 2, 4, 8, 16)}, make,
+            lambda options: make(options, memory),
             {name: dict.fromkeys(TOKENS["naive"], n) for name, n in (("naive", 32), ("elastic", 96), ("warm_up", 48))},
             bandwidth, 0.0, ["lru", "elastic"],
         )  # fmt: skip
@@ -397,8 +402,8 @@ def main() -> None:
         facts = [replay_facts(read_trace(path)) for path in traces]
         make, resident = replayed(store, facts)
         rows = compare(
-            budgets, batches, make, resident, arguments.repeats,
-            TOKENS, arguments.slow_bandwidth, disk, arguments.systems.split(","), arguments.folder / "partial.json",
+            budgets, dict.fromkeys(batches, arguments.repeats), make, resident, TOKENS,
+            arguments.slow_bandwidth, disk, arguments.systems.split(","), arguments.folder / "partial.json",
             partial(ceilings_of, facts), memory,
         )  # fmt: skip
         reason = llama_offload.add_rows(

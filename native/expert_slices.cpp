@@ -80,7 +80,6 @@ void ExpertSlices::foresee(int row, const std::vector<int>& experts) {
             ++planned_;
             plans_[row].push_back({expert, kind});
         }
-    pump();
 }
 
 void ExpertSlices::begin(int row, const std::vector<int>& active) {

@@ -66,8 +66,9 @@ class ExpertSlices {
 
     ExpertArena arena;
 
-    // Plan reads of what a later pass will need of a row, and start what fits.
+    // Plan reads of what a later pass will need of a row.
     void foresee(int row, const std::vector<int>& experts);
+    void pump();  // start planned reads, earliest row first, while there is room
     // A target pass begins to compute a row with these experts, ascending: what is missing is demanded.
     void begin(int row, const std::vector<int>& active);
     // What stays of a row; residents that do not, and are not about to be computed, go at once.
@@ -97,8 +98,7 @@ class ExpertSlices {
     Slice& slice(int row, int expert, int kind) { return slices_[(static_cast<size_t>(row) * experts_ + expert) * 2 + kind]; }
     bool is_active(int row, int expert) const { return row == row_ && active_[expert]; }
     void read(int row, Key key, int64_t priority);
-    void issue();  // demanded reads while there is room
-    void pump();   // planned reads, earliest row first, while there is room
+    void issue();  // start demanded reads while there is room
     void make_room(int expert);
     bool readable(int expert);
     void arrive(int row, int expert);

@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -17,6 +18,7 @@ namespace {
 using Flags = nb::ndarray<const bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Experts = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+using Ranked = nb::ndarray<const int32_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using MutableFlags = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Scores = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -60,9 +62,24 @@ void bind_expert_slices(nb::module_& m) {
              nb::keep_alive<1, 2>())
         .def_prop_ro("arena", [](SlicesHolder& self) -> ExpertArena& { return self.slices.arena; }, nb::rv_policy::reference_internal)
         .def("foresee",
-             [](SlicesHolder& self, int row, const Experts& experts) {
+             [](SlicesHolder& self, int row, const Ranked& ranked, size_t top_k) {
+                 const size_t rows = ranked.shape(0), tokens = ranked.shape(1), ranks = ranked.shape(2);
+                 if (rows == 0) return;
                  self.check(row);
-                 self.slices.foresee(row, checked(experts, self.experts));
+                 self.check(row + static_cast<int>(rows) - 1);
+                 SlicesHolder::require(top_k <= ranks, "fewer experts are ranked");
+                 for (size_t r = 0; r < rows; ++r) {
+                     std::set<int> experts;
+                     for (size_t t = 0; t < tokens; ++t) {
+                         const int32_t* best = ranked.data() + (r * tokens + t) * ranks;
+                         experts.insert(best, best + top_k);
+                     }
+                     if (experts.empty()) continue;
+                     SlicesHolder::require(*experts.begin() >= 0 && static_cast<size_t>(*experts.rbegin()) < self.experts,
+                                           "an expert is out of range");
+                     self.slices.foresee(row + static_cast<int>(r), {experts.begin(), experts.end()});
+                 }
+                 self.slices.pump();
              })
         .def("begin",
              [](SlicesHolder& self, int row, const Experts& active) {

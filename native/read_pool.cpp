@@ -35,7 +35,9 @@ uint64_t ReadPool::submit(int file, uint64_t offset, uint64_t bytes, uint64_t de
         std::lock_guard lock(mutex_);
         ticket = next_ticket_++;
         states_[ticket] = State{};
-        queue_.push(Request{priority, ticket, file, offset, bytes, destination, now()});
+        const double submitted = now();
+        if (outstanding_++ == 0) busy_since_ = submitted;
+        queue_.push(Request{priority, ticket, file, offset, bytes, destination, submitted});
     }
     submitted_.notify_one();
     return ticket;
@@ -73,6 +75,11 @@ void ReadPool::hasten(const std::vector<uint64_t>& tickets, int64_t priority) {
             if (request.ticket == ticket) request.priority = priority;
         queue_.push(request);
     }
+}
+
+double ReadPool::busy_seconds() {
+    std::lock_guard lock(mutex_);
+    return busy_ + (outstanding_ ? now() - busy_since_ : 0);
 }
 
 void ReadPool::set_bandwidth(double bytes_per_second) {
@@ -143,6 +150,7 @@ void ReadPool::work() {
         lock.lock();
         auto found = states_.find(request.ticket);
         if (found != states_.end()) found->second = State{true, error};
+        if (--outstanding_ == 0) busy_ += finished - busy_since_;
         if (recording_) events_.push_back({request.submitted, started, finished, request.bytes, request.priority});
         completed_.notify_all();
     }

@@ -59,6 +59,8 @@ class ReadPool {
     std::vector<ReadEvent> take_events();
 
     uint64_t bytes_read() const { return bytes_read_.load(); }
+    // Seconds in which some read was asked for and not complete, so far.
+    double busy_seconds();
 
   private:
     struct Request {
@@ -90,6 +92,8 @@ class ReadPool {
     double bandwidth_ = 0, device_free_ = 0, delay_ = 0;
     int failure_ = 0;
     int64_t failure_after_ = 0;
+    int outstanding_ = 0;
+    double busy_ = 0, busy_since_ = 0;
     bool recording_ = false, stopping_ = false;
     std::atomic<uint64_t> bytes_read_{0};
 };

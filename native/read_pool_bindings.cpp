@@ -48,5 +48,6 @@ void bind_read_pool(nb::module_& m) {
                      events.emplace_back(e.submitted, e.started, e.finished, e.bytes, e.priority);
                  return events;
              })
-        .def("bytes_read", &ReadPool::bytes_read);
+        .def("bytes_read", &ReadPool::bytes_read)
+        .def("busy_seconds", &ReadPool::busy_seconds);
 }

@@ -65,8 +65,7 @@ class DirectTier(ExpertTier):
     def note(self, ranked: NDArray[np.int32], experts: NDArray[np.int32], draft: bool) -> None:
         """See ``ExpertTier.note``; a draft's natural routing tells what verification will need."""
         super().note(ranked, experts, draft)
-        for row, layer in enumerate(ranked):
-            self._foresee(row, layer)
+        self._foresee(0, ranked)
 
     @property
     def waited(self) -> float:
@@ -106,7 +105,7 @@ class DirectTier(ExpertTier):
         row, experts = self._rows[layer], routing.experts
         if draft:
             self._note(row, experts, draft)
-            self._foresee(row, routing.ranked)
+            self._foresee(row, routing.ranked[None])
             yield Stretch(experts, self._addresses[row], whole=True)
             return
         self._begin(row, experts)
@@ -165,6 +164,11 @@ class DirectTier(ExpertTier):
         """See ``ExpertTier.bytes_read``."""
         return self._pool.bytes_read()
 
+    @property
+    def reading_seconds(self) -> float:
+        """Seconds with a read in flight since the tier began."""
+        return self._pool.busy_seconds()
+
     def replan(self, slots: SlotPlan | None, capacity: int) -> None:
         """See ``ExpertTier.replan``."""
         super().replan(slots, capacity)
@@ -173,6 +177,7 @@ class DirectTier(ExpertTier):
         self.arena.resize(capacity)
 
     def _foresee(self, row: int, ranked: NDArray[np.int32]) -> None:
-        """Plan reads of what verification will need of a layer by its (tokens, ranks) routing, and start what fits."""
+        """Plan reads of what verification will need by the (layers, tokens, ranks) routing of layers from ``row`` on; start
+        what fits."""
         if self._prefetch:
-            self._slices.foresee(row, np.unique(ranked[:, : self._reader.schema.top_k]))
+            self._slices.foresee(row, np.ascontiguousarray(ranked), self._reader.schema.top_k)

@@ -356,7 +356,7 @@ class _Run:
         end: bool = True,
     ) -> list[Sample]:
         """One pass: forward, sample each wanted row for the position after it, count and record."""
-        began, waited, read = perf_counter(), self.tier.waited, self.tier.bytes_read
+        began, waited = perf_counter(), self.tier.waited
         wanted = None if rows is None else np.array(rows, np.int64)
         if self.script is not None:
             positions = tokens.positions.tolist()
@@ -381,7 +381,7 @@ class _Run:
         elif phase != "prefill" or self.manager is not None:
             self.controller.verify_cost.observe(len(sequences), seconds - (self.tier.waited - waited))
             if self.manager is not None:
-                self.manager.observe_pass(self.tier.bytes_read - read, self.tier.waited - waited, seconds)
+                self.manager.observe_pass()
         if self.recorder is not None:
             self.record(self.recorder, phase, sequences, tokens, samples)
         if end:

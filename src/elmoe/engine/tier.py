@@ -51,7 +51,7 @@ class ExpertTier:
         self._residency = Residency(*shape, parameters)
         self._statistics = Statistics()
         self._timeline: Timeline | None = None
-        self._sure: list[int] = []
+        self._sure = np.zeros(0, np.int64)
         self._sure_routing: list[NDArray[np.int32]] = []
         self.resident = ResidentSet.empty(*shape)
         self.allowed = np.zeros(shape, np.uint8)
@@ -109,7 +109,7 @@ class ExpertTier:
 
     def begin_step(self, sure: list[int]) -> None:
         """A target pass begins; the token rows ``sure`` stay whatever is accepted."""
-        self._sure, self._sure_routing = sure, []
+        self._sure, self._sure_routing = np.array(sure, np.int64), []
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterator[Stretch]:
         """The experts of a layer in ascending stretches as they become readable; what a stretch needed may go after it."""
@@ -121,16 +121,24 @@ class ExpertTier:
         """Remember which experts a layer used."""
         used = experts.ravel()
         if draft and not self.allowed[row, used].all():
-            self._statistics.draft_slow_reads += 1
-            raise NumericsError("a draft asked for an expert that is not resident")
+            self._outside()
         self._active[row, used] = True
         if not draft and self.learns:
             self._sure_routing.append(experts[self._sure])
 
     def note(self, ranked: NDArray[np.int32], experts: NDArray[np.int32], draft: bool) -> None:
         """See ``ExpertSource``."""
-        for row, used in enumerate(experts):
-            self._note(row, used, draft)
+        layers = np.arange(len(experts))[:, None]
+        used = experts.reshape(len(experts), -1)
+        if draft and not self.allowed[layers, used].all():
+            self._outside()
+        self._active[layers, used] = True
+        if not draft and self.learns:
+            self._sure_routing.extend(experts[:, self._sure])
+
+    def _outside(self) -> None:
+        self._statistics.draft_slow_reads += 1
+        raise NumericsError("a draft asked for an expert that is not resident")
 
     def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
         """Account the step's active experts; after a target step also refill and learn.

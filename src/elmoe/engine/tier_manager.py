@@ -22,8 +22,6 @@ PLANNING = 0.01
 """Share of the time that planning may take: where steps take milliseconds, not each plans and is learned from."""
 SETTLED_TOKENS = 50
 """Tokens counted (with their decay) from which on the popularity of experts, and what a step reads by it, can be told."""
-WAITING = 0.3
-"""Share of a pass spent waiting from which on reads are taken to have been in flight all the time."""
 
 
 class TierManager:
@@ -36,6 +34,7 @@ class TierManager:
         self._options, self._sizes, self._budget = options, sizes, budget
         self._tier, self._controller, self._page_bytes = tier, controller, page_bytes
         self.planner = planner
+        self._read = tier.bytes_read, tier.reading_seconds
         self.point: OperatingPoint | None = None
         self._kv, self._sequences, self._plan_again, self._unobserved = -1, 0, 0.0, 0
         self._use = np.full(sizes.experts, sizes.top_k / sizes.experts)
@@ -76,10 +75,12 @@ class TierManager:
         self._plan_again = perf_counter() + (perf_counter() - began) / PLANNING
         return self.point.draft_length
 
-    def observe_pass(self, read_bytes: int, waited: float, seconds: float) -> None:
-        """Learn from a target pass that spent ``waited`` of its seconds waiting for reads."""
-        if waited > WAITING * seconds:
-            self.planner.observe_reads(read_bytes, seconds)
+    def observe_pass(self) -> None:
+        """A target pass ended: learn from what was read since the last one that read as much as an expert."""
+        read, seconds = self._tier.bytes_read - self._read[0], self._tier.reading_seconds - self._read[1]
+        if read >= max(self._sizes.msb) + max(self._sizes.lsb):
+            self.planner.observe_reads(read, seconds)
+            self._read = self._tier.bytes_read, self._tier.reading_seconds
 
     def observe(self, sequences: int, drafted: int, accepted: int, judged: int, slow_bytes: int, seconds: float) -> None:
         """Learn from a decode step: tokens drafted in all, those accepted of those judged, bytes that were not resident, and

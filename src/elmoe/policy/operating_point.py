@@ -213,7 +213,7 @@ class Planner:
         idle.forget(ran, steps)
 
     def observe_reads(self, read_bytes: int, seconds: float) -> None:
-        """Learn the slow tier's bandwidth from a span in which reads were always in flight."""
+        """Learn the slow tier's bandwidth from bytes and the seconds in which some read was in flight."""
         rate = read_bytes / seconds
         self._bandwidth = rate if self._bandwidth is None else MEMORY * self._bandwidth + (1 - MEMORY) * rate
 

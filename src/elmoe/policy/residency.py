@@ -149,9 +149,8 @@ class Residency:
         if policy in ("lfu", "static"):
             return updated_hotness(counts, routed, 1.0), recent
         layers, experts = counts.shape
-        used = updated_hotness(np.zeros_like(counts), routed, 1.0) > 0
         if policy == "lru":
-            return np.where(used, float(step), counts), recent
+            return np.where(_uses(counts.shape, routed) > 0, float(step), counts), recent
         # random: a fixed value per expert and step, the same whenever it is asked for
         noise = np.random.Generator(np.random.PCG64([step])).random((len(self._counts), experts))[rows]
         return noise.reshape(layers, experts), recent
