@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from statistics import median
+from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine, Mode
@@ -16,14 +18,33 @@ from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.replay import Replay
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
+from elmoe.kernels import ExpertFeed
 
 
 class TimedBackend(ObservedBackend):
-    """A backend that adds up the seconds spent inside its calls."""
+    """A backend that adds up the seconds spent inside its calls, but for waits and decisions of an enforced tier."""
 
     def __init__(self, backend: ModuleType | SimpleNamespace) -> None:
         self.seconds = 0.0
         super().__init__(backend, self._add, fused=True)
+        if hasattr(self, "forward"):
+            self._all, self.forward = self.forward, self._forward
+
+    def _forward(self, *arguments: Any, feed: ExpertFeed | None = None) -> Any:
+        if feed is None:
+            return self._all(*arguments)
+        slices, decide = feed
+        before, deciding = slices.waited, 0.0
+
+        def timed(layer: int, experts: NDArray[np.int32]) -> None:
+            nonlocal deciding
+            began = perf_counter()
+            decide(layer, experts)
+            deciding += perf_counter() - began
+
+        result = self._all(*arguments, feed=(slices, timed))
+        self.seconds -= deciding + slices.waited - before
+        return result
 
     def _add(self, name: str, began: float, ended: float) -> None:
         self.seconds += ended - began

@@ -28,9 +28,9 @@ class ObservedBackend(SimpleNamespace):
 
 
 def _observed(name: str, function: Callable[..., Any], report: Callable[[str, float, float], None]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         began = perf_counter()
-        result = function(*arguments)
+        result = function(*arguments, **named)
         report(name, began, perf_counter())
         return result
 
