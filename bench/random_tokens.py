@@ -34,9 +34,9 @@ class RandomTokens(SimpleNamespace):
         self.routed.append(routing.experts[None])
         return routing
 
-    def forward(self, *arguments: Any) -> Any:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
         """Compute layers for real, and count."""
-        facts = self._backend.forward(*arguments)
+        facts = self._backend.forward(*arguments, **named)
         self.routed.append(facts[2])
         return facts
 
