@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 import pytest
@@ -69,7 +69,12 @@ def test_the_throttle_is_one_device_for_all_threads(file):
     began = perf_counter()
     _, tickets = read_all(pool, handle, list(range(16)))
     pool.wait(tickets)
-    assert perf_counter() - began > 0.19
+    elapsed = perf_counter() - began
+    assert elapsed > 0.19
+    busy = pool.busy_seconds()
+    assert 0.19 < busy <= elapsed + 0.01
+    sleep(0.02)
+    assert pool.busy_seconds() == busy  # nothing is in flight
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENODATA])

@@ -160,6 +160,14 @@ class DirectTier(ExpertTier):
         return self._residency.popularity
 
     @property
+    def filled(self) -> float:
+        """Share of the slots of the kind with more of them free that residents take."""
+        if self._slots is None:
+            return 1.0
+        kinds = ((self._slots.msb, self.resident.msb), (self._slots.lsb, self.resident.lsb))
+        return min(float(resident.sum()) / max(1, sum(slots)) for slots, resident in kinds if any(slots))
+
+    @property
     def bytes_read(self) -> int:
         """See ``ExpertTier.bytes_read``."""
         return self._pool.bytes_read()

@@ -378,10 +378,12 @@ class _Run:
         counters.waited_seconds += self.tier.waited - waited
         if phase == "draft":
             self.controller.draft_cost.observe(len(sequences), seconds)
-        elif phase != "prefill" or self.manager is not None:
-            self.controller.verify_cost.observe(len(sequences), seconds - (self.tier.waited - waited))
+        else:
+            computing = seconds - (self.tier.waited - waited)
+            if phase != "prefill":
+                self.controller.verify_cost.observe(len(sequences), computing)
             if self.manager is not None:
-                self.manager.observe_pass()
+                self.manager.observe_pass(phase, len(sequences), computing)
         if self.recorder is not None:
             self.record(self.recorder, phase, sequences, tokens, samples)
         if end:

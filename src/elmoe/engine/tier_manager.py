@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from elmoe.engine.direct_tier import DirectTier
+from elmoe.engine.statistics import Phase
 from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
 from elmoe.policy.draft_length import DraftLengthController
 from elmoe.policy.operating_point import DRAFT_LENGTHS, OperatingPoint, Planner, popularity
@@ -16,6 +17,8 @@ from elmoe.policy.operating_point import DRAFT_LENGTHS, OperatingPoint, Planner,
 if TYPE_CHECKING:
     from elmoe.engine.engine import EngineOptions
 
+SETTLED_SLOTS = 0.95
+"""Share of slots in use from which on a step's bytes tell of its mode, and not of slices just changed."""
 ASSUMED_MEMORY_BANDWIDTH = 15e9
 """Bytes per second of memory, assumed for the cost of passes until some were measured."""
 PLANNING = 0.01
@@ -75,11 +78,14 @@ class TierManager:
         self._plan_again = perf_counter() + (perf_counter() - began) / PLANNING
         return self.point.draft_length
 
-    def observe_pass(self) -> None:
-        """A target pass ended: learn from what was read since the last one that read as much as an expert."""
-        read, seconds = self._tier.bytes_read - self._read[0], self._tier.reading_seconds - self._read[1]
+    def observe_pass(self, phase: Phase, tokens: int, seconds: float) -> None:
+        """Learn from a target pass: its seconds but for waiting, and what was read since the last that read as much as an
+        expert."""
+        self.planner.pass_cost.observe(tokens, self._memory_seconds(tokens), seconds)
+        read, reading = self._tier.bytes_read - self._read[0], self._tier.reading_seconds - self._read[1]
         if read >= max(self._sizes.msb) + max(self._sizes.lsb):
-            self.planner.observe_reads(read, seconds)
+            drafted = None if phase == "prefill" else phase == "verify"
+            self.planner.observe_reads(drafted, read, reading)
             self._read = self._tier.bytes_read, self._tier.reading_seconds
 
     def observe(self, sequences: int, drafted: int, accepted: int, judged: int, slow_bytes: int, seconds: float) -> None:
@@ -96,7 +102,8 @@ class TierManager:
             ran, slow_bytes, sequences, self._capacity, self._draft_seconds, self._compute_seconds
         )
         counted = self._tier.popularity.sum() / (len(self._sizes.msb) * self._sizes.top_k)
-        bytes_of = (slow_bytes, expected) if counted >= SETTLED_TOKENS else None
+        settled = counted >= SETTLED_TOKENS and self._tier.filled >= SETTLED_SLOTS
+        bytes_of = (slow_bytes, expected) if settled else None
         steps = 1 if drafted else self._unobserved  # only plain steps go unobserved
         self.planner.observe(drafted > 0, bytes_of, (seconds, modelled), steps)
         self._unobserved = 0
@@ -110,15 +117,15 @@ class TierManager:
         cost = self._controller.draft_cost
         if cost.known:
             return min(cost.seconds(sequences), self._compute_seconds(sequences))
-        return self._assumed_seconds(sequences, max(self._sizes.msb))
+        return self._memory_seconds(sequences, draft=True)
 
     def _compute_seconds(self, tokens: float) -> float:
         """Seconds of a target pass but for waiting."""
-        cost = self._controller.verify_cost
-        both = max(self._sizes.msb) + max(self._sizes.lsb)
-        return cost.seconds(tokens) if cost.known else self._assumed_seconds(tokens, both)
+        return self.planner.pass_cost.seconds(tokens, self._memory_seconds(tokens))
 
-    def _assumed_seconds(self, tokens: float, slice_bytes: int) -> float:
+    def _memory_seconds(self, tokens: float, draft: bool = False) -> float:
+        """Seconds of reading what a pass touches from memory, at an assumed bandwidth."""
+        slice_bytes = max(self._sizes.msb) + (0 if draft else max(self._sizes.lsb))
         touched = float((1 - (1 - self._use) ** tokens).sum()) * len(self._sizes.msb)
         return (self._sizes.dense + touched * slice_bytes) / ASSUMED_MEMORY_BANDWIDTH
 
@@ -128,5 +135,6 @@ class TierManager:
         if self.point is None:
             return compute
         return max(
-            compute, self.planner.slow_bytes(self._use, tokens, self.point.msb, self.point.lsb) / self.planner.bandwidth
+            compute,
+            self.planner.slow_bytes(self._use, tokens, self.point.msb, self.point.lsb) / self.planner.bandwidth_of(True),
         )

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.policy.budget import FastTierSizes
+from elmoe.policy.pass_cost import PassCost
 
 DRAFT_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)
 SWITCH_GAIN = 1.1
 """Other slices must promise this much more: changing them costs reads."""
-DRAFT_GAIN = 1.04
+DRAFT_GAIN = 1.08
 """Drafting must promise this much more than plain decoding, whose model errs less."""
 CURIOSITY = 1.5
 """How much more drafting is taken to promise until its bytes were measured: tokens are modelled as independent, but those of
@@ -131,14 +132,20 @@ class Planner:
     def __init__(self, shape: TierShape) -> None:
         self.shape = shape
         self.acceptance = AcceptanceCurve()
-        self._bandwidth: float | None = None
+        self.pass_cost = PassCost()
+        self._bandwidths: dict[bool | None, float] = {}
         self.corrections = {False: ModeCorrection(), True: ModeCorrection()}
         self.point: OperatingPoint | None = None
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second of the slow tier, assumed until some were read."""
-        return ASSUMED_BANDWIDTH if self._bandwidth is None else self._bandwidth
+        """Bytes per second of the slow tier in the mode that reads it faster, assumed until some were read."""
+        return max(self._bandwidths.values(), default=ASSUMED_BANDWIDTH)
+
+    def bandwidth_of(self, drafts: bool) -> float:
+        """Bytes per second that a mode's reads get; until it ran, the other's, then those of prompts."""
+        known = (self._bandwidths[mode] for mode in (drafts, not drafts, None) if mode in self._bandwidths)
+        return next(known, ASSUMED_BANDWIDTH)
 
     def correction(self, drafts: bool) -> tuple[float, float]:
         """(bytes, seconds) factors of a mode; until it ran, the other mode's bytes and no correction of seconds."""
@@ -157,7 +164,8 @@ class Planner:
         drafting = point.draft_length * draft(sequences) if point.draft_length else 0.0
         kept = self.shape.layers * (point.msb * self.shape.msb + point.lsb * self.shape.lsb)
         compute = target(sequences * (1 + point.draft_length))
-        return float(self._step_seconds(np.array(drafting), np.array(compute), np.array(needed), np.array(capacity - kept)))
+        bandwidth = self.bandwidth_of(point.draft_length > 0)
+        return float(_step_seconds(*map(np.array, (drafting, compute, needed, capacity - kept, bandwidth))))
 
     def choose(
         self, use: NDArray[np.float64], sequences: int, capacity: int, staging: int, draft: Seconds, target: Seconds,
@@ -181,7 +189,8 @@ class Planner:
         drafting = length * (draft(sequences) if any(lengths) else 0.0)
         compute = np.array([[target(sequences * (1 + n))] for n in lengths])
         room = capacity - shape.layers * (msb * shape.msb + lsb * shape.lsb)
-        rate = tokens / (factors[:, 1:] * self._step_seconds(drafting, compute, needed, room))
+        bandwidth = np.where(length > 0, self.bandwidth_of(True), self.bandwidth_of(False))
+        rate = tokens / (factors[:, 1:] * _step_seconds(drafting, compute, needed, room, bandwidth))
         untried = self.corrections[True].slow_bytes is None and self.corrections[False].slow_bytes is not None
         promise = np.where(length > 0, rate * (CURIOSITY if untried else 1 / DRAFT_GAIN), rate)
         if self.point is not None:
@@ -189,17 +198,6 @@ class Planner:
         row, column = np.unravel_index(promise.argmax(), promise.shape)
         self.point = OperatingPoint(int(msb[column]), int(lsb[column]), lengths[row], float(rate[row, column]))
         return self.point
-
-    def _step_seconds(self, drafting: Values, compute: Values, needed: Values, room: Values) -> Values:
-        """Seconds of steps, from those of their drafts and of the target's kernels, the bytes they read and the bytes of
-        room beside the residents.
-
-        Drafting reads ahead as much as there is room for. A target pass hides its reads behind compute only within a layer,
-        hence the share of the shorter that is added to the longer.
-        """
-        ahead = np.minimum(np.minimum(np.maximum(room, 0), drafting * self.bandwidth), needed)
-        reading = (needed - ahead) / self.bandwidth
-        return drafting + np.maximum(compute, reading) + EXPOSED * np.minimum(compute, reading)
 
     def observe(self, drafted: bool, slow: tuple[float, float] | None, seconds: tuple[float, float], steps: int = 1) -> None:
         """Correct the model of a mode by a step's (measured, modelled) bytes and seconds.
@@ -212,10 +210,16 @@ class Planner:
         ran.observe(ratio, seconds[0] / seconds[1], idle.slow_bytes or 1.0)
         idle.forget(ran, steps)
 
-    def observe_reads(self, read_bytes: int, seconds: float) -> None:
-        """Learn the slow tier's bandwidth from bytes and the seconds in which some read was in flight."""
-        rate = read_bytes / seconds
-        self._bandwidth = rate if self._bandwidth is None else MEMORY * self._bandwidth + (1 - MEMORY) * rate
+    def observe_reads(self, drafted: bool | None, read_bytes: int, seconds: float) -> None:
+        """Learn a mode's bandwidth (None: of prompts) from bytes and the seconds in which some read was in flight.
+
+        The modes differ, because drafts leave little of the processor to the threads that read; a device that gets slower or
+        faster does so for both.
+        """
+        old = self._bandwidths.get(drafted, read_bytes / seconds)
+        new = self._bandwidths[drafted] = MEMORY * old + (1 - MEMORY) * read_bytes / seconds
+        if drafted is not None and (not drafted) in self._bandwidths:
+            self._bandwidths[not drafted] *= new / old
 
     def _splits(self, room: int) -> list[tuple[int, int]]:
         """(MSB, LSB) slices per layer in ``room`` bytes: from whole experts to all MSB slices, some with spare room."""
@@ -229,3 +233,15 @@ class Planner:
             lsb = min(msb, max(0, per_layer - msb * shape.msb) // shape.lsb)
             splits += [(msb, lsb)] if lsb == 0 else [(msb, lsb), (msb, lsb // 2), (msb, 0)]
         return splits
+
+
+def _step_seconds(drafting: Values, compute: Values, needed: Values, room: Values, bandwidth: Values) -> Values:
+    """Seconds of steps, from those of their drafts and of the target's kernels, the bytes they read, the bytes of room
+    beside the residents, and bytes per second.
+
+    Drafting reads ahead as much as there is room for. A target pass hides its reads behind compute only within a layer,
+    hence the share of the shorter that is added to the longer.
+    """
+    ahead = np.minimum(np.minimum(np.maximum(room, 0), drafting * bandwidth), needed)
+    reading = (needed - ahead) / bandwidth
+    return drafting + np.maximum(compute, reading) + EXPOSED * np.minimum(compute, reading)
