@@ -18,7 +18,7 @@ from elmoe.policy.pass_cost import PassCost
 DRAFT_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)
 SWITCH_GAIN = 1.1
 """Other slices must promise this much more: changing them costs reads."""
-DRAFT_GAIN = 1.08
+DRAFT_GAIN = 1.06
 """Drafting must promise this much more than plain decoding, whose model errs less."""
 CURIOSITY = 1.5
 """How much more drafting is taken to promise until its bytes were measured: tokens are modelled as independent, but those of
