@@ -219,8 +219,8 @@ def compare(
                 ]
                 for system in systems[1:]:
                     system.warm_up(tokens["warm_up"][batch])
-                for _ in range(rounds):
-                    for system in systems:
+                for turn in range(rounds):
+                    for system in systems[:: -1 if turn % 2 else 1]:
                         system.run()
                         bar(sum(len(row["runs"]) for row in rows) + sum(len(s.runs) for s in systems))
                 ideal: dict[str, float] = {}
