@@ -165,7 +165,7 @@ class DirectTier(ExpertTier):
         if self._slots is None:
             return 1.0
         kinds = ((self._slots.msb, self.resident.msb), (self._slots.lsb, self.resident.lsb))
-        return min(float(resident.sum()) / max(1, sum(slots)) for slots, resident in kinds if any(slots))
+        return min((float(resident.sum()) / sum(slots) for slots, resident in kinds if any(slots)), default=1.0)
 
     @property
     def bytes_read(self) -> int:
