@@ -304,10 +304,12 @@ def forward(
     ranked = np.empty((*shape, router.ranks), np.int32)
     scores = np.empty((*shape, router.ranks), np.float32)
     experts, weights = np.empty((*shape, size), np.int32), np.empty((*shape, size), np.float32)
-    slices = decide = None
-    if feed is not None:
-        slices, choose = feed
-        decide = lambda layer: choose(layer, experts[layer])  # noqa: E731
+    slices, begin = (None, None) if feed is None else feed
+
+    def decide(layer: int) -> None:
+        if begin is not None:
+            begin(layer, experts[layer])
+
     try:
         _native.forward(
             _handle(stack, _stack), x, _handle(cache, _cache), stack.first, slots, positions, cosine, sine, allowed, rescale,
