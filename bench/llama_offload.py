@@ -130,9 +130,10 @@ def limits(memory: int, model: Path, bandwidth: float | None) -> Iterator[Callab
 
 
 def evict(path: Path) -> None:
-    """Drop a file's pages, or they stay charged to whoever read it before."""
+    """Drop a file's pages: they stay charged to whoever read it before, and as small as they were read or written."""
     handle = os.open(path, os.O_RDONLY)
     try:
+        os.fsync(handle)  # what is not on disk yet would stay
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)

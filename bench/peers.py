@@ -25,6 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.llama_offload import evict
 from bench.lockstep import lockstep_rates
 from bench.machine_load import observed, wait_for_calm
 from bench.offload import recorded_traces, same, steady_rate, synthetic_store
@@ -36,7 +37,7 @@ from elmoe.cli.common import number, print_table, progress_bar
 from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.replay import Replay
-from elmoe.store import MemoryReader, open_store
+from elmoe.store import MemoryReader, open_store, resolve_store
 from elmoe.trace import read_trace, replay_facts
 
 BATCHES = (1, 4, 8, 16)
@@ -260,11 +261,19 @@ def against_transformers(bench: Bench, reader: MemoryReader, file: Path) -> Iter
 
 
 def exported(store: str, file: Path) -> MemoryReader:
-    """The store, and its GGUF beside it, made once. GGUF's qwen3moe rescales the chosen experts' weights: so do we here."""
+    """The store, and its GGUF beside it, made once; both will be read from disk anew, each the way its reader does."""
+    if not file.exists():
+        with opened(store) as reader:
+            export_store(reader, file)
+    for path in [*resolve_store(store).iterdir(), file]:
+        evict(path)
+    return opened(store)
+
+
+def opened(store: str) -> MemoryReader:
+    """The store, its chosen experts' weights rescaled as GGUF's qwen3moe does."""
     reader = open_store(store)
     reader.schema = msgspec.structs.replace(reader.schema, normalize_top_k=True)
-    if not file.exists():
-        export_store(reader, file)
     return reader
 
 

@@ -104,7 +104,7 @@ class DirectTier(ExpertTier):
         fails, with the file, the expert and the reason."""
         row, experts = self._rows[layer], routing.experts
         if draft:
-            self._note(row, experts, draft)
+            self._note(row, experts[None], draft)
             self._foresee(row, routing.ranked[None])
             yield Stretch(experts, self._addresses[row], whole=True)
             return
@@ -127,7 +127,7 @@ class DirectTier(ExpertTier):
 
     def _begin(self, row: int, experts: NDArray[np.int32]) -> None:
         """A layer of a target pass is routed: demand what it needs, decide what stays."""
-        self._note(row, experts, draft=False)
+        self._note(row, experts[None], draft=False)
         active = np.flatnonzero(self._active[row]).astype(np.int32)
         self._slices.begin(row, active)
         self._choose_residents(row, active)

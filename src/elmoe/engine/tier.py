@@ -114,31 +114,23 @@ class ExpertTier:
     def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterator[Stretch]:
         """The experts of a layer in ascending stretches as they become readable; what a stretch needed may go after it."""
         row, experts = self._rows[layer], routing.experts
-        self._note(row, experts, draft)
+        self._note(row, experts[None], draft)
         yield Stretch(experts, self._addresses[row], whole=True)
-
-    def _note(self, row: int, experts: NDArray[np.int32], draft: bool) -> None:
-        """Remember which experts a layer used."""
-        used = experts.ravel()
-        if draft and not self.allowed[row, used].all():
-            self._outside()
-        self._active[row, used] = True
-        if not draft and self.learns:
-            self._sure_routing.append(experts[self._sure])
 
     def note(self, ranked: NDArray[np.int32], experts: NDArray[np.int32], draft: bool) -> None:
         """See ``ExpertSource``."""
-        layers = np.arange(len(experts))[:, None]
+        self._note(0, experts, draft)
+
+    def _note(self, row: int, experts: NDArray[np.int32], draft: bool) -> None:
+        """Remember which experts the layers from ``row`` on used, (layers, tokens, k)."""
+        layers = np.arange(row, row + len(experts))[:, None]
         used = experts.reshape(len(experts), -1)
         if draft and not self.allowed[layers, used].all():
-            self._outside()
+            self._statistics.draft_slow_reads += 1
+            raise NumericsError("a draft asked for an expert that is not resident")
         self._active[layers, used] = True
         if not draft and self.learns:
             self._sure_routing.extend(experts[:, self._sure])
-
-    def _outside(self) -> None:
-        self._statistics.draft_slow_reads += 1
-        raise NumericsError("a draft asked for an expert that is not resident")
 
     def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
         """Account the step's active experts; after a target step also refill and learn.

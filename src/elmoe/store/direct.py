@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,9 @@ class DirectReader(MemoryReader):
 
 def _read(handle: int, name: str, size: int) -> NDArray[np.uint8]:
     """The first ``size`` bytes of a file in page-aligned memory of its own."""
-    memory = mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(memory)
     done = 0
     while done < size:

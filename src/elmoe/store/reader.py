@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -124,6 +125,8 @@ class MemoryReader:
                 if found != size or size < PAGE:
                     raise StoreError(f"'{name}' has {found} bytes, the manifest says {size}", "truncated: copy it anew")
                 view = mmap.mmap(handle.fileno(), size, prot=mmap.PROT_READ)
+            with suppress(OSError):  # pages of 2 MB, where the file system has them
+                view.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
             raise StoreError(f"'{name}' cannot be opened: {error.strerror}") from error
         check_header(view[:PAGE], name, role, layer)
