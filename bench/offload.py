@@ -46,10 +46,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "naive": {"mode": "plain"},
     "lru": {"mode": "cache", "split": "whole_experts", "residency": ResidencyParameters("lru")},
     "elastic": {"mode": "elastic"},
-    # The automatic mode's fixed rivals, for --systems
     "cache": {"mode": "cache"},
     **{f"elastic-{length}": {"mode": "elastic", "draft_length": length} for length in (1, 2, 4, 8)},
 }
+FIXED = [name for name in SYSTEMS if name not in ("naive", "lru", "elastic")]
+"""The automatic mode's rivals, for --systems."""
 SHARES = (25, 37, 50, 62, 75, 87, 100)
 """Percent of experts resident while the replayed traces were recorded."""
 TOKENS = {
@@ -63,6 +64,7 @@ TOKENS = {
 have few sequences all systems that cache run equally long."""
 IDEALS = ("clairvoyant", "policy")
 """Ceilings, see bench/ceilings.py."""
+ALL_BATCHES = "1,2,4,8,16"
 SEQUENCES, TRACE_TOKENS, PROMPT_TOKENS = 16, 160, 64
 
 
@@ -251,6 +253,7 @@ def finished_row(
         "identical": all(same(outcome, reference) for outcome in system.outcomes),
         "over_naive": system.over(systems[0]),
         "over_lru": None if lru is system else system.over(lru),
+        "over": {other.name: system.over(other) for other in systems},
         "resident_tokens_per_second": ceiling,
         "byte_ceiling_tokens_per_second": byte_ceiling,
     }
@@ -275,7 +278,7 @@ def means(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
     return result
 
 
-def demo_model(repeats: int) -> dict[str, Any]:
+def demo_model(repeats: int, batches: list[int], names: list[str]) -> dict[str, Any]:
     """The demo model with real routing and acceptance; reading one batch-1 step's expert bytes takes 16 times that step.
 
     Small batches run as many rounds as there are sequences for: those differ by more than what is compared.
@@ -319,10 +322,10 @@ def demo_model(repeats: int) -> dict[str, Any]:
             return engine, requests, outcome
 
         rows = compare(
-            [0.25, 0.5], {batch: max(repeats, SEQUENCES // batch) for batch in (1, 2, 4, 8, 16)}, make,
+            [0.25, 0.5], {batch: max(repeats, SEQUENCES // batch) for batch in batches}, make,
             lambda options: make(options, memory),
-            {name: dict.fromkeys(TOKENS["naive"], n) for name, n in (("naive", 32), ("elastic", 96), ("warm_up", 48))},
-            bandwidth, 0.0, ["lru", "elastic"],
+            {name: dict.fromkeys(batches, n) for name, n in (("naive", 32), ("elastic", 96), ("warm_up", 48))},
+            bandwidth, 0.0, names,
         )  # fmt: skip
     return summary(rows) | {"slow_bandwidth": bandwidth, "resident_step_seconds": step, "throttled": True, "replayed": False}
 
@@ -335,10 +338,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "mean_over_lru": means(rows, "over_lru"),
         **{f"mean_{ideal}_over_naive": means(rows, f"{ideal}_over_naive") for ideal in IDEALS},
         "mean_over_llamacpp": means(rows, "over_llamacpp") or None,
+        "least_over_fixed": min((ratio for row in rows if row["system"] == "elastic" for name, ratio in row["over"].items()
+                                 if name in FIXED), default=None),
         "resident_over_naive": sum(resident) / len(resident),
         "identical": all(row["identical"] for row in rows if row["identical"] is not None),
         "rows": rows,
-    }
+    }  # fmt: skip
 
 
 def show(data: dict[str, Any], title: str) -> None:
@@ -364,6 +369,7 @@ def show(data: dict[str, Any], title: str) -> None:
         *(f"mean_{ideal}_over_naive" for ideal in IDEALS),
         "mean_over_lru",
         "mean_over_llamacpp",
+        "least_over_fixed",
         "resident_over_naive",
         "identical",
     ):
@@ -379,7 +385,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 layers, one budget, batch 1, 4, 16")
     parser.add_argument("--demo", action="store_true", help="the demo model, throttled")
     parser.add_argument("--budgets", default="2GiB,3GiB,4GiB")
-    parser.add_argument("--batch", default="1,2,4,8,16")
+    parser.add_argument("--batch", default=ALL_BATCHES)
     parser.add_argument("--systems", default="lru,elastic", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--llamacpp", type=Path, default=Path("build/peers/bin"), help="folder of `make peers`")
@@ -388,12 +394,13 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     kernels.set_threads(2)
+    batches, names = [int(batch) for batch in arguments.batch.split(",")], arguments.systems.split(",")
     if arguments.demo:
-        data = demo_model(arguments.repeats)
+        data = demo_model(arguments.repeats, batches, names)
         title = "demo model, real routing, slow tier throttled"
     else:
         layers = 4 if arguments.quick else 16
-        batches = [1, 4, 16] if arguments.quick else [int(batch) for batch in arguments.batch.split(",")]
+        batches = [1, 4, 16] if arguments.quick and arguments.batch == ALL_BATCHES else batches
         budgets: list[int | float] = [parse_bytes(b) for b in arguments.budgets.split(",")]
         if arguments.quick:
             budgets = [parse_bytes("1340MiB")]  # half of the expert bytes of 4 layers beside dense, KV and staging
@@ -403,7 +410,7 @@ def main() -> None:
         make, resident = replayed(store, facts)
         rows = compare(
             budgets, dict.fromkeys(batches, arguments.repeats), make, resident, TOKENS,
-            arguments.slow_bandwidth, disk, arguments.systems.split(","), arguments.folder / "partial.json",
+            arguments.slow_bandwidth, disk, names, arguments.folder / "partial.json",
             partial(ceilings_of, facts), memory,
         )  # fmt: skip
         reason = llama_offload.add_rows(

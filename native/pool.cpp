@@ -1,5 +1,7 @@
 #include "pool.hpp"
 
+#include <stdexcept>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -7,7 +9,8 @@
 namespace elmoe {
 
 namespace {
-constexpr uint64_t kField = (1u << 24) - 1;  // tasks and next have 24 bits each, the generation 16
+constexpr int kBits = 21;  // of each of the word's three counts
+constexpr uint64_t kField = (1u << kBits) - 1;
 constexpr int kSpins = 20000;                // some 200-400 us: longer than the serial stretches of a decode step
 
 void relax() {
@@ -42,12 +45,15 @@ void Pool::set_threads(int threads) {
 }
 
 bool Pool::claim(int thread) {
+    auto field = [](uint64_t word, int index) { return word >> (index * kBits) & kField; };
+    auto left = [&](uint64_t word) { return field(word, 0) + field(word, 1) < field(word, 2); };
     uint64_t word = word_.load(std::memory_order_acquire);
-    if ((word & kField) >= ((word >> 24) & kField)) return false;
-    word = word_.fetch_add(1, std::memory_order_acq_rel);
-    const uint64_t next = word & kField;
-    if (next >= ((word >> 24) & kField)) return false;
-    function_(context_, static_cast<int>(next), thread);
+    if (!left(word)) return false;
+    const int end = thread % 2;
+    word = word_.fetch_add(uint64_t{1} << (end * kBits), std::memory_order_acq_rel);
+    if (!left(word)) return false;
+    const uint64_t taken = field(word, end);
+    function_(context_, static_cast<int>(end ? field(word, 2) - 1 - taken : taken), thread);
     done_.fetch_add(1, std::memory_order_acq_rel);
     return true;
 }
@@ -57,11 +63,11 @@ void Pool::run(int tasks, Function function, const void* context) {
         for (int task = 0; task < tasks; ++task) function(context, task, 0);
         return;
     }
+    if (static_cast<uint64_t>(tasks) > kField) throw std::length_error("too many tasks for one parallel region");
     function_ = function;
     context_ = context;
     done_.store(0, std::memory_order_relaxed);
-    const uint64_t generation = (word_.load(std::memory_order_relaxed) >> 48) + 1;
-    word_.store(generation << 48 | static_cast<uint64_t>(tasks) << 24, std::memory_order_seq_cst);
+    word_.store(static_cast<uint64_t>(tasks) << (2 * kBits), std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
         ++wake_;
         wake_.notify_all();

@@ -4,8 +4,9 @@
 // claimed a task: a worker whose core was taken by another process delays nothing but the task in its hands. Workers spin
 // briefly after a job and then sleep on a futex.
 //
-// The word holds (generation, tasks, next): a claim is valid or not by the word it was taken from alone, and a valid claim
-// keeps its job's parameters alive, because the caller leaves only when all tasks are done.
+// The word holds (tasks, taken from the end, taken from the start): a claim is valid or not by the word it was taken from alone,
+// and a valid claim keeps its job's parameters alive, because the caller leaves only when all tasks are done. Every other thread
+// takes from the end, so that in step after step a thread reads much the same weights: those of small models lie in its cache.
 #pragma once
 
 #include <atomic>

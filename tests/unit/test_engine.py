@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from elmoe import bitslice
+from elmoe import bitslice, kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.kv import KVPool
@@ -98,6 +98,19 @@ def test_counters_agree_with_the_trace(tmp_path):
     layout = READER.expert_layout(0)
     assert counters.fast_bytes + counters.slow_bytes == active * (layout.msb_bytes + layout.lsb_bytes)
     assert counters.slow_bytes == counters.msb_misses * layout.msb_bytes + counters.lsb_misses * layout.lsb_bytes
+
+
+@pytest.mark.parametrize("options", [replace(PLAIN, batch=2), EngineOptions(draft_length=2, batch=3)], ids=str)
+def test_passes_accounted_together_count_as_one_by_one(options, monkeypatch):
+    """All layers in one call leave their accounts for later; layer by layer, each pass is accounted at its end."""
+    monkeypatch.setattr("elmoe.engine.tier.ACCOUNTED_TOGETHER", 3)
+    later, at_once = (
+        Engine(READER, backend, options).generate(requests())[1].as_dict()["phases"] for backend in (kernels, bitslice)
+    )
+    for phase in later:
+        for key in ("seconds", "waited_seconds"):
+            del later[phase][key], at_once[phase][key]
+    assert later == at_once and later["prefill"]["msb_hits"] + later["prefill"]["msb_misses"] > 0
 
 
 def test_stop_conditions():

@@ -247,13 +247,12 @@ class _Run:
         )
         self.draft(limit if self.tier.can_draft else 0)
         drafted = sum(len(sequence.draft) for sequence in self.running)
-        before = self.statistics.accepted, self.statistics.rejected, self.statistics.target_slow_bytes
+        before = (0, 0, 0) if self.manager is None else self.statistics.judged
         committed = self.verify("verify" if drafted else "plain")
         seconds = perf_counter() - began
         self.controller.observe(drafted > 0, len(self.running), committed, seconds)
         if self.manager is not None:
-            accepted, rejected = self.statistics.accepted - before[0], self.statistics.rejected - before[1]
-            slow_bytes = self.statistics.target_slow_bytes - before[2]
+            accepted, rejected, slow_bytes = (now - then for now, then in zip(self.statistics.judged, before, strict=True))
             self.manager.observe(len(self.running), drafted, accepted, accepted + rejected, slow_bytes, seconds)
         self.step_index += 1
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 Phase = str
 """``prefill``, ``plain``, ``draft`` or ``verify``."""
 PHASES = ("prefill", "plain", "draft", "verify")
+
+
+class SliceCounters:
+    """Of one kind of slice, by layer: how many of active experts were resident, how many were not, and bytes of one."""
+
+    def __init__(self, sizes: NDArray[np.int64]) -> None:
+        self.sizes = sizes
+        self.hits, self.misses = np.zeros_like(sizes), np.zeros_like(sizes)
 
 
 @dataclass
@@ -19,21 +29,45 @@ class PhaseCounters:
     tokens: int = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0
-    fast_bytes: int = 0
-    slow_bytes: int = 0
-    msb_hits: int = 0
-    msb_misses: int = 0
-    lsb_hits: int = 0
-    lsb_misses: int = 0
-    layer_hits: dict[str, Any] = field(default_factory=dict)
-    layer_misses: dict[str, Any] = field(default_factory=dict)
+    slices: dict[str, SliceCounters] = field(default_factory=dict)
+
+    def count(self, name: str, hits: NDArray[np.int64], misses: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
+        """Add a step's hits and misses of the slices ``name``, ``msb`` or ``lsb``, by layer. Hot: what can wait is summed
+        when it is asked for."""
+        if name not in self.slices:
+            self.slices[name] = SliceCounters(sizes)
+        counters = self.slices[name]
+        counters.hits += hits
+        counters.misses += misses
+
+    msb_hits = property(lambda self: self._sum("msb", "hits"))
+    msb_misses = property(lambda self: self._sum("msb", "misses"))
+    lsb_hits = property(lambda self: self._sum("lsb", "hits"))
+    lsb_misses = property(lambda self: self._sum("lsb", "misses"))
+
+    def _sum(self, name: str, kind: str) -> int:
+        return int(getattr(self.slices[name], kind).sum()) if name in self.slices else 0
+
+    @property
+    def fast_bytes(self) -> int:
+        """Bytes of hits."""
+        return sum(int(counters.hits @ counters.sizes) for counters in self.slices.values())
+
+    @property
+    def slow_bytes(self) -> int:
+        """Bytes of misses."""
+        return sum(int(counters.misses @ counters.sizes) for counters in self.slices.values())
 
     def as_dict(self) -> dict[str, object]:
         """Plain numbers; hits and misses per layer as lists."""
-        values = vars(self).copy()
-        for key in ("layer_hits", "layer_misses"):
-            values[key] = {name: counts.tolist() for name, counts in values[key].items()}
-        return values
+        return {
+            "steps": self.steps, "tokens": self.tokens, "seconds": self.seconds, "waited_seconds": self.waited_seconds,
+            "fast_bytes": self.fast_bytes, "slow_bytes": self.slow_bytes,
+            "msb_hits": self.msb_hits, "msb_misses": self.msb_misses,
+            "lsb_hits": self.lsb_hits, "lsb_misses": self.lsb_misses,
+            "layer_hits": {name: counters.hits.tolist() for name, counters in self.slices.items()},
+            "layer_misses": {name: counters.misses.tolist() for name, counters in self.slices.items()},
+        }  # fmt: skip
 
 
 @dataclass
@@ -61,9 +95,9 @@ class Statistics:
         return sum(self.phases[phase].seconds for phase in PHASES if phase != "prefill")
 
     @property
-    def target_slow_bytes(self) -> int:
-        """Expert bytes that decoding's target passes did not find resident."""
-        return self.phases["plain"].slow_bytes + self.phases["verify"].slow_bytes
+    def judged(self) -> tuple[int, int, int]:
+        """Draft tokens accepted and rejected, and the expert bytes that decoding's target passes did not find resident."""
+        return self.accepted, self.rejected, self.phases["plain"].slow_bytes + self.phases["verify"].slow_bytes
 
     @property
     def acceptance_rate(self) -> float | None:

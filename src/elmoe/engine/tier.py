@@ -21,6 +21,10 @@ from elmoe.models.decoder import Stretch, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, trimmed
 
+ACCOUNTED_TOGETHER = 256
+"""Passes whose accounts wait where nothing depends on them. NumPy's code leaves the cache while weights go through it:
+counting each pass took a seventh of a small model's step."""
+
 
 class ExpertTier:
     """Residency and accounting; the decoder's source of experts. It lives as long as its engine, so a run finds warm what
@@ -46,6 +50,9 @@ class ExpertTier:
         shape = (len(layouts), schema.experts)
         self._addresses = self._address_tables(reader)
         self._active = np.zeros(shape, bool)
+        self._layer_column = np.arange(shape[0])[:, None]
+        self._routed: NDArray[np.int32] | None = None  # by all layers of the pass, where nothing learns of it
+        self._unaccounted: list[tuple[Phase, NDArray[np.int32]]] = []
         self._slots: SlotPlan | None = None
         self._parameters, self._everything = parameters, everything
         self._residency = Residency(*shape, parameters)
@@ -73,7 +80,8 @@ class ExpertTier:
         self._statistics, self._timeline = statistics, timeline
 
     def end_run(self) -> None:
-        """Nothing is in flight after this."""
+        """Nothing is in flight after this, and all steps are accounted."""
+        self._account_together()
 
     def replan(self, slots: SlotPlan | None, capacity: int) -> None:
         """Between steps: change how many slices may stay (None: none, plain decoding without a cache) and how many bytes
@@ -109,7 +117,8 @@ class ExpertTier:
 
     def begin_step(self, sure: list[int]) -> None:
         """A target pass begins; the token rows ``sure`` stay whatever is accepted."""
-        self._sure, self._sure_routing = np.array(sure, np.int64), []
+        if self.learns:
+            self._sure, self._sure_routing = np.array(sure, np.int64), []
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterator[Stretch]:
         """The experts of a layer in ascending stretches as they become readable; what a stretch needed may go after it."""
@@ -119,11 +128,14 @@ class ExpertTier:
 
     def note(self, ranked: NDArray[np.int32], experts: NDArray[np.int32], draft: bool) -> None:
         """See ``ExpertSource``."""
-        self._note(0, experts, draft)
+        if self.learns:
+            self._note(0, experts, draft)
+        else:
+            self._routed = experts
 
     def _note(self, row: int, experts: NDArray[np.int32], draft: bool) -> None:
         """Remember which experts the layers from ``row`` on used, (layers, tokens, k)."""
-        layers = np.arange(row, row + len(experts))[:, None]
+        layers = self._layer_column[row : row + len(experts)]
         used = experts.reshape(len(experts), -1)
         if draft and not self.allowed[layers, used].all():
             self._statistics.draft_slow_reads += 1
@@ -138,6 +150,12 @@ class ExpertTier:
         :param committed: (layers, tokens, k) routing of the tokens that stay, None after a draft step or where nothing
             ``learns`` of it.
         """
+        if self._routed is not None:
+            self._unaccounted.append((phase, self._routed))
+            self._routed = None
+            if len(self._unaccounted) == ACCOUNTED_TOGETHER:
+                self._account_together()
+            return
         self._account(phase, self.resident)
         if committed is not None and self._slots is not None and not self._everything:
             sure = np.stack(self._sure_routing)
@@ -147,21 +165,29 @@ class ExpertTier:
 
     def _account(self, phase: Phase, resident: ResidentSet) -> None:
         """Count hits and bytes of the step against what was resident when it began."""
-        counters = self._statistics.phases[phase]
         used = self._active.sum(axis=1)
-        holds = self._slots is not None
-        slices = [(resident.msb, self._msb_bytes, "msb")] + (
-            [(resident.lsb, self._lsb_bytes, "lsb")] if phase != "draft" else []
-        )
-        for present, sizes, name in slices:
-            hits = (self._active & present).sum(axis=1) if holds else np.zeros_like(used)
-            misses = used - hits
-            setattr(counters, f"{name}_hits", getattr(counters, f"{name}_hits") + int(hits.sum()))
-            setattr(counters, f"{name}_misses", getattr(counters, f"{name}_misses") + int(misses.sum()))
-            counters.fast_bytes += int(hits @ sizes)
-            counters.slow_bytes += int(misses @ sizes)
-            counters.layer_hits[name] = counters.layer_hits.get(name, 0) + hits
-            counters.layer_misses[name] = counters.layer_misses.get(name, 0) + misses
+        present = [(self._active & slices).sum(axis=1) for slices in (resident.msb, resident.lsb)]
+        self._count(phase, used, *([np.zeros_like(used)] * 2 if self._slots is None else present))
+
+    def _account_together(self) -> None:
+        """Count what steps used that found all experts resident, or none."""
+        for phase in {phase for phase, _ in self._unaccounted}:
+            passes = [experts for other, experts in self._unaccounted if other == phase]
+            active = np.zeros((len(passes), *self._active.shape), bool)
+            for one, experts in zip(active, passes, strict=True):
+                one[self._layer_column, experts.reshape(len(experts), -1)] = True
+            used = active.sum(axis=(0, 2))
+            self._count(phase, used, *[np.zeros_like(used) if self._slots is None else used] * 2)
+        self._unaccounted.clear()
+
+    def _count(
+        self, phase: Phase, used: NDArray[np.int64], msb_hits: NDArray[np.int64], lsb_hits: NDArray[np.int64]
+    ) -> None:
+        """Add numbers of experts used, and of those whose slices were resident, by layer."""
+        counters = self._statistics.phases[phase]
+        counters.count("msb", msb_hits, used - msb_hits, self._msb_bytes)
+        if phase != "draft":
+            counters.count("lsb", lsb_hits, used - lsb_hits, self._lsb_bytes)
 
 
 def tier_sizes(reader: WeightReader, dense_bytes: int, kv_bytes: int, staging_experts: int = 2) -> FastTierSizes:

@@ -74,11 +74,11 @@ class LinearCost:
         if self._skip > 0:
             self._skip -= 1
             return
-        values = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
-        old = (self._n, self._x, self._y, self._xx, self._xy)
-        self._n, self._x, self._y, self._xx, self._xy = (
-            self._decay * previous + value for previous, value in zip(old, values, strict=True)
-        )
+        self._n = self._decay * self._n + 1
+        self._x = self._decay * self._x + tokens
+        self._y = self._decay * self._y + seconds
+        self._xx = self._decay * self._xx + tokens * tokens
+        self._xy = self._decay * self._xy + tokens * seconds
 
     def seconds(self, tokens: float) -> float:
         """Predicted seconds; the slope is taken as 0 where it cannot be told or comes out negative."""
