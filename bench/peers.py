@@ -45,7 +45,8 @@ DECODE_TARGETS = {1: 1.6, 4: 1.6, 8: 1.5, 16: 1.5}
 ELASTIC_TARGET, PREFILL_TARGET, LOAD_TARGET, MEMORY_MARGIN = 0.97, 1.2, 1.0, 300e6
 PREFILL = 512
 PARTS = ("llama", "elastic", "transformers")
-READ_BYTES, READ_PASSES = 1 << 30, 10
+READ_BYTES, READ_LEAST = 10 << 30, 1 << 30
+"""Bytes that a probe of the memory reads, and the least that it goes over: less would come from a cache."""
 QUICK_SECONDS = 530
 """Of ``--quick``, with what is prepared once: a cell may take an even share of what is left; on a busy machine it begins
 fewer rounds, and says so."""
@@ -63,15 +64,23 @@ class Bench:
     patience: float
     tokens: int
     report: Callable[[], float]
-    probe: np.ndarray = field(default_factory=lambda: np.ones(READ_BYTES, np.uint8))
+    probe: list[np.ndarray] = field(default_factory=list)
+
+    def go_over(self, store: Path) -> None:
+        """Probe the pages of a store's files from now on: memory is not equally fast everywhere. A peer that copies its
+        weights may have pushed some out of memory; this also brings them back."""
+        self.probe = [np.memmap(path, np.uint8, "r") for path in store.iterdir() if path.stat().st_size >= 1 << 20]
+        if sum(len(part) for part in self.probe) < READ_LEAST:
+            self.probe = [np.ones(READ_LEAST, np.uint8)]
 
     def read(self) -> float:
         """Bytes per second of reading memory with our threads: the best of some passes, so that shares of it err low."""
-        rates = []
-        for _ in range(READ_PASSES):
+        rates, size = [], sum(len(part) for part in self.probe)
+        for _ in range(max(3, READ_BYTES // size)):
             began = perf_counter()
-            kernels.stream_read(self.probe)
-            rates.append(READ_BYTES / (perf_counter() - began))
+            for part in self.probe:
+                kernels.stream_read(part)
+            rates.append(size / (perf_counter() - began))
         return max(rates)
 
     def alternate(self, runners: dict[str, Runner], rounds: int | None = None) -> Cell:
@@ -143,6 +152,7 @@ def step_bytes(reader: MemoryReader, experts: float) -> float:
 def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) -> Iterator[dict[str, Any]]:
     """Decoding, prefill, load time and memory."""
     schema, variants = reader.schema, list(REPACK)
+    bench.go_over(reader.path)
     backend = RandomTokens(kernels, schema)  # type: ignore[arg-type]
     for batch in BATCHES:
         engine = Engine(reader, backend, EngineOptions("plain", batch=batch))  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ from elmoe.engine.session import Session
 from elmoe.store import peak_memory
 options = EngineOptions(sys.argv[2], int(sys.argv[3]), batch=4, staging_experts=8)
 with Session(sys.argv[1], options) as session:
-    requests = [Request(tuple(range(1 + 7 * i, 60 + 7 * i)), 12) for i in range(4)]
+    prompts = [tuple((7 * i + at) % 512 for at in range(300)) for i in range(4)]  # more than the largest chunk together
+    requests = [Request(prompt, 12) for prompt in prompts]
     results, statistics = session.generate(requests)
     print(json.dumps({"peak": peak_memory(), "tier": session.tier, "read": statistics.read_bytes}))
 """

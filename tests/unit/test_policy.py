@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from elmoe.errors import BudgetError
 from elmoe.kernels.slices import refill_layer
-from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
+from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots, prefill_chunk
 from elmoe.policy.draft_length import Calibration, DraftLengthController, LinearCost, confidence_bin
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, refill, updated_hotness
 
@@ -198,3 +198,11 @@ def test_a_draft_goes_on_where_only_several_more_tokens_pay():
     assert controller.proceed([[]], 1) == [False]
     controller.acceptance = lambda: 0.3
     assert controller.proceed([[]], 8) == [False]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "width", "reads", "tokens"),
+    [(8, 1024, False, 256), (8, 1024, True, 1024), (2, 64, True, 1024), (8, 2048, True, 512), (6, 8192, True, 256)],
+)
+def test_chunks_of_prompts_are_larger_where_experts_are_read(top_k, width, reads, tokens):
+    assert prefill_chunk(top_k, width, reads) == tokens

@@ -23,7 +23,7 @@ from elmoe.engine.tier_manager import TierManager
 from elmoe.errors import RequestError
 from elmoe.kernels.reads import ReadPool
 from elmoe.models.decoder import Decoder, Draft, Routings, Tokens, WeightReader
-from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, check_budget, plan_slots
+from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, check_budget, plan_slots, prefill_chunk
 from elmoe.policy.draft_length import DraftLengthController, LinearCost
 from elmoe.policy.operating_point import Planner, TierShape
 from elmoe.policy.residency import ResidencyParameters
@@ -33,8 +33,6 @@ if TYPE_CHECKING:  # pyarrow loads only when a trace is wanted
     from elmoe.trace import TraceRecorder
 
 Mode = Literal["plain", "cache", "elastic"]
-PREFILL_CHUNK = 256
-"""Prompt tokens computed in one pass."""
 MAX_BATCH = 64
 READ_THREADS = 4
 """Reads in flight: 1 or 2 saturate an NVMe disk with slices of megabytes; small slices want more."""
@@ -266,8 +264,9 @@ class _Run:
             self.pool.reserve(sequence.slot, len(request.prompt))
             rows += [(sequence, position, token) for position, token in enumerate(request.prompt[:-1])]
             self.running.append(sequence)
-        for start in range(0, len(rows), PREFILL_CHUNK):
-            chunk = rows[start : start + PREFILL_CHUNK]
+        size = prefill_chunk(self.schema.top_k, self.schema.expert_width, reads=self.manager is not None)
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
             if self.manager is not None:
                 self.manager.plan(len(self.running), self.pool.bytes_touched)
             everything = list(range(len(chunk)))

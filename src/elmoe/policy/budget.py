@@ -10,6 +10,9 @@ from elmoe.errors import BudgetError
 Split = Literal["msb_first", "whole_experts"]
 """Corners of the slice split: the paper's (all MSB slices before any LSB slice), or what an expert cache does."""
 
+PREFILL_CHUNK, LARGEST_CHUNK, CHUNK_BYTES = 256, 1024, 64 << 20
+"""Prompt tokens computed in one pass at least, at most, and the bytes of gate and up activations that allow more."""
+
 
 @dataclass(frozen=True)
 class FastTierSizes:
@@ -100,3 +103,10 @@ def plan_slots(budget: int, sizes: FastTierSizes, split: Split = "msb_first") ->
         fill(msb, every, [m + x for m, x in zip(sizes.msb, sizes.lsb, strict=True)], lsb)
     used = sum(m * a + x * b for m, a, x, b in zip(msb, sizes.msb, lsb, sizes.lsb, strict=True))
     return SlotPlan(tuple(msb), tuple(lsb), sizes.fixed + used)
+
+
+def prefill_chunk(top_k: int, expert_width: int, reads: bool) -> int:
+    """Prompt tokens of a pass. ``reads``: from the slow tier; a chunk uses nearly all experts, fewer chunks read less."""
+    if not reads:
+        return PREFILL_CHUNK
+    return min(max(PREFILL_CHUNK, CHUNK_BYTES // (2 * 4 * top_k * expert_width)), LARGEST_CHUNK)

@@ -13,13 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
-from elmoe.policy.budget import SlotPlan
+from elmoe.policy.budget import PREFILL_CHUNK, SlotPlan
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
 from elmoe.systems.passes import Passes
 from elmoe.trace.facts import RoutingFacts
 
-PREFILL_CHUNK = 256
-"""Prompt tokens of a pass, as in the engine."""
 ACCEPTANCE_SEED = 20260414
 Draft = Literal["none", "external", "natural", "resident"]
 """What drafts: nothing; another network; the target's own experts by their natural routing (a 4-bit copy); or the resident
@@ -141,7 +139,7 @@ class Replay:
         )  # fmt: skip
 
     def _prefill(self, tier: _Tier, batch: int) -> None:
-        """Run the prompts but for their last tokens through the tier, in the engine's chunks."""
+        """Run the prompts but for their last tokens through the tier, in the engine's least chunks."""
         facts = self.facts
         prompts = [facts.chosen[s, : int(facts.prompts[s]) - 1] for s in range(batch)]
         tokens = np.concatenate(prompts)
