@@ -245,12 +245,12 @@ class _Run:
         )
         self.draft(limit if self.tier.can_draft else 0)
         drafted = sum(len(sequence.draft) for sequence in self.running)
-        before = (0, 0, 0) if self.manager is None else self.statistics.judged
+        before = (0, 0, 0) if self.manager is None else self.statistics.outcome
         committed = self.verify("verify" if drafted else "plain")
         seconds = perf_counter() - began
         self.controller.observe(drafted > 0, len(self.running), committed, seconds)
         if self.manager is not None:
-            accepted, rejected, slow_bytes = (now - then for now, then in zip(self.statistics.judged, before, strict=True))
+            accepted, rejected, slow_bytes = (now - then for now, then in zip(self.statistics.outcome, before, strict=True))
             self.manager.observe(len(self.running), drafted, accepted, accepted + rejected, slow_bytes, seconds)
         self.step_index += 1
 

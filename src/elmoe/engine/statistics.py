@@ -95,7 +95,7 @@ class Statistics:
         return sum(self.phases[phase].seconds for phase in PHASES if phase != "prefill")
 
     @property
-    def judged(self) -> tuple[int, int, int]:
+    def outcome(self) -> tuple[int, int, int]:
         """Draft tokens accepted and rejected, and the expert bytes that decoding's target passes did not find resident."""
         return self.accepted, self.rejected, self.phases["plain"].slow_bytes + self.phases["verify"].slow_bytes
 
