@@ -19,17 +19,19 @@ DRAFT_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)
 SWITCH_GAIN = 1.1
 """Other slices must promise this much more: changing them costs reads."""
 DRAFT_GAIN = 1.06
-"""Drafting must promise this much more than plain decoding, whose model errs less."""
+"""Where it is not drafted, drafting must promise this much more than plain decoding, whose model errs less."""
 CURIOSITY = 1.5
 """How much more drafting is taken to promise until its bytes were measured: tokens are modelled as independent, but those of
 a draft share experts."""
+SHARING = 0.8
+"""Bytes that a draft's tokens read over those of independent ones (measured: 0.75 to 0.9), for what is not known of a mode."""
 ASSUMED_BANDWIDTH = 1e9
 """Of the slow tier, bytes per second, until it was measured."""
 EXPOSED = 0.5
 """Share of the shorter of compute and reading that a target pass does not hide behind the longer (measured: 0.2 to 0.8)."""
 FORGETTING = 0.01
 """Per step that a mode does not run: rarely enough tried again to cost under 2 %."""
-MEMORY = 0.8
+MEMORY = 0.9
 """What one observation leaves of the older ones in the corrections."""
 
 
@@ -78,7 +80,7 @@ class AcceptanceCurve:
     def observe(self, covered: float, accepted: int, judged: int) -> None:
         """Learn from one verification."""
         if judged:
-            weight = 1 - MEMORY ** (judged / 16)
+            weight = 1 - MEMORY ** (judged / 32)
             ratio = (1 - accepted / judged) / self._rejection(covered)
             self.scale = min(20.0, max(0.1, (1 - weight) * self.scale + weight * ratio))
 
@@ -107,13 +109,14 @@ class ModeCorrection:
             self.slow_bytes = _blend(expected if self.slow_bytes is None else self.slow_bytes, byte_ratio)
         self.seconds = _blend(self.seconds, second_ratio)
 
-    def forget(self, other: ModeCorrection, steps: int) -> None:
-        """The mode did not run for ``steps``: what it learned fades, so that one bad step does not rule it out for good."""
+    def forget(self, other: ModeCorrection, steps: int, relation: float) -> None:
+        """The mode did not run for ``steps``: what it learned fades, so that one bad step does not rule it out for good.
+        ``relation``: its ratio of bytes over the other's, where nothing else is known."""
         share = 1 - (1 - FORGETTING) ** steps
         if self.seconds is not None and other.seconds is not None:
             self.seconds += share * (min(1.0, other.seconds) - self.seconds)
         if self.slow_bytes is not None and other.slow_bytes is not None:
-            self.slow_bytes += share * (other.slow_bytes - self.slow_bytes)
+            self.slow_bytes += share * (relation * other.slow_bytes - self.slow_bytes)
 
 
 def _blend(old: float | None, new: float) -> float:
@@ -192,7 +195,8 @@ class Planner:
         bandwidth = np.where(length > 0, self.bandwidth_of(True), self.bandwidth_of(False))
         rate = tokens / (factors[:, 1:] * _step_seconds(drafting, compute, needed, room, bandwidth))
         untried = self.corrections[True].slow_bytes is None and self.corrections[False].slow_bytes is not None
-        promise = np.where(length > 0, rate * (CURIOSITY if untried else 1 / DRAFT_GAIN), rate)
+        drafts = self.point is not None and self.point.draft_length > 0
+        promise = np.where(length > 0, rate * (CURIOSITY if untried else 1 if drafts else 1 / DRAFT_GAIN), rate)
         if self.point is not None:
             promise = np.where((msb == self.point.msb) & (lsb == self.point.lsb), promise, promise / SWITCH_GAIN)
         row, column = np.unravel_index(promise.argmax(), promise.shape)
@@ -207,8 +211,9 @@ class Planner:
         """
         ratio = slow[0] / slow[1] if slow is not None and slow[1] > self.shape.msb else None
         ran, idle = self.corrections[drafted], self.corrections[not drafted]
-        ran.observe(ratio, seconds[0] / seconds[1], idle.slow_bytes or 1.0)
-        idle.forget(ran, steps)
+        relation = SHARING if drafted else 1 / SHARING
+        ran.observe(ratio, seconds[0] / seconds[1], relation * (idle.slow_bytes or 1 / relation))
+        idle.forget(ran, steps, 1 / relation)
 
     def observe_reads(self, drafted: bool | None, read_bytes: int, seconds: float) -> None:
         """Learn a mode's bandwidth (None: of prompts) from bytes and the seconds in which some read was in flight.
