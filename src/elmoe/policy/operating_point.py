@@ -24,7 +24,7 @@ CURIOSITY = 1.5
 """How much more drafting is taken to promise until its bytes were measured: tokens are modelled as independent, but those of
 a draft share experts."""
 SHARING = 0.8
-"""Bytes that a draft's tokens read over those of independent ones (measured: 0.75 to 0.9), for what is not known of a mode."""
+"""Bytes that draft tokens read over those of independent ones (measured: 0.75 to 0.9), for what is not known of a mode."""
 ASSUMED_BANDWIDTH = 1e9
 """Of the slow tier, bytes per second, until it was measured."""
 EXPOSED = 0.5

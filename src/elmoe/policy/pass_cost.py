@@ -13,8 +13,8 @@ CHOICES = [list(parts) for count in (3, 2, 1) for parts in combinations((1, 2, 0
 
 
 class PassCost:
-    """Seconds of a pass as ``fixed + scale * reading + slope * tokens``, none negative: least squares of relative errors over
-    a past that decays.
+    """Seconds of a pass as ``fixed + scale * reading + slope * tokens``, none negative: least squares of relative errors
+    over a past that decays.
 
     ``reading`` is what reading the weights that the pass touches would take at an assumed bandwidth: it grows ever more
     slowly with tokens, which share experts, and a straight line through a prompt's pass misjudges one of few tokens.
