@@ -243,7 +243,7 @@ class _Run:
             if self.manager is None
             else self.manager.plan(len(self.running), self.pool.bytes_touched)
         )
-        self.draft(limit if self.tier.can_draft else 0)
+        self.draft(limit if limit and self.tier.can_draft else 0)
         drafted = sum(len(sequence.draft) for sequence in self.running)
         before = (0, 0, 0) if self.manager is None else self.statistics.outcome
         committed = self.verify("verify" if drafted else "plain")
