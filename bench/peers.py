@@ -220,10 +220,10 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
     facts_of_traces = [replay_facts(read_trace(path)) for path in traces]
     for batch in BATCHES:
         replays = {name: Replay(kernels, reader.schema, facts_of_traces) for name in ("ours", "plain")}
-        engines = [
-            Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
-            for replay, mode in zip(replays.values(), ("elastic", "plain"), strict=True)
-        ]
+        engines = {
+            name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
+            for (name, replay), mode in zip(replays.items(), ("elastic", "plain"), strict=True)
+        }
         digests: dict[str, Any] = {}
         facts: dict[str, Any] = {}
         pending: dict[str, float] = {}
@@ -232,10 +232,12 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
             name: str, engines: Any = engines, replays: Any = replays, digests: Any = digests, facts: Any = facts,
             pending: Any = pending, batch: int = batch,
         ) -> float:  # fmt: skip
-            """Whoever comes first in a round runs both, in turns; the other is told what came of it."""
+            """Whoever comes first in a round runs both, in turns, and begins; the other is told what came of it."""
             if name not in pending:
-                requests = [replay.requests(list(range(batch)), bench.tokens) for replay in replays.values()]
-                for each, (value, statistics) in zip(replays, lockstep_rates(engines, requests), strict=True):
+                order = list(replays)[:: 1 if name == "ours" else -1]
+                requests = [replays[each].requests(list(range(batch)), bench.tokens) for each in order]
+                taking_turns = lockstep_rates([engines[each] for each in order], requests)
+                for each, (value, statistics) in zip(order, taking_turns, strict=True):
                     pending[each], facts[each], digests[each] = value, statistics, replays[each].committed_digests()
             return float(pending.pop(name))
 
@@ -252,7 +254,7 @@ def against_transformers(bench: Bench, reader: MemoryReader, file: Path) -> Iter
     works = {"decode, batch 1": DECODE_TARGETS[1], f"prefill, {PREFILL} tokens": PREFILL_TARGET}
     try:
         with Transformers(file) as peer:
-            backend = RandomTokens(kernels, reader.schema)  # type: ignore[arg-type]
+            backend = RandomTokens(kernels, reader.schema)
             engine = Engine(reader, backend, EngineOptions("plain"))  # type: ignore[arg-type]
             pairs: list[tuple[Runner, Runner]] = [
                 (lambda: steady_rate(engine, backend.requests(1, PROMPT, bench.tokens))[0],
