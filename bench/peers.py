@@ -43,7 +43,7 @@ from elmoe.trace import read_trace, replay_facts
 BATCHES = (1, 4, 8, 16)
 DECODE_TARGETS = {1: 1.6, 4: 1.6, 8: 1.5, 16: 1.5}
 ELASTIC_TARGET, PREFILL_TARGET, LOAD_TARGET, MEMORY_MARGIN = 0.97, 1.2, 1.0, 300e6
-PREFILL = 512
+PREFILL, TOKENS = 512, 48
 PARTS = ("llama", "elastic", "transformers")
 READ_BYTES, READ_LEAST = 10 << 30, 1 << 30
 """Bytes that a probe of the memory reads, and the least that it goes over: less would come from a cache."""
@@ -317,7 +317,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/offload"), help="where stores and files are kept")
-    parser.add_argument("--quick", action="store_true", help="4 layers only, fewer tokens")
+    parser.add_argument("--quick", action="store_true", help="4 layers only, within 9 minutes")
     parser.add_argument("--models", default="4,16,demo", help="layers of OLMoE's shapes, or demo")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, help="seconds to wait for a calm machine before a run")
@@ -347,7 +347,7 @@ def main() -> None:
             bar(done)
             return (QUICK_SECONDS - perf_counter() + began) / (total - done) if arguments.quick else float("inf")
 
-        bench = Bench(arguments.rounds, patience, 24 if arguments.quick else 48, report)
+        bench = Bench(arguments.rounds, patience, TOKENS, report)
         for model in models:
             store = "demo" if model == "demo" else str(synthetic_store(arguments.folder, int(model)))
             file = arguments.folder / ("demo.gguf" if model == "demo" else f"olmoe-{model}-qwen3moe.gguf")
