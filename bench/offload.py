@@ -57,7 +57,7 @@ TOKENS = {
     "naive": {1: 3, 2: 3, 4: 3, 8: 2, 16: 2},
     "lru": {1: 64, 2: 64, 4: 48, 8: 12, 16: 6},
     "cache": {1: 64, 2: 64, 4: 48, 8: 12, 16: 6},
-    "elastic": {1: 64, 2: 64, 4: 48, 8: 48, 16: 64},
+    "elastic": {1: 64, 2: 64, 4: 48, 8: 32, 16: 32},
     "warm_up": {1: 28, 2: 16, 4: 10, 8: 6, 16: 6},
 }
 """Tokens per sequence and run of the 16-layer shapes, by batch size. Caches get better as a sequence goes on, so where runs

@@ -17,14 +17,14 @@ Policy = Literal["decayed", "lru", "lfu", "static", "random"]
 
 @dataclass(frozen=True)
 class ResidencyParameters:
-    """``decay``: what a committed token leaves of the older counts. ``recent``, ``recent_decay``: weight and decay of a
-    second count of what was used last. ``hysteresis``: how much hotter than a resident a newcomer must be. ``swap_cap``:
-    newcomers per layer and step once the slots are full."""
+    """``decay``: what a committed token leaves of the older counts. ``recent``: weight of a second count, of what was used
+    last, of which a pass leaves ``recent_decay``. ``hysteresis``: how much hotter than a resident a newcomer must be.
+    ``swap_cap``: newcomers per layer and step once the slots are full."""
 
     policy: Policy = "decayed"
     decay: float = 0.99
     recent: float = 20.0
-    recent_decay: float = 0.95
+    recent_decay: float = 0.9
     hysteresis: float = 0.1
     swap_cap: int = 8
 
@@ -130,9 +130,9 @@ class Residency:
         return resident
 
     def _faded(self, tokens: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """What so many further tokens leave of both counts."""
+        """What a pass of so many tokens leaves of both counts."""
         parameters = self._parameters
-        return _decayed(self._counts, parameters.decay, tokens), _decayed(self._recent, parameters.recent_decay, tokens)
+        return _decayed(self._counts, parameters.decay, tokens), self._recent * parameters.recent_decay
 
     def _combined(self, counts: NDArray[np.float64], recent: NDArray[np.float64]) -> NDArray[np.float64]:
         return counts + self._parameters.recent * recent if self._parameters.policy == "decayed" else counts
