@@ -50,6 +50,15 @@ def test_hotness_counts_and_decays():
     assert hotness.tolist() == [[1.75, 2.0, 1.25]]
 
 
+def test_old_uses_fade_by_the_token_and_recent_ones_by_the_pass():
+    residency = Residency(1, 3, ResidencyParameters(decay=0.5, recent=8.0, recent_decay=0.25))
+    residency.learn(np.array([[[0], [0]]], np.int32))
+    assert residency.hotness.tolist() == [[2 + 8 * 2, 0, 0]]
+    residency.learn(np.array([[[1], [1]]], np.int32))
+    assert residency.hotness.tolist() == [[2 / 4 + 8 * 2 / 4, 2 + 8 * 2, 0]]
+    assert residency.popularity.tolist() == [[2 / 4, 2, 0]]
+
+
 @given(st.integers(0, 2**31))
 def test_refill_takes_only_what_was_streamed(seed):
     rng = np.random.default_rng(seed)

@@ -37,11 +37,9 @@ class TierManager:
         self._options, self._sizes, self._budget = options, sizes, budget
         self._tier, self._controller, self._page_bytes = tier, controller, page_bytes
         self.planner = planner
-        if planner.point is not None:  # other sequences: drafting has to promise its margin over plain decoding anew
-            planner.point = replace(planner.point, draft_length=0)
         self._read = tier.bytes_read, tier.reading_seconds
         self.point: OperatingPoint | None = None
-        self._kv, self._sequences, self._plan_again, self._unobserved = -1, 0, 0.0, 0
+        self._kv, self._sequences, self._plan_again, self._unobserved, self._decoded = -1, 0, 0.0, 0, False
         self._use = np.full(sizes.experts, sizes.top_k / sizes.experts)
         controller.target_seconds = self._target_seconds
         if options.split == "auto":
@@ -68,6 +66,9 @@ class TierManager:
             return self.point.draft_length
         if self._tier.popularity.any():
             self._use = popularity(self._tier.popularity, sizes.top_k)
+        if self.planner.point is not None and not self._decoded:
+            # other sequences than the last run's: drafting has to promise its margin over plain decoding anew
+            self.planner.point = replace(self.planner.point, draft_length=0)
         old, fixed = self.point, self._controller.fixed
         lengths = DRAFT_LENGTHS if fixed is None else (fixed,)
         self.point = self.planner.choose(
@@ -94,6 +95,7 @@ class TierManager:
         """Learn from a decode step: tokens drafted in all, those accepted of those judged, bytes that were not resident, and
         its seconds."""
         self._unobserved += 1
+        self._decoded = True
         if self.point is None or (not drafted and perf_counter() < self._plan_again):
             return
         if drafted:
