@@ -128,17 +128,6 @@ def test_drafts_read_ahead_what_verification_needs(reader):
     assert ahead.read_bytes >= without.read_bytes  # a foreseen slice that is not needed is read in vain
 
 
-def test_drafting_has_no_advantage_with_other_sequences(reader, monkeypatch):
-    engine = Engine(reader, kernels, EngineOptions(fast_memory=0.5))
-    engine.generate(requests(count=1))
-    planner, before = engine.planner, []
-    choose = planner.choose
-    planner.point = replace(planner.point, draft_length=4)
-    monkeypatch.setattr(planner, "choose", lambda *given: before.append(planner.point.draft_length) or choose(*given))
-    engine.generate(requests(count=1))
-    assert before[0] == 0
-
-
 @pytest.mark.parametrize("error,words", [(errno.EIO, "Input/output error"), (errno.ENODATA, "No data available")])
 @pytest.mark.parametrize("after", [0, 1, 7, 40])
 def test_a_failing_read_fails_its_request_only(reader, reference, error, words, after):

@@ -201,7 +201,8 @@ def test_a_draft_goes_on_where_only_several_more_tokens_pay():
     controller = DraftLengthController()
     controller.draft_cost.observe(1, 0.1)
     controller.verify_cost.observe(1, 1.0)
-    controller.target_seconds = {1: 1.0, 2: 3.0, 3: 3.2, 4: 3.3, 5: 3.4, 6: 3.5, 7: 3.6, 8: 3.7, 9: 3.8}.__getitem__
+    verify = {1: 1.0, 2: 3.0, 3: 3.2, 4: 3.3, 5: 3.4, 6: 3.5, 7: 3.6, 8: 3.7, 9: 3.8}
+    controller.step_seconds = lambda depth, tokens, _: 0.1 * depth + verify[tokens]
     controller.acceptance = lambda: 0.95
     assert controller.proceed([[]], 8) == [True]
     assert controller.proceed([[]], 1) == [False]

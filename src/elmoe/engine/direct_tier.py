@@ -53,7 +53,8 @@ class DirectTier(ExpertTier):
             RESERVE * (layout.msb_bytes + layout.lsb_bytes),
         )  # fmt: skip
         self._counted = 0, 0
-        self._before = self.resident
+        self.found = self.resident
+        """What the last target pass found resident."""
 
     def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
         return tuple(np.zeros((reader.schema.experts, 2), np.int64) for _ in reader.schema.moe_layers)
@@ -97,7 +98,7 @@ class DirectTier(ExpertTier):
     def begin_step(self, sure: list[int]) -> None:
         """A target pass begins: hits count against what is resident now."""
         super().begin_step(sure)
-        self._before = ResidentSet(self.resident.msb.copy(), self.resident.lsb.copy())
+        self.found = ResidentSet(self.resident.msb.copy(), self.resident.lsb.copy())
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterator[Stretch]:
         """See ``ExpertTier.stretches``; a draft never waits and never reads what it computes with. StoreError where a read
@@ -134,7 +135,7 @@ class DirectTier(ExpertTier):
 
     def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
         """Account the pass and learn; residency has changed layer by layer already."""
-        self._account(phase, self.resident if phase == "draft" else self._before)
+        self._account(phase, self.resident if phase == "draft" else self.found)
         if phase != "draft":
             self._slices.forget_plans()
             if committed is not None and self._slots is not None:

@@ -25,7 +25,7 @@ from elmoe.kernels.reads import ReadPool
 from elmoe.models.decoder import Decoder, Draft, Routings, Tokens, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, check_budget, plan_slots, prefill_chunk
 from elmoe.policy.draft_length import DraftLengthController, LinearCost
-from elmoe.policy.operating_point import Planner, TierShape
+from elmoe.policy.operating_point import DRAFT_LENGTHS, Planner, TierShape
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store.direct import DirectReader
 
@@ -209,7 +209,9 @@ class _Run:
         self.tier.begin_run(self.statistics, timeline)
         self.manager = None
         if isinstance(self.tier, DirectTier):
-            engine.planner = engine.planner or Planner(TierShape.of(sizes))
+            fixed = self.controller.fixed
+            lengths = DRAFT_LENGTHS if fixed is None else (fixed,)
+            engine.planner = engine.planner or Planner(TierShape.of(sizes), lengths)
             self.manager = TierManager(
                 self.options, sizes, engine.budget(sizes), self.tier, engine.planner, self.controller, self.pool.page_bytes
             )
@@ -237,12 +239,12 @@ class _Run:
 
     def step(self) -> None:
         """Draft, verify, commit."""
-        began = perf_counter()
         limit = (
             self.controller.limit(len(self.running))
             if self.manager is None
             else self.manager.plan(len(self.running), self.pool.bytes_touched)
         )
+        began = perf_counter()
         self.draft(limit if limit and self.tier.can_draft else 0)
         drafted = sum(len(sequence.draft) for sequence in self.running)
         before = (0, 0, 0) if self.manager is None else self.statistics.outcome
@@ -317,7 +319,7 @@ class _Run:
         )
         samples = iter(enumerate(self.compute(phase, [row[0] for row in rows], _tokens(rows), end=False)))
         kept: list[int] = []
-        total = 0
+        committed: dict[int, int] = {}
         for sequence in self.running:
             before, judged = len(sequence.tokens), False
             for draft_token in [*sequence.draft, None]:
@@ -333,14 +335,18 @@ class _Run:
                     self.statistics.accepted += accepted
                     self.statistics.rejected += not accepted
                     judged = not accepted or len(sequence.tokens) - before == self.options.commit_limit
-            total += len(sequence.tokens) - before
+            committed[sequence.index] = len(sequence.tokens) - before
             if sequence.draft:
                 self.statistics.verifications += 1
-                self.statistics.verified += len(sequence.tokens) - before
+                self.statistics.verified += committed[sequence.index]
             if self.on_commit is not None:
                 self.on_commit(sequence.index, sequence.tokens[before:])
+        total = sum(committed.values())
         self.statistics.committed += total
-        self.tier.end_step(phase, self._routings.of(kept) if self.tier.learns else None)
+        routing = self._routings.of(kept) if self.tier.learns else None
+        if self.manager is not None and routing is not None:
+            self.manager.observe_routing(committed, routing)
+        self.tier.end_step(phase, routing)
         return total
 
     def compute(
@@ -381,7 +387,7 @@ class _Run:
             if phase != "prefill":
                 self.controller.verify_cost.observe(len(sequences), computing)
             if self.manager is not None:
-                self.manager.observe_pass(phase, len(sequences), computing)
+                self.manager.observe_pass(len(sequences), computing)
         if self.recorder is not None:
             self.record(self.recorder, phase, sequences, tokens, samples)
         if end:

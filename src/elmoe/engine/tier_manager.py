@@ -7,12 +7,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elmoe.engine.direct_tier import DirectTier
-from elmoe.engine.statistics import Phase
 from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
 from elmoe.policy.draft_length import DraftLengthController
-from elmoe.policy.operating_point import DRAFT_LENGTHS, OperatingPoint, Planner, popularity
+from elmoe.policy.operating_point import OperatingPoint, Planner, popularity
 
 if TYPE_CHECKING:
     from elmoe.engine.engine import EngineOptions
@@ -39,9 +39,9 @@ class TierManager:
         self.planner = planner
         self._read = tier.bytes_read, tier.reading_seconds
         self.point: OperatingPoint | None = None
-        self._kv, self._sequences, self._plan_again, self._unobserved, self._decoded = -1, 0, 0.0, 0, False
+        self._kv, self._sequences, self._plan_again, self._unobserved = -1, 0, 0.0, 0
         self._use = np.full(sizes.experts, sizes.top_k / sizes.experts)
-        controller.target_seconds = self._target_seconds
+        controller.step_seconds = self._step_seconds
         if options.split == "auto":
             controller.acceptance = lambda: planner.acceptance(self._covered())
 
@@ -66,50 +66,46 @@ class TierManager:
             return self.point.draft_length
         if self._tier.popularity.any():
             self._use = popularity(self._tier.popularity, sizes.top_k)
-        if self.planner.point is not None and not self._decoded:
-            # other sequences than the last run's: drafting has to promise its margin over plain decoding anew
-            self.planner.point = replace(self.planner.point, draft_length=0)
-        old, fixed = self.point, self._controller.fixed
-        lengths = DRAFT_LENGTHS if fixed is None else (fixed,)
+        old = self.point
         self.point = self.planner.choose(
-            self._use, sequences, capacity, sizes.staging, self._draft_seconds, self._compute_seconds, lengths
+            self._use, sequences, capacity, sizes.staging, self._draft_seconds, self._compute_seconds
         )
         if grown or old is None or (old.msb, old.lsb) != (self.point.msb, self.point.lsb):
             layers = len(sizes.msb)
             self._tier.replan(SlotPlan((self.point.msb,) * layers, (self.point.lsb,) * layers, 0), capacity)
-        self._capacity, self._sequences = capacity, sequences
+        self._sequences = sequences
         self._plan_again = perf_counter() + (perf_counter() - began) / PLANNING
         return self.point.draft_length
 
-    def observe_pass(self, phase: Phase, tokens: int, seconds: float) -> None:
+    def observe_pass(self, tokens: int, seconds: float) -> None:
         """Learn from a target pass: its seconds but for waiting, and what was read since the last that read as much as an
         expert."""
         self.planner.pass_cost.observe(tokens, self._memory_seconds(tokens), seconds)
         read, reading = self._tier.bytes_read - self._read[0], self._tier.reading_seconds - self._read[1]
         if read >= max(self._sizes.msb) + max(self._sizes.lsb):
-            drafted = None if phase == "prefill" else phase == "verify"
-            self.planner.observe_reads(drafted, read, reading)
+            self.planner.observe_reads(read, reading)
             self._read = self._tier.bytes_read, self._tier.reading_seconds
+
+    def observe_routing(self, committed: dict[int, int], experts: NDArray[np.int32]) -> None:
+        """Learn what drafts of other lengths would read: tokens committed by each sequence, and their (layers, tokens, k)
+        experts."""
+        if self.point is None:
+            return
+        counted = self._tier.popularity.sum() / (len(self._sizes.msb) * self._sizes.top_k)
+        settled = counted >= SETTLED_TOKENS and self._tier.filled >= SETTLED_SLOTS
+        self.planner.reads.observe(committed, experts, self._tier.found, self.planner.modelled if settled else None)
 
     def observe(self, sequences: int, drafted: int, accepted: int, judged: int, slow_bytes: int, seconds: float) -> None:
         """Learn from a decode step: tokens drafted in all, those accepted of those judged, bytes that were not resident, and
         its seconds."""
         self._unobserved += 1
-        self._decoded = True
         if self.point is None or (not drafted and perf_counter() < self._plan_again):
             return
         if drafted:
             self.planner.acceptance.observe(self._covered(), accepted, judged)
-        ran = replace(self.point, draft_length=round(drafted / sequences))
-        expected = self.planner.slow_bytes(self._use, sequences + drafted, ran.msb, ran.lsb)
-        modelled = self.planner.seconds(
-            ran, slow_bytes, sequences, self._capacity, self._draft_seconds, self._compute_seconds
-        )
-        counted = self._tier.popularity.sum() / (len(self._sizes.msb) * self._sizes.top_k)
-        settled = counted >= SETTLED_TOKENS and self._tier.filled >= SETTLED_SLOTS
-        bytes_of = (slow_bytes, expected) if settled else None
+        modelled = self._seconds(round(drafted / sequences), sequences + drafted, sequences, slow_bytes)
         steps = 1 if drafted else self._unobserved  # only plain steps go unobserved
-        self.planner.observe(drafted > 0, bytes_of, (seconds, modelled), steps)
+        self.planner.observe(drafted > 0, seconds, modelled, steps)
         self._unobserved = 0
 
     def _covered(self) -> float:
@@ -133,12 +129,12 @@ class TierManager:
         touched = float((1 - (1 - self._use) ** tokens).sum()) * len(self._sizes.msb)
         return (self._sizes.dense + touched * slice_bytes) / ASSUMED_MEMORY_BANDWIDTH
 
-    def _target_seconds(self, tokens: float) -> float:
-        """Seconds of a target pass with its reads, for the stop of a draft."""
-        compute = self._compute_seconds(tokens)
-        if self.point is None:
-            return compute
-        return max(
-            compute,
-            self.planner.slow_bytes(self._use, tokens, self.point.msb, self.point.lsb) / self.planner.bandwidth_of(True),
-        )
+    def _step_seconds(self, depth: int, tokens: int, sequences: int) -> float:
+        """Seconds of a step, for the stop of a draft."""
+        return self._seconds(depth, tokens, sequences, self.planner.needed(tokens / sequences - 1))
+
+    def _seconds(self, depth: int, tokens: int, sequences: int, needed: float) -> float:
+        """Modelled seconds of a step of so many draft passes, verified tokens and bytes to read."""
+        drafting = depth * self._draft_seconds(sequences) if depth else 0.0
+        costs = drafting, self._compute_seconds(tokens), needed, self.planner.room
+        return float(self.planner.step_seconds(*map(np.array, costs)))

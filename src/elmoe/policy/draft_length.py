@@ -92,7 +92,8 @@ class LinearCost:
 @dataclass
 class DraftLengthController:
     """Chooses how many tokens to draft. ``fixed`` switches every choice off and always drafts that many.
-    ``target_seconds``: seconds of a target pass of so many tokens where reads count too; by default ``verify_cost``.
+    ``step_seconds``: seconds of a step of so many draft passes and verified tokens of so many sequences, where reads count
+    too; by default the sum of ``draft_cost`` and ``verify_cost``.
     ``acceptance``: probability that a token not drafted yet would be accepted; by default the calibration's mean.
 
     Used per step: ``limit()`` before drafting, ``proceed()`` after each draft step, ``observe()`` at the end.
@@ -103,7 +104,7 @@ class DraftLengthController:
     calibration: Calibration = field(default_factory=Calibration)
     draft_cost: LinearCost = field(default_factory=LinearCost)
     verify_cost: LinearCost = field(default_factory=LinearCost)
-    target_seconds: Callable[[float], float] | None = None
+    step_seconds: Callable[[int, int, int], float] | None = None
     acceptance: Callable[[], float] | None = None
     _plain_rate: float = 0.0
     _elastic_rate: float = 0.0
@@ -173,15 +174,17 @@ class DraftLengthController:
                 expected += reach
             reaches.append(reach)
         depth = max((len(row) for row in confidences), default=0)
-        verify_seconds = self.target_seconds or self.verify_cost.seconds
-        draft_seconds, verify_base = self.draft_cost.seconds(sequences), verify_seconds(sequences + drafted)
-        spent = depth * draft_seconds + verify_base
+        step_seconds = self.step_seconds or self._step_seconds
+        spent = step_seconds(depth, sequences + drafted, sequences)
         worth, tokens = 0.0, 0.0  # the best of tokens per second and sequence, given that the draft so far is accepted
         for further in range(1, limit - depth + 1):
             tokens += acceptance**further
-            verify_more = verify_seconds(sequences * (1 + further) + drafted) - verify_base
-            worth = max(worth, tokens * sequences / (further * draft_seconds + verify_more))
+            more = step_seconds(depth + further, sequences * (1 + further) + drafted, sequences) - spent
+            worth = max(worth, tokens * sequences / max(more, 1e-9))
         return [reach * worth * spent > expected for reach in reaches]
+
+    def _step_seconds(self, depth: int, tokens: int, sequences: int) -> float:
+        return depth * self.draft_cost.seconds(sequences) + self.verify_cost.seconds(tokens)
 
     def observe(self, drafted: bool, sequences: int, committed: int, seconds: float) -> None:
         """Learn from a whole step: whether it drafted, the tokens it committed and the seconds it took."""

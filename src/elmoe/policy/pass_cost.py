@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -39,8 +40,8 @@ class PassCost:
         self._sums[1] += PRIOR * (1 - self._decay)
         self._cost = None
 
-    def seconds(self, tokens: float, reading: float) -> float:
-        """Predicted seconds."""
+    def seconds(self, tokens: Any, reading: Any) -> Any:
+        """Predicted seconds, of numbers or arrays."""
         if self._cost is None:
             self._cost = self._solve()
         fixed, scale, slope = self._cost

@@ -1,0 +1,121 @@
+"""What target passes of every draft length would have read, told from the routing of those that ran.
+
+A pass that verifies a draft shows what shorter drafts would have touched, and passes behind it what longer ones would have:
+so all lengths, plain decoding among them, are measured on the same text and the same residents, whichever of them ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.policy.residency import ResidentSet
+
+REMEMBERED = 0.95
+"""What a pass leaves of older ones."""
+PRIOR = 2.0
+"""Weight, in passes, of the belief that bytes are as modelled."""
+LONGEST = 6
+"""Draft length up to which reads are measured; those of longer ones stand to their model as those of this one."""
+
+_Pass = tuple[list[int], NDArray[np.uint8], NDArray[np.float64]]
+"""Each sequence's first token in a pass, bits of the slices found resident, and modelled bytes by draft length."""
+
+
+class ReadHistory:
+    """Measured over modelled bytes of target passes, by draft length.
+
+    :param lengths: draft lengths, ascending. :param msb, lsb: bytes of a slice.
+    """
+
+    def __init__(self, lengths: Sequence[int], msb: int, lsb: int) -> None:
+        self._bytes = msb, lsb
+        self._lengths = np.array([length for length in lengths if length <= max(LONGEST, lengths[0])])
+        self._horizon = int(self._lengths[-1]) + 1
+        self._measured, self._modelled = np.zeros(len(lengths)), np.zeros(len(lengths))
+        self._begin(())
+
+    def _begin(self, sequences: tuple[int, ...]) -> None:
+        self._sequences = sequences
+        self._touched: list[NDArray[np.uint8]] = []  # bits of the experts that a committed token touched
+        self._tokens: list[list[int]] = [[] for _ in sequences]  # of each sequence, among those touched
+        self._passes: list[_Pass] = []
+
+    def observe(
+        self, sequences: dict[int, int], experts: NDArray[np.int32], found: ResidentSet, modelled: NDArray[np.float64] | None
+    ) -> None:
+        """Remember a target pass.
+
+        :param sequences: how many tokens each committed. :param experts: (layers, tokens, k) of those tokens, sequence by
+            sequence. :param found: resident when the pass began. :param modelled: bytes by draft length, None where they say
+            nothing because slices were just changed.
+        """
+        if tuple(sequences) != self._sequences:  # what others touch does not continue what these did
+            self._learn()
+            self._begin(tuple(sequences))
+        if modelled is not None:
+            residents = np.packbits([found.msb.ravel(), found.lsb.ravel()], axis=1)
+            self._passes.append(([len(tokens) for tokens in self._tokens], residents, modelled))
+        layers, count, _ = experts.shape
+        used = np.zeros((count, *found.msb.shape), bool)
+        used[np.arange(count)[:, None], np.arange(layers)[:, None, None], experts] = True
+        at = len(self._touched)
+        self._touched.extend(np.packbits(used.reshape(count, -1), axis=1))
+        for tokens, committed in zip(self._tokens, sequences.values(), strict=True):
+            tokens.extend(range(at, at + committed))
+            at += committed
+
+    @property
+    def ratios(self) -> NDArray[np.float64]:
+        """(lengths,) measured over modelled bytes."""
+        self._learn()
+        return np.divide(self._measured, self._modelled, out=np.ones_like(self._measured), where=self._modelled > 0)
+
+    def _learn(self) -> None:
+        """Count the passes behind which each sequence committed enough tokens, and forget what is counted."""
+        lengths = [len(tokens) for tokens in self._tokens]
+        known = [
+            one
+            for one in self._passes
+            if all(first + self._horizon <= length for first, length in zip(one[0], lengths, strict=True))
+        ]
+        if known:
+            self._count(known)
+            del self._passes[: len(known)]
+        self._forget()
+
+    def _count(self, known: list[_Pass]) -> None:
+        firsts, residents, modelled = zip(*known, strict=True)
+        windows = [
+            [tokens[first : first + self._horizon] for tokens, first in zip(self._tokens, row, strict=True)]
+            for row in firsts
+        ]
+        touched = np.bitwise_or.accumulate(np.bitwise_or.reduce(np.stack(self._touched)[windows], axis=1), axis=1)
+        missing = np.bitwise_count(touched[:, :, None] & ~np.stack(residents)[:, None]).sum(axis=3, dtype=np.int64)
+        expected = np.stack(modelled)
+        measured = expected.copy()
+        measured[:, : len(self._lengths)] = (missing @ self._bytes)[:, self._lengths]
+        last = len(self._lengths) - 1
+        measured[:, last + 1 :] *= (measured[:, last] / np.maximum(expected[:, last], 1.0))[:, None]
+        if not self._modelled.any():
+            self._measured = self._modelled = PRIOR * expected[0]
+        weights = REMEMBERED ** np.arange(len(known))[::-1]
+        self._measured = REMEMBERED ** len(known) * self._measured + weights @ measured
+        self._modelled = REMEMBERED ** len(known) * self._modelled + weights @ expected
+
+    def _forget(self) -> None:
+        """Drop tokens before the first pass that is not counted."""
+        if not self._passes:
+            self._begin(self._sequences)
+            return
+        firsts = self._passes[0][0]
+        tokens = [row[first:] for row, first in zip(self._tokens, firsts, strict=True)]
+        cut = min((row[0] for row in tokens if row), default=len(self._touched))
+        del self._touched[:cut]
+        self._tokens = [[at - cut for at in row] for row in tokens]
+        self._passes = [
+            ([own - first for own, first in zip(row, firsts, strict=True)], found, modelled)
+            for row, found, modelled in self._passes
+        ]
