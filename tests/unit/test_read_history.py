@@ -50,14 +50,17 @@ def test_every_length_is_measured_whatever_ran(committed):
     assert history.ratios == pytest.approx(measured / weight / FLAT)
 
 
-def test_other_sequences_do_not_continue_those_before():
+@pytest.mark.parametrize("another_run", [False, True])
+def test_other_sequences_do_not_continue_those_before(another_run):
     history, again = ReadHistory(LENGTHS, MSB, LSB), ReadHistory(LENGTHS, MSB, LSB)
     one, other, found = stream(9, 3), stream(9, 4), residents(5)
     for token in range(4):  # too few to tell
         history.observe({0: 1}, one[:, token : token + 1], found, FLAT)
+    if another_run:
+        history.end_run()
     for token in range(9):
         for told in (history, again):
-            told.observe({1: 1}, other[:, token : token + 1], found, FLAT)
+            told.observe({0 if another_run else 1: 1}, other[:, token : token + 1], found, FLAT)
     assert history.ratios.tolist() == again.ratios.tolist() != [1.0] * len(LENGTHS)
 
 

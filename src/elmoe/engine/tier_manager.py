@@ -37,6 +37,7 @@ class TierManager:
         self._options, self._sizes, self._budget = options, sizes, budget
         self._tier, self._controller, self._page_bytes = tier, controller, page_bytes
         self.planner = planner
+        planner.reads.end_run()
         self._read = tier.bytes_read, tier.reading_seconds
         self.point: OperatingPoint | None = None
         self._kv, self._sequences, self._plan_again, self._unobserved = -1, 0, 0.0, 0

@@ -37,6 +37,11 @@ class ReadHistory:
         self._measured, self._modelled = np.zeros(len(lengths)), np.zeros(len(lengths))
         self._begin(())
 
+    def end_run(self) -> None:
+        """Sequences of the next run may be numbered as these, but do not continue them."""
+        self._learn()
+        self._begin(())
+
     def _begin(self, sequences: tuple[int, ...]) -> None:
         self._sequences = sequences
         self._touched: list[NDArray[np.uint8]] = []  # bits of the experts that a committed token touched
