@@ -12,64 +12,95 @@ namespace elmoe {
 namespace {
 constexpr int64_t kDemand = 0, kPlanned = 1;  // what a row waits for goes before what a later one will need
 
+constexpr int64_t kHugePage = 2 << 20;
+
+int64_t align(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
+
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 }  // namespace
 
-ExpertArena::ExpertArena(int64_t msb_bytes, int64_t lsb_bytes, int slots, int64_t capacity)
-    : sizes_{msb_bytes, lsb_bytes}, start_{0, msb_bytes * slots}, reserved_((msb_bytes + lsb_bytes) * slots), capacity_(capacity) {
-    void* memory = mmap(nullptr, reserved_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    memory_ = static_cast<char*>(memory);
+ExpertArena::ExpertArena(int64_t msb_bytes, int64_t lsb_bytes, int slots) {
+    const int64_t end = align(msb_bytes * slots);  // of the MSB slots; no huge page holds slots of both kinds
+    reserved_ = end + align(lsb_bytes * slots) + kHugePage;
+    memory_ = mmap(nullptr, reserved_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
     madvise(memory_, reserved_, MADV_HUGEPAGE);
-    for (auto& slot_list : cold_)
-        for (int slot = slots - 1; slot >= 0; --slot) slot_list.push_back(slot);
+    const int64_t start = align(reinterpret_cast<int64_t>(memory_));
+    kinds_[kMsb] = {msb_bytes, start, 0, std::vector<uint8_t>(slots), {}};
+    kinds_[kLsb] = {lsb_bytes, start + end, 0, std::vector<uint8_t>(slots), {}};
 }
 
 ExpertArena::~ExpertArena() { munmap(memory_, reserved_); }
 
-int64_t ExpertArena::held() const {
-    return used_ + static_cast<int64_t>(warm_[kMsb].size()) * sizes_[kMsb] + static_cast<int64_t>(warm_[kLsb].size()) * sizes_[kLsb];
+int64_t ExpertArena::used() const {
+    int64_t bytes = 0;
+    for (const auto& kind : kinds_) bytes += kind.bytes * std::count(kind.used.begin(), kind.used.end(), 1);
+    return bytes;
 }
 
 int ExpertArena::take(int kind) {
     if (!has_room(kind)) throw std::logic_error("the arena is full");
-    auto& slots = warm_[kind].empty() ? cold_[kind] : warm_[kind];
-    if (warm_[kind].empty()) cool(capacity_ - sizes_[kind]);
-    const int slot = slots.back();
-    slots.pop_back();
-    used_ += sizes_[kind];
+    const int slot = kinds_[kind].free.back();
+    kinds_[kind].free.pop_back();
+    kinds_[kind].used[slot] = 1;
     return slot;
 }
 
 void ExpertArena::give(int kind, int slot) {
-    used_ -= sizes_[kind];
-    warm_[kind].push_back(slot);
+    kinds_[kind].used[slot] = 0;
+    kinds_[kind].free.push_back(slot);
 }
 
-void ExpertArena::resize(int64_t capacity) {
-    if (used_ > capacity) throw std::logic_error("used slots do not fit the new capacity");
-    capacity_ = capacity;
-    cool(capacity);
+void ExpertArena::move(int kind, int from, int to) {
+    std::memcpy(reinterpret_cast<void*>(address(kind, to)), reinterpret_cast<void*>(address(kind, from)), size(kind));
+    kinds_[kind].used[from] = 0;
+    kinds_[kind].used[to] = 1;
 }
 
-void ExpertArena::cool(int64_t limit) {
-    int64_t excess = held() - limit;
-    for (int kind : {kLsb, kMsb})
-        for (; excess > 0 && !warm_[kind].empty(); excess -= sizes_[kind]) {
-            const int slot = warm_[kind].back();
-            warm_[kind].pop_back();
-            madvise(memory_ + start_[kind] + slot * sizes_[kind], sizes_[kind], MADV_DONTNEED);
-            cold_[kind].push_back(slot);
-        }
+void ExpertArena::resize(int kind, int slots) {
+    Kind& one = kinds_[kind];
+    slots = std::min(slots, static_cast<int>(one.used.size()));
+    if (std::count(one.used.begin() + slots, one.used.end(), 1)) throw std::logic_error("used slots do not fit the new limit");
+    if (slots < one.limit)
+        madvise(reinterpret_cast<void*>(address(kind, slots)), (one.limit - slots) * one.bytes, MADV_DONTNEED);
+    one.limit = slots;
+    one.free.clear();
+    for (int slot = slots - 1; slot >= 0; --slot)
+        if (!one.used[slot]) one.free.push_back(slot);
 }
 
 ExpertSlices::ExpertSlices(ReadPool& pool, int64_t msb_bytes, int64_t lsb_bytes, int experts, std::vector<std::string> names,
                            std::vector<int> files, std::vector<uint64_t> offsets, std::vector<int64_t*> addresses,
-                           int64_t reserve)
-    : arena(msb_bytes, lsb_bytes, static_cast<int>(files.size()) * experts, 0), pool_(pool), rows_(static_cast<int>(files.size())),
+                           int reserve)
+    : arena(msb_bytes, lsb_bytes, static_cast<int>(files.size()) * experts), pool_(pool), rows_(static_cast<int>(files.size())),
       experts_(experts), names_(std::move(names)), files_(std::move(files)), offsets_(std::move(offsets)),
-      addresses_(std::move(addresses)), reserve_(reserve), slices_(static_cast<size_t>(rows_) * experts * 2), plans_(rows_),
+      addresses_(std::move(addresses)), reserve_(reserve), slices_(static_cast<size_t>(rows_) * experts * 2), plans_(2 * static_cast<size_t>(rows_)),
       active_(experts) {}
+
+void ExpertSlices::resize(int msb, int lsb) {
+    const int slots[] = {msb, lsb};
+    for (int row = 0; row < rows_; ++row)
+        for (int expert = 0; expert < experts_; ++expert) {
+            arrive(row, expert);
+            let_go(row, expert);
+        }
+    for (int kind : {kMsb, kLsb}) {
+        std::vector<int> homes;  // of slices whose slots go, lowest last
+        for (int slot = std::min(slots[kind], arena.limit(kind)) - 1; slot >= 0; --slot)
+            if (!arena.is_used(kind, slot)) homes.push_back(slot);
+        for (int row = 0; row < rows_; ++row)
+            for (int expert = 0; expert < experts_; ++expert) {
+                Slice& one = slice(row, expert, kind);
+                if (one.slot < slots[kind]) continue;
+                if (homes.empty()) throw std::logic_error("residents do not fit the new limit");
+                arena.move(kind, one.slot, homes.back());
+                one.slot = homes.back();
+                addresses_[row][2 * expert + kind] = arena.address(kind, one.slot);
+                homes.pop_back();
+            }
+        arena.resize(kind, slots[kind]);
+    }
+}
 
 void ExpertSlices::foresee(int row, const std::vector<int>& experts) {
     for (int expert : experts)
@@ -78,14 +109,14 @@ void ExpertSlices::foresee(int row, const std::vector<int>& experts) {
             if (one.slot >= 0 || one.planned) continue;
             one.planned = true;
             ++planned_;
-            plans_[row].push_back({expert, kind});
+            plans_[2 * row + kind].push_back(expert);
         }
 }
 
 void ExpertSlices::begin(int row, const std::vector<int>& active) {
     row_ = row;
     std::fill(active_.begin(), active_.end(), 0);
-    plans_[row].clear();  // what is not on its way by now is demanded
+    for (int kind : {kMsb, kLsb}) plans_[2 * row + kind].clear();  // what is not on its way by now is demanded
     demands_.clear();
     ready_.clear();
     waiting_.assign(active.begin(), active.end());
@@ -132,7 +163,7 @@ const std::vector<int>& ExpertSlices::next() {
     }
     issue();
     while (!demands_.empty() && demands_.front().expert == waiting_.front()) {
-        make_room(waiting_.front());
+        make_room(demands_.front());
         issue();
     }
     arrive(row_, waiting_.front());
@@ -171,29 +202,33 @@ void ExpertSlices::issue() {
 }
 
 void ExpertSlices::pump() {
-    for (int row = 0; row < rows_; ++row)
-        for (auto& plan = plans_[row]; !plan.empty(); plan.pop_front()) {
-            if (!arena.has_room(plan.front().kind, reserve_)) return;
-            read(row, plan.front(), kPlanned);
-        }
+    bool full[] = {false, false};
+    for (int row = 0; row < rows_ && !(full[kMsb] && full[kLsb]); ++row)
+        for (int kind : {kMsb, kLsb})
+            for (auto& plan = plans_[2 * row + kind]; !plan.empty() && !full[kind];) {
+                full[kind] = !arena.has_room(kind, reserve_);
+                if (full[kind]) break;
+                read(row, {plan.front(), kind}, kPlanned);
+                plan.pop_front();
+            }
 }
 
-// Drops the staged slice that is needed last, not of `expert`; if this row needs it, it is read again in turn.
-void ExpertSlices::make_room(int expert) {
+// Drops the staged slice of a kind that is needed last, not of the wanted expert; if this row needs it, it is read again in turn.
+void ExpertSlices::make_room(Key wanted) {
+    const int kind = wanted.kind;
     for (int row = rows_ - 1; row >= 0; --row)
-        for (int other = experts_ - 1; other >= 0; --other)
-            for (int kind : {kLsb, kMsb}) {
-                const Slice& one = slice(row, other, kind);
-                if (one.slot < 0 || one.resident || (row == row_ && other == expert)) continue;
-                arrive(row, other);
-                release(row, other, kind);
-                if (is_active(row, other)) {
-                    auto before = [](const Key& a, const Key& b) { return a.expert != b.expert ? a.expert < b.expert : a.kind < b.kind; };
-                    const Key key{other, kind};
-                    demands_.insert(std::lower_bound(demands_.begin(), demands_.end(), key, before), key);
-                }
-                return;
+        for (int other = experts_ - 1; other >= 0; --other) {
+            const Slice& one = slice(row, other, kind);
+            if (one.slot < 0 || one.resident || (row == row_ && other == wanted.expert)) continue;
+            arrive(row, other);
+            release(row, other, kind);
+            if (is_active(row, other)) {
+                auto before = [](const Key& a, const Key& b) { return a.expert != b.expert ? a.expert < b.expert : a.kind < b.kind; };
+                const Key key{other, kind};
+                demands_.insert(std::lower_bound(demands_.begin(), demands_.end(), key, before), key);
             }
+            return;
+        }
     throw std::logic_error("no staged slice can go: the budget is below the minimum");
 }
 

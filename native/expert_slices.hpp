@@ -17,32 +17,39 @@ namespace elmoe {
 
 enum SliceKind { kMsb = 0, kLsb = 1 };
 
-// Page-aligned slots of two sizes under one limit of bytes. Addresses are reserved for every slot, memory is there only while
-// a slot is used or kept warm for the next one: what the slots hold, warm ones included, never exceeds the capacity, so the
-// kinds trade memory with each other and with whoever resizes the arena.
+// Page-aligned slots of two sizes. Addresses are reserved for every slot; those below a kind's limit may be used, and keep their
+// memory when they are given back. Memory goes back to the system only at the end of a kind's slots: what lies in huge pages
+// stays in them, into which a disk reads half as fast again as into small ones (docs/log.md).
 class ExpertArena {
   public:
-    ExpertArena(int64_t msb_bytes, int64_t lsb_bytes, int slots, int64_t capacity);  // `slots` of each kind
+    ExpertArena(int64_t msb_bytes, int64_t lsb_bytes, int slots);  // `slots` of each kind, none of which may be used yet
     ~ExpertArena();
     ExpertArena(const ExpertArena&) = delete;
     ExpertArena& operator=(const ExpertArena&) = delete;
 
-    int64_t size(int kind) const { return sizes_[kind]; }
-    int64_t capacity() const { return capacity_; }
-    int64_t used() const { return used_; }
-    int64_t held() const;  // bytes of memory behind used and warm slots
-    bool has_room(int kind, int64_t reserve = 0) const { return used_ + sizes_[kind] + reserve <= capacity_; }
-    int take(int kind);             // only while there is room
-    void give(int kind, int slot);  // its memory stays warm
-    void resize(int64_t capacity);  // warm memory beyond it goes back to the system; used slots must fit
-    int64_t address(int kind, int slot) const { return reinterpret_cast<int64_t>(memory_) + start_[kind] + slot * sizes_[kind]; }
+    int64_t size(int kind) const { return kinds_[kind].bytes; }
+    int limit(int kind) const { return kinds_[kind].limit; }
+    int64_t capacity() const { return limit(kMsb) * size(kMsb) + limit(kLsb) * size(kLsb); }
+    int64_t used() const;
+    bool has_room(int kind, int reserve = 0) const { return static_cast<int>(kinds_[kind].free.size()) > reserve; }
+    bool is_used(int kind, int slot) const { return kinds_[kind].used[slot]; }
+    int take(int kind);  // only while there is room
+    void give(int kind, int slot);
+    void move(int kind, int from, int to);  // to an unused slot
+    void resize(int kind, int slots);       // used slots must lie below
+    int64_t address(int kind, int slot) const { return kinds_[kind].start + slot * kinds_[kind].bytes; }
 
   private:
-    void cool(int64_t limit);  // gives warm memory back until at most `limit` bytes are held
+    struct Kind {
+        int64_t bytes, start;
+        int limit = 0;
+        std::vector<uint8_t> used;
+        std::vector<int> free;  // below the limit
+    };
 
-    int64_t sizes_[2], start_[2], reserved_, capacity_, used_ = 0;
-    char* memory_;
-    std::vector<int> cold_[2], warm_[2];
+    Kind kinds_[2];
+    void* memory_;
+    int64_t reserved_;
 };
 
 // Becomes elmoe.errors.StoreError.
@@ -58,14 +65,16 @@ struct SliceWait {  // compute waited for an expert, seconds on the steady clock
 class ExpertSlices {
   public:
     // `names` and `files` by row, `offsets` (rows, experts) of MSB records with the LSB records behind them; `addresses` by row, (experts,
-    // 2), kept up to date: 0 where a slice is not readable. `reserve`: bytes that planned reads leave free, so that demands
-    // never wait for a planned slice to be used.
+    // 2), kept up to date: 0 where a slice is not readable. `reserve`: slots of each kind that planned reads leave free, so that
+    // demands never wait for a planned slice to be used.
     ExpertSlices(ReadPool& pool, int64_t msb_bytes, int64_t lsb_bytes, int experts, std::vector<std::string> names,
-                 std::vector<int> files, std::vector<uint64_t> offsets, std::vector<int64_t*> addresses, int64_t reserve);
+                 std::vector<int> files, std::vector<uint64_t> offsets, std::vector<int64_t*> addresses, int reserve);
     ~ExpertSlices() { finish(); }  // reads in flight fill the arena
 
     ExpertArena arena;
 
+    // Between passes: how many slices of each kind may be held. Residents move to slots that stay; all others go.
+    void resize(int msb, int lsb);
     // Plan reads of what a later pass will need of a row.
     void foresee(int row, const std::vector<int>& experts);
     void pump();  // start planned reads, earliest row first, while there is room
@@ -99,7 +108,7 @@ class ExpertSlices {
     bool is_active(int row, int expert) const { return row == row_ && active_[expert]; }
     void read(int row, Key key, int64_t priority);
     void issue();  // start demanded reads while there is room
-    void make_room(int expert);
+    void make_room(Key wanted);
     bool readable(int expert);
     void arrive(int row, int expert);
     void release(int row, int expert, int kind);
@@ -111,9 +120,9 @@ class ExpertSlices {
     std::vector<int> files_;
     std::vector<uint64_t> offsets_;
     std::vector<int64_t*> addresses_;
-    int64_t reserve_;
+    int reserve_;
     std::vector<Slice> slices_;
-    std::vector<std::deque<Key>> plans_;
+    std::vector<std::deque<int>> plans_;  // experts, by row and kind
     int planned_ = 0;  // slices with a plan since the plans were forgotten
     int row_ = -1;     // being computed
     std::vector<uint8_t> active_;

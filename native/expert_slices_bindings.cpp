@@ -43,24 +43,29 @@ void bind_expert_slices(nb::module_& m) {
     });
     nb::class_<ExpertArena>(m, "ExpertArena")
         .def("__init__",
-             [](ExpertArena* self, int64_t msb, int64_t lsb, int slots, int64_t capacity) {
+             [](ExpertArena* self, int64_t msb, int64_t lsb, int slots) {
                  SlicesHolder::require(msb > 0 && lsb > 0 && slots > 0, "slots have bytes");
-                 new (self) ExpertArena(msb, lsb, slots, capacity);
+                 new (self) ExpertArena(msb, lsb, slots);
              })
         .def("size", &ExpertArena::size)
         .def_prop_ro("capacity", &ExpertArena::capacity)
         .def_prop_ro("used", &ExpertArena::used)
-        .def_prop_ro("held", &ExpertArena::held)
         .def("has_room", &ExpertArena::has_room, nb::arg("kind"), nb::arg("reserve") = 0)
         .def("take", &ExpertArena::take)
         .def("give", &ExpertArena::give)
+        .def("move", &ExpertArena::move)
         .def("resize", &ExpertArena::resize)
         .def("address", &ExpertArena::address);
     nb::class_<SlicesHolder>(m, "ExpertSlices")
         .def(nb::init<ReadPool&, int64_t, int64_t, std::vector<std::string>, std::vector<int>,
-                      const std::vector<std::vector<uint64_t>>&, std::vector<SlicesHolder::Table>, int64_t>(),
+                      const std::vector<std::vector<uint64_t>>&, std::vector<SlicesHolder::Table>, int>(),
              nb::keep_alive<1, 2>())
         .def_prop_ro("arena", [](SlicesHolder& self) -> ExpertArena& { return self.slices.arena; }, nb::rv_policy::reference_internal)
+        .def("resize",
+             [](SlicesHolder& self, int msb, int lsb) {
+                 SlicesHolder::require(msb >= 0 && lsb >= 0, "a number of slots is not negative");
+                 self.slices.resize(msb, lsb);
+             })
         .def("foresee",
              [](SlicesHolder& self, int row, const Ranked& ranked, size_t top_k) {
                  const size_t rows = ranked.shape(0), tokens = ranked.shape(1), ranks = ranked.shape(2);

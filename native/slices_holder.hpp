@@ -16,7 +16,7 @@ struct SlicesHolder {
     using Table = nanobind::ndarray<int64_t, nanobind::ndim<2>, nanobind::c_contig, nanobind::device::cpu>;
 
     SlicesHolder(ReadPool& pool, int64_t msb, int64_t lsb, std::vector<std::string> names, std::vector<int> files,
-                 const std::vector<std::vector<uint64_t>>& offsets, std::vector<Table> tables, int64_t reserve)
+                 const std::vector<std::vector<uint64_t>>& offsets, std::vector<Table> tables, int reserve)
         : tables(std::move(tables)), experts(this->tables.empty() ? 0 : this->tables[0].shape(0)),
           slices(pool, positive(msb), positive(lsb), static_cast<int>(experts), named(std::move(names), files.size()), files,
                  flat(offsets, files.size(), experts), pointers(this->tables, files.size(), experts), reserve) {}

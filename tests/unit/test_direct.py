@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -85,7 +86,7 @@ def test_every_policy_gives_the_plain_output(reader, reference, options, tempera
         assert results == reference[temperature]
         assert statistics.draft_slow_reads == 0
         arena = engine.tier.arena
-        assert arena.used <= arena.held <= arena.capacity
+        assert arena.used <= arena.capacity
     if options.mode == "plain":
         assert arena.used == 0
     else:  # what the arena holds is what is resident
@@ -282,16 +283,23 @@ def test_a_trace_without_a_draft_from_every_position_is_refused(reader, tmp_path
         replay_facts(read_trace(tmp_path / "t"))
 
 
-def test_the_arena_trades_memory_between_classes_within_its_capacity():
-    arena = ExpertArena(8192, 4096, 6, 3 * 8192)
-    big = [arena.take(MSB) for _ in range(3)]
-    assert not arena.has_room(LSB) and len({arena.address(MSB, slot) for slot in big}) == 3
-    arena.give(MSB, big.pop())
-    small = [arena.take(LSB) for _ in range(2)]  # takes the memory of the slot given back
-    assert arena.used == arena.held == 3 * 8192 and not arena.has_room(LSB)
-    for slot in small:
-        arena.give(LSB, slot)
-    arena.resize(2 * 8192)
-    assert arena.used == arena.held == 2 * 8192
+def test_the_arena_gives_back_its_last_slots_and_keeps_what_is_used():
+    arena = ExpertArena(8192, 4096, 6)
+    assert not arena.has_room(MSB) and not arena.has_room(LSB)
+    arena.resize(MSB, 3)
+    arena.resize(LSB, 2)
+    assert arena.capacity == 3 * 8192 + 2 * 4096
+    slots = [arena.take(MSB) for _ in range(3)]
+    assert not arena.has_room(MSB) and arena.has_room(LSB, 1) and not arena.has_room(LSB, 2)
+    assert len({arena.address(MSB, slot) for slot in slots}) == 3
+    with pytest.raises(RuntimeError, match="full"):
+        arena.take(MSB)
+    content = ctypes.c_char * 8192
+    content.from_address(arena.address(MSB, 2)).value = b"kept"
+    arena.give(MSB, 0)
     with pytest.raises(RuntimeError, match="do not fit"):
-        arena.resize(8192)
+        arena.resize(MSB, 2)
+    arena.move(MSB, 2, 0)
+    arena.resize(MSB, 2)
+    assert content.from_address(arena.address(MSB, 0)).value == b"kept"
+    assert arena.used == 2 * 8192 and arena.capacity == 2 * 8192 + 2 * 4096

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median
@@ -17,7 +16,7 @@ from elmoe.engine.probe import memory_bandwidth
 from elmoe.engine.request import Request
 from elmoe.kernels.reads import ReadPool
 from elmoe.schema.model import ModelSchema
-from elmoe.store import DirectReader
+from elmoe.store import DirectReader, private_memory
 
 BATCHES = (1, 2, 4, 8, 16)
 TOKENS, REPEATS, DRAFT_LENGTH = 32, 3, 4
@@ -81,7 +80,7 @@ def _slow_bandwidth(reader: DirectReader, throttle: float | None) -> float:
     layer = reader.schema.moe_layers[0]
     layout = reader.expert_layout(layer)
     size = layout.msb_bytes + layout.lsb_bytes
-    memory = mmap.mmap(-1, size * BURST)
+    memory = private_memory(size * BURST)
     address = np.frombuffer(memory, np.uint8).ctypes.data
     rng, rates = np.random.default_rng(0), []
     for _ in range(BURSTS):

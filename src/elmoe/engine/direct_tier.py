@@ -19,14 +19,14 @@ from elmoe.engine.statistics import Phase, Statistics
 from elmoe.engine.tier import ExpertTier
 from elmoe.kernels import ExpertFeed
 from elmoe.kernels.reads import ReadPool
-from elmoe.kernels.slices import ExpertArena, ExpertSlices, SliceReadFailure, read_failed, refill_layer
+from elmoe.kernels.slices import LSB, MSB, ExpertArena, ExpertSlices, SliceReadFailure, read_failed, refill_layer
 from elmoe.models.decoder import Stretch, WeightReader
 from elmoe.policy.budget import SlotPlan
 from elmoe.policy.residency import ResidencyParameters, ResidentSet
 from elmoe.store.direct import DirectReader
 
 RESERVE = 2
-"""Whole experts that planned reads leave room for, so that demands never wait for a planned slice to be used."""
+"""Slots of each kind that planned reads leave free, so that demands never wait for a planned slice to be used."""
 
 
 class DirectTier(ExpertTier):
@@ -50,7 +50,7 @@ class DirectTier(ExpertTier):
             pool, layout.msb_bytes, layout.lsb_bytes, [files[layer] for layer in self._layers],
             [row[0][0] for row in extents],
             [[offset for _, offset in row] for row in extents], list(self._addresses),
-            RESERVE * (layout.msb_bytes + layout.lsb_bytes),
+            RESERVE,
         )  # fmt: skip
         self._counted = 0, 0
         self.found = self.resident
@@ -183,7 +183,17 @@ class DirectTier(ExpertTier):
         super().replan(slots, capacity)
         for row, (msb, lsb) in enumerate(zip(self.resident.msb, self.resident.lsb, strict=True)):
             self._slices.keep(row, msb, lsb)
-        self.arena.resize(capacity)
+        self._slices.resize(*self._slots_held(capacity))
+
+    def _slots_held(self, capacity: int) -> tuple[int, int]:
+        """(MSB, LSB) slices that fit ``capacity``: residents, and of either kind as many on their way as may be missing, so
+        that no kind waits for memory of the other."""
+        kept = (0, 0) if self._slots is None else (sum(self._slots.msb), sum(self._slots.lsb))
+        msb_bytes, lsb_bytes = self.arena.size(MSB), self.arena.size(LSB)
+        room = capacity - kept[0] * msb_bytes - kept[1] * lsb_bytes
+        missing = self._active.size - kept[0], self._active.size - kept[1]  # ever fewer MSB slices than LSB slices
+        msb = min(missing[0], max(1, room // (msb_bytes + lsb_bytes) * missing[0] // max(1, missing[1])))
+        return kept[0] + msb, kept[1] + min(missing[1], (room - msb * msb_bytes) // lsb_bytes)
 
     def _foresee(self, row: int, ranked: NDArray[np.int32]) -> None:
         """Plan reads of what verification will need by the (layers, tokens, ranks) routing of layers from ``row`` on; start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from pathlib import Path
 from statistics import median
@@ -11,6 +10,7 @@ from time import perf_counter
 import numpy as np
 
 from elmoe.errors import StoreError
+from elmoe.store import private_memory
 
 DISK_BLOCK = 4 << 20
 """Bytes per direct read: large enough to saturate an NVMe disk with one reader."""
@@ -40,7 +40,7 @@ def disk_bandwidth(path: Path, limit: int = 512 << 20) -> float:
 
     :raises StoreError: the file cannot be read that way (some file systems refuse O_DIRECT).
     """
-    buffer = mmap.mmap(-1, DISK_BLOCK)
+    buffer = private_memory(DISK_BLOCK)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError as error:

@@ -13,7 +13,9 @@ from itertools import pairwise
 
 CONFIDENCE_EDGES = (0.3, 0.5, 0.7, 0.9, 0.97)
 """Bins in which acceptance is calibrated to the draft's confidence."""
-
+DISAGREEMENT = 0.25
+"""Rejection of a draft token per doubt of the draft, until it was observed: draft and target doubt alike and draw with the
+same noise. Measured on the demo model with 25 and 50 % of the experts, greedy and at temperature 0.8: 0.15 to 0.35."""
 
 SETTLED, TRIAL = 4, 2
 """Plain steps before the first draft, and tokens of a draft that only finds out what drafts cost."""
@@ -29,12 +31,12 @@ def confidence_bin(confidence: float) -> int:
 
 
 class Calibration:
-    """Acceptance by confidence bin: Beta counts that start at the bin's own confidence and decay slowly."""
+    """Acceptance by confidence bin: Beta counts that start from ``DISAGREEMENT`` and decay slowly."""
 
     def __init__(self, prior_weight: float = 4.0, decay: float = 0.995) -> None:
         edges = (0.0, *CONFIDENCE_EDGES, 1.0)
         middles = [(low + high) / 2 for low, high in pairwise(edges)]
-        self._accepted = [prior_weight * middle for middle in middles]
+        self._accepted = [prior_weight * (1 - DISAGREEMENT * (1 - middle)) for middle in middles]
         self._seen = [prior_weight] * len(middles)
         self._decay = decay
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from elmoe.bitslice.expert import PAGE
 from elmoe.errors import StoreError
 from elmoe.store.format import DENSE_FILE, check_header
+from elmoe.store.machine import private_memory
 from elmoe.store.reader import MemoryReader, resolve_store
 
 CHUNK = 8 << 20
@@ -69,9 +68,7 @@ class DirectReader(MemoryReader):
 
 def _read(handle: int, name: str, size: int) -> NDArray[np.uint8]:
     """The first ``size`` bytes of a file in page-aligned memory of its own."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
-    with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = private_memory(size)
     view = memoryview(memory)
     done = 0
     while done < size:

@@ -1,11 +1,22 @@
-"""How much memory this process may still use, seen through its control groups (version 1 and 2), and how much it used."""
+"""This process's memory: how much it may still use, seen through its control groups (version 1 and 2), how much it used, and
+memory to read a disk into."""
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 UNLIMITED = 1 << 60
 """Limits above this mean none (version 1 writes a huge number)."""
+
+
+def private_memory(size: int) -> mmap.mmap:
+    """``size`` bytes, page-aligned, in huge pages where the system grants them: reads into those are half as fast again."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def peak_memory() -> int:
