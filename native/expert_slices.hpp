@@ -19,7 +19,7 @@ enum SliceKind { kMsb = 0, kLsb = 1 };
 
 // Page-aligned slots of two sizes. Addresses are reserved for every slot; those below a kind's limit may be used, and keep their
 // memory when they are given back. Memory goes back to the system only at the end of a kind's slots: what lies in huge pages
-// stays in them, into which a disk reads half as fast again as into small ones (docs/log.md).
+// stays in them, into which a disk reads 1.3 to 1.5 times as fast as into small ones (bench/reads.py).
 class ExpertArena {
   public:
     ExpertArena(int64_t msb_bytes, int64_t lsb_bytes, int slots);  // `slots` of each kind, none of which may be used yet
