@@ -205,11 +205,10 @@ void ExpertSlices::pump() {
     bool full[] = {false, false};
     for (int row = 0; row < rows_ && !(full[kMsb] && full[kLsb]); ++row)
         for (int kind : {kMsb, kLsb})
-            for (auto& plan = plans_[2 * row + kind]; !plan.empty() && !full[kind];) {
+            for (auto& plan = plans_[2 * row + kind]; !plan.empty(); plan.pop_front()) {
                 full[kind] = !arena.has_room(kind, reserve_);
                 if (full[kind]) break;
                 read(row, {plan.front(), kind}, kPlanned);
-                plan.pop_front();
             }
 }
 
