@@ -128,6 +128,12 @@ def test_calibration_learns_each_bin():
     assert confidence_bin(0.0) == 0 and confidence_bin(1.0) == 5
 
 
+def test_a_calibration_begins_between_the_confidence_and_certainty():
+    calibration = Calibration()
+    expected = [calibration.acceptance(confidence) for confidence in (0.1, 0.4, 0.6, 0.8, 0.95, 0.99)]
+    assert expected == sorted(expected) and expected[0] > 0.7 and expected[-1] < 1
+
+
 def test_linear_cost():
     cost = LinearCost()
     assert not cost.known
