@@ -14,9 +14,9 @@ from itertools import pairwise
 CONFIDENCE_EDGES = (0.3, 0.5, 0.7, 0.9, 0.97)
 """Bins in which acceptance is calibrated to the draft's confidence."""
 DISAGREEMENT = 0.25
-"""Rejection of a draft token per doubt (1 - confidence), until it was observed: draft and target doubt alike and draw with the
-same noise. Measured on the demo model with 25 and 50 % of the experts, greedy and at temperature 0.8 (docs/log.md): 0.19 to
-0.33 below a confidence of 0.3, where most tokens are, and 0.03 to 0.3 from there to 0.5."""
+"""Rejection of a draft token per doubt (1 - confidence), until it was observed: draft and target doubt alike and draw with
+the same noise. Measured on the demo model with 25 and 50 % of the experts, greedy and at temperature 0.8 (docs/log.md): 0.19
+to 0.33 below a confidence of 0.3, where most tokens are, and 0.03 to 0.3 from there to 0.5."""
 
 SETTLED, TRIAL = 4, 2
 """Plain steps before the first draft, and tokens of a draft that only finds out what drafts cost."""
