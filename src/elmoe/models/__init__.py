@@ -32,7 +32,10 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
-    raise ModelError(f"{where}: 'model_type' {str(kind)[:80]!r} is not supported", f"supported: {', '.join(FAMILIES)}")
+    raise ModelError(
+        f"{where}: there are no 'architectures', and 'model_type' {str(kind)[:80]!r} is not supported",
+        f"supported: {', '.join(FAMILIES)}",
+    )
 
 
 def spec_of_config(config: dict[str, Any], where: str = "config.json") -> ModelSpec:
