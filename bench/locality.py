@@ -20,9 +20,9 @@ from bench.prompts import SETS, prompts_of
 from elmoe.bitslice import SamplingParameters
 from elmoe.cli.common import percent, print_table, use_threads
 from elmoe.engine.engine import EngineOptions
-from elmoe.engine.profile import profile_acceptance
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
+from elmoe.measure.acceptance import profile_acceptance
 from elmoe.trace import AcceptanceTable, Locality, TraceRecorder, fit_locality, read_facts, save_acceptance, save_locality
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -31,10 +31,10 @@ from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.cli.common import number, print_table, progress_bar
 from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
-from elmoe.engine.replay import Replay
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session, load_backend
+from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
+from elmoe.measure.replay import Replay
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import MemoryReader, open_direct, open_store
 from elmoe.trace import read_trace, replay_facts

@@ -18,10 +18,10 @@ from typing import Any, cast
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.cli.common import print_table
-from elmoe.engine.benchmark import random_prompts
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.session import Session
+from elmoe.measure.benchmark import random_prompts
 
 SHOWN = ("attention_block", "route", "expert_ffn", "logits", "sample")
 

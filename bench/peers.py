@@ -36,7 +36,7 @@ from elmoe import kernels
 from elmoe.cli.common import number, print_table, progress_bar
 from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.replay import Replay
+from elmoe.measure.replay import Replay
 from elmoe.store import MemoryReader, open_store, resolve_store
 from elmoe.trace import read_trace, replay_facts
 

@@ -17,7 +17,7 @@ from bench.offload import recorded_traces, synthetic_store
 from elmoe import kernels
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.observe import Timeline
-from elmoe.engine.replay import Replay
+from elmoe.measure.replay import Replay
 from elmoe.store import open_direct
 from elmoe.trace import read_trace, replay_facts
 

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.calibrate import calibrate, hardware_yaml
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.hw.efficiency import efficiency_of_refresh
 from elmoe.hw.machine import Machine
+from elmoe.measure.calibrate import calibrate, hardware_yaml
 from elmoe.report.section import Section, Table
 from elmoe.schema.architecture import Architecture
 from elmoe.schema.constants import load_described

@@ -40,8 +40,8 @@ def command(
 ) -> None:  # fmt: skip
     """Throughput of STORE for modes and batch sizes; every row must give the same tokens."""
     from elmoe.bitslice import SamplingParameters
-    from elmoe.engine.benchmark import benchmark, random_prompts
     from elmoe.errors import RequestError
+    from elmoe.measure.benchmark import benchmark, random_prompts
     from elmoe.store import peak_memory
 
     names: list[Any] = modes.split(",")
@@ -52,7 +52,7 @@ def command(
     with serving.session(store, options) as session:
         label = session.tier
         if traces:
-            from elmoe.engine.replay import Replay
+            from elmoe.measure.replay import Replay
             from elmoe.trace import read_trace, replay_facts
 
             replay = Replay(session.backend, session.reader.schema, [replay_facts(read_trace(path)) for path in traces])

@@ -35,9 +35,9 @@ def command(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Perplexity of STORE's target and of its 4-bit draft on a text file."""
-    from elmoe.engine.perplexity import evaluate
     from elmoe.engine.session import Session
     from elmoe.errors import RequestError
+    from elmoe.measure.perplexity import evaluate
 
     try:
         text = text_path.read_text(encoding="utf-8")

@@ -56,9 +56,9 @@ def profile(
 
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.engine import EngineOptions
-    from elmoe.engine.profile import BITS, SHARES, profile_acceptance
     from elmoe.engine.request import Request
     from elmoe.engine.session import Session
+    from elmoe.measure.acceptance import BITS, SHARES, profile_acceptance
     from elmoe.trace.acceptance import AcceptanceTable, save_acceptance
 
     prompts = read_prompts(prompts_path)
