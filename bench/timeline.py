@@ -1,6 +1,6 @@
 """Where the time of an offloaded elastic run goes: a Chrome trace (for Perfetto) and a picture of its middle.
 
-    .venv/bin/python bench/timeline.py [--batch 8] [--layers 4] [--out docs/timeline.png] [--trace build/offload/run.json]
+    .venv/bin/python -m bench.timeline [--batch 8] [--layers 4] [--out docs/timeline.png] [--trace build/offload/run.json]
 
 Uses the stores and traces of bench/offload.py (run it first) and matplotlib (`pip install matplotlib`).
 """
@@ -8,10 +8,7 @@ Uses the stores and traces of bench/offload.py (run it first) and matplotlib (`p
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.offload import recorded_traces, synthetic_store
 from elmoe import kernels

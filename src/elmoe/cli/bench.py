@@ -6,18 +6,8 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import (
-    IntegerList,
-    Serving,
-    json_option,
-    number,
-    percent,
-    print_json,
-    print_table,
-    progress_bar,
-    serving_options,
-    size,
-)
+from elmoe.cli.common import IntegerList, Serving, json_option, print_json, serving_options
+from elmoe.terminal import number, percent, print_table, progress_bar, size
 
 
 @click.command("bench")

@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import IntegerList, json_option, number, print_json, print_table, progress_bar
-
-SYSTEMS = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu", "elmoe3d_4gb", "elmoe3d_8gb")
-MODELS = ("qwen3-30b-a3b", "glm-4.7-flash", "deepseek-v2-lite", "gpt-oss-20b")
-PROMPTS = ("mt_bench", "gsm8k", "alpaca", "humaneval")
+from elmoe.cli.common import IntegerList, json_option, print_json
+from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
+from elmoe.terminal import number, print_table, progress_bar
 
 
 @click.command()
