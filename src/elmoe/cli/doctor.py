@@ -50,16 +50,15 @@ def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: floa
             data["disk_read_bytes_per_second"] = disk_bandwidth(reader.path / largest.name)
         if hardware is not None:
             from elmoe.engine.session import use_threads
-            from elmoe.measure.calibrate import calibrate, hardware_yaml
+            from elmoe.measure.calibrate import calibrate, hardware_of
+            from elmoe.schema.hardware import write_hardware
 
             use_threads("native")
             direct = open_direct(store)
             with direct:
-                calibration = calibrate(direct, slow_bandwidth)
-            hardware.write_text(
-                hardware_yaml(calibration, available, shutil.disk_usage(reader.path).total), encoding="utf-8"
-            )
-            data |= {"hardware": str(hardware), "pass_cost_fit_error": calibration.error}
+                machine = calibrate(direct, slow_bandwidth)
+            write_hardware(hardware_of(machine, available, shutil.disk_usage(reader.path).total), hardware)
+            data |= {"hardware": str(hardware), "pass_cost_fit_error": machine.error}
     if as_json:
         print_json(data)
         return

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from elmoe.errors import HardwareError
+from elmoe.files import write_whole
 from elmoe.schema.constants import (
     Bandwidth,
     Capacity,
@@ -22,6 +23,7 @@ from elmoe.schema.constants import (
     Seconds,
     Struct,
     Throughput,
+    described_text,
     load_described,
 )  # fmt: skip
 
@@ -154,6 +156,14 @@ class Hardware(Struct, frozen=True, kw_only=True):
 def load_hardware(name_or_path: str | Path) -> Hardware:
     """A preset by name, or a YAML file; HardwareError names the file, the path in it and the mend."""
     return load_described(*_read(name_or_path), Hardware)
+
+
+def write_hardware(hardware: Hardware, path: str | Path) -> None:
+    """Write YAML that :func:`load_hardware` reads as an equal description.
+
+    :raises HardwareError: the file cannot be written. :raises RequestError: a constant is not positive and finite.
+    """
+    write_whole(path, described_text(hardware).encode())
 
 
 @cache
