@@ -1,7 +1,7 @@
 """Our engine against llama.cpp (and transformers) on the same weights: decoding, prefill, loading, memory.
 
-    .venv/bin/python bench/peers.py --quick --json     # OLMoE-1B-7B shapes, 4 layers: under 10 minutes
-    .venv/bin/python bench/peers.py                    # 4 and 16 layers, and the demo model
+    .venv/bin/python -m bench.peers --quick --json     # OLMoE-1B-7B shapes, 4 layers: under 10 minutes
+    .venv/bin/python -m bench.peers                    # 4 and 16 layers, and the demo model
 
 Runs alternate and wait for calm; a row is the median over rounds. Definitions: bench/README.md. Needs `make peers`; stores,
 traces and exported files are kept in ``--folder`` and made once.
@@ -23,8 +23,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench.llama_offload import evict
 from bench.lockstep import lockstep_rates
 from bench.machine_load import observed, wait_for_calm
@@ -33,14 +31,14 @@ from bench.peer_llama import REPACK, Llama, PeerError, run
 from bench.peer_transformers import Transformers
 from bench.random_tokens import PROMPT, RandomTokens
 from elmoe import kernels
-from elmoe.cli.common import number, print_table, progress_bar
 from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.replay import Replay
+from elmoe.measure.replay import ReplayBackend
 from elmoe.models.spec import LayerSpec, Moe
 from elmoe.models.tensors import feed_forward, tensors
 from elmoe.store import MemoryReader, open_store, resolve_store
-from elmoe.trace import read_trace, replay_facts
+from elmoe.terminal import number, print_table, progress_bar
+from elmoe.trace import draft_facts_of_trace, read_trace
 
 BATCHES = (1, 4, 8, 16)
 DECODE_TARGETS = {1: 1.6, 4: 1.6, 8: 1.5, 16: 1.5}
@@ -222,9 +220,9 @@ def lower(cell: Cell, work: str, unit: str, target: float, variants: list[str]) 
 def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Iterator[dict[str, Any]]:
     """Elastic decoding over plain decoding, step by step in turns, all in memory; both replay the demo model's routing and
     acceptance."""
-    facts_of_traces = [replay_facts(read_trace(path)) for path in traces]
+    facts_of_traces = [draft_facts_of_trace(read_trace(path)) for path in traces]
     for batch in BATCHES:
-        replays = {name: Replay(kernels, reader.spec, facts_of_traces) for name in ("ours", "plain")}
+        replays = {name: ReplayBackend(kernels, reader.spec, facts_of_traces) for name in ("ours", "plain")}
         engines = {
             name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
             for (name, replay), mode in zip(replays.items(), ("elastic", "plain"), strict=True)
