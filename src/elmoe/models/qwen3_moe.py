@@ -15,7 +15,7 @@ def read_config(config: Config) -> ModelSpec:
     config.must_be("hidden_act", "silu")
     config.must_be("attention_bias", False)
     config.must_be("use_sliding_window", False)
-    layers, hidden = config.integer("num_hidden_layers"), config.integer("hidden_size")
+    layers, hidden = config.layers(), config.integer("hidden_size")
     heads, vocabulary = config.integer("num_attention_heads"), config.integer("vocab_size")
     head_dim = config.integer("head_dim", default=max(1, hidden // heads))
     attention = GroupedAttention(
