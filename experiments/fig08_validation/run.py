@@ -22,8 +22,9 @@ from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.hw.efficiency import efficiency_of_refresh
 from elmoe.hw.machine import Machine
+from elmoe.models.sizes import ModelSizes
+from elmoe.models.spec import Dense, GroupedAttention, LayerSpec, ModelSpec, Moe, Rope, Router
 from elmoe.report.section import Section, Table
-from elmoe.schema.architecture import Architecture
 from elmoe.schema.constants import load_described
 from elmoe.schema.hardware import Hardware, load_hardware
 from elmoe.schema.model import ModelSchema
@@ -160,7 +161,7 @@ def _throttle(memory: Any, prompts: list[Any]) -> float:
 
 def priced(prediction: Prediction, schema: ModelSchema, hardware: Hardware) -> float:
     """Seconds of the decode passes of a recorded run."""
-    model, machine = architecture_of(schema), Machine(hardware)
+    model, machine = ModelSizes(spec=spec_of(schema), name=schema.family, source="store"), Machine(hardware)
     total = 0.0
     for phases, draft in ((("plain", "verify"), False), (("draft",), True)):
         if any(phase in phases for phase, _ in prediction.passes):
@@ -169,15 +170,21 @@ def priced(prediction: Prediction, schema: ModelSchema, hardware: Hardware) -> f
     return total
 
 
-def architecture_of(schema: ModelSchema) -> Architecture:
-    """A store's shapes as the simulator sees models."""
-    attention = 2 * schema.hidden * schema.head_dim * (schema.heads + schema.kv_heads)
-    return Architecture(
-        name=schema.family, source="store", layers=schema.layers, hidden=schema.hidden, vocabulary=schema.vocabulary,
-        moe_layers=len(schema.moe_layers), dense_layers=len(schema.dense_layers), experts=schema.experts, top_k=schema.top_k,
-        expert_width=schema.expert_width, shared_width=0, dense_width=schema.dense_width, attention_parameters=attention,
-        kv_bytes_per_position=4 * schema.kv_heads * schema.head_dim, attention_width=2 * schema.heads * schema.head_dim,
-        tied_embeddings=schema.tied_embeddings,
+def spec_of(schema: ModelSchema) -> ModelSpec:
+    """A store's model as layers."""
+    attention = GroupedAttention(
+        heads=schema.heads, kv_heads=schema.kv_heads, head_dim=schema.head_dim, query_key_norm="head",
+        rope=Rope(theta=schema.rope_theta, dimensions=schema.head_dim),
+    )  # fmt: skip
+    router = Router(experts=schema.experts, top_k=schema.top_k, normalize=schema.normalize_top_k)
+    moe, dense = Moe(router=router, width=schema.expert_width), Dense(width=schema.dense_width or 1)
+    return ModelSpec(
+        family=schema.family, vocabulary=schema.vocabulary, hidden=schema.hidden, norm_epsilon=schema.norm_epsilon,
+        layers=tuple(
+            LayerSpec(attention=attention, feed_forward=dense if layer in schema.dense_layers else moe)
+            for layer in range(schema.layers)
+        ),
+        max_positions=schema.max_positions, tied_embeddings=schema.tied_embeddings, eos_tokens=schema.eos_tokens,
     )  # fmt: skip
 
 

@@ -1,0 +1,63 @@
+"""Models by name: published configurations that come with the package, ``config.json`` files, and checkpoint folders."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from elmoe.errors import ModelError
+from elmoe.models import family_of, spec_of_config
+from elmoe.models.sizes import ModelSizes
+
+_LARGEST_FILE = 1 << 20
+
+
+def load_model(name_or_path: str | Path) -> ModelSizes:
+    """A preset by name, a ``config.json``, or the folder of a checkpoint; ModelError names the file and the key."""
+    if str(name_or_path) in model_names():
+        text = (files("elmoe.presets") / "models" / f"{name_or_path}.json").read_text(encoding="utf-8")
+        return model_of_config(_object(text, f"{name_or_path}.json"), str(name_or_path), f"{name_or_path}.json")
+    path = Path(name_or_path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        names = ", ".join(model_names())
+        raise ModelError(f"there is no model '{name_or_path}'", f"a config.json, a folder that holds one, or one of {names}")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ModelError(f"'{path}' is larger than 1 MiB", "a model's config.json is a few KB")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"'{path}' is not text: {error}", "expected a model's config.json") from None
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    return model_of_config(_object(text, str(path)), name, str(path))
+
+
+def model_of_config(config: dict[str, Any], name: str, where: str) -> ModelSizes:
+    """From a Hugging Face configuration, in the formats of its family's published weights.
+
+    ``where`` is what errors name, and the source if the configuration has no ``_source``.
+    """
+    spec = spec_of_config(config, where)
+    return ModelSizes(
+        spec=spec, name=name, source=str(config.get("_source", where)), formats=dict(family_of(config, where).formats)
+    )
+
+
+@cache
+def model_names() -> tuple[str, ...]:
+    """Model presets, alphabetically."""
+    folder = files("elmoe.presets") / "models"
+    return tuple(sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json")))
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"'{where}' is not JSON: {error}", "expected a model's config.json") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"'{where}' is not a JSON object", "expected a model's config.json")
+    return data
