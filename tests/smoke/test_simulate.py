@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from elmoe.cli.main import cli
-from elmoe.errors import ElmoeError, HardwareError
+from elmoe.errors import ElmoeError, HardwareError, ModelError
 from elmoe.files import write_whole
 
 SMALL = ["--model", "qwen3-30b-a3b", "--prompts", "mt_bench", "--batch", "1,4"]
@@ -84,6 +84,15 @@ def test_a_model_too_large_becomes_a_row_that_says_so():
     arguments = ("--model", "qwen3-235b-a22b", "--prompts", "mt_bench", "--batch", "1", "--hardware", "xpu")
     with pytest.raises(ElmoeError, match=r"needs .* 'xpu' has"):
         run("simulate", *arguments, "--json")
+
+
+def test_a_model_that_cannot_be_simulated_is_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match=r"'qwen2\.5-coder-7b' has no layer with experts"):
+        run("simulate", "--model", "qwen2.5-coder-7b", "--prompts", "mt_bench", "--hardware", "xpu")
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "jamba"}')
+    with pytest.raises(ModelError, match=r"config\.json: 'model_type' 'jamba' is not supported"):
+        run("simulate", "--model", str(path), "--prompts", "mt_bench", "--hardware", "xpu")
 
 
 def test_a_trace_of_another_model_is_refused(tmp_path):

@@ -6,6 +6,7 @@ that predict further tokens are not counted. Windows are not counted either: eve
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 
@@ -148,6 +149,11 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def _sum(self, count: Callable[[LayerSizes], float]) -> float:
         return sum(count(layer) for layer in self.layers)
+
+    @cached_property
+    def kinds(self) -> dict[LayerSizes, int]:
+        """How many layers there are of each size, in the order of the model."""
+        return dict(Counter(self.layers))
 
     @cached_property
     def moe_layers(self) -> tuple[LayerSizes, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elmoe.errors import BudgetError, HardwareError
+from elmoe.errors import BudgetError, HardwareError, ModelError
 from elmoe.hw.machine import Machine
 from elmoe.models.load import load_model
 from elmoe.models.sizes import ModelSizes
@@ -52,6 +52,8 @@ def facts_of(model: ModelSizes, prompts: str, trace: Path | None = None) -> Rout
     if trace is not None:
         return read_facts(trace)
     spec = model.spec
+    if not spec.moe_layers:
+        raise ModelError(f"model '{model.name}' has no layer with experts", "there is no routing to replay")
     layers = min(SAMPLED_LAYERS, len(spec.moe_layers))
     return synthesise(load_locality(prompts), spec.experts, spec.top_k, layers, SEQUENCES, POSITIONS, SEED, prompt=PROMPT)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -78,10 +77,12 @@ def operations(
 
 
 def _alike(model: ModelSizes, kind: Callable[[LayerSizes], object]) -> list[tuple[LayerSizes, int]]:
-    """(layer, how many are alike) for each kind of layer, in the order of the model."""
-    counts = Counter(kind(layer) for layer in model.layers)
-    first = {kind(layer): layer for layer in reversed(model.layers)}
-    return [(first[found], count) for found, count in counts.items()]
+    """(layer, how many are like it) for each kind of layer, in the order of the model."""
+    found: dict[object, tuple[LayerSizes, int]] = {}
+    for layer, count in model.kinds.items():
+        first, before = found.get(kind(layer), (layer, 0))
+        found[kind(layer)] = first, before + count
+    return list(found.values())
 
 
 def dense_model(name: str, hidden: int, parameters: float, tokens: Array, machine: Machine, bits: float = 8.5) -> Operation:
