@@ -43,7 +43,7 @@ def build(peers: Path) -> Path:
 
 def our_logits(session: Session, ids: np.ndarray) -> np.ndarray:
     """Logits (tokens, vocabulary) behind every token, float32."""
-    pool, decoder = KVPool(session.reader.schema, 1, len(ids)), session.engine._decoder
+    pool, decoder = KVPool(session.reader.spec, 1, len(ids)), session.engine._decoder
     decoder.reserve_positions(len(ids))
     pool.reserve(0, len(ids))
     parts = []
@@ -92,7 +92,7 @@ def main() -> None:
             [str(program), str(model), str(arguments.text), str(out)], input="\n".join(map(str, ids)),
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
         )  # fmt: skip
-        together, single = np.fromfile(out, np.float32).reshape(2, len(ids), session.reader.schema.vocabulary)
+        together, single = np.fromfile(out, np.float32).reshape(2, len(ids), session.reader.spec.vocabulary)
         ours = our_logits(session, ids)
     data: dict[str, Any] = {
         "tokens": len(ids),

@@ -55,7 +55,7 @@ def command(
             from elmoe.engine.replay import Replay
             from elmoe.trace import read_trace, replay_facts
 
-            replay = Replay(session.backend, session.reader.schema, [replay_facts(read_trace(path)) for path in traces])
+            replay = Replay(session.backend, session.reader.spec, [replay_facts(read_trace(path)) for path in traces])
             requests = replay.requests(list(range(max(batches))), max_tokens)
             label += "; replayed"
         else:

@@ -45,7 +45,10 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
         return same[0]
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
-    problem = "there is no 'model_type'" if kind is None else f"'model_type' {str(kind)[:80]!r} is not supported"
+    problem = (
+        "there are no 'architectures' and no 'model_type'" if kind is None
+        else f"there are no 'architectures', and 'model_type' {str(kind)[:80]!r} is not supported"
+    )  # fmt: skip
     raise ModelError(f"{where}: {problem}", f"supported: {', '.join(FAMILIES)}")
 
 

@@ -22,14 +22,9 @@ def model(config: Config, family: str, layers: Iterable[LayerSpec], epsilon: flo
 
 def grouped_attention(config: Config, theta: float = 10000.0, partial: float | None = None, **more: Any) -> GroupedAttention:
     """Grouped-query attention. ``theta``, ``partial``: see :meth:`Config.rope`; ``more``: what else the family has."""
-    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
-    if not config.has("head_dim") and hidden % heads:
-        config.fail(f"there is no 'head_dim', and {heads} heads do not divide 'hidden_size' {hidden}")
-    head_dim = config.integer("head_dim", default=hidden // heads)
-    return GroupedAttention(
-        heads=heads, kv_heads=config.integer("num_key_value_heads"), head_dim=head_dim,
-        rope=config.rope(head_dim, theta, partial=partial), **more,
-    )  # fmt: skip
+    heads, kv_heads, head_dim = config.heads(config.integer("hidden_size"))
+    rope = config.rope(head_dim, theta, partial=partial)
+    return GroupedAttention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=rope, **more)
 
 
 def latent_attention(config: Config) -> LatentAttention:
@@ -46,6 +41,12 @@ def latent_attention(config: Config) -> LatentAttention:
         rope=config.rope(rotary, interleaved=config.flag("rope_interleave", True)),
         query_rank=config.integer("q_lora_rank") if config.has("q_lora_rank") else None,
     )  # fmt: skip
+
+
+def choice(config: Config, *keys: str) -> tuple[int, int]:
+    """The number of experts, by the first of ``keys`` that is present, and how many of them a token uses."""
+    experts = config.integer(*keys)
+    return experts, config.integer("num_experts_per_tok", most=experts)
 
 
 def sparse_layers(config: Config, layers: int) -> list[bool]:
@@ -81,9 +82,9 @@ def sigmoid_router(config: Config, normalize: bool, groups: int, kept: int, scal
     """
     config.must_be("scoring_func", "sigmoid")
     config.must_be("topk_method", "noaux_tc")
+    experts, top_k = choice(config, "n_routed_experts", "num_local_experts", "num_experts")
     return Router(
-        experts=config.integer("n_routed_experts", "num_local_experts", "num_experts"),
-        top_k=config.integer("num_experts_per_tok"), score="sigmoid", selection_bias=True,
+        experts=experts, top_k=top_k, score="sigmoid", selection_bias=True,
         normalize=config.flag("norm_topk_prob", normalize), groups=config.integer("n_group", default=groups),
         kept_groups=config.integer("topk_group", default=kept), group_score="best_two",
         scaling=config.number("routed_scaling_factor", scaling),

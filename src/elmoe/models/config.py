@@ -1,4 +1,4 @@
-"""Typed reads of a Hugging Face ``config.json``: a value of another type or out of bounds is an error that names file and key."""
+"""Typed reads of a Hugging Face ``config.json``: a value of another type or out of bounds is an error with file and key."""
 
 from __future__ import annotations
 
@@ -27,24 +27,21 @@ class Config:
         """Whether a key is there and not null."""
         return key in self.values
 
-    def integer(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """The first of ``keys`` that is present."""
+    def integer(self, *keys: str, default: int | None = None, least: int = 1, most: int = _LARGEST - 1) -> int:
+        """The first of ``keys`` that is present, a whole number in ``least``..``most``."""
         key = next((key for key in keys if key in self.values), None)
         if key is None:
             if default is None:
                 self.fail(f"there is no '{keys[0]}'" + "".join(f" (nor '{other}')" for other in keys[1:]))
             return default
         value = self.values[key]
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST:
-            self.fail(f"'{key}' is {_shown(value)}, expected a whole number from {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            self.fail(f"'{key}' is {_shown(value)}, expected a whole number in {least}..{most}")
         return value
 
     def layers(self) -> int:
         """The number of layers, small enough to list them."""
-        count = self.integer("num_hidden_layers")
-        if count > MOST["layers"]:
-            self.fail(f"'num_hidden_layers' is {count}, supported are 1 to {MOST['layers']}")
-        return count
+        return self.integer("num_hidden_layers", most=MOST["layers"])
 
     def words(self, key: str, layers: int, allowed: Sequence[str]) -> tuple[str, ...] | None:
         """One of the ``allowed`` words for each of the layers, None where the key is absent."""
@@ -99,6 +96,15 @@ class Config:
         if any(isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < vocabulary for one in ids):
             self.fail(f"'{key}' is {_shown(value)}, not token ids in 0..{vocabulary - 1}")
         return tuple(dict.fromkeys(ids))
+
+    def heads(self, hidden: int) -> tuple[int, int, int]:
+        """Query heads, key and value heads, and their dimensions, by the keys that most families share."""
+        heads, kv_heads = self.integer("num_attention_heads"), self.integer("num_key_value_heads")
+        if heads % kv_heads:
+            self.fail(f"'num_attention_heads' {heads} is no multiple of 'num_key_value_heads' {kv_heads}")
+        if not self.has("head_dim") and hidden % heads:
+            self.fail(f"there is no 'head_dim', and {heads} heads do not divide 'hidden_size' {hidden}")
+        return heads, kv_heads, self.integer("head_dim", default=hidden // heads)
 
     def rope(
         self, head_dim: int, default_theta: float = 10000.0, interleaved: bool = False, partial: float | None = None

@@ -6,7 +6,15 @@ take a group for its best two. Modules that predict further tokens (``num_nextn_
 
 from __future__ import annotations
 
-from elmoe.models.common import experts_with_shared, feed_forwards, latent_attention, model, sigmoid_router, sparse_layers
+from elmoe.models.common import (
+    choice,
+    experts_with_shared,
+    feed_forwards,
+    latent_attention,
+    model,
+    sigmoid_router,
+    sparse_layers,
+)
 from elmoe.models.config import Config
 from elmoe.models.family import Family
 from elmoe.models.spec import LayerSpec, ModelSpec, Router
@@ -24,9 +32,10 @@ def _v2_router(config: Config) -> Router:
             f"'norm_topk_prob' is True and 'routed_scaling_factor' is {scaling:g}",
             "implementations of DeepSeek-V2 differ in whether both apply",
         )
+    experts, top_k = choice(config, "n_routed_experts", "num_experts")
     return Router(
-        experts=config.integer("n_routed_experts", "num_experts"), top_k=config.integer("num_experts_per_tok"),
-        normalize=normalize, groups=groups, kept_groups=kept, group_score="best", scaling=scaling,
+        experts=experts, top_k=top_k, normalize=normalize, groups=groups, kept_groups=kept, group_score="best",
+        scaling=scaling,
     )  # fmt: skip
 
 

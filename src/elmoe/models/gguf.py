@@ -1,4 +1,4 @@
-"""GGUF metadata and the families: which family a file is of, the spec it describes, and the metadata that describe a spec."""
+"""GGUF metadata and the families: whose file it is, the spec it describes, and the metadata that describe a spec."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def spec_of_metadata(
             config[ours] = value
         elif ours in gguf.required:
             raise ModelError(f"metadata '{gguf.architecture}.{theirs}' is missing", "the file is incomplete")
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])  # as llama.cpp takes it
     layers = config["num_hidden_layers"]
     if isinstance(layers, bool) or not isinstance(layers, int) or not 0 < layers <= MOST["layers"]:
         raise ModelError(f"metadata '{gguf.architecture}.block_count' is {layers!r}", f"supported: 1 to {MOST['layers']}")

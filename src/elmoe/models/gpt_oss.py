@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from elmoe.models.common import grouped_attention, model
+from elmoe.models.common import choice, grouped_attention, model
 from elmoe.models.config import Config
 from elmoe.models.family import Family
 from elmoe.models.spec import Activation, LayerSpec, ModelSpec, Moe, Router
@@ -24,7 +24,7 @@ def read_config(config: Config) -> ModelSpec:
     config.must_be("hidden_act", "silu")
     if not config.has("rope_scaling") and not config.has("rope_parameters"):
         config = Config(config.values | {"rope_scaling": _SCALING}, config.where)
-    top_k = config.integer("num_experts_per_tok", "experts_per_token")
+    experts, top_k = choice(config, "num_local_experts", "num_experts")
     if config.integer("experts_per_token", default=top_k) != top_k:
         config.fail("'num_experts_per_tok' and 'experts_per_token' disagree")
     layers, bias = config.layers(), config.flag("attention_bias", True)
@@ -32,9 +32,7 @@ def read_config(config: Config) -> ModelSpec:
     attention = grouped_attention(config, theta=150000.0, sinks=True, query_key_value_bias=bias, output_bias=bias)
     windows = config.windows(layers, [("sliding_attention", "full_attention")[index % 2] for index in range(layers)])
     moe = Moe(
-        router=Router(
-            experts=config.integer("num_local_experts", "num_experts"), top_k=top_k, score="chosen_softmax", logit_bias=True
-        ),
+        router=Router(experts=experts, top_k=top_k, score="chosen_softmax", logit_bias=True),
         width=config.integer("intermediate_size"), bias=True,
         activation=Activation(
             kind="clamped_swiglu", alpha=config.number("swiglu_alpha", 1.702), limit=config.number("swiglu_limit", 7.0)

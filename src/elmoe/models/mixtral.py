@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elmoe.models.common import grouped_attention, model
+from elmoe.models.common import choice, grouped_attention, model
 from elmoe.models.config import Config
 from elmoe.models.family import Family
 from elmoe.models.spec import LayerSpec, ModelSpec, Moe, Router
@@ -13,11 +13,8 @@ def read_config(config: Config) -> ModelSpec:
     config.must_be("hidden_act", "silu")
     window = config.integer("sliding_window") if config.has("sliding_window") else None
     attention = grouped_attention(config, theta=1e6, window=window)
-    router = Router(
-        experts=config.integer("num_local_experts", "num_experts"),
-        top_k=config.integer("num_experts_per_tok"),
-        normalize=True,
-    )
+    experts, top_k = choice(config, "num_local_experts", "num_experts")
+    router = Router(experts=experts, top_k=top_k, normalize=True)
     layer = LayerSpec(attention=attention, feed_forward=Moe(router=router, width=config.integer("intermediate_size")))
     return model(config, FAMILY.name, [layer] * config.layers(), epsilon=1e-5, positions=131072)
 

@@ -16,16 +16,13 @@ def read_config(config: Config) -> ModelSpec:
     config.must_be("attention_bias", False)
     config.must_be("use_sliding_window", False)
     layers, hidden = config.layers(), config.integer("hidden_size")
-    heads, vocabulary = config.integer("num_attention_heads"), config.integer("vocab_size")
-    head_dim = config.integer("head_dim", default=max(1, hidden // heads))
+    heads, kv_heads, head_dim = config.heads(hidden)
     attention = GroupedAttention(
-        heads=heads, kv_heads=config.integer("num_key_value_heads", default=heads), head_dim=head_dim,
-        rope=config.rope(head_dim), query_key_norm="head",
-    )  # fmt: skip
-    router = Router(
-        experts=config.integer("num_experts", "num_local_experts"), top_k=config.integer("num_experts_per_tok"),
-        normalize=config.flag("norm_topk_prob", False),
-    )  # fmt: skip
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=config.rope(head_dim), query_key_norm="head"
+    )
+    experts, vocabulary = config.integer("num_experts", "num_local_experts"), config.integer("vocab_size")
+    top_k = config.integer("num_experts_per_tok", most=experts)
+    router = Router(experts=experts, top_k=top_k, normalize=config.flag("norm_topk_prob", False))
     moe = Moe(router=router, width=config.integer("moe_intermediate_size"))
     step, only = config.integer("decoder_sparse_step", default=1), config.indices("mlp_only_layers", layers)
     dense = [index in only or (index + 1) % step != 0 for index in range(layers)]
@@ -33,7 +30,8 @@ def read_config(config: Config) -> ModelSpec:
     return ModelSpec(
         family=FAMILY.name, vocabulary=vocabulary, hidden=hidden,
         layers=tuple(LayerSpec(attention=attention, feed_forward=one if one and is_dense else moe) for is_dense in dense),
-        norm_epsilon=config.number("rms_norm_eps", 1e-6), max_positions=config.integer("max_position_embeddings", default=32768),
+        norm_epsilon=config.number("rms_norm_eps", 1e-6),
+        max_positions=config.integer("max_position_embeddings", default=32768),
         tied_embeddings=config.flag("tie_word_embeddings", False), eos_tokens=config.tokens("eos_token_id", vocabulary),
     )  # fmt: skip
 

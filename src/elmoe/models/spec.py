@@ -40,8 +40,8 @@ class Llama3Scaling(_Part, frozen=True, tag="llama3"):
 
 
 class YarnScaling(_Part, frozen=True, tag="yarn"):
-    """YaRN (arXiv 2309.00071). ``attention_factor`` scales cosine and sine; ``score_factor`` is the square of the ``mscale``
-    that DeepSeek multiplies into the softmax scale. ``truncate``: whether the ramp's ends are rounded to whole dimensions."""
+    """YaRN (arXiv 2309.00071). ``attention_factor`` scales cosine and sine; ``score_factor`` multiplies the softmax scale
+    (DeepSeek: the square of its ``mscale``). ``truncate``: whether the ramp's ends are rounded to whole dimensions."""
 
     factor: float
     original_positions: int
@@ -156,8 +156,8 @@ class LatentAttention(_Part, frozen=True, tag="latent"):
 
 
 class Activation(_Part, frozen=True):
-    """Between gate, up and down projection. ``swiglu``: silu(gate) * up. ``clamped_swiglu`` (GPT-OSS): gate at most ``limit``,
-    up within ``-limit..limit``, ``gate * sigmoid(alpha * gate) * (up + 1)``."""
+    """Between gate, up and down projection. ``swiglu``: silu(gate) * up. ``clamped_swiglu`` (GPT-OSS): with gate at most
+    ``limit`` and up in ``-limit..limit``, ``gate * sigmoid(alpha * gate) * (up + 1)``."""
 
     kind: Literal["swiglu", "clamped_swiglu"] = "swiglu"
     alpha: float = 1.0

@@ -53,7 +53,7 @@ def _of_layer(layer: LayerSpec) -> Iterator[str]:
 
 def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
     if attention.head_dim % HEAD_DIMENSIONS:
-        yield f"heads of {attention.head_dim} dimensions, supported are multiples of {HEAD_DIMENSIONS}"
+        yield f"'head_dim' {attention.head_dim} (supported: multiples of {HEAD_DIMENSIONS})"
     if attention.query_key_norm == "full":
         yield "norms over the full width of queries and keys"
     if attention.query_key_value_bias or attention.output_bias:
