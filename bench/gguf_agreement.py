@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from elmoe.cli.common import print_table
 from elmoe.convert.gguf_export import export_store
+from elmoe.engine.decoder import Tokens
 from elmoe.engine.kv import KVPool
 from elmoe.engine.perplexity import CHUNK, _AllExperts
 from elmoe.engine.session import Session
-from elmoe.models.decoder import Tokens
 
 SOURCE = Path(__file__).with_name("llama_logits.cpp")
 

@@ -21,10 +21,10 @@ from elmoe.bitslice import (
     SamplingParameters,
     rotary_tables,
 )
+from elmoe.engine.decoder import Decoder, Draft, Tokens
 from elmoe.engine.kv import KVPool
 from elmoe.engine.tier import ExpertTier
 from elmoe.errors import KernelError, NumericsError
-from elmoe.models.decoder import Decoder, Draft, Tokens
 from elmoe.policy.budget import SlotPlan
 from elmoe.policy.residency import ResidencyParameters
 from tests.tiny import TinyReader, tiny_schema

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 from elmoe.bitslice import Routing, SamplingParameters
 from elmoe.bitslice.moe import expert_matrices
 from elmoe.convert import convert_checkpoint
+from elmoe.engine.decoder import Decoder, Draft, Stretch, Tokens, WeightReader
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.kv import KVPool
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import KernelError, StoreError
-from elmoe.models.decoder import Decoder, Draft, Stretch, Tokens, WeightReader
 from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
 from tests.parity.bounds import Measured

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import Routing
+from elmoe.engine.decoder import Stretch, WeightReader
 from elmoe.engine.observe import Timeline
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.engine.tier import ExpertTier
 from elmoe.kernels import ExpertFeed
 from elmoe.kernels.reads import ReadPool
 from elmoe.kernels.slices import LSB, MSB, ExpertArena, ExpertSlices, SliceReadFailure, read_failed, refill_layer
-from elmoe.models.decoder import Stretch, WeightReader
 from elmoe.policy.budget import SlotPlan
 from elmoe.policy.residency import ResidencyParameters, ResidentSet
 from elmoe.store.direct import DirectReader

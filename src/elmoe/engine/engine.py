@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from elmoe.bitslice.sampling import Sample
+from elmoe.engine.decoder import Decoder, Draft, Routings, Tokens, WeightReader
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.kv import KVPool, pages_for
 from elmoe.engine.observe import Timeline
@@ -22,7 +23,6 @@ from elmoe.engine.tier import ExpertTier, tier_sizes
 from elmoe.engine.tier_manager import TierManager
 from elmoe.errors import RequestError
 from elmoe.kernels.reads import ReadPool
-from elmoe.models.decoder import Decoder, Draft, Routings, Tokens, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, check_budget, plan_slots, prefill_chunk
 from elmoe.policy.draft_length import DraftLengthController, LinearCost
 from elmoe.policy.operating_point import DRAFT_LENGTHS, Planner, TierShape

@@ -9,10 +9,10 @@ import numpy as np
 
 from elmoe.bitslice import Routing
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
+from elmoe.engine.decoder import Draft, Stretch, Tokens
 from elmoe.engine.kv import KVPool
 from elmoe.engine.session import Session
 from elmoe.errors import RequestError
-from elmoe.models.decoder import Draft, Stretch, Tokens
 
 CHUNK = 128
 """Tokens computed in one pass."""

@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 
 from elmoe import kernels
-from elmoe.models.decoder import WeightReader
+from elmoe.engine.decoder import WeightReader
 
 DISTANCES = (1024, 2048, 4096, 8192)
 ROUNDS = 6

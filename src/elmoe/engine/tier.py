@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import Routing
+from elmoe.engine.decoder import Stretch, WeightReader
 from elmoe.engine.observe import Timeline
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.errors import NumericsError
-from elmoe.models.decoder import Stretch, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, trimmed
 
