@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from elmoe.cli.common import print_table
 from elmoe.convert.gguf_export import export_store
-from elmoe.engine.decoder import Tokens
+from elmoe.engine.decoder import AllExperts, Tokens
 from elmoe.engine.kv import KVPool
-from elmoe.engine.perplexity import CHUNK, _AllExperts
+from elmoe.engine.perplexity import CHUNK
 from elmoe.engine.session import Session
 
 SOURCE = Path(__file__).with_name("llama_logits.cpp")
@@ -50,7 +50,7 @@ def our_logits(session: Session, ids: np.ndarray) -> np.ndarray:
     for start in range(0, len(ids), CHUNK):
         positions = np.arange(start, min(start + CHUNK, len(ids)), dtype=np.int32)
         batch = Tokens(ids[positions], np.zeros_like(positions), positions)
-        parts.append(decoder.forward(batch, pool.cache, _AllExperts(session), None)[0])
+        parts.append(decoder.forward(batch, pool.cache, AllExperts(session.reader), None)[0])
     return np.concatenate(parts)
 
 

@@ -1,21 +1,40 @@
-"""The forward pass shared by the families: embedding, attention and MoE blocks, vocabulary projection.
+"""The forward pass of a model: embedding, layers, vocabulary projection, on any backend.
 
-Runs on any backend with the signatures of ``elmoe.bitslice``. Knows nothing of budgets, sampling or sequences: it is told
-where each token sits and asks an expert source for the bytes of the experts it needs.
+Knows nothing of budgets, sampling or sequences: it is told where each token sits and asks an expert source for the bytes of
+the experts it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Protocol
+from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import AttentionWeights, ExpertLayout, KVCache, NestedMatrix, RouterWeights, Routing, rotary_tables
+from elmoe.bitslice import (
+    AttentionWeights,
+    Backend,
+    DenseWeights,
+    Draft,
+    ExpertFeed,
+    ExpertLayout,
+    KVCache,
+    LayerStack,
+    LayerWeights,
+    NestedMatrix,
+    Report,
+    RouterWeights,
+    Routings,
+    rotary_tables,
+)
 from elmoe.schema.model import ModelSchema
+
+__all__ = ["AllExperts", "Decoder", "Draft", "ExpertSource", "Routings", "Tokens", "WeightReader"]
+
+AddressTables = tuple[NDArray[np.int64], ...]
+"""The (experts, 2) addresses of the MSB and LSB records of each MoE layer."""
 
 
 class WeightReader(Protocol):
@@ -43,57 +62,34 @@ class WeightReader(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Experts that can be computed now: ``experts`` (tokens, k) with -1 for those of other stretches, the layer's (experts,
-    2) address table, and whether this is all of the layer."""
-
-    experts: NDArray[np.int32]
-    addresses: NDArray[np.int64]
-    whole: bool
-
-
 class ExpertSource(Protocol):
-    """Where the bytes of experts come from; called once per MoE layer and step.
+    """Where the bytes of routed experts come from."""
 
-    A source may have ``tables``, the MoE layers' (experts, 2) addresses: then a backend that has ``forward`` computes the
-    layers in one call. ``feed(draft)`` is what such a call needs beside the tables where experts come and go, else None, and
-    ``note(ranked, experts, draft)`` is told the layers' (layers, tokens, ...) routing afterwards if there was no feed.
-    """
+    @property
+    def tables(self) -> AddressTables:
+        """Where the experts lie; always the same arrays."""
+        ...
 
-    def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterable[Stretch]:
-        """The layer's experts, ascending, in one or several stretches; each is computed before the next is asked for."""
+    def feed(self, draft: bool) -> ExpertFeed | None:
+        """The feed of a pass; None where the experts that it may use stay where they are."""
+        ...
+
+    def note(self, routings: Routings, draft: bool) -> None:
+        """Told the routings of a pass that had no feed, after it."""
         ...
 
 
-@dataclass(frozen=True)
-class Routings:
-    """What the MoE layers' routers said of a pass: (tokens, ...) arrays by layer, as lists or as one array each; see
-    ``Routing``."""
+class AllExperts:
+    """The source of a model that is wholly in memory."""
 
-    ranked: Sequence[NDArray[np.int32]] | NDArray[np.int32]
-    scores: Sequence[NDArray[np.float32]] | NDArray[np.float32]
-    experts: Sequence[NDArray[np.int32]] | NDArray[np.int32]
+    def __init__(self, reader: WeightReader) -> None:
+        self.tables: AddressTables = tuple(reader.expert_addresses(layer) for layer in reader.schema.moe_layers)
 
-    def of(self, rows: list[int]) -> NDArray[np.int32]:
-        """(layers, rows, k) experts of chosen token rows."""
-        if isinstance(self.experts, np.ndarray):
-            return self.experts[:, rows]
-        return (
-            np.stack([experts[rows] for experts in self.experts]) if self.experts else np.zeros((0, len(rows), 0), np.int32)
-        )
+    def feed(self, draft: bool) -> None:
+        """See ``ExpertSource``."""
 
-
-@dataclass(frozen=True)
-class Draft:
-    """How a draft step computes: ``allowed`` (layers, experts) uint8 marks the experts it may use; ``bits`` is 4, or 8 in
-    the ablation that cuts the expert axis alone."""
-
-    allowed: NDArray[np.uint8]
-    top_k: int
-    rescale: bool = True
-    offset: float = 8.0
-    bits: int = 4
+    def note(self, routings: Routings, draft: bool) -> None:
+        """See ``ExpertSource``."""
 
 
 @dataclass(frozen=True)
@@ -109,45 +105,57 @@ class Decoder:
     """A model on a backend. ``forward`` may be called from one thread at a time. ``ranks``: experts that its routings rank;
     None is ``2 * top_k``."""
 
-    def __init__(self, reader: WeightReader, backend: ModuleType, ranks: int | None = None) -> None:
+    def __init__(self, reader: WeightReader, backend: Backend, ranks: int | None = None) -> None:
         self.schema = schema = reader.schema
         self._backend = backend
         self._embedding = reader.nested("embedding")
         self._head = self._embedding if schema.tied_embeddings else reader.nested("head")
         self._final_norm = reader.array("final_norm")
-        self._attention = [self._attention_weights(reader, layer) for layer in range(schema.layers)]
-        self._dense = {
-            layer: (reader.array(f"layers.{layer}.ffn_norm"), reader.expert_addresses(layer))
-            for layer in schema.dense_layers
-        }
-        self._layouts = [reader.expert_layout(layer) for layer in range(schema.layers)]
-        self._routers = {
-            layer: RouterWeights(
-                reader.array(f"layers.{layer}.ffn_norm"),
-                reader.array(f"layers.{layer}.router"),
-                schema.norm_epsilon,
-                schema.top_k,
-                schema.normalize_top_k,
-                ranks,
-            )
-            for layer in schema.moe_layers
-        }
+        self._layers = [self._layer_weights(reader, layer, ranks) for layer in range(schema.layers)]
         self._cosine, self._sine = rotary_tables(0, schema.head_dim, schema.rope_theta)
-        self._stack: Any = None
+        self._stack: tuple[AddressTables, LayerStack] | None = None
 
-    def _attention_weights(self, reader: WeightReader, layer: int) -> AttentionWeights:
-        schema = self.schema
-        return AttentionWeights(
-            norm=reader.array(f"layers.{layer}.attention_norm"),
-            query_key_value=reader.nested(f"layers.{layer}.query_key_value"),
-            query_norm=reader.array(f"layers.{layer}.query_norm"),
-            key_norm=reader.array(f"layers.{layer}.key_norm"),
-            output=reader.nested(f"layers.{layer}.attention_output"),
+    def _layer_weights(self, reader: WeightReader, layer: int, ranks: int | None) -> LayerWeights:
+        """A layer's weights; its experts' addresses are the source's."""
+        schema, name = self.schema, f"layers.{layer}."
+        norm, dense = reader.array(f"{name}ffn_norm"), layer in schema.dense_layers
+        attention = AttentionWeights(
+            norm=reader.array(f"{name}attention_norm"),
+            query_key_value=reader.nested(f"{name}query_key_value"),
+            query_norm=reader.array(f"{name}query_norm"),
+            key_norm=reader.array(f"{name}key_norm"),
+            output=reader.nested(f"{name}attention_output"),
             heads=schema.heads,
             kv_heads=schema.kv_heads,
             head_dim=schema.head_dim,
             epsilon=schema.norm_epsilon,
         )
+        if dense:
+            addresses = reader.expert_addresses(layer)
+            return LayerWeights(
+                attention, DenseWeights(norm, schema.norm_epsilon), reader.expert_layout(layer), addresses
+            )  # fmt: skip
+        router = RouterWeights(
+            norm, reader.array(f"{name}router"), schema.norm_epsilon, schema.top_k, schema.normalize_top_k, ranks
+        )
+        return LayerWeights(attention, router, reader.expert_layout(layer), np.zeros((schema.experts, 2), np.int64))
+
+    @property
+    def routers(self) -> tuple[RouterWeights, ...]:
+        """The routers of the MoE layers."""
+        return LayerStack(tuple(self._layers)).routers
+
+    def stack(self, tables: AddressTables) -> LayerStack:
+        """All layers, the experts of MoE layers at the addresses ``tables``; made once for a source."""
+        if self._stack is None or self._stack[0] is not tables:
+            rows = iter(tables)
+            layers = [
+                one if isinstance(one.feed_forward, DenseWeights)
+                else LayerWeights(one.attention, one.feed_forward, one.layout, next(rows))
+                for one in self._layers
+            ]  # fmt: skip
+            self._stack = tables, LayerStack(tuple(layers))
+        return self._stack[1]
 
     def reserve_positions(self, positions: int) -> None:
         """Extend the rotary tables to ``positions``; a row depends on its position only, so no result changes."""
@@ -161,98 +169,31 @@ class Decoder:
         source: ExpertSource,
         draft: Draft | None = None,
         rows: NDArray[np.int64] | None = None,
+        report: Report | None = None,
     ) -> tuple[NDArray[np.float32], Routings]:
         """Compute the tokens and store their keys and values.
 
-        :param draft: None computes the target; otherwise MSB slices of allowed experts only.
+        :param draft: None computes the target.
         :param rows: the tokens whose logits are wanted; None is all.
+        :param report: takes the spans of the layers and of "logits".
         :returns: logits (rows, vocabulary) float32 and the routings of the MoE layers.
         :raises NumericsError: a non-finite value appeared, or an expert's slice was not readable.
         """
         backend, schema = self._backend, self.schema
         x = backend.embed(self._embedding, tokens.ids)
-        layers: list[Routing] = []
-        stack = self._stack_of(source, draft)
-        for layer in range(schema.layers if stack is None else stack.first):
-            backend.attention_block(
-                self._attention[layer], x, cache, layer, tokens.slots, tokens.positions, self._cosine, self._sine
-            )
-            if layer in self._dense:
-                self._dense_ffn(layer, x)
-                continue
-            weights = self._routers[layer]
-            if draft is None:
-                routing = backend.route(weights, x)
-                self._experts(layer, routing, source, x, None)
-            else:
-                routing = backend.route(weights, x, draft.allowed[len(layers)], draft.top_k, draft.rescale)
-                self._experts(layer, routing, source, x, draft)
-            layers.append(routing)
-        if stack is None:
-            routings = Routings(*([getattr(layer, name) for layer in layers] for name in ("ranked", "scores", "experts")))
-        else:
-            routings = self._forward(stack, x, tokens, cache, source, draft)
+        feed = source.feed(draft is not None)
+        routings = backend.forward(
+            self.stack(source.tables), x, cache, tokens.slots, tokens.positions, self._cosine, self._sine, draft=draft,
+            feed=feed, report=report,
+        )  # fmt: skip
+        if feed is None:
+            source.note(routings, draft is not None)
         if rows is not None:
             x = np.ascontiguousarray(x[rows])
         if x.shape[0] == 0:
             return np.empty((0, schema.vocabulary), np.float32), routings
-        return backend.logits(self._final_norm, schema.norm_epsilon, self._head, x), routings
-
-    def _stack_of(self, source: Any, draft: Draft | None) -> Any:
-        """The MoE layers as one stack, where backend, source and draft allow to compute them in one call; else None."""
-        if not hasattr(source, "tables") or not hasattr(self._backend, "forward"):
-            return None
-        schema, tables = self.schema, source.tables
-        if not tables:
-            return None
-        if draft is not None and (
-            draft.bits != 4 or np.count_nonzero(draft.allowed, axis=1).min() < min(draft.top_k, schema.top_k)
-        ):
-            return None
-        if self._stack is None or self._stack.addresses is not tables:
-            first = schema.layers - len(tables)
-            if schema.moe_layers != tuple(range(first, schema.layers)):
-                return None
-            self._stack = self._backend.LayerStack(
-                first, tuple(self._attention[first:]), tuple(self._routers.values()), self._layouts[first], tables
-            )
-        return self._stack
-
-    def _forward(
-        self, stack: Any, x: NDArray[np.float32], tokens: Tokens, cache: KVCache, source: Any, draft: Draft | None
-    ) -> Routings:
-        """All MoE layers in one call."""
-        choice = () if draft is None else (draft.allowed, draft.top_k, draft.rescale, True, draft.offset)
-        feed = source.feed(draft is not None)
-        ranked, scores, experts, _ = self._backend.forward(
-            stack, x, cache, tokens.slots, tokens.positions, self._cosine, self._sine, *choice, feed=feed
-        )
-        if feed is None:
-            source.note(ranked, experts, draft is not None)
-        return Routings(ranked, scores, experts)
-
-    def _experts(
-        self, layer: int, routing: Routing, source: ExpertSource, x: NDArray[np.float32], draft: Draft | None
-    ) -> None:
-        """Run the routed experts, stretch by stretch; several are chained from zero in ascending order, as one call does."""
-        coarse, offset = draft is not None and draft.bits == 4, 8.0 if draft is None else draft.offset
-        total: NDArray[np.float32] | None = None
-        for stretch in source.stretches(layer, routing, draft is not None):
-            target = x
-            if not stretch.whole:
-                total = target = np.zeros_like(x) if total is None else total
-            self._backend.expert_ffn(
-                self._layouts[layer], stretch.addresses, routing.hidden, stretch.experts, routing.weights, target, coarse,
-                offset, not stretch.whole,
-            )  # fmt: skip
-        if total is not None:
-            x += total
-
-    def _dense_ffn(self, layer: int, x: NDArray[np.float32]) -> None:
-        """A dense FFN is one expert of weight 1, always at full precision."""
-        norm, addresses = self._dense[layer]
-        hidden = self._backend.rms_norm(x, norm, self.schema.norm_epsilon)
-        tokens = x.shape[0]
-        self._backend.expert_ffn(
-            self._layouts[layer], addresses, hidden, np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32), x
-        )
+        began = perf_counter()
+        logits = backend.logits(self._final_norm, schema.norm_epsilon, self._head, x)
+        if report is not None:
+            report("logits", began, perf_counter())
+        return logits, routings

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elmoe.bitslice import Routing
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
-from elmoe.engine.decoder import Draft, Stretch, Tokens
+from elmoe.engine.decoder import AllExperts, Draft, Tokens
 from elmoe.engine.kv import KVPool
 from elmoe.engine.session import Session
 from elmoe.errors import RequestError
@@ -39,21 +38,6 @@ class Perplexity:
         return float(np.exp(self.draft_nats))
 
 
-class _AllExperts:
-    """An expert source for a model that is wholly readable; counts how often each expert is used."""
-
-    def __init__(self, session: Session) -> None:
-        schema = session.reader.schema
-        self._rows = {layer: row for row, layer in enumerate(schema.moe_layers)}
-        self._addresses = {layer: session.reader.expert_addresses(layer) for layer in schema.moe_layers}
-        self.counts = np.zeros((len(self._rows), schema.experts), np.int64)
-
-    def stretches(self, layer: int, routing: Routing, draft: bool) -> list[Stretch]:
-        if not draft:
-            self.counts[self._rows[layer]] += np.bincount(routing.experts.ravel(), minlength=self.counts.shape[1])
-        return [Stretch(routing.experts, self._addresses[layer], whole=True)]
-
-
 def evaluate(
     session: Session,
     text: str,
@@ -76,7 +60,7 @@ def evaluate(
     if count == 0:
         raise RequestError(f"the text has {len(ids)} tokens, a window needs {window}", "give a longer text or --window")
     decoder.reserve_positions(window)
-    pool, source = KVPool(schema, 1, window), _AllExperts(session)
+    pool, source = KVPool(schema, 1, window), AllExperts(session.reader)
     pool.reserve(0, window)
     keep = max(schema.top_k, round(share * schema.experts))
     allowed = np.ones((len(schema.moe_layers), schema.experts), np.uint8)
@@ -84,14 +68,17 @@ def evaluate(
     agreed = scored = 0
     for index in range(count):
         tokens = ids[index * window : (index + 1) * window]
-        source.counts[:] = 0
+        counts = np.zeros((len(schema.moe_layers), schema.experts), np.int64)
         best = []
         for which, draft in enumerate((None, Draft(allowed, schema.top_k))):
             parts = []
             for start in range(0, window - 1, CHUNK):
                 positions = np.arange(start, min(start + CHUNK, window - 1), dtype=np.int32)
                 batch = Tokens(tokens[positions], np.zeros_like(positions), positions)
-                logits, _ = decoder.forward(batch, pool.cache, source, draft)
+                logits, routings = decoder.forward(batch, pool.cache, source, draft)
+                if draft is None:
+                    for row, experts in zip(counts, routings.experts, strict=True):
+                        row += np.bincount(experts.ravel(), minlength=schema.experts)
                 top = logits.max(axis=1, keepdims=True)
                 total = log(lane_sum(exp(logits - top).astype(np.float64)))
                 sums[which] += float((total - (logits - top)[np.arange(len(positions)), tokens[positions + 1]]).sum())
@@ -99,7 +86,7 @@ def evaluate(
             best.append(np.concatenate(parts))
         agreed += int((best[0] == best[1]).sum())
         scored += window - 1
-        order = np.argsort(-source.counts, axis=1, kind="stable")[:, :keep]
+        order = np.argsort(-counts, axis=1, kind="stable")[:, :keep]
         allowed = np.zeros_like(allowed)
         np.put_along_axis(allowed, order, 1, axis=1)
         if progress is not None:

@@ -26,9 +26,9 @@ def calibrate_prefetch(reader: WeightReader) -> dict[int, float]:
     Each measurement runs other experts, so that their weights come from memory; a hidden state of zeros costs what any does.
     """
     schema = reader.schema
-    layout = reader.expert_layout(schema.moe_layers[0])
-    expert_bytes = layout.msb_bytes + layout.lsb_bytes
-    if kernels.PREFETCH_PINNED or len(schema.moe_layers) * schema.experts * expert_bytes < LEAST_BYTES:
+    layouts = {layer: reader.expert_layout(layer) for layer in schema.moe_layers}
+    expert_bytes = {layer: layout.msb_bytes + layout.lsb_bytes for layer, layout in layouts.items()}
+    if kernels.PREFETCH_PINNED or schema.experts * sum(expert_bytes.values()) < LEAST_BYTES:
         return {}
     groups = [
         (layer, np.arange(first, first + schema.top_k, dtype=np.int32)[None])
@@ -42,9 +42,9 @@ def calibrate_prefetch(reader: WeightReader) -> dict[int, float]:
         distance = DISTANCES[(turn + turn // len(DISTANCES)) % len(DISTANCES)]
         kernels.set_prefetch(distance)
         began = perf_counter()
-        kernels.expert_ffn(reader.expert_layout(layer), reader.expert_addresses(layer), x, experts, weights, x.copy())
+        kernels.expert_ffn(layouts[layer], reader.expert_addresses(layer), x, experts, weights, x.copy())
         seconds[distance].append(perf_counter() - began)
-        if schema.top_k * expert_bytes < LEAST_RATE * seconds[distance][-1]:
+        if schema.top_k * expert_bytes[layer] < LEAST_RATE * seconds[distance][-1]:
             kernels.set_prefetch(default)
             return {}
     medians = {distance: median(values) for distance, values in seconds.items() if values}
