@@ -22,24 +22,26 @@ from elmoe.sim.result import odds_of
 from experiments.common import Scope, mean, rows_of, select, study
 
 TRUNCATED_REJECTIONS = 7.7 / 4.3
-ALL = dict(fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True, lsb_augmentation=True)
-ADDED: tuple[tuple[str, dict[str, bool], str], ...] = (
+ALL = dict(fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True)
+Case = tuple[str, dict[str, bool], str]
+"""Name, features, and the form of decoding; "truncated" drafts have no LSB augmentation."""
+ADDED: tuple[Case, ...] = (
     ("xPU", {}, "ar"),
     ("+ dense parts in fast memory", {"fast_dense": True}, "ar"),
     ("+ expert cache of whole experts", {"fast_dense": True, "expert_cache": True, "refill": True}, "ar"),
     ("+ MSB slices first", {"fast_dense": True, "expert_cache": True, "refill": True, "bit_slices": True}, "ar"),
-    ("+ both memories at once", {**ALL, "lsb_augmentation": False}, "ar"),
-    ("+ elastic drafts, truncated", {**ALL, "lsb_augmentation": False}, "elastic"),
+    ("+ both memories at once", ALL, "ar"),
+    ("+ elastic drafts, truncated", ALL, "truncated elastic"),
     ("+ LSB augmentation", ALL, "elastic"),
     ("+ mode choice (everything)", ALL, "best"),
 )
-REMOVED: tuple[tuple[str, dict[str, bool], str], ...] = (
+REMOVED: tuple[Case, ...] = (
     ("everything", ALL, "best"),
     ("without mode choice: always draft", ALL, "elastic"),
     ("without drafts", ALL, "ar"),
     ("without the expert axis (bits alone)", ALL, "bit_axis"),
     ("without the bit axis (whole experts)", {**ALL, "bit_slices": False}, "best"),
-    ("without LSB augmentation", {**ALL, "lsb_augmentation": False}, "best"),
+    ("without LSB augmentation", ALL, "truncated best"),
     ("without refill (residents of the prompts)", {**ALL, "refill": False}, "best"),
     ("without parallel tiers", {**ALL, "parallel_tiers": False}, "best"),
 )
@@ -67,7 +69,8 @@ def run(scope: Scope) -> Section:
         series: dict[str, list[float | None]] = {}
         for name, features, form in cases:
             machine = msgspec.structs.replace(preset, name="ours", features=Features(**features))
-            odds = measured if features.get("lsb_augmentation") else Truncated(measured)
+            odds = Truncated(measured) if form.startswith("truncated") else measured
+            form = form.removeprefix("truncated ")
             forms = ("ar", "elastic") if form == "best" else (form,)
             rows = rows_of(scope, (bare, machine), forms=("ar", *forms), odds=(odds,))
             series[name] = [best_mean(select(rows, system="ours", batch=batch), forms) for batch in scope.batches]

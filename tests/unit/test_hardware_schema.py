@@ -71,7 +71,7 @@ def test_the_published_peaks():
 def test_features_and_near_memory_of_the_rivals():
     on = {name: {f for f in features.__struct_fields__ if getattr(features, f)} for name, features in (
         (name, load_hardware(name).features) for name in preset_names())}  # fmt: skip
-    every = {"fast_dense", "expert_cache", "bit_slices", "parallel_tiers", "refill", "lsb_augmentation"}
+    every = {"fast_dense", "expert_cache", "bit_slices", "parallel_tiers", "refill"}
     assert on["elmoe3d_8gb"] == on["elmoe3d_4gb"] == on["ddr5_nvme"] == every
     assert on["hb_xpu"] == {"fast_dense", "expert_cache", "refill"} and on["xpu_nmp"] == {"fast_dense", "expert_cache"}
     assert not on["xpu"] | on["xpu_pim"] | on["xpu_logicpim"] | on["dgx_spark"] | on["rtx_pro_6000"]
@@ -82,6 +82,16 @@ def test_features_and_near_memory_of_the_rivals():
         assert near.bandwidth.value == pytest.approx(times * external) and near.intensity.value == intensity
     near = load_hardware("xpu_nmp").near
     assert near is not None and near.placement == "fast" and near.bandwidth.value == pytest.approx(32 * 51.2e9)
+
+
+def test_keys_that_nothing_reads_are_refused_by_name(tmp_path):
+    """Keys of older descriptions: what they said never changed a result."""
+    path = tmp_path / "old.yaml"
+    for old, new in (("links:\n", "links:\n  stream: {value: 1 GB/s, source: me, status: assumed}\n"),
+                     ("refill: true", "refill: true, lsb_augmentation: true")):  # fmt: skip
+        path.write_text(preset_text("elmoe3d_8gb").replace(old, new))
+        with pytest.raises(HardwareError, match=r"old\.yaml.*(stream|lsb_augmentation)"):
+            load_hardware(path)
 
 
 def test_a_preset_saved_to_a_file_loads_the_same(tmp_path):

@@ -132,8 +132,7 @@ vector:
 static_share: {assumed("20 %")}
 layer_overhead: {measured(f"{max(calibration.fixed, 1e-9) * 1e6:.6f} us")}
 decision_overhead: {measured(f"{max(calibration.decisions, 1e-9) * 1e6:.6f} us")}
-features: {{fast_dense: true, expert_cache: true, bit_slices: true, parallel_tiers: true, refill: true,
-  lsb_augmentation: true}}
+features: {{fast_dense: true, expert_cache: true, bit_slices: true, parallel_tiers: true, refill: true}}
 """
 
 

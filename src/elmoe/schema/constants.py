@@ -131,12 +131,6 @@ class EnergyPerOperation(Constant):
     dimension = "energy per operation"
 
 
-class Power(Constant):
-    """Watts."""
-
-    dimension = "power"
-
-
 class Ratio(Constant):
     """A number without unit, or per cent."""
 
