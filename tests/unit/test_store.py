@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elmoe import bitslice
+from elmoe import bitslice, kernels
 from elmoe.convert import convert_checkpoint, schema_of_config
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.request import Request
@@ -94,6 +94,18 @@ def test_damage_is_named(store, damage, message):
     damage(store)
     with pytest.raises(StoreError, match=message):
         open_store(store)
+
+
+def test_sizes_that_are_not_the_tensors_never_reach_native_code(store):
+    """A width that is not the tensor's is named; heads whose product with head_dim wraps in 32 bits are refused."""
+    before = (store / "manifest.json").read_text()
+    edit(store, lambda m: m["model"].update(dense_width=m["model"]["dense_width"] + 4096))
+    with open_store(store) as reader, pytest.raises(StoreError, match=r"layers\.1\.dense_ffn\.shape"):
+        Engine(reader, kernels, EngineOptions(mode="plain"))
+    (store / "manifest.json").write_text(before)
+    edit(store, lambda m: m["model"].update(heads=m["model"]["heads"] + (1 << 28)))
+    with pytest.raises((StoreError, ValueError)), open_store(store) as reader:
+        Engine(reader, kernels, EngineOptions(mode="plain")).generate([Request((1, 2), 2)])
 
 
 def test_missing_tensors_are_named(store):

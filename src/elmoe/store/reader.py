@@ -222,10 +222,21 @@ class MemoryReader:
         dense = layer in self.schema.dense_layers
         return ExpertLayout(self.schema.hidden, self.schema.dense_width if dense else self.schema.expert_width)
 
+    def _dense_ffn(self, layer: int) -> TensorEntry:
+        """The dense FFN of a layer, of the sizes that its layout has."""
+        tensor, layout = self._tensor(f"layers.{layer}.dense_ffn", "expert"), self.expert_layout(layer)
+        if tuple(tensor.shape) != (layout.hidden, layout.width):
+            raise StoreError(
+                f"{MANIFEST}: tensors.{tensor.name}.shape is {list(tensor.shape)}, the model's is "
+                f"{[layout.hidden, layout.width]}",
+                "the store is damaged: convert the model anew",
+            )
+        return tensor
+
     def expert_addresses(self, layer: int) -> NDArray[np.int64]:
         """(experts, 2) addresses of the MSB and LSB records; a dense FFN counts as one expert."""
         if layer in self.schema.dense_layers:
-            tensor = self._tensor(f"layers.{layer}.dense_ffn", "expert")
+            tensor = self._dense_ffn(layer)
             return np.array([[self._section(tensor, part).ctypes.data for part in ("msb", "lsb")]], np.int64)
         entry = self._layers[layer]
         first = self._file(entry.file).ctypes.data + entry.offset
@@ -235,7 +246,7 @@ class MemoryReader:
     def expert_records(self, layer: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
         """MSB and LSB record of each expert of the layer, or of its dense FFN, without a copy."""
         if layer in self.schema.dense_layers:
-            tensor = self._tensor(f"layers.{layer}.dense_ffn", "expert")
+            tensor = self._dense_ffn(layer)
             yield self._section(tensor, "msb"), self._section(tensor, "lsb")
             return
         entry = self._layers[layer]
