@@ -68,6 +68,13 @@ void foresee(SlicesHolder& self, int64_t first, const Ranked& ranked, size_t top
     self.slices.pump();
 }
 
+// The arena, if it has the kind and slot.
+ExpertArena& checked(ExpertArena& arena, int64_t kind, int64_t slot = 0) {
+    require(kind >= 0 && kind < arena.kinds(), "a kind of slots is out of range");
+    require(slot >= 0 && (slot == 0 || slot < arena.slots(static_cast<int>(kind))), "a slot is out of range");
+    return arena;
+}
+
 void resize(SlicesHolder& self, const std::vector<std::pair<int64_t, int64_t>>& slots) {
     require(2 * slots.size() == static_cast<size_t>(self.slices.arena.kinds()), "a size class has MSB and LSB slots");
     std::vector<int64_t> kinds;
@@ -96,15 +103,24 @@ void bind_expert_slices(nb::module_& m) {
                  for (size_t kind = 0; kind < bytes.size(); ++kind) require(bytes[kind] > 0 && slots[kind] > 0, "slots have bytes");
                  new (self) ExpertArena(bytes, slots);
              })
-        .def("size", &ExpertArena::size)
+        .def("size", [](ExpertArena& self, int kind) { return checked(self, kind).size(kind); })
         .def_prop_ro("capacity", &ExpertArena::capacity)
         .def_prop_ro("used", &ExpertArena::used)
-        .def("has_room", &ExpertArena::has_room, nb::arg("kind"), nb::arg("reserve") = 0)
-        .def("take", &ExpertArena::take)
-        .def("give", &ExpertArena::give)
-        .def("move", &ExpertArena::move)
-        .def("resize", &ExpertArena::resize)
-        .def("address", &ExpertArena::address);
+        .def("has_room", [](ExpertArena& self, int kind, int reserve) { return checked(self, kind).has_room(kind, reserve); },
+             nb::arg("kind"), nb::arg("reserve") = 0)
+        .def("take", [](ExpertArena& self, int kind) { return checked(self, kind).take(kind); })
+        .def("give", [](ExpertArena& self, int kind, int slot) { checked(self, kind, slot).give(kind, slot); })
+        .def("move",
+             [](ExpertArena& self, int kind, int from, int to) {
+                 checked(self, kind, from);
+                 checked(self, kind, to).move(kind, from, to);
+             })
+        .def("resize",
+             [](ExpertArena& self, int kind, int64_t slots) {
+                 require(slots >= 0, "a number of slots is not negative");
+                 checked(self, kind).resize(kind, slots);
+             })
+        .def("address", [](ExpertArena& self, int kind, int slot) { return checked(self, kind, slot).address(kind, slot); });
     nb::class_<SlicesHolder>(m, "ExpertSlices")
         .def(nb::init<ReadPool&, const SlicesHolder::Sizes&, const std::vector<int>&, const std::vector<std::string>&,
                       const std::vector<int>&, const std::vector<std::vector<uint64_t>>&, std::vector<SlicesHolder::Table>, int>(),

@@ -124,6 +124,10 @@ def test_rows_that_contradict_themselves_are_refused(tmp_path):
     for sizes, slots in (([1 << 40], [1 << 30]), ([1 << 62], [4]), ([0], [1]), ([PAGE], []), ([], [])):
         with pytest.raises((ValueError, RuntimeError)):
             ExpertArena(sizes, slots)
+    arena = ExpertArena([PAGE], [2])
+    for call in (lambda: arena.size(1), lambda: arena.take(-1), lambda: arena.address(0, 2), lambda: arena.resize(0, -1)):
+        with pytest.raises(ValueError):
+            call()
     slices = ExpertSlices(ReadPool(1), *good)
     with pytest.raises(ValueError):
         slices.resize([(1, 1), (1, 1)])

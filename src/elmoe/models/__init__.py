@@ -1,6 +1,4 @@
-"""One file per family says what its checkpoints look like; ``decoder`` is the forward pass they share. Knows nothing of
-sequences, budgets or files.
-"""
+"""One file per family says what its checkpoints look like. Knows nothing of sequences, budgets or files."""
 
 from __future__ import annotations
 
