@@ -33,9 +33,7 @@ def memory(bandwidth: float, capacity: float, energy: float) -> Memory:
     )  # fmt: skip
 
 
-EVERYTHING = Features(
-    fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True, lsb_augmentation=True
-)
+EVERYTHING = Features(fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True)
 NOTHING = Features()
 
 
@@ -49,7 +47,7 @@ def hardware(features: Features = NOTHING, fast: bool = False, **changes: Any) -
         ),
         sram=Sram(energy=known(EnergyPerByte, 0.5e-12)),
         links=Links(
-            aggregation=known(Bandwidth, 32e9), stream=known(Bandwidth, 128e9), energy=known(EnergyPerBit, 0.1e-12)
+            aggregation=known(Bandwidth, 32e9), energy=known(EnergyPerBit, 0.1e-12)
         ),
         vector=VectorUnit(throughput=known(Throughput, 1e12), energy=known(EnergyPerOperation, 1e-12)),
         static_share=Ratio(0.2, "made up for a test", "assumed", 0.05, 0.5), features=features,

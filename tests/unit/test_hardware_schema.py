@@ -73,7 +73,7 @@ def test_the_published_peaks():
 def test_features_and_near_memory_of_the_rivals():
     on = {name: {f for f in features.__struct_fields__ if getattr(features, f)} for name, features in (
         (name, load_hardware(name).features) for name in preset_names())}  # fmt: skip
-    every = {"fast_dense", "expert_cache", "bit_slices", "parallel_tiers", "refill", "lsb_augmentation"}
+    every = {"fast_dense", "expert_cache", "bit_slices", "parallel_tiers", "refill"}
     assert on["elmoe3d_8gb"] == on["elmoe3d_4gb"] == on["ddr5_nvme"] == every
     assert on["hb_xpu"] == {"fast_dense", "expert_cache", "refill"} and on["xpu_nmp"] == {"fast_dense", "expert_cache"}
     assert not on["xpu"] | on["xpu_pim"] | on["xpu_logicpim"] | on["dgx_spark"] | on["rtx_pro_6000"]

@@ -151,7 +151,7 @@ def hardware_of(machine: MeasuredMachine, fast_bytes: int, slow_bytes: int, name
         layer_overhead=measured(Seconds, rounded(machine.fixed)),
         decision_overhead=measured(Seconds, rounded(machine.decisions)),
         features=Features(
-            fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True, lsb_augmentation=True
+            fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True
         ),
     )  # fmt: skip
 

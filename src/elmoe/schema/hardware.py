@@ -95,10 +95,9 @@ class Sram(Struct, frozen=True, kw_only=True):
 
 
 class Links(Struct, frozen=True, kw_only=True):
-    """``aggregation``: partial sums between processing elements. ``stream``: the main memory's broadcast to them."""
+    """``aggregation``: partial sums between processing elements."""
 
     aggregation: Bandwidth
-    stream: Bandwidth
     energy: EnergyPerBit
 
 
@@ -114,7 +113,7 @@ class Features(Struct, frozen=True, kw_only=True):
 
     ``fast_dense``: dense parts live in the fast memory. ``expert_cache``: expert slices are kept there (``bit_slices``: MSB
     slices first, else whole experts). ``parallel_tiers``: both memories are read at once. ``refill``: the set of resident
-    experts follows the routing, else it stays what the prompts made it. ``lsb_augmentation``: drafts round to the middle.
+    experts follows the routing, else it stays what the prompts made it.
     """
 
     fast_dense: bool = False
@@ -122,7 +121,6 @@ class Features(Struct, frozen=True, kw_only=True):
     bit_slices: bool = False
     parallel_tiers: bool = False
     refill: bool = False
-    lsb_augmentation: bool = False
 
 
 class Hardware(Struct, frozen=True, kw_only=True):
