@@ -26,10 +26,10 @@ from elmoe.engine.session import Session
 
 
 class Prophet(SimpleNamespace):
-    """A backend that also asks each layer's successor router."""
+    """A backend that also asks each layer's successor router; layer by layer, so that ``route`` sees every token."""
 
     def __init__(self, session: Session) -> None:
-        super().__init__(**{name: getattr(kernels, name) for name in kernels.__all__ if name != "route"})
+        super().__init__(**{name: getattr(kernels, name) for name in kernels.__all__ if name not in ("route", "forward")})
         self.routers = list(session.engine._decoder._routers.values())
         self.layer, self.guess = 0, None
         shape = (len(self.routers), session.reader.schema.experts)
