@@ -19,9 +19,9 @@ from elmoe.engine.session import Session
 from elmoe.hw.efficiency import efficiency_of_refresh
 from elmoe.hw.machine import Machine
 from elmoe.measure.calibrate import calibrate, hardware_of
-from elmoe.models.spec import Dense, GroupedAttention, ModelSpec
+from elmoe.models.sizes import ModelSizes
+from elmoe.models.spec import ModelSpec
 from elmoe.report.section import Section, Table
-from elmoe.schema.architecture import Architecture
 from elmoe.schema.hardware import Hardware, load_hardware
 from elmoe.schema.validation import Streaming, load_validation
 from elmoe.sim.recorded import Counts, Prediction, predict
@@ -154,28 +154,13 @@ def _throttle(memory: Any, prompts: list[Any]) -> float:
 
 def priced(prediction: Prediction, spec: ModelSpec, hardware: Hardware) -> float:
     """Seconds of the decode passes of a recorded run."""
-    model, machine = architecture_of(spec), Machine(hardware)
+    model, machine = ModelSizes(spec=spec, name=spec.family, source="store"), Machine(hardware)
     total = 0.0
     for phases, draft in ((("plain", "verify"), False), (("draft",), True)):
         if any(phase in phases for phase, _ in prediction.passes):
             passes = prediction.passes_of(*phases)
             total += float(cost_of(machine, operations(model, passes, machine, draft=draft)).latency.sum())
     return total
-
-
-def architecture_of(spec: ModelSpec) -> Architecture:
-    """A store's shapes as the simulator sees models."""
-    attention, moe = spec.layers[0].attention, spec.moe(spec.moe_layers[0])
-    assert isinstance(attention, GroupedAttention)
-    dense = [layer.feed_forward.width for layer in spec.layers if isinstance(layer.feed_forward, Dense)]
-    return Architecture(
-        name=spec.family, source="store", layers=len(spec.layers), hidden=spec.hidden, vocabulary=spec.vocabulary,
-        moe_layers=len(spec.moe_layers), dense_layers=len(dense), experts=spec.experts, top_k=spec.top_k,
-        expert_width=moe.width, shared_width=0, dense_width=dense[0] if dense else 0,
-        attention_parameters=2 * spec.hidden * (attention.query_width + attention.kv_width),
-        kv_bytes_per_position=2 * attention.cache_values, attention_width=2 * attention.query_width,
-        tied_embeddings=spec.tied_embeddings,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.request import Request
 from elmoe.models import spec_of_config
+from elmoe.schema.hardware import load_hardware
+from elmoe.sim.grid import Grid, run_grid
 from elmoe.store import open_store
 from elmoe.store.synthetic import synthesize
 from tests import toy_family
@@ -58,6 +60,12 @@ def test_a_synthetic_store_decodes(tmp_path):
     with open_store(tmp_path / "store") as reader:
         results, _ = Engine(reader, kernels, EngineOptions(mode="plain")).generate(REQUESTS)
     assert all(np.isfinite(result.logprobs).all() for result in results)
+
+
+def test_the_simulator_prices_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(toy_family.CONFIG))
+    (row,) = run_grid(Grid((load_hardware("xpu"),), (str(tmp_path),), ("mt_bench",), (1,), ("ar",)), workers=1)
+    assert row["model"] == tmp_path.name and row["tokens_per_second"] > 0
 
 
 def test_the_configuration_is_written_as_it_is_read(tmp_path):

@@ -8,34 +8,48 @@ from __future__ import annotations
 from typing import Any
 
 from elmoe.errors import ModelError
-from elmoe.models import qwen3_moe
+from elmoe.models import deepseek_v2, glm4_moe, glm4_moe_lite, gpt_oss, mixtral, olmoe, qwen2, qwen3_moe
 from elmoe.models.config import Config
 from elmoe.models.family import Family
 from elmoe.models.spec import ModelSpec
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (qwen3_moe.FAMILY,)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        deepseek_v2.FAMILY, deepseek_v2.V3, deepseek_v2.KIMI_K2, glm4_moe.FAMILY, glm4_moe_lite.FAMILY, gpt_oss.FAMILY,
+        mixtral.FAMILY, olmoe.FAMILY, qwen2.FAMILY, qwen3_moe.FAMILY,
+    )
+}  # fmt: skip
 """Families by ``model_type``."""
 
 
 def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
-    """The family of a Hugging Face configuration, by its ``architectures``, or its ``model_type`` where it has none.
+    """The family of a Hugging Face configuration, by ``architectures`` and ``model_type``; one of them may be absent.
 
-    :raises ModelError: it is not known; the message lists those that are.
+    :raises ModelError: it is not known, and the message lists those that are; or the two disagree.
     """
-    names = config.get("architectures")
+    names, kind = config.get("architectures"), config.get("model_type")
     if isinstance(names, list) and names:
-        for family in FAMILIES.values():
-            if names[0] in family.architectures:
-                return family
-        known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-        raise ModelError(f"{where}: architecture {str(names[0])[:80]!r} is not supported", f"supported: {known}")
-    kind = config.get("model_type")
+        found = [family for family in FAMILIES.values() if names[0] in family.architectures]
+        if not found:
+            known = ", ".join(dict.fromkeys(name for family in FAMILIES.values() for name in family.architectures))
+            raise ModelError(f"{where}: architecture {str(names[0])[:80]!r} is not supported", f"supported: {known}")
+        if kind is None:
+            return found[0]
+        same = [family for family in found if family.name == kind]
+        if not same:
+            allowed = " or ".join(f"'{family.name}'" for family in found)
+            raise ModelError(
+                f"{where}: 'model_type' {str(kind)[:80]!r} does not go with architecture '{names[0]}'", f"expected {allowed}"
+            )
+        return same[0]
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
-    raise ModelError(
-        f"{where}: there are no 'architectures', and 'model_type' {str(kind)[:80]!r} is not supported",
-        f"supported: {', '.join(FAMILIES)}",
-    )
+    problem = (
+        "there are no 'architectures' and no 'model_type'" if kind is None
+        else f"there are no 'architectures', and 'model_type' {str(kind)[:80]!r} is not supported"
+    )  # fmt: skip
+    raise ModelError(f"{where}: {problem}", f"supported: {', '.join(FAMILIES)}")
 
 
 def spec_of_config(config: dict[str, Any], where: str = "config.json") -> ModelSpec:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from elmoe.errors import ModelError
-from elmoe.models.spec import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from elmoe.models.spec import MOST, LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 
 _LARGEST = 1 << 31
 Scaling = LinearScaling | Llama3Scaling | LongRopeScaling | YarnScaling | None
@@ -37,6 +38,25 @@ class Config:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             self.fail(f"'{key}' is {_shown(value)}, expected a whole number in {least}..{most}")
         return value
+
+    def layers(self) -> int:
+        """The number of layers, small enough to list them."""
+        return self.integer("num_hidden_layers", most=MOST["layers"])
+
+    def words(self, key: str, layers: int, allowed: Sequence[str]) -> tuple[str, ...] | None:
+        """One of the ``allowed`` words for each of the layers, None where the key is absent."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != layers or any(word not in allowed for word in value):
+            names = " or ".join(f"'{word}'" for word in allowed)
+            self.fail(f"'{key}' must name {names} for each of the {layers} layers, not {_shown(value)}")
+        return tuple(value)
+
+    def windows(self, layers: int, default: Sequence[str]) -> tuple[int | None, ...]:
+        """The window of each layer: ``sliding_window`` where ``layer_types`` (or else ``default``) name a sliding one."""
+        kinds = self.words("layer_types", layers, ("full_attention", "sliding_attention")) or tuple(default)
+        return tuple(self.integer("sliding_window") if kind == "sliding_attention" else None for kind in kinds)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
@@ -86,12 +106,20 @@ class Config:
             self.fail(f"there is no 'head_dim', and {heads} heads do not divide 'hidden_size' {hidden}")
         return heads, kv_heads, self.integer("head_dim", default=hidden // heads)
 
-    def rope(self, dimensions: int, default_theta: float = 10000.0, interleaved: bool = False) -> Rope:
-        """The rotary embedding, in the spelling of transformers 4 (``rope_theta``, ``rope_scaling``) or 5
-        (``rope_parameters``); where both are present they must agree."""
-        thetas, scalings = [], []
+    def rope(
+        self, head_dim: int, default_theta: float = 10000.0, interleaved: bool = False, partial: float | None = None
+    ) -> Rope:
+        """The rotary embedding of heads of ``head_dim``, in the spelling of transformers 4 (``rope_theta``,
+        ``rope_scaling``) or 5 (``rope_parameters``); where both are present they must agree.
+
+        :param partial: the family's rotated fraction of a head where the configuration has none; None where the family
+            always rotates whole heads, and another fraction is refused.
+        """
+        thetas, scalings, fractions = [], [], []
         if self.has("rope_theta"):
             thetas.append(self.number("rope_theta"))
+        if self.has("partial_rotary_factor"):
+            fractions.append(self.number("partial_rotary_factor"))
         for key in ("rope_scaling", "rope_parameters"):
             values = self.values.get(key, {})
             if not isinstance(values, dict):
@@ -101,14 +129,20 @@ class Config:
             inner = Config(values, f"{self.where}: {key}")
             if inner.has("rope_theta"):
                 thetas.append(inner.number("rope_theta"))
+            if inner.has("partial_rotary_factor"):
+                fractions.append(inner.number("partial_rotary_factor"))
             if values:
                 scalings.append((key, inner.scaling(self)))
         if len(set(thetas)) > 1:
             self.fail(f"'rope_theta' has several values: {', '.join(f'{theta:g}' for theta in dict.fromkeys(thetas))}")
         if len(scalings) > 1 and scalings[0][1] != scalings[1][1]:
             self.fail("'rope_scaling' and 'rope_parameters' disagree")
+        fraction = fractions[0] if fractions else partial or 1.0
+        if len(set(fractions)) > 1 or fraction > 1 or (partial is None and fraction != 1):
+            found = ", ".join(f"{one:g}" for one in dict.fromkeys(fractions))
+            self.fail(f"'partial_rotary_factor' is {found}", f"supported: {1 if partial is None else 'one value up to 1'}")
         return Rope(
-            theta=thetas[0] if thetas else default_theta, dimensions=dimensions, interleaved=interleaved,
+            theta=thetas[0] if thetas else default_theta, dimensions=int(head_dim * fraction), interleaved=interleaved,
             scaling=scalings[0][1] if scalings else None,
         )  # fmt: skip
 
@@ -117,9 +151,8 @@ class Config:
         kind = self.values.get("rope_type", self.values.get("type", "default"))
         if "rope_type" in self.values and "type" in self.values and self.values["type"] != kind:
             self.fail(f"'rope_type' {kind!r} and 'type' {self.values['type']!r} disagree")
-        known = {"rope_type", "type", "rope_theta"}
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if kind == "default":
-            known.add("partial_rotary_factor")
             result: Scaling = None
         elif kind == "linear":
             known.add("factor")

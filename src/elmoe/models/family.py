@@ -37,10 +37,12 @@ class GgufFamily:
 @dataclass(frozen=True)
 class Family:
     """One family. ``name``: ``model_type`` in config.json; ``architectures``: its ``architectures``; ``names``: see
-    :data:`Names`; None where no checkpoint can be converted yet, and the simulator alone reads the family."""
+    :data:`Names`; None where no checkpoint can be converted yet, and the simulator alone reads the family. ``formats``:
+    those of its published weights that are not the default ones of ``models.sizes``."""
 
     name: str
     architectures: tuple[str, ...]
     read_config: Callable[[Config], ModelSpec]
     names: Names | None = None
     gguf: GgufFamily | None = None
+    formats: Mapping[str, str] = field(default_factory=dict)

@@ -15,7 +15,7 @@ def read_config(config: Config) -> ModelSpec:
     config.must_be("hidden_act", "silu")
     config.must_be("attention_bias", False)
     config.must_be("use_sliding_window", False)
-    layers, hidden = config.integer("num_hidden_layers"), config.integer("hidden_size")
+    layers, hidden = config.layers(), config.integer("hidden_size")
     heads, kv_heads, head_dim = config.heads(hidden)
     attention = GroupedAttention(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=config.rope(head_dim), query_key_norm="head"
