@@ -33,6 +33,7 @@ class DirectTier(ExpertTier):
     """An ``ExpertTier`` over a ``direct`` reader. It holds nothing until :meth:`replan` gives it slots and memory."""
 
     label = "enforced budget, direct reads"
+    enforced = True
 
     def __init__(
         self,
@@ -53,8 +54,6 @@ class DirectTier(ExpertTier):
             RESERVE,
         )  # fmt: skip
         self._counted = 0, 0
-        self.found = self.resident
-        """What the last target pass found resident."""
 
     def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
         return tuple(np.zeros((reader.schema.experts, 2), np.int64) for _ in reader.schema.moe_layers)
@@ -156,27 +155,19 @@ class DirectTier(ExpertTier):
         self._slices.keep(row, *resident)
 
     @property
-    def popularity(self) -> NDArray[np.float64]:
-        """(layers, experts) counts of verified routing."""
-        return self._residency.popularity
-
-    @property
-    def filled(self) -> float:
-        """Share of the slots of the kind with more of them free that residents take."""
-        if self._slots is None:
-            return 1.0
-        kinds = ((self._slots.msb, self.resident.msb), (self._slots.lsb, self.resident.lsb))
-        return min((float(resident.sum()) / sum(slots) for slots, resident in kinds if any(slots)), default=1.0)
-
-    @property
     def bytes_read(self) -> int:
         """See ``ExpertTier.bytes_read``."""
         return self._pool.bytes_read()
 
     @property
     def reading_seconds(self) -> float:
-        """Seconds with a read in flight since the tier began."""
+        """See ``ExpertTier.reading_seconds``."""
         return self._pool.busy_seconds()
+
+    @property
+    def missed_bytes(self) -> int:
+        """See ``ExpertTier.missed_bytes``."""
+        return self._statistics.phases["plain"].slow_bytes + self._statistics.phases["verify"].slow_bytes
 
     def replan(self, slots: SlotPlan | None, capacity: int) -> None:
         """See ``ExpertTier.replan``."""
