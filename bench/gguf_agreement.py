@@ -1,6 +1,6 @@
 """Does llama.cpp compute from an exported GGUF what our engine computes from the store? Tokens, logits, perplexity.
 
-    .venv/bin/python bench/gguf_agreement.py [--store demo] [--json]        # needs `make peers`
+    .venv/bin/python -m bench.gguf_agreement [--store demo] [--json]        # needs `make peers`
 
 Both are fed the same ids of TEXT (this repository's README). llama.cpp is fed twice, all tokens at once and one by one: how
 far it agrees with itself is the yardstick.
@@ -11,21 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from elmoe.cli.common import print_table
 from elmoe.convert.gguf_export import export_store
-from elmoe.engine.kv import KVPool
-from elmoe.engine.perplexity import CHUNK, _AllExperts
 from elmoe.engine.session import Session
-from elmoe.models.decoder import Tokens
+from elmoe.measure.perplexity import TeacherForcing
+from elmoe.terminal import print_table
 
 SOURCE = Path(__file__).with_name("llama_logits.cpp")
 
@@ -43,15 +38,7 @@ def build(peers: Path) -> Path:
 
 def our_logits(session: Session, ids: np.ndarray) -> np.ndarray:
     """Logits (tokens, vocabulary) behind every token, float32."""
-    pool, decoder = KVPool(session.reader.schema, 1, len(ids)), session.engine._decoder
-    decoder.reserve_positions(len(ids))
-    pool.reserve(0, len(ids))
-    parts = []
-    for start in range(0, len(ids), CHUNK):
-        positions = np.arange(start, min(start + CHUNK, len(ids)), dtype=np.int32)
-        batch = Tokens(ids[positions], np.zeros_like(positions), positions)
-        parts.append(decoder.forward(batch, pool.cache, _AllExperts(session), None)[0])
-    return np.concatenate(parts)
+    return np.concatenate(list(TeacherForcing(session, len(ids)).logits(ids)))
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
@@ -92,7 +79,7 @@ def main() -> None:
             [str(program), str(model), str(arguments.text), str(out)], input="\n".join(map(str, ids)),
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
         )  # fmt: skip
-        together, single = np.fromfile(out, np.float32).reshape(2, len(ids), session.reader.schema.vocabulary)
+        together, single = np.fromfile(out, np.float32).reshape(2, len(ids), session.reader.spec.vocabulary)
         ours = our_logits(session, ids)
     data: dict[str, Any] = {
         "tokens": len(ids),

@@ -1,8 +1,8 @@
 """Models larger than the fast tier: naive offloading, an LRU expert cache, elastic decoding and llama.cpp, side by side.
 
-    .venv/bin/python bench/offload.py --quick --json     # 4 layers, one budget, batch 1, 4, 16: under 10 minutes
-    .venv/bin/python bench/offload.py                    # OLMoE-1B-7B shapes, 2, 3 and 4 GiB, batch 1 to 16
-    .venv/bin/python bench/offload.py --demo             # the demo model, real routing, a throttled slow tier
+    .venv/bin/python -m bench.offload --quick --json     # 4 layers, one budget, batch 1, 4, 16: under 10 minutes
+    .venv/bin/python -m bench.offload                    # OLMoE-1B-7B shapes, 2, 3 and 4 GiB, batch 1 to 16
+    .venv/bin/python -m bench.offload --demo             # the demo model, real routing, a throttled slow tier
 
 Definitions, what is measured and what is not: bench/README.md. ``--prompts FOLDER`` takes the prompts of the recorded trace
 from published sets (see bench/prompts.py). The stores and traces are kept in ``--folder`` and made once.
@@ -22,23 +22,21 @@ from statistics import geometric_mean, median
 from time import perf_counter
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench import llama_offload
 from bench.ceilings import Ceilings
 from bench.prompts import prompts_of
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.cli.common import number, print_table, progress_bar
 from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
-from elmoe.engine.replay import Replay
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session, load_backend
+from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
+from elmoe.measure.replay import ReplayBackend
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import MemoryReader, open_direct, open_store
-from elmoe.trace import read_trace, replay_facts
-from elmoe.trace.replay import ReplayFacts
+from elmoe.terminal import number, print_table, progress_bar
+from elmoe.trace import draft_facts_of_trace, read_trace
+from elmoe.trace.draft_facts import DraftFacts
 from elmoe.units import parse_bytes
 
 SHAPES = Path(__file__).with_name("olmoe_shapes.json")
@@ -142,10 +140,10 @@ class System:
         }  # fmt: skip
 
 
-def replayed(store: Path, facts: list[ReplayFacts]) -> tuple[Any, Any]:
+def replayed(store: Path, facts: list[DraftFacts]) -> tuple[Any, Any]:
     """(engine maker over the direct reader, all-resident engine maker) of a store driven by traces."""
     reader = open_direct(store)
-    replay = Replay(load_backend("native"), reader.schema, facts)
+    replay = ReplayBackend(load_backend("native"), reader.spec, facts)
 
     def make(options: EngineOptions, source: Any = reader) -> tuple[Engine, Any, Any]:
         engine = Engine(source, replay, options, replay)  # type: ignore[arg-type]
@@ -155,7 +153,7 @@ def replayed(store: Path, facts: list[ReplayFacts]) -> tuple[Any, Any]:
     return make, lambda options: make(options, resident)
 
 
-def ceilings_of(facts: list[ReplayFacts], engine: Engine, batch: int, rounds: int) -> Ceilings:
+def ceilings_of(facts: list[DraftFacts], engine: Engine, batch: int, rounds: int) -> Ceilings:
     """The ceilings of an engine's budget, see bench/ceilings.py."""
     requests = [Request((0,) * PROMPT_TOKENS, TRACE_TOKENS - PROMPT_TOKENS, SamplingParameters())] * batch
     sizes = engine.sizes(requests)
@@ -293,11 +291,11 @@ def demo_model(repeats: int, batches: list[int], names: list[str]) -> dict[str, 
         return [Request(prompt_ids[i], tokens, SamplingParameters(0.8, seed=i), ignore_eos=True) for i in sequences]
 
     with open_store("demo") as memory, open_direct("demo") as reader:
-        schema = memory.schema
+        spec = memory.spec
         resident = Engine(memory, kernels, EngineOptions("plain"))
         step = 1 / median(steady_rate(resident, requests([0], 64))[0] for _ in range(5))
-        layouts = [memory.expert_layout(layer) for layer in schema.moe_layers]
-        step_bytes = schema.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts)
+        layouts = [memory.expert_layout(layer) for layer in spec.moe_layers]
+        step_bytes = spec.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts)
         bandwidth = step_bytes / (16 * step)
 
         def make(options: EngineOptions, source: MemoryReader = reader) -> tuple[Engine, Any, Any]:
@@ -405,7 +403,7 @@ def main() -> None:
             budgets = [parse_bytes("1340MiB")]  # half of the expert bytes of 4 layers beside dense, KV and staging
         store, traces = synthetic_store(arguments.folder, layers), recorded_traces(arguments.folder, arguments.prompts)
         disk, memory = disk_bandwidth(store / "layer-000.experts"), memory_bandwidth(1 << 30, 2)
-        facts = [replay_facts(read_trace(path)) for path in traces]
+        facts = [draft_facts_of_trace(read_trace(path)) for path in traces]
         make, resident = replayed(store, facts)
         rows = compare(
             budgets, dict.fromkeys(batches, arguments.repeats), make, resident, TOKENS,

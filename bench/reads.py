@@ -1,7 +1,7 @@
 """Reads of expert slices from disk, by reads in flight and by the pages they are read into.
 
     .venv/bin/elmoe synth bench/olmoe_shapes.json build/olmoe-4 --layers 4
-    .venv/bin/python bench/reads.py build/olmoe-4 [--json] [--repeats 5]
+    .venv/bin/python -m bench.reads build/olmoe-4 [--json] [--repeats 5]
 
 Bursts of slices as layers miss them, through the engine's own pool and past the page cache; medians of ``--repeats`` turns.
 """
@@ -16,9 +16,9 @@ from time import perf_counter
 
 import numpy as np
 
-from elmoe.cli.common import number, print_table
 from elmoe.kernels.reads import ReadPool
 from elmoe.store import DirectReader, open_direct
+from elmoe.terminal import number, print_table
 
 BURST, BURSTS = 16, 8
 """Experts of a burst, and bursts of a turn."""
@@ -35,11 +35,11 @@ def memory_of(pages: str, size: int) -> mmap.mmap:
 
 def rate(reader: DirectReader, pool: ReadPool, address: int, rng: np.random.Generator) -> float:
     """Bytes per second of some bursts."""
-    layers = reader.schema.moe_layers
+    layers = reader.spec.moe_layers
     layout = reader.expert_layout(layers[0])
     size, read, seconds = layout.msb_bytes + layout.lsb_bytes, 0, 0.0
     for burst in range(BURSTS):
-        experts = np.sort(rng.choice(reader.schema.experts, min(BURST, reader.schema.experts), replace=False)).tolist()
+        experts = np.sort(rng.choice(reader.spec.experts, min(BURST, reader.spec.experts), replace=False)).tolist()
         began = perf_counter()
         tickets = []
         for place, expert in enumerate(experts):
@@ -65,7 +65,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     rates: dict[tuple[int, str], list[float]] = {}
     with open_direct(arguments.store) as reader:
-        layout = reader.expert_layout(reader.schema.moe_layers[0])
+        layout = reader.expert_layout(reader.spec.moe_layers[0])
         memories = {pages: memory_of(pages, BURST * (layout.msb_bytes + layout.lsb_bytes)) for pages in PAGES}
         addresses = {pages: np.frombuffer(memory, np.uint8).ctypes.data for pages, memory in memories.items()}
         pools = {depth: ReadPool(depth) for depth in (1, 2, 4, 8)}

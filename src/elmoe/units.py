@@ -58,18 +58,17 @@ def format_bytes(count: float) -> str:
 
 DIMENSIONS: dict[str, dict[str, float]] = {
     "capacity": {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
-    "bandwidth": {"MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "MiB/s": 2**20, "GiB/s": 2**30},
+    "bandwidth": {"B/s": 1, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "MiB/s": 2**20, "GiB/s": 2**30},
     "time": {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
-    "frequency": {"MHz": 1e6, "GHz": 1e9},
-    "throughput": {"GOPS": 1e9, "TOPS": 1e12, "GFLOPS": 1e9, "TFLOPS": 1e12},
-    "energy per bit": {"pJ/bit": 1e-12},
-    "energy per byte": {"pJ/B": 1e-12},
-    "energy per operation": {"pJ": 1e-12, "fJ": 1e-15},
-    "power": {"W": 1, "mW": 1e-3},
+    "frequency": {"Hz": 1, "MHz": 1e6, "GHz": 1e9},
+    "throughput": {"OPS": 1, "GOPS": 1e9, "TOPS": 1e12, "GFLOPS": 1e9, "TFLOPS": 1e12},
+    "energy per bit": {"J/bit": 1, "pJ/bit": 1e-12},
+    "energy per byte": {"J/B": 1, "pJ/B": 1e-12},
+    "energy per operation": {"J": 1, "pJ": 1e-12, "fJ": 1e-15},
     "ratio": {"": 1, "%": 1e-2, "x": 1},
     "operations per byte": {"op/B": 1},
 }  # fmt: skip
-"""Units by dimension, as factors to SI (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J, W)."""
+"""Units by dimension, as factors to SI (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J); one is SI itself."""
 _WITH_UNIT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")
 
 
@@ -91,3 +90,16 @@ def parse_quantity(text: str, dimension: str) -> float:
         problem = "is not finite" if number else "is not positive"
         raise RequestError(f"'{text}' {problem}", f"a {dimension} must be above zero and finite")
     return number * units[unit]
+
+
+def format_quantity(value: float, dimension: str) -> str:
+    """The shortest text that :func:`parse_quantity` reads as exactly this value; RequestError if there is none."""
+    if not 0 < value < math.inf:
+        raise RequestError(f"{value} is no {dimension}", f"a {dimension} must be above zero and finite")
+    texts = [
+        f"{repr(number).removesuffix('.0')} {unit}".strip()
+        for unit, factor in DIMENSIONS[dimension].items()
+        for number in {float(f"{value / factor:.12g}"), value / factor}
+        if number * factor == value
+    ]
+    return min(texts, key=lambda text: (len(text), text))

@@ -7,18 +7,16 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import IntegerList, json_option, number, print_json, print_table, progress_bar
-
-SYSTEMS = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu", "elmoe3d_4gb", "elmoe3d_8gb")
-MODELS = ("qwen3-30b-a3b", "glm-4.7-flash", "deepseek-v2-lite", "gpt-oss-20b")
-PROMPTS = ("mt_bench", "gsm8k", "alpaca", "humaneval")
+from elmoe.cli.common import IntegerList, json_option, print_json
+from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
+from elmoe.terminal import number, print_table, progress_bar
 
 
 @click.command()
 @click.option(
     "--hardware", multiple=True, default=SYSTEMS, help="Preset or YAML file; repeat it. The first is the reference."
 )
-@click.option("--model", multiple=True, default=MODELS, help="Preset, config.json or checkpoint folder; repeat it.")
+@click.option("--model", multiple=True, default=MODELS, help="Preset, config.json, checkpoint folder or store; repeat it.")
 @click.option("--prompts", multiple=True, default=PROMPTS, help="Locality preset or file of `elmoe trace fit`; repeat it.")
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Routing facts or a recording to replay instead of synthetic ones.")  # fmt: skip
@@ -44,7 +42,7 @@ def command(
     """Price serving on described hardware: tokens/s, joules per token, bytes and utilisation."""
     from elmoe.schema.hardware import load_hardware, preset_names, preset_text
     from elmoe.sim.grid import PAPER_ODDS, Grid, run_grid
-    from elmoe.sim.result import Result, odds_of, write_result
+    from elmoe.sim.result import SimulationResult, odds_of, write_result
     from elmoe.systems.forms import FORMS
 
     if show_preset is not None:
@@ -60,7 +58,7 @@ def command(
     )  # fmt: skip
     with progress_bar("models x prompts", len(grid.models) * len(grid.prompts)) as bar:
         rows = run_grid(grid, lambda done, total: bar(done, total))
-    result = Result.of(grid, rows)
+    result = SimulationResult.of(grid, rows)
     if out is not None:
         write_result(result, out)
     if timeline is not None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from elmoe.cli.common import json_option, print_json, progress_bar
+from elmoe.cli.common import json_option, print_json
+from elmoe.terminal import progress_bar
 
 
 @click.command("synth")
@@ -18,8 +19,8 @@ from elmoe.cli.common import json_option, print_json, progress_bar
 @json_option
 def command(config: Path, store: Path, layers: int | None, seed: int, as_json: bool) -> None:
     """Write STORE with the shapes of a Hugging Face CONFIG (config.json) and deterministic random weights."""
-    from elmoe.convert import schema_of_config
     from elmoe.errors import ConvertError
+    from elmoe.models import spec_of_config
     from elmoe.store.synthetic import synthesize
 
     try:
@@ -28,9 +29,9 @@ def command(config: Path, store: Path, layers: int | None, seed: int, as_json: b
         raise ConvertError(f"'{config}' is not JSON: {error}") from error
     if layers is not None:
         values["num_hidden_layers"] = layers
-    schema = schema_of_config(values)
-    with progress_bar("experts", len(schema.moe_layers) * schema.experts) as bar:
-        synthesize(store, schema, seed, lambda done, total: bar(done))
+    spec = spec_of_config(values, config.name)
+    with progress_bar("experts", len(spec.moe_layers) * spec.experts) as bar:
+        synthesize(store, spec, seed, lambda done, total: bar(done))
     if as_json:
         print_json({"store": str(store)})
     else:

@@ -182,7 +182,7 @@ class Planner:
     @property
     def _choice_due(self) -> bool:
         """Whether enough time has passed since the last choice, and there is a choice: of slices, or of drafts that are
-        under way or have rested. A small model in memory decodes plainly for long, where choosing takes a tenth of a step."""
+        under way or have rested. A small model in memory rests for long, where a choice takes a tenth of a step."""
         open_choice = len(self._candidates[0]) > 1 or self._drafting > 0 or self._resting >= self._wait
         return open_choice and self._passed >= self._due
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elmoe.errors import BudgetError, HardwareError
+from elmoe.errors import BudgetError, HardwareError, ModelError
 from elmoe.hw.machine import Machine
-from elmoe.schema.architecture import Architecture, load_architecture
+from elmoe.models.load import load_model
+from elmoe.models.sizes import ModelSizes
 from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
 from elmoe.sim.rows import row_of, static_watts
 from elmoe.sim.simulate import DRAFT_LENGTHS, Simulation
-from elmoe.sim.workload import Replay
+from elmoe.sim.workload import RoutingReplay
 from elmoe.systems.forms import FORMS, FormName, Odds, TableOdds, rival_odds
 from elmoe.trace.facts import RoutingFacts, read_facts
 from elmoe.trace.locality import load_locality
@@ -46,12 +47,15 @@ class Grid:
     drafters: Drafters = field(default_factory=load_drafters)
 
 
-def facts_of(model: Architecture, prompts: str, trace: Path | None = None) -> RoutingFacts:
+def facts_of(model: ModelSizes, prompts: str, trace: Path | None = None) -> RoutingFacts:
     """Facts of a trace, or synthetic ones of the model's shape with the locality measured on a prompt set."""
     if trace is not None:
         return read_facts(trace)
-    layers = min(SAMPLED_LAYERS, model.moe_layers)
-    return synthesise(load_locality(prompts), model.experts, model.top_k, layers, SEQUENCES, POSITIONS, SEED, prompt=PROMPT)
+    spec = model.spec
+    if not spec.moe_layers:
+        raise ModelError(f"model '{model.name}' has no layer with experts", "there is no routing to replay")
+    layers = min(SAMPLED_LAYERS, len(spec.moe_layers))
+    return synthesise(load_locality(prompts), spec.experts, spec.top_k, layers, SEQUENCES, POSITIONS, SEED, prompt=PROMPT)
 
 
 def run_grid(
@@ -80,9 +84,9 @@ def _run_packed(group: tuple[Grid, str, str]) -> list[dict[str, Any]]:
 
 def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]:
     """Rows of one model and prompt set; what does not fit becomes a row with ``error``."""
-    model = load_architecture(model_name)
+    model = load_model(model_name)
     facts = facts_of(model, prompts, grid.trace)
-    simulation = Simulation(model, Replay(facts), grid.drafters, grid.context, grid.steps)
+    simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
     machines = [Machine(hardware) for hardware in grid.systems]
     rows = []
     for batch in grid.batches:

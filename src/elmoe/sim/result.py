@@ -30,14 +30,14 @@ def odds_of(text: str) -> Odds | TableOdds:
 
 
 @dataclass(frozen=True)
-class Result:
+class SimulationResult:
     """Rows and what they were made from."""
 
     conditions: dict[str, Any]
     rows: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, grid: Grid, rows: list[dict[str, Any]]) -> Result:
+    def of(cls, grid: Grid, rows: list[dict[str, Any]]) -> SimulationResult:
         """With the grid's conditions and every system's constants that are not published."""
         return cls(
             {
@@ -55,12 +55,12 @@ class Result:
         return {"version": RESULT_VERSION, "label": LABEL, "conditions": self.conditions, "rows": self.rows}
 
 
-def write_result(result: Result, path: Path) -> None:
+def write_result(result: SimulationResult, path: Path) -> None:
     """Write a result file; it appears when it is whole."""
     write_whole(path, json.dumps(result.as_dict()).encode())
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: Path) -> SimulationResult:
     """Read a result file; HardwareError names what is wrong with it."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def read_result(path: Path) -> Result:
         raise HardwareError(f"'{path}' is not a result file: {error}", "write one with `elmoe simulate --out`") from error
     if not isinstance(data, dict) or data.get("version") != RESULT_VERSION or not isinstance(data.get("rows"), list):
         raise HardwareError(f"'{path}' is not a result file of version {RESULT_VERSION}", "write it anew")
-    return Result(data.get("conditions", {}), data["rows"])
+    return SimulationResult(data.get("conditions", {}), data["rows"])
 
 
 Key = tuple[str, str, str | None]

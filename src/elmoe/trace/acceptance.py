@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
+from elmoe.trace.draft_facts import mean_resident
 from elmoe.trace.format import Trace
 from elmoe.trace.locality import read_json, write_json
-from elmoe.trace.replay import mean_resident
 
 ACCEPTANCE_VERSION = 1
 CONFIDENCE_EDGES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -104,8 +104,7 @@ def acceptance_of_trace(trace: Trace, bits: int) -> AcceptanceRow:
     rows = np.flatnonzero((trace.column("phase") == "verify") & (trace.column("draft") >= 0))
     if not len(rows):
         raise TraceError("the recording holds no verified draft", "record it with a draft length of 1 or more")
-    key = trace.column("step")[rows].astype(np.int64) * (1 << 32) + trace.column("sequence")[rows]
-    _, first, draft = np.unique(key, return_index=True, return_inverse=True)
+    _, first, draft = np.unique(trace.draft_keys()[rows], return_index=True, return_inverse=True)
     position = trace.column("position")[rows]
     depth = position - position[first][draft]
     agree = np.zeros((len(first), int(depth.max()) + 1), bool)

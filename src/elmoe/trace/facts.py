@@ -6,7 +6,6 @@ fixed list of uint16 ids by rank (layers x ranks). The metadata key ``elmoe_fact
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
+from elmoe.files import whole_file
 from elmoe.trace.format import FACTS_KEY, METADATA_KEY, Trace, read_trace
 from elmoe.trace.summary import committed_rows
 
@@ -134,7 +134,6 @@ def facts_of_trace(trace: Trace) -> RoutingFacts:
 
 def write_facts(facts: RoutingFacts, path: str | Path) -> None:
     """Write a facts file; it appears when it is whole. TraceError if it cannot be written."""
-    path = Path(path)
     _, _, layers, ranks = facts.ranked.shape
     header = FactsHeader(
         version=FACTS_VERSION, layers=layers, ranks=ranks, experts=facts.experts, top_k=facts.top_k, source=facts.source,
@@ -147,14 +146,8 @@ def write_facts(facts: RoutingFacts, path: str | Path) -> None:
         pa.array(position.astype(np.int32)),
         pa.FixedSizeListArray.from_arrays(flat, layers * ranks),
     ]
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path, TraceError) as partial:
         pq.write_table(pa.Table.from_arrays(columns, schema=_table_schema(header)), partial, compression="zstd")
-        os.replace(partial, path)
-    except OSError as error:
-        raise TraceError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_facts(path: str | Path) -> RoutingFacts:

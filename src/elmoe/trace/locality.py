@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
+from elmoe.files import whole_file
 from elmoe.trace.facts import RoutingFacts
 
 LOCALITY_VERSION = 1
@@ -121,15 +121,8 @@ def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str, lim
 
 def write_json(path: str | Path, data: bytes) -> None:
     """Write a small file; it appears when it is whole. TraceError if it cannot be written."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with whole_file(path, TraceError) as partial:
         partial.write_bytes(data + b"\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise TraceError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def membership(chosen: NDArray, computed: NDArray[np.bool_], experts: int) -> NDArray[np.bool_]:

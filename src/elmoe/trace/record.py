@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,8 +12,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
-from elmoe.schema.model import ModelSchema
-from elmoe.trace.format import TRACE_VERSION, TraceHeader, table_schema
+from elmoe.files import PartialFile
+from elmoe.models.spec import ModelSpec
+from elmoe.trace.format import TRACE_VERSION, TracedModel, TraceHeader, table_schema
 
 ROWS_PER_GROUP = 4096
 
@@ -26,16 +26,17 @@ class TraceRecorder:
     """
 
     def __init__(
-        self, path: str | Path, model: ModelSchema, run: dict[str, Any] | None = None, all_ranks: bool = False
+        self, path: str | Path, model: ModelSpec, run: dict[str, Any] | None = None, all_ranks: bool = False
     ) -> None:
-        self._path = Path(path)
-        self._partial = self._path.with_name(self._path.name + ".partial")
+        self._file = PartialFile(path)
         ranks = self._ranks = model.experts if all_ranks else min(2 * model.top_k, model.experts)
-        self._schema = table_schema(TraceHeader(version=TRACE_VERSION, model=model, ranks=ranks, run=run or {}))
+        self._schema = table_schema(
+            TraceHeader(version=TRACE_VERSION, model=TracedModel.of(model), ranks=ranks, run=run or {})
+        )
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         self._rows = 0
         try:
-            self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._file.partial, self._schema, compression="zstd")
         except OSError as error:
             raise TraceError(f"cannot write trace '{path}': {error.strerror or error}") from error
 
@@ -97,7 +98,9 @@ class TraceRecorder:
         try:
             self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         except OSError as error:
-            raise TraceError(f"cannot write trace '{self._path}': {error.strerror or error}", "free some disk") from error
+            raise TraceError(
+                f"cannot write trace '{self._file.path}': {error.strerror or error}", "free some disk"
+            ) from error
 
     def __enter__(self) -> TraceRecorder:
         return self
@@ -110,8 +113,8 @@ class TraceRecorder:
                 self._flush()
             self._writer.close()
             if kind is None:
-                os.replace(self._partial, self._path)
+                self._file.finish()
         except OSError as failure:
-            raise TraceError(f"cannot finish trace '{self._path}': {failure.strerror or failure}") from failure
+            raise TraceError(f"cannot finish trace '{self._file.path}': {failure.strerror or failure}") from failure
         finally:
-            self._partial.unlink(missing_ok=True)
+            self._file.discard()

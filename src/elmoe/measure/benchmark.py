@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine, Mode
 from elmoe.engine.observe import ObservedBackend
-from elmoe.engine.replay import Replay
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
 from elmoe.kernels import ExpertFeed
+from elmoe.measure.replay import ReplayBackend
 
 
 class TimedBackend(ObservedBackend):
@@ -57,7 +57,7 @@ def benchmark(
     batches: Iterable[int],
     repeats: int = 3,
     progress: Callable[[], None] | None = None,
-    replay: Replay | None = None,
+    replay: ReplayBackend | None = None,
 ) -> list[dict[str, Any]]:
     """One row per mode and batch size: medians over ``repeats`` interleaved runs, the first of each row not counted.
 
@@ -101,7 +101,7 @@ def benchmark(
     return rows
 
 
-def outcome_of(results: list[Result], replay: Replay | None) -> Any:
+def outcome_of(results: list[Result], replay: ReplayBackend | None) -> Any:
     """What must be equal between runs: the results; of a replay, the logits at committed positions."""
     return results if replay is None else replay.committed_digests()
 
@@ -111,7 +111,7 @@ def random_prompts(
 ) -> list[Request]:
     """``count`` requests of random token ids; end-of-sequence tokens are ignored so that all rows do equal work."""
     rng = np.random.default_rng(sampling.seed)
-    vocabulary = session.reader.schema.vocabulary
+    vocabulary = session.reader.spec.vocabulary
     return [
         Request(tuple(rng.integers(0, vocabulary, length).tolist()), max_tokens, sampling, ignore_eos=True)
         for _ in range(count)
