@@ -30,6 +30,7 @@ class DirectTier(ExpertTier):
     """An ``ExpertTier`` over a ``direct`` reader. It holds nothing until :meth:`replan` gives it slots and memory."""
 
     label = "enforced budget, direct reads"
+    enforced = True
 
     def __init__(
         self,
@@ -54,8 +55,6 @@ class DirectTier(ExpertTier):
         )  # fmt: skip
         self._feed = SlicesFeed(self._slices, self._begin)
         self._counted = 0, 0
-        self.found = self.resident
-        """What the last target pass found resident."""
 
     def _address_tables(self, reader: WeightReader) -> AddressTables:
         return tuple(np.zeros((reader.spec.experts, 2), np.int64) for _ in reader.spec.moe_layers)
@@ -124,27 +123,19 @@ class DirectTier(ExpertTier):
         self._active[:] = False
 
     @property
-    def popularity(self) -> NDArray[np.float64]:
-        """(layers, experts) counts of verified routing."""
-        return self._residency.popularity
-
-    @property
-    def filled(self) -> float:
-        """Share of the slots of the kind with more of them free that residents take."""
-        if self._slots is None:
-            return 1.0
-        kinds = ((self._slots.msb, self.resident.msb), (self._slots.lsb, self.resident.lsb))
-        return min((float(resident.sum()) / sum(slots) for slots, resident in kinds if any(slots)), default=1.0)
-
-    @property
     def bytes_read(self) -> int:
         """See ``ExpertTier.bytes_read``."""
         return self._pool.bytes_read()
 
     @property
     def reading_seconds(self) -> float:
-        """Seconds with a read in flight since the tier began."""
+        """See ``ExpertTier.reading_seconds``."""
         return self._pool.busy_seconds()
+
+    @property
+    def missed_bytes(self) -> int:
+        """See ``ExpertTier.missed_bytes``."""
+        return self._statistics.phases["plain"].slow_bytes + self._statistics.phases["verify"].slow_bytes
 
     def replan(self, slots: SlotPlan | None, capacity: int) -> None:
         """See ``ExpertTier.replan``."""

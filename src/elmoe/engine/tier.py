@@ -37,6 +37,8 @@ class ExpertTier:
     """
 
     label = "simulated tier: budget accounted, not enforced"
+    enforced = False
+    """Whether slices that are not resident have to be read."""
 
     def __init__(self, reader: WeightReader, parameters: ResidencyParameters, everything: bool = False) -> None:
         spec = reader.spec
@@ -57,7 +59,8 @@ class ExpertTier:
         self._timeline: Timeline | None = None
         self._sure = np.zeros(0, np.int64)
         self._sure_routing: list[NDArray[np.int32]] = []
-        self.resident = ResidentSet.empty(*shape)
+        self.resident = self.found = ResidentSet.empty(*shape)
+        """What is resident, and what the last target pass of an enforced tier found so."""
         self.allowed = np.zeros(shape, np.uint8)
 
     def _address_tables(self, reader: WeightReader) -> AddressTables:
@@ -96,6 +99,29 @@ class ExpertTier:
     def bytes_read(self) -> int:
         """Bytes read from disk since the tier began."""
         return 0
+
+    @property
+    def reading_seconds(self) -> float:
+        """Seconds with a read in flight since the tier began."""
+        return 0.0
+
+    @property
+    def missed_bytes(self) -> int:
+        """Bytes of slices that decoding's target passes of this run had to read."""
+        return 0
+
+    @property
+    def counts(self) -> NDArray[np.float64]:
+        """(layers, experts) counts of verified routing."""
+        return self._residency.popularity
+
+    @property
+    def filled(self) -> float:
+        """Share of the slots of the kind with more of them free that residents take."""
+        if self._slots is None:
+            return 1.0
+        kinds = ((self._slots.msb, self.resident.msb), (self._slots.lsb, self.resident.lsb))
+        return min((float(resident.sum()) / sum(slots) for slots, resident in kinds if any(slots)), default=1.0)
 
     @property
     def waited(self) -> float:
