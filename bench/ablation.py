@@ -14,7 +14,7 @@ import json
 from dataclasses import replace
 
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import EngineOptions
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.measure.openings import joined_openings

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from bench.prompts import SETS, prompts_of
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import EngineOptions
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session, use_threads
 from elmoe.measure.acceptance import profile_acceptance

@@ -20,8 +20,9 @@ import numpy as np
 from bench.prompts import prompts_of
 from elmoe import bitslice, kernels
 from elmoe.bitslice import LayerStack, Routings, SamplingParameters
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
 from elmoe.engine.observe import ObservedBackend
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 
@@ -31,7 +32,7 @@ class Prophet(ObservedBackend):
 
     def __init__(self, session: Session) -> None:
         super().__init__(kernels, lambda name, began, ended: None)
-        self.routers = session.engine._decoder.routers
+        self.routers = session.engine.decoder.routers
         self.guess: set[int] | None = None
         shape = (len(self.routers), session.reader.spec.experts)
         self.used = np.full(shape, -1)

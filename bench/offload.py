@@ -27,7 +27,8 @@ from bench.ceilings import Ceilings
 from bench.prompts import prompts_of
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session, load_backend
 from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
@@ -71,24 +72,22 @@ def steady_rate(engine: Engine, requests: list[Request]) -> tuple[float, dict[st
 
     Behind that point fewer sequences run: systems that commit ragged counts would be charged for a batch they do not have.
     """
-    times: list[tuple[float, int]] = []
-    left = [request.max_tokens for request in requests]
-    stopped = False
-
-    def committed(index: int, tokens: list[int]) -> None:
-        nonlocal stopped
-        if not stopped:
-            times.append((perf_counter(), len(tokens)))
-        left[index] -= len(tokens)
-        stopped = stopped or (index == len(requests) - 1 and min(left) <= 0)
-
-    _, statistics = engine.generate(requests, on_commit=committed)
-    # Calls come in bursts of one per sequence at the end of a step; the first step's tokens start the clock.
-    first = len(requests)
-    seconds = times[-1][0] - times[first - 1][0]
-    if seconds <= 0:
+    began = ended = 0.0
+    tokens = 0
+    for outputs in engine.run(requests):
+        if ended:
+            continue
+        committed = sum(len(output.tokens) for output in outputs)
+        now = perf_counter()
+        if not began:  # the first step's tokens start the clock
+            began = now if committed else 0.0
+        else:
+            tokens += committed
+        if any(output.result is not None for output in outputs):
+            ended = now
+    if ended <= began:
         raise SystemExit("a sequence ended in its first decode step: give runs more tokens than a draft has")
-    return sum(count for _, count in times[first:]) / seconds, statistics.as_dict()
+    return tokens / (ended - began), engine.statistics.as_dict()
 
 
 def window(index: int, batch: int) -> list[int]:
@@ -156,8 +155,8 @@ def replayed(store: Path, facts: list[DraftFacts]) -> tuple[Any, Any]:
 def ceilings_of(facts: list[DraftFacts], engine: Engine, batch: int, rounds: int) -> Ceilings:
     """The ceilings of an engine's budget, see bench/ceilings.py."""
     requests = [Request((0,) * PROMPT_TOKENS, TRACE_TOKENS - PROMPT_TOKENS, SamplingParameters())] * batch
-    sizes = engine.sizes(requests)
-    return Ceilings(facts, [window(index, batch) for index in range(rounds)], sizes, engine.budget(sizes))
+    sizes = engine.fitting.sizes(requests)
+    return Ceilings(facts, [window(index, batch) for index in range(rounds)], sizes, engine.fitting.budget(sizes))
 
 
 def recorded_traces(folder: Path, prompts: Path | None) -> list[Path]:

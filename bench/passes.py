@@ -16,8 +16,9 @@ from typing import Any
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
 from elmoe.engine.observe import Timeline
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.session import Session
 from elmoe.measure.benchmark import random_prompts
 from elmoe.terminal import print_table

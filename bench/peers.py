@@ -32,7 +32,8 @@ from bench.peer_transformers import Transformers
 from bench.random_tokens import PROMPT, RandomTokens
 from elmoe import kernels
 from elmoe.convert.gguf_export import export_store
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
+from elmoe.engine.options import EngineOptions
 from elmoe.measure.replay import ReplayBackend
 from elmoe.models.spec import LayerSpec, Moe
 from elmoe.models.tensors import feed_forward, tensors

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from bench.offload import recorded_traces, synthetic_store
 from elmoe import kernels
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
 from elmoe.engine.observe import Timeline
+from elmoe.engine.options import EngineOptions
 from elmoe.measure.replay import ReplayBackend
 from elmoe.store import open_direct
 from elmoe.trace import draft_facts_of_trace, read_trace

@@ -211,6 +211,24 @@ void ExpertSlices::finish() {
     pool_.wait(tickets);
 }
 
+void ExpertSlices::abandon() {
+    for (int row = 0; row < rows_; ++row)
+        for (int expert = 0; expert < experts_; ++expert)
+            for (int kind = 0; kind < kinds(row); ++kind) {
+                Slice& one = slice(row, expert, kind);
+                int64_t& address = table_[row].addresses[2 * expert + kind];
+                if (one.ticket && pool_.wait({std::exchange(one.ticket, 0)}).empty())
+                    address = arena.address(slots_of(row, kind), one.slot);
+                one.resident = one.resident && address != 0;
+                if (one.slot >= 0 && !one.resident) release(row, expert, kind);
+            }
+    forget_plans();
+    demands_.clear();
+    waiting_.clear();
+    ready_.clear();
+    row_ = -1;
+}
+
 void ExpertSlices::read(int row, Key key, int64_t priority) {
     Slice& one = slice(row, key.expert, key.kind);
     const int place = slots_of(row, key.kind);

@@ -102,6 +102,9 @@ class ExpertSlices {
     const std::vector<int>& next();
     void forget_plans();
     void finish();  // waits for all reads in flight
+    // A pass has failed: no row is being computed, and what is not readable, or does not stay, is let go of. What stays is
+    // told by the address tables.
+    void abandon();
 
     double waited = 0;          // seconds, in all
     int64_t reads = 0;          // slices asked for, in all

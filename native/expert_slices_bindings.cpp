@@ -147,6 +147,11 @@ void bind_expert_slices(nb::module_& m) {
                  return std::vector<int>(self.slices.next());
              })
         .def("forget_plans", [](SlicesHolder& self) { self.slices.forget_plans(); })
+        .def("abandon",
+             [](SlicesHolder& self) {
+                 nb::gil_scoped_release release;
+                 self.slices.abandon();
+             })
         .def("finish",
              [](SlicesHolder& self) {
                  nb::gil_scoped_release release;

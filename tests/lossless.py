@@ -14,7 +14,7 @@ from time import perf_counter
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import EngineOptions
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
 from elmoe.measure.openings import joined_openings

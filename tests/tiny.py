@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from elmoe.bitslice import ExpertLayout, NestedMatrix
+from elmoe.engine.kv_cache import CacheEntry, PagedCache
 from elmoe.models.spec import Dense, GroupedAttention, LayerSpec, ModelSpec, Moe, Rope, Router
 from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
 from elmoe.store.layout import record_layout
@@ -86,3 +87,13 @@ class TinyReader:
 
     def expert_addresses(self, layer: int) -> np.ndarray:
         return self._addresses[layer]
+
+
+def bound_cache(spec: ModelSpec, rows: int, positions: int, reserved: int | None = None) -> PagedCache:
+    """A cache whose rows are bound to sequences with pages for ``reserved`` positions each (None: all)."""
+    cache = PagedCache(spec, rows, positions)
+    for _ in range(rows):
+        entry = CacheEntry()
+        cache.bind(entry)
+        cache.reserve(entry, positions if reserved is None else reserved)
+    return cache

@@ -13,7 +13,8 @@ from typing import Any
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.hw.efficiency import efficiency_of_refresh
@@ -119,8 +120,8 @@ def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ..
                 path = Path(folder) / "run.trace"
                 with TraceRecorder(path, direct.spec, {}, all_ranks=True) as recorder:
                     _, statistics = engine.generate(requests, recorder=recorder)
-                sizes = engine.sizes(requests)
-                predicted = predict(read_trace(path), engine.slots(sizes), sizes, options.residency)
+                sizes = engine.fitting.sizes(requests)
+                predicted = predict(read_trace(path), engine.fitting.slots(sizes), sizes, options.residency)
                 name = f"{mode}, batch {batch}"
                 for phase, counters in statistics.phases.items():
                     mine = predicted.phases.get(phase, Counts())

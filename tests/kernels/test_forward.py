@@ -13,13 +13,12 @@ import pytest
 from elmoe import bitslice, kernels
 from elmoe.bitslice import ExpertLayout, LayerStack, LayerWeights
 from elmoe.engine.decoder import AllExperts, Decoder, Draft, Tokens
-from elmoe.engine.kv import KVPool
 from elmoe.engine.tier import ExpertTier
 from elmoe.errors import NumericsError
 from elmoe.policy.budget import SlotPlan
 from elmoe.policy.residency import ResidencyParameters
 from tests.kernels.test_kernels import same_bits
-from tests.tiny import TinyReader, tiny_spec
+from tests.tiny import TinyReader, bound_cache, tiny_spec
 
 
 def decoded(spec, passes, source=None, **forced):
@@ -28,16 +27,15 @@ def decoded(spec, passes, source=None, **forced):
     reader, outcomes = TinyReader(spec), []
     for backend in (kernels, bitslice):
         wrapped = SimpleNamespace(**vars(backend) | {"forward": partial(backend.forward, **forced)})
-        decoder, pool = Decoder(reader, wrapped), KVPool(spec, 1, 64)
+        decoder, pool = Decoder(reader, wrapped), bound_cache(spec, 1, 64)
         decoder.reserve_positions(64)
-        pool.reserve(0, 40)
         experts, outcome = AllExperts(reader) if source is None else source(reader), []
         for positions, draft in passes:
             ids = np.array([7 * position % spec.vocabulary for position in positions], np.int32)
             tokens = Tokens(ids, np.zeros(len(ids), np.int32), np.array(positions, np.int32))
-            logits, routings = decoder.forward(tokens, pool.cache, experts, draft)
+            logits, routings = decoder.forward(tokens, pool.kernels, experts, draft)
             outcome += [logits, routings.ranked, routings.scores, routings.experts, routings.weights]
-        outcomes.append([*outcome, pool.cache.keys, pool.cache.values])
+        outcomes.append([*outcome, pool.kernels.keys, pool.kernels.values])
     return outcomes
 
 
@@ -74,12 +72,11 @@ def test_a_draft_of_eight_bits_and_all_experts_is_the_target(machine):
         Draft(everything, 2, bits=5)
     for backend in (kernels, bitslice):
         reader = TinyReader(spec)
-        decoder, pool, zero = Decoder(reader, backend), KVPool(spec, 1, 16), np.zeros(1, np.int32)
+        decoder, pool, zero = Decoder(reader, backend), bound_cache(spec, 1, 16), np.zeros(1, np.int32)
         decoder.reserve_positions(16)
-        pool.reserve(0, 4)
         with pytest.raises(NumericsError, match="no expert it may use"):
             draft = Draft(np.zeros((3, spec.experts), np.uint8), 2)
-            decoder.forward(Tokens(zero, zero, zero), pool.cache, AllExperts(reader), draft)
+            decoder.forward(Tokens(zero, zero, zero), pool.kernels, AllExperts(reader), draft)
 
 
 @pytest.mark.parametrize("feed", [False, True], ids=["in memory", "fed"])
@@ -154,12 +151,11 @@ def test_spans_of_layers(machine):
     for backend in (kernels, bitslice):
         spans: list[tuple[str, float, float]] = []
         reader = TinyReader(spec)
-        decoder, pool, zero = Decoder(reader, backend), KVPool(spec, 1, 16), np.zeros(1, np.int32)
+        decoder, pool, zero = Decoder(reader, backend), bound_cache(spec, 1, 16), np.zeros(1, np.int32)
         decoder.reserve_positions(16)
-        pool.reserve(0, 4)
         began = time.perf_counter()
         decoder.forward(
-            Tokens(zero, zero, zero), pool.cache, AllExperts(reader), report=lambda *span, into=spans: into.append(span)
+            Tokens(zero, zero, zero), pool.kernels, AllExperts(reader), report=lambda *span, into=spans: into.append(span)
         )
         ended = time.perf_counter()
         names = [f"{part} {layer}" for layer in range(3) for part in ("attention", "routing", "experts")]
@@ -177,9 +173,8 @@ def test_what_a_tier_learns_of_a_pass_is_the_same_on_both_backends():
     for backend in (kernels, bitslice):
         tier = ExpertTier(reader, ResidencyParameters())
         tier.replan(SlotPlan((spec.experts,) * 3, (0,) * 3, 0), 0)
-        decoder, pool, outcome = Decoder(reader, backend), KVPool(spec, 1, 64), []
+        decoder, pool, outcome = Decoder(reader, backend), bound_cache(spec, 1, 64), []
         decoder.reserve_positions(64)
-        pool.reserve(0, 30)
         for positions, mask in ((range(20), None), ([20], None), ([21], allowed)):
             ids = np.array([7 * position % spec.vocabulary for position in positions], np.int32)
             tier.begin_step([0])
@@ -187,7 +182,7 @@ def test_what_a_tier_learns_of_a_pass_is_the_same_on_both_backends():
                 tier._active[:] = False
                 tier.allowed = mask
             tokens = Tokens(ids, np.zeros(len(ids), np.int32), np.array(positions, np.int32))
-            decoder.forward(tokens, pool.cache, tier, None if mask is None else Draft(mask, spec.top_k))
+            decoder.forward(tokens, pool.kernels, tier, None if mask is None else Draft(mask, spec.top_k))
             outcome += [tier._active.copy(), *tier._sure_routing]
         assert (tier._active <= (allowed != 0)).all() and tier._active[0].sum() == 1  # what is not chosen is not counted
         outcomes.append(outcome)
@@ -199,37 +194,35 @@ def test_layers_in_one_call_report_failures():
     spec = tiny_spec()
     reader = TinyReader(spec)
     reader.array("layers.2.router")[0, 0] = np.nan
-    decoder, pool = Decoder(reader, kernels), KVPool(spec, 1, 16)
+    decoder, pool = Decoder(reader, kernels), bound_cache(spec, 1, 16)
     decoder.reserve_positions(16)
-    pool.reserve(0, 4)
     tier, zero = ExpertTier(reader, ResidencyParameters()), np.zeros(1, np.int32)
     with pytest.raises(NumericsError, match="router logit"):
-        decoder.forward(Tokens(zero, zero, zero), pool.cache, tier)
+        decoder.forward(Tokens(zero, zero, zero), pool.kernels, tier)
     stack, x = decoder.stack(tier.tables), np.zeros((1, spec.hidden), np.float32)
     tables = decoder._cosine, decoder._sine
     with pytest.raises(ValueError, match="slot or position"):
-        kernels.forward(stack, x, pool.cache, zero + 1, zero, *tables)
+        kernels.forward(stack, x, pool.kernels, zero + 1, zero, *tables)
     with pytest.raises(ValueError, match="mask does not fit"):
         draft = Draft(np.ones((2, spec.experts), np.uint8), 2)
-        kernels.forward(stack, x, pool.cache, zero, zero, *tables, draft=draft)
+        kernels.forward(stack, x, pool.kernels, zero, zero, *tables, draft=draft)
     with pytest.raises(ValueError, match="the cache does not fit"):
-        kernels.forward(LayerStack(stack.layers * 2), x, pool.cache, zero, zero, *tables)
+        kernels.forward(LayerStack(stack.layers * 2), x, pool.kernels, zero, zero, *tables)
 
 
 def test_shapes_whose_products_wrap_are_refused():
     """What a damaged manifest can ask for: sizes whose products in 32 bits would be those of the tensors."""
     spec = tiny_spec()
     reader = TinyReader(spec)
-    decoder, pool = Decoder(reader, kernels), KVPool(spec, 1, 16)
+    decoder, pool = Decoder(reader, kernels), bound_cache(spec, 1, 16)
     decoder.reserve_positions(16)
-    pool.reserve(0, 4)
     stack = decoder.stack(AllExperts(reader).tables)
     layer = stack.layers[0]
     zero, x = np.zeros(1, np.int32), np.zeros((1, spec.hidden), np.float32)
 
     def run(changed: LayerWeights) -> None:
         whole = LayerStack((changed, *stack.layers[1:]))
-        kernels.forward(whole, x, pool.cache, zero, zero, decoder._cosine, decoder._sine)
+        kernels.forward(whole, x, pool.kernels, zero, zero, decoder._cosine, decoder._sine)
 
     run(replace(layer))
     wrapped = (1 << 28) + layer.attention.heads  # times a head of 16 is, in 32 bits, the heads that the tensor has

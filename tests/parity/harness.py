@@ -14,8 +14,8 @@ from elmoe.bitslice import Backend, SamplingParameters
 from elmoe.bitslice.moe import expert_matrices
 from elmoe.convert import convert_checkpoint
 from elmoe.engine.decoder import AllExperts, Decoder, Draft, Tokens, WeightReader
-from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.kv import KVPool
+from elmoe.engine.engine import Engine
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import load_backend
 from elmoe.engine.statistics import Statistics
@@ -26,6 +26,7 @@ from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
 from tests.parity.bounds import Measured
 from tests.parity.tiny_checkpoints import Dtype, Recipe, bfloat16_bits, write_checkpoint
+from tests.tiny import bound_cache
 
 
 def native_kernels() -> Backend | None:
@@ -51,14 +52,13 @@ def decoder_logits(
     reader: WeightReader, backend: Backend, ids: NDArray[np.int32], chunk: int = 32, draft: Draft | None = None
 ) -> NDArray:
     """Logits (tokens, vocabulary) of every position of one sequence, computed ``chunk`` tokens at a time."""
-    decoder, pool = Decoder(reader, backend), KVPool(reader.spec, 1, len(ids))
+    decoder, pool = Decoder(reader, backend), bound_cache(reader.spec, 1, len(ids))
     decoder.reserve_positions(len(ids))
-    pool.reserve(0, len(ids))
     parts = []
     for start in range(0, len(ids), chunk):
         positions = np.arange(start, min(start + chunk, len(ids)), dtype=np.int32)
         tokens = Tokens(ids[positions], np.zeros_like(positions), positions)
-        parts.append(decoder.forward(tokens, pool.cache, AllExperts(reader), draft)[0])
+        parts.append(decoder.forward(tokens, pool.kernels, AllExperts(reader), draft)[0])
     return np.concatenate(parts)
 
 

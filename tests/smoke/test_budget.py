@@ -19,7 +19,7 @@ SPEC = tiny_spec(
 )  # fmt: skip
 PROGRAM = """
 import json, sys
-from elmoe.engine.engine import EngineOptions
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.store import peak_memory

@@ -6,7 +6,8 @@ import pytest
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.policy.residency import ResidencyParameters
@@ -28,8 +29,8 @@ def recorded(tmp_path, **named):
         engine = Engine(reader, kernels, options)
         with TraceRecorder(path, reader.spec, {}, all_ranks=True) as recorder:
             _, statistics = engine.generate(requests, recorder=recorder)
-        sizes = engine.sizes(requests)
-        slots = engine.slots(sizes)
+        sizes = engine.fitting.sizes(requests)
+        slots = engine.fitting.slots(sizes)
     return options, sizes, slots, statistics, read_trace(path)
 
 

@@ -11,7 +11,8 @@ import pytest
 from elmoe import bitslice, kernels, models
 from elmoe.convert import convert_checkpoint
 from elmoe.convert.gguf_export import export_store
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.models import spec_of_config
 from elmoe.schema.hardware import load_hardware

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from elmoe.engine.engine import EngineOptions
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.errors import TraceError
@@ -125,7 +125,7 @@ def test_counts_of_a_recording(tmp_path):
         for step, targets in enumerate(([7, 7, 8, 1], [7, 8, 9, 1])):
             for phase in ("draft", "verify"):
                 recorder.record(
-                    phase=phase, step=step, sequences=np.zeros(4, np.int32), tokens=np.zeros(4, np.int32),
+                    phases=[phase] * 4, step=step, sequences=np.zeros(4, np.int32), tokens=np.zeros(4, np.int32),
                     positions=np.arange(5, 9, dtype=np.int32) + step, targets=targets, drafts=[7, 8, 9, None],
                     confidences=[0.2, 0.96, 1.0, None], draft_lengths=[3] * 4, ranked=wide, scores=scores, resident=resident,
                 )  # fmt: skip

@@ -18,7 +18,8 @@ import pytest
 from elmoe import bitslice
 from elmoe.bitslice import NestedMatrix
 from elmoe.convert import convert_checkpoint
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import ConvertError, ElmoeError, NumericsError
 from elmoe.models import spec_of_config

@@ -16,8 +16,9 @@ import pytest
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
 from elmoe.engine.observe import Timeline
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import BudgetError, RequestError, StoreError, TraceError
 from elmoe.kernels.slices import LSB, MSB, ExpertArena
@@ -183,20 +184,16 @@ def test_the_cache_of_keys_and_values_comes_first(store, reader, split):
     with open_store(store) as memory:
         expected = Engine(memory, kernels, PLAIN).generate(long)[0]
     engine = Engine(reader, kernels, EngineOptions(fast_memory=0.5, split=split, draft_length=2, keep_kv_digest=True))
-    budget = engine.budget(sizes := engine.sizes(long))
-    slices, totals = [], []
-
-    def look(index: int, tokens: list[int]) -> None:
-        arena = engine.tier.arena
+    budget = engine.fitting.budget(sizes := engine.fitting.sizes(long))
+    slices, totals, results = [], [], []
+    for outputs in engine.run(long):
         slices.append(int(engine.tier.resident.msb.sum() + engine.tier.resident.lsb.sum()))
-        kv = -(-(39 + sum(len(t) for t in seen) + len(tokens)) // 64) * sizes.kv // (-(-739 // 64))
-        seen.append(tokens)
-        totals.append(sizes.dense + kv + arena.capacity)
-
-    seen: list[list[int]] = []
-    assert engine.generate(long, on_commit=look)[0] == expected
+        totals.append(sizes.dense + engine.cache.bytes_touched + engine.tier.arena.capacity)
+        results += [output.result for output in outputs if output.result is not None]
+    assert results == expected
     assert max(totals) <= budget
     assert max(slices[: len(slices) // 2]) > slices[-1]
+    assert engine.cache.bytes_in_use == 0
 
 
 def test_the_disk_fills_up_under_a_trace(reader, reference, tmp_path):
@@ -251,7 +248,7 @@ def test_a_replay_drives_other_weights_by_the_trace(store, reader, tmp_path):
         replay = ReplayBackend(kernels, target, [facts])
         begin, overrule = replay.begin, replay.routed
         passes: list[tuple[str, list[tuple[int, int, int]], list[np.ndarray]]] = []
-        replay.begin = lambda phase, rows, resident: (passes.append((phase, rows, [])), begin(phase, rows, resident))[1]
+        replay.begin = lambda phase, rows, *rest: (passes.append((phase, rows, [])), begin(phase, rows, *rest))[1]
 
         def routed(row, routings, draft):
             overrule(row, routings, draft)

@@ -10,10 +10,12 @@ import pytest
 
 from elmoe import bitslice, kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.kv import KVPool
+from elmoe.engine.engine import Engine
+from elmoe.engine.kv_cache import CacheEntry, PagedCache
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import BudgetError, NumericsError, RequestError, TraceError
+from elmoe.text import TextStream
 from elmoe.trace import TraceRecorder, read_trace
 from tests.tiny import TinyReader, tiny_spec
 
@@ -72,8 +74,13 @@ def test_counters_agree_with_the_trace(tmp_path):
     assert results == reference
     trace = read_trace(tmp_path / "run.trace")
     phase, target, draft = trace.column("phase"), trace.column("target"), trace.column("draft")
-    for name, counters in statistics.phases.items():
-        assert counters.tokens == np.count_nonzero(phase == name)
+    counted = {name: counters.tokens for name, counters in statistics.phases.items()}
+    assert counted["draft"] == np.count_nonzero(phase == "draft") and counted["verify"] == np.count_nonzero(
+        phase == "verify"
+    )
+    assert counted["mixed"] > 0  # a prompt beside a sequence that decodes: its rows are of both phases
+    rest = counted["prefill"] + counted["plain"] + counted["mixed"]
+    assert rest == np.count_nonzero((phase == "prefill") | (phase == "plain"))
     assert statistics.drafted == np.count_nonzero(phase == "draft") == np.count_nonzero((phase == "verify") & (draft >= 0))
     # accepted: the prefix of each verification on which draft and target agree
     verify = [(int(s), int(q), int(p), int(t), int(d)) for s, q, p, t, d, f in zip(
@@ -113,6 +120,10 @@ def test_passes_accounted_together_count_as_one_by_one(options, monkeypatch):
     assert later == at_once and later["prefill"]["msb_hits"] + later["prefill"]["msb_misses"] > 0
 
 
+def words_of(ids):
+    return "".join(f"<{i}>" for i in ids)
+
+
 def test_stop_conditions():
     base = requests(lengths=(12,))[0]
     (result,), _ = Engine(READER, bitslice, PLAIN).generate([replace(base, max_tokens=12)])
@@ -122,10 +133,8 @@ def test_stop_conditions():
     stop = "".join(words[4:6])[1:-1]
     first = next(i for i in range(1, 13) if stop in decode(words[:i]))
     for options in (PLAIN, EngineOptions(mode="elastic", fast_memory=1.0, draft_length=8, keep_kv_digest=True)):
-        engine = Engine(READER, bitslice, options)
-        (stopped,), _ = engine.generate(
-            [replace(base, max_tokens=12, stop=("never", stop))], lambda ids: "".join(f"<{i}>" for i in ids)
-        )
+        engine = Engine(READER, bitslice, options, text=lambda prompt, stop: TextStream(words_of, prompt, stop))
+        (stopped,), _ = engine.generate([replace(base, max_tokens=12, stop=("never", stop))])
         assert stopped.finish == "stop" and stopped.tokens == result.tokens[:first]
     eos = TinyReader(tiny_spec(eos_tokens=(result.tokens[5],)))
     for options in (PLAIN, EngineOptions(mode="elastic", fast_memory=1.0, draft_length=8)):
@@ -191,15 +200,38 @@ def test_nan_weights_surface_as_an_error_not_as_text():
 
 
 def test_kv_pages_are_returned_and_reused():
-    pool = KVPool(tiny_spec(), 2, 200, pages=4)
-    pool.reserve(0, 130)
-    pool.reserve(1, 1)
-    assert pool.bytes_in_use == 4 * pool.page_bytes
+    cache, first, second = PagedCache(tiny_spec(), 2, 200, pages=4), CacheEntry(), CacheEntry()
+    cache.bind(first)
+    cache.reserve(first, 130)
+    cache.reserve(second, 1)
+    cache.bind(second)
+    assert cache.bytes_in_use == 4 * cache.page_bytes and cache.free_pages == 0
     with pytest.raises(BudgetError):
-        pool.reserve(1, 65)
-    pool.release(0)
-    pool.reserve(1, 65)
-    assert len({*pool.cache.table[1, :2].tolist()}) == 2 and (pool.cache.table[0] == -1).all()
+        cache.reserve(second, 65)
+    assert len(second.pages) == 1
+    cache.release(first)
+    assert cache.bytes_touched == 4 * cache.page_bytes and cache.bytes_in_use == cache.page_bytes
+    assert cache.shrink() == 3 * cache.page_bytes and cache.bytes_touched == cache.page_bytes
+    cache.reserve(second, 65)
+    assert len({*cache.kernels.table[second.row, :2].tolist()}) == 2 and (cache.kernels.table[0] == -1).all()
+    cache.trim(second, 64)
+    assert cache.free_pages == 3 and cache.kernels.table[second.row, 1] == -1
+
+
+def test_copies_share_full_pages_and_own_the_last():
+    cache, prompt = PagedCache(tiny_spec(), 3, 200), CacheEntry()
+    cache.bind(prompt)
+    cache.reserve(prompt, 100)
+    cache.kernels.keys[prompt.pages] = 1.5
+    copy = cache.fork(prompt, 70)
+    assert copy.pages[0] == prompt.pages[0] and copy.pages[1] != prompt.pages[1] and copy.row == -1
+    assert (cache.kernels.keys[copy.pages[1]] == 1.5).all() and cache.bytes_in_use == 3 * cache.page_bytes
+    cache.release(prompt)
+    assert cache.bytes_in_use == 2 * cache.page_bytes
+    cache.bind(copy)
+    assert cache.kernels.table[copy.row, :2].tolist() == copy.pages
+    cache.release(copy)
+    assert cache.bytes_in_use == 0 and cache.free_rows == 3
 
 
 def test_a_recording_of_all_ranks_tells_what_drafts_ran(tmp_path):

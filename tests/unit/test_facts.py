@@ -39,7 +39,7 @@ def record_sequences(path, facts: RoutingFacts, skip: tuple[int, int] | None = N
                     one = np.array([position], np.int32)
                     ranked = facts.ranked[sequence, position].astype(np.int32)
                     recorder.record(
-                        phase=phase, step=position, sequences=np.full(1, sequence, np.int32), positions=one, tokens=one,
+                        phases=[phase], step=position, sequences=np.full(1, sequence, np.int32), positions=one, tokens=one,
                         targets=[1], drafts=[None], confidences=[None], draft_lengths=[0],
                         ranked=[row[None, ::-1] if phase == "draft" else row[None] for row in ranked], scores=scores,
                         resident=np.zeros((3, 8), bool),

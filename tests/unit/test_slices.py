@@ -16,7 +16,8 @@ from msgspec import structs
 from elmoe import bitslice, kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.direct_tier import slots_held
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.tier import tier_sizes
 from elmoe.kernels.reads import ReadPool
@@ -212,7 +213,7 @@ def test_a_tier_over_layers_of_different_sizes(readers, reference, options):
     _, direct = readers
     engine = Engine(direct, kernels, options)
     engine.tier._pool.inject_delay(0.0005, 7)
-    budget = engine.budget(engine.sizes(requests()))
+    budget = engine.fitting.budget(engine.fitting.sizes(requests()))
     for _ in range(2):
         results, statistics = engine.generate(requests())
         assert results == reference and statistics.draft_slow_reads == 0

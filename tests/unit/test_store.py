@@ -12,7 +12,8 @@ import pytest
 
 from elmoe import bitslice
 from elmoe.convert import convert_checkpoint
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import StoreError
 from elmoe.models import spec_of_config

@@ -24,7 +24,7 @@ def record(path, rows: int = 3, expert: int = 1) -> None:
     with TraceRecorder(path, MODEL) as recorder:
         numbers = np.arange(rows, dtype=np.int32)
         recorder.record(
-            phase="plain", step=0, sequences=numbers, positions=numbers, tokens=numbers, targets=[5] * rows,
+            phases=["plain"] * rows, step=0, sequences=numbers, positions=numbers, tokens=numbers, targets=[5] * rows,
             drafts=[None] * rows, confidences=[None] * rows, draft_lengths=[0] * rows,
             ranked=[np.full((rows, 4), expert, np.int32)] * 3, scores=[np.full((rows, 4), 0.25, np.float32)] * 3,
             resident=np.eye(3, 8, dtype=bool),
@@ -90,7 +90,7 @@ def routed_trace(path, choices: np.ndarray) -> None:
         for position, ranked in enumerate(choices):
             one = np.array([position], np.int32)
             recorder.record(
-                phase="plain", step=position, sequences=np.zeros(1, np.int32), positions=one, tokens=one, targets=[5],
+                phases=["plain"], step=position, sequences=np.zeros(1, np.int32), positions=one, tokens=one, targets=[5],
                 drafts=[None], confidences=[None], draft_lengths=[0], ranked=[row[None] for row in ranked],
                 scores=[np.full((1, 4), 0.25, np.float32)] * 3, resident=np.zeros((3, 8), bool),
             )  # fmt: skip

@@ -14,7 +14,7 @@ from elmoe.errors import ElmoeError
 from elmoe.units import parse_bandwidth, parse_fast_memory
 
 if TYPE_CHECKING:
-    from elmoe.engine.engine import EngineOptions
+    from elmoe.engine.options import EngineOptions
     from elmoe.engine.session import Session
 
 
@@ -102,7 +102,7 @@ class Serving:
 
     def options(self, mode: Any, batch: int) -> EngineOptions:
         """How to serve."""
-        from elmoe.engine.engine import EngineOptions
+        from elmoe.engine.options import EngineOptions
         from elmoe.policy.residency import ResidencyParameters
 
         return EngineOptions(

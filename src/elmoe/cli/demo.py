@@ -29,7 +29,7 @@ def command(
     max_tokens: int, draft_length: int, fast_memory: int | float, report: Path | None, threads: int | None, as_json: bool
 ) -> None:
     """Write text with the embedded model, plainly and elastically; then what hybrid-bonded hardware would give."""
-    from elmoe.engine.engine import EngineOptions
+    from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
     from elmoe.engine.session import Session, use_threads
 

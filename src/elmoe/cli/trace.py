@@ -60,18 +60,13 @@ def record(
             "store": str(store), "mode": "elastic", "commit_limit": options.commit_limit, "temperature": temperature,
             "seed": seed, "fast_memory": options.fast_memory, "draft_length": options.draft_length,
         }  # fmt: skip
-        total = 0
-
-        def committed(index: int, tokens: list[int]) -> None:
-            nonlocal total
-            total += len(tokens)
-            bar(total)
-
         with (
             progress_bar("tokens", len(requests) * max_tokens) as bar,
             TraceRecorder(out, session.reader.spec, run, all_ranks) as recorder,
         ):
-            _, statistics = session.generate(requests, recorder, committed)
+            for _ in session.engine.run(requests, recorder):
+                bar(session.engine.statistics.committed)
+    statistics = session.engine.statistics
     facts = statistics.as_dict()
     if as_json:
         print_json({"trace": str(out), "statistics": facts})

@@ -46,7 +46,7 @@ def profile(
 ) -> None:  # fmt: skip
     """Measure how often drafts are accepted on STORE, by bits, resident share, depth and confidence; write OUT (JSON)."""
     from elmoe.bitslice import SamplingParameters
-    from elmoe.engine.engine import EngineOptions
+    from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
     from elmoe.engine.session import Session, use_threads
     from elmoe.measure.acceptance import BITS, SHARES, profile_acceptance

@@ -122,6 +122,18 @@ class DirectTier(ExpertTier):
                 self.allowed = self.resident.msb.astype(np.uint8)
         self._active[:] = False
 
+    def abandon_pass(self) -> None:
+        """See ``ExpertTier.abandon_pass``. Reads are waited for; what was to stay, and could not be read, does not."""
+        super().abandon_pass()
+        self._slices.abandon()
+        readable = np.stack(self._addresses) != 0
+        msb = self.resident.msb & readable[:, :, 0]
+        lsb = self.resident.lsb & msb & (readable[:, :, 1] | self._one_slice[:, None])
+        self.resident = ResidentSet(msb, lsb)
+        self.allowed = msb.astype(np.uint8)
+        for row in range(len(msb)):
+            self._slices.keep(row, msb[row], lsb[row])
+
     @property
     def bytes_read(self) -> int:
         """See ``ExpertTier.bytes_read``."""

@@ -1,26 +1,37 @@
-"""What a caller asks for, what it gets back, and a sequence while it is being served."""
+"""What a caller asks for, what comes of each step, and what is left at the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from elmoe.bitslice import SamplingParameters
-from elmoe.errors import RequestError
+from elmoe.errors import ElmoeError, RequestError
 
-FinishReason = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length", "aborted", "failed"]
+"""``eos``: an end-of-sequence token; ``stop``: a stop string or stop token; ``length``: ``max_tokens`` or the context;
+``aborted``: by the caller; ``failed``: an error of this request alone."""
+MOST_COPIES, MOST_ALTERNATIVES = 64, 20
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. ``stop``: strings that end the text (not included in it)."""
+    """One prompt.
+
+    ``stop``: strings that end the text (not included in it); ``stop_tokens``: ids that end it, as an end-of-sequence token
+    does. ``copies``: answers to draw, each with its index as the choice of its noise. ``text``: whether outputs carry text
+    as it is made. ``alternatives``: most likely tokens whose log-probabilities are reported for each position.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int = 128
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_tokens: tuple[int, ...] = ()
+    copies: int = 1
+    alternatives: int = 0
+    text: bool = False
 
     def check(self, vocabulary: int, max_positions: int) -> None:
         """Raise RequestError where the request cannot be served."""
@@ -40,6 +51,8 @@ class Request:
             ("temperature", sampling.temperature, 0.0, 100.0),
             ("top_p", sampling.top_p, 1e-9, 1.0),
             ("min_p", sampling.min_p, 0.0, 1.0),
+            ("copies", self.copies, 1, MOST_COPIES),
+            ("alternatives", self.alternatives, 0, min(MOST_ALTERNATIVES, vocabulary)),
         ):
             if not low <= value <= high:
                 raise RequestError(f"{name} is {value}, allowed is {low:g}..{high:g}")
@@ -51,55 +64,32 @@ class Request:
             raise RequestError("a stop string is empty")
 
 
+Alternatives = tuple[tuple[int, float], ...]
+"""The most likely tokens of a position and their log-probabilities, best first."""
+
+
 @dataclass(frozen=True)
 class Result:
-    """A finished request: generated ids (an end-of-sequence token included), the target's log-probabilities of them,
-    why it ended, and a hash of the KV bytes at its committed positions."""
+    """A finished answer: generated ids (an end-of-sequence token included), the target's log-probabilities of them, why it
+    ended, and a hash of the KV bytes at its committed positions. ``error``: of a request that failed."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: FinishReason
     kv_digest: str | None = None
+    alternatives: tuple[Alternatives, ...] = ()
+    error: ElmoeError | None = None
 
 
-@dataclass(eq=False)
-class Sequence:
-    """A request being served in a cache slot. ``tokens``: prompt and committed output; keys and values are computed for all
-    of them but the last."""
+@dataclass(frozen=True)
+class Output:
+    """What a step brought to one sequence: the tokens it committed, and the result once it has ended. ``text``: characters
+    that no later token can change, where the engine has a decoder of text."""
 
-    index: int
-    request: Request
-    slot: int
-    limit: int
-    tokens: list[int]
-    logprobs: list[float] = field(default_factory=list)
-    finish: FinishReason | None = None
-    draft: list[int] = field(default_factory=list)
-    confidences: list[float] = field(default_factory=list)
-
-    @property
-    def output(self) -> list[int]:
-        """Committed output ids."""
-        return self.tokens[len(self.request.prompt) :]
-
-    @property
-    def room(self) -> int:
-        """Tokens that may still be committed."""
-        return self.limit - len(self.tokens)
-
-    def commit(self, token: int, logprob: float, eos: tuple[int, ...], decode: Callable[[list[int]], str] | None) -> None:
-        """Append one token of the target and see whether the sequence ends with it."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if token in eos and not self.request.ignore_eos:
-            self.finish = "eos"
-        elif self.request.stop and decode is not None and self._stopped(decode):
-            self.finish = "stop"
-        elif self.room <= 0:
-            self.finish = "length"
-
-    def _stopped(self, decode: Callable[[list[int]], str]) -> bool:
-        # A token gives at least one byte of text, so a stop string cannot begin further back than its bytes.
-        longest = max(len(text.encode()) for text in self.request.stop)
-        tail = decode(self.output[-(longest + 8) :])
-        return any(text in tail for text in self.request.stop)
+    request: int
+    choice: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str = ""
+    alternatives: tuple[Alternatives, ...] = ()
+    result: Result | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,13 +12,15 @@ from tokenizers import Tokenizer
 
 from elmoe.bitslice import Backend
 from elmoe.engine.direct_tier import DirectTier
-from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.engine import Engine
 from elmoe.engine.observe import Timeline
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.engine.tier import ExpertTier
 from elmoe.errors import RequestError, StoreError
 from elmoe.store import available_memory, open_direct, open_store, read_manifest, resolve_store
+from elmoe.text import TextStream
 from elmoe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Session:
             from elmoe.engine.prefetch_distance import choose_prefetch_distance  # needs the native kernels
 
             choose_prefetch_distance(self.reader)
-        self.engine = Engine(self.reader, self.backend, options)
+        self.engine = Engine(self.reader, self.backend, options, text=self.text_stream)
 
     def __enter__(self) -> Session:
         return self
@@ -106,7 +107,7 @@ class Session:
 
     def with_options(self, options: EngineOptions) -> Session:
         """Continue with other options on the same open store."""
-        self.engine = Engine(self.reader, self.backend, options)
+        self.engine = Engine(self.reader, self.backend, options, text=self.text_stream)
         return self
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -139,23 +140,22 @@ class Session:
         except jinja2.TemplateError as error:
             raise RequestError(f"the chat template refuses the messages: {error}") from error
 
+    def text_stream(self, prompt: tuple[int, ...], stop: tuple[str, ...]) -> TextStream:
+        """The text of a sequence behind a prompt, as its tokens come."""
+        return TextStream(lambda ids: self.decode(list(ids)), prompt, stop)
+
     def text_of(self, request: Request, result: Result) -> str:
         """The generated text, cut before the stop string that ended it."""
-        text = self.decode(result.tokens)
-        if result.finish == "stop":
-            cuts = [text.find(stop) for stop in request.stop if stop in text]
-            text = text[: min(cuts)] if cuts else text
-        return text
+        stream = self.text_stream(request.prompt, request.stop)
+        for token in result.tokens:
+            stream.push(token)
+        return stream.take(last=True)
 
     def generate(
-        self,
-        requests: list[Request],
-        recorder: TraceRecorder | None = None,
-        on_commit: Callable[[int, list[int]], None] | None = None,
-        timeline: Timeline | None = None,
+        self, requests: list[Request], recorder: TraceRecorder | None = None, timeline: Timeline | None = None
     ) -> tuple[list[Result], Statistics]:
-        """Serve requests as ``Engine.generate`` does, with this store's tokenizer for stop strings."""
-        return self.engine.generate(requests, self.decode, recorder, on_commit, timeline)
+        """Serve requests as ``Engine.generate`` does."""
+        return self.engine.generate(requests, recorder, timeline)
 
 
 def _choose_reader(options: EngineOptions, store_bytes: int, available: int) -> Reader:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Phase = str
-"""``prefill``, ``plain``, ``draft`` or ``verify``."""
-PHASES = ("prefill", "plain", "draft", "verify")
+"""``prefill``, ``plain``, ``draft``, ``verify``, or ``mixed``: plain decoding beside a chunk of a prompt."""
+PHASES = ("prefill", "plain", "draft", "verify", "mixed")
 
 
 class SliceCounters:
@@ -101,7 +101,7 @@ class Statistics:
 
     def as_dict(self) -> dict[str, object]:
         """Rates and counters for ``--json`` and tables."""
-        target = [self.phases["plain"], self.phases["verify"]]
+        target = [self.phases["plain"], self.phases["verify"], self.phases["mixed"]]
         msb_hits, lsb_hits = sum(p.msb_hits for p in target), sum(p.lsb_hits for p in target)
         msb_all = msb_hits + sum(p.msb_misses for p in target)
         lsb_all = lsb_hits + sum(p.lsb_misses for p in target)

@@ -14,7 +14,6 @@ from elmoe.bitslice import ExpertFeed, Routings
 from elmoe.engine.decoder import AddressTables, WeightReader
 from elmoe.engine.observe import Timeline
 from elmoe.engine.statistics import Phase, Statistics
-from elmoe.errors import NumericsError
 from elmoe.policy.budget import FastTierSizes, SlotPlan
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, trimmed
 
@@ -157,7 +156,7 @@ class ExpertTier:
         if draft:
             if not (self.allowed[layers, used] | (used < 0)).all():
                 self._statistics.draft_slow_reads += 1
-                raise NumericsError("a draft asked for an expert that is not resident")
+                raise AssertionError("a draft asked for an expert that is not resident")
             layers, used = _present(layers, used)
         self._active[layers, used] = True
         if not draft and self.learns:
@@ -181,6 +180,11 @@ class ExpertTier:
             self.resident = self._residency.end_step(self.resident, sure, committed, self._active, self._slots)
             self.allowed = self.resident.msb.astype(np.uint8)
         self._active[:] = False
+
+    def abandon_pass(self) -> None:
+        """A pass has failed: what it used and had read counts for nothing."""
+        self._active[:] = False
+        self._routed, self._sure_routing = None, []
 
     def _account(self, phase: Phase, resident: ResidentSet) -> None:
         """Count hits and bytes of the step against what was resident when it began."""

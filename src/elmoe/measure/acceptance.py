@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from elmoe.engine.engine import EngineOptions
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.errors import RequestError

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import Backend, Routings, SamplingParameters
-from elmoe.engine.engine import Engine, Mode
+from elmoe.engine.engine import Engine
 from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
 from elmoe.kernels.slices import Refill, SlicesFeed
 from elmoe.measure.replay import ReplayBackend
+from elmoe.policy.planner import Mode
 
 
 class TimedBackend(ObservedBackend):
@@ -75,9 +76,9 @@ def benchmark(
             options = replace(session.engine.options, mode=mode, batch=batch)
             engine = Engine(session.reader, timed, options, replay)
             if session.reader.kind == "direct":
-                engine.generate(requests, session.decode)
+                engine.generate(requests)
             timed.seconds = 0.0
-            results, statistics = engine.generate(requests, session.decode)
+            results, statistics = engine.generate(requests)
             outcome = outcome_of(results, replay)
             reference = reference or outcome
             identical[case] &= outcome == reference

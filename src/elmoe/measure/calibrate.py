@@ -13,7 +13,9 @@ import numpy as np
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.engine import READ_THREADS, Engine, EngineOptions
+from elmoe.engine.engine import Engine
+from elmoe.engine.fitting import READ_THREADS
+from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.kernels.reads import ReadPool
 from elmoe.measure.probe import memory_bandwidth

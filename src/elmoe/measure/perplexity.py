@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
 from elmoe.engine.decoder import AllExperts, Draft, Tokens
-from elmoe.engine.kv import KVPool
+from elmoe.engine.kv_cache import CacheEntry, PagedCache
 from elmoe.engine.session import Session
 from elmoe.errors import RequestError
 
@@ -47,10 +47,11 @@ class TeacherForcing:
 
     def __init__(self, session: Session, window: int) -> None:
         spec = session.reader.spec
-        self._decoder = session.engine._decoder
+        self._decoder = session.engine.decoder
         self._decoder.reserve_positions(window)
-        self._pool = KVPool(spec, 1, window)
-        self._pool.reserve(0, window)
+        self._cache, entry = PagedCache(spec, 1, window), CacheEntry()
+        self._cache.bind(entry)
+        self._cache.reserve(entry, window)
         self._source = AllExperts(session.reader)
         self.counts = np.zeros((len(spec.moe_layers), spec.experts), np.int64)
 
@@ -59,7 +60,7 @@ class TeacherForcing:
         for start in range(0, len(tokens), CHUNK):
             positions = np.arange(start, min(start + CHUNK, len(tokens)), dtype=np.int32)
             batch = Tokens(tokens[positions], np.zeros_like(positions), positions)
-            logits, routings = self._decoder.forward(batch, self._pool.cache, self._source, draft)
+            logits, routings = self._decoder.forward(batch, self._cache.kernels, self._source, draft)
             if draft is None:
                 for counts, experts in zip(self.counts, routings.experts, strict=True):
                     counts += np.bincount(experts.ravel(), minlength=len(counts))

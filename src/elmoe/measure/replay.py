@@ -67,13 +67,12 @@ class ReplayBackend:
         self._sequences = sequences
         return requests
 
-    def begin(self, phase: Phase, rows: list[tuple[int, int, int]], resident: float) -> None:
-        """See ``elmoe.engine.engine.Script``: look the pass's facts up, in the trace of the nearest resident share."""
+    def begin(self, phase: Phase, rows: list[tuple[int, int, int]], sampled: int, resident: float) -> None:
+        """See ``elmoe.engine.passes.Script``: look the pass's facts up, in the trace of the nearest resident share."""
         facts = self._traces[min(self._traces, key=lambda share: abs(share - resident))]
         requests, last, positions = (np.array(column) for column in zip(*rows, strict=True))
         sequences = np.array(self._sequences)[requests]
-        start = positions if phase == "prefill" else last
-        index = (sequences, start, positions - start)
+        index = (sequences, last, positions - last)
         self._phase, draft = phase, phase == "draft"
         if int(index[2].max()) >= facts.depths + (not draft):
             raise TraceError(f"the trace holds drafts of {facts.depths} tokens", "lower --draft-length, or record it anew")
@@ -82,7 +81,7 @@ class ReplayBackend:
         tokens = (facts.draft_tokens if draft else facts.target_tokens)[index].tolist()
         confidences = facts.confidences[index].tolist() if draft else [1.0] * len(rows)
         where = zip(sequences.tolist(), positions.tolist(), strict=True)
-        self._samples = deque() if phase == "prefill" else deque(zip(where, tokens, confidences, strict=True))
+        self._samples = deque(list(zip(where, tokens, confidences, strict=True))[:sampled])
 
     def embed(self, *arguments: Any, **named: Any) -> NDArray[np.float32]:
         """See ``Backend``."""

@@ -37,7 +37,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class RecordedPass:
-    """One pass of a trace: its rows, in the order computed."""
+    """One pass of a trace: its rows, in the order computed. ``phase``: of all rows, or ``mixed``: prompts among others."""
 
     phase: str
     step: int
@@ -70,6 +70,7 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
     residents = None if slots is None else ReplayedResidents(layers, experts, slots, parameters)
     msb, lsb = np.array(sizes.msb), np.array(sizes.lsb)
     kept, first, positions = _kept_rows(trace), first_rows(trace), trace.column("position")
+    prompt = trace.column("phase") == "prefill"
     nothing, prediction = ResidentSet.empty(layers, experts), Prediction()
     for recorded in passes_of(trace):
         rows = recorded.rows
@@ -101,8 +102,7 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
             )
         )  # fmt: skip
         if recorded.phase != "draft" and residents is not None:
-            sure = chosen if recorded.phase == "prefill" else chosen[first[rows]]
-            residents.end_pass(sure, chosen[kept[rows]], used)
+            residents.end_pass(chosen[prompt[rows] | first[rows]], chosen[kept[rows]], used)
     return prediction
 
 
@@ -111,7 +111,9 @@ def passes_of(trace: Trace) -> Iterator[RecordedPass]:
     starts = np.flatnonzero(np.array(trace.table.column("resident").is_valid()))
     phase, step = trace.column("phase"), trace.column("step")
     for start, end in zip(starts, [*starts[1:], trace.table.num_rows], strict=True):
-        yield RecordedPass(str(phase[start]), int(step[start]), np.arange(start, end))
+        kinds = set(phase[start:end])
+        name = str(phase[start]) if len(kinds) == 1 else "mixed"
+        yield RecordedPass(name, int(step[start]), np.arange(start, end))
 
 
 def _kept_rows(trace: Trace) -> NDArray[np.bool_]:
@@ -126,6 +128,8 @@ def _kept_rows(trace: Trace) -> NDArray[np.bool_]:
             continue
         going, count, previous = True, 0, -1
         for row in recorded.rows:
+            if phase[row] == "prefill":
+                continue
             if sequence[row] != previous:
                 going, count, previous = True, 0, sequence[row]
             kept[row] = going

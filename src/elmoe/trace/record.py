@@ -43,7 +43,7 @@ class TraceRecorder:
     def record(
         self,
         *,
-        phase: str,
+        phases: list[str],
         step: int,
         sequences: NDArray[np.int32],
         positions: NDArray[np.int32],
@@ -56,7 +56,8 @@ class TraceRecorder:
         scores: list[NDArray[np.float32]],
         resident: NDArray[np.bool_],
     ) -> None:
-        """Add a pass. ``ranked``, ``scores``: (tokens, ranks) per MoE layer; ``resident``: (layers, experts)."""
+        """Add a pass. ``phases``: of each row; ``ranked``, ``scores``: (tokens, ranks) per MoE layer; ``resident``: (layers,
+        experts)."""
         rows = len(tokens)
         if any(layer.shape != (rows, self._ranks) for layer in ranked):
             raise TraceError(
@@ -65,7 +66,7 @@ class TraceRecorder:
             )
         columns = self._columns
         columns["step"].append(np.full(rows, step, np.int32))
-        columns["phase"] += [phase] * rows
+        columns["phase"] += phases
         columns["sequence"].append(sequences)
         columns["position"].append(positions)
         columns["token"].append(tokens)

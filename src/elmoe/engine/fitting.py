@@ -1,0 +1,85 @@
+"""What fits: the fast tier's bytes, the KV cache's ceiling, and the tier over a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Protocol
+
+from elmoe.engine.decoder import WeightReader
+from elmoe.engine.direct_tier import DirectTier
+from elmoe.engine.kv_cache import PAGE_POSITIONS, pages_for
+from elmoe.engine.options import EngineOptions
+from elmoe.engine.request import Request
+from elmoe.engine.tier import ExpertTier, tier_sizes
+from elmoe.kernels.reads import ReadPool
+from elmoe.policy.budget import FastTierSizes, SlotPlan, check_budget, plan_slots
+from elmoe.store.direct import DirectReader
+from elmoe.store.machine import available_memory
+
+READ_THREADS = 4
+"""Reads in flight: 1 or 2 saturate an NVMe disk with slices of megabytes; small slices want more."""
+KV_SHARE = 0.5
+"""Largest share of the memory available at load that the KV cache may come to take, where nothing else limits it."""
+
+
+class StoreReader(WeightReader, Protocol):
+    """A weight reader that also tells how many bytes its dense parts take."""
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of everything but routed experts."""
+        ...
+
+
+class Fitting:
+    """The bytes of a model on a reader under its options.
+
+    ``cache_pages``: ceiling of the KV cache (see ``EngineOptions.kv_memory``), at least one page, so that what does not fit
+    is a request, which an error can name.
+    """
+
+    def __init__(self, reader: StoreReader, options: EngineOptions) -> None:
+        self._reader, self._options, self._spec = reader, options, reader.spec
+        self.enforced = isinstance(reader, DirectReader)
+        self.page_bytes = PAGE_POSITIONS * self._spec.kv_bytes_per_position
+        most = options.batch * pages_for(self._spec.max_positions)
+        room = options.kv_memory if options.kv_memory is not None else int(KV_SHARE * available_memory())
+        if options.kv_memory is None and isinstance(options.fast_memory, int) and self.enforced:
+            sizes = self.sizes_beside(0)
+            room = options.fast_memory - (sizes.fixed if options.mode == "plain" else sizes.minimum)
+        self.cache_pages = max(1, min(most, room // self.page_bytes))
+
+    def positions(self, request: Request) -> int:
+        """Cache positions a request can come to need: all its tokens, and none beyond the context."""
+        return min(len(request.prompt) + request.max_tokens, self._spec.max_positions)
+
+    def sizes(self, requests: Items[Request]) -> FastTierSizes:
+        """What competes for the fast tier while these requests are served."""
+        needs = sorted((pages_for(self.positions(r)) for r in requests for _ in range(r.copies)), reverse=True)
+        return self.sizes_beside(min(sum(needs[: self._options.batch]), self.cache_pages) * self.page_bytes)
+
+    def sizes_beside(self, kv_bytes: int) -> FastTierSizes:
+        """What competes for the fast tier beside a KV cache of so many bytes."""
+        return tier_sizes(self._reader, self._reader.dense_bytes, kv_bytes, self._options.staging_experts)
+
+    def budget(self, sizes: FastTierSizes) -> int:
+        """The fast tier's bytes."""
+        share = 1.0 if self._options.fast_memory is None else self._options.fast_memory
+        return sizes.budget_of_share(share) if isinstance(share, float) else share
+
+    def slots(self, sizes: FastTierSizes) -> SlotPlan | None:
+        """The slot plan beside these sizes; None in plain mode. Raises BudgetError below the minimum."""
+        if self._options.mode == "plain":
+            if self.enforced:
+                check_budget(self.budget(sizes), sizes, sizes.fixed)
+            return None
+        return plan_slots(self.budget(sizes), sizes, self._options.fixed_split)
+
+    def make_tier(self) -> ExpertTier:
+        """The fast tier: enforced over a ``direct`` reader, accounted over a ``memory`` one. It stays warm."""
+        options = self._options
+        if isinstance(self._reader, DirectReader):
+            pool = ReadPool(READ_THREADS)
+            pool.set_bandwidth(options.slow_bandwidth or 0.0)
+            return DirectTier(self._reader, options.residency, pool, options.prefetch)
+        return ExpertTier(self._reader, options.residency, everything=options.fast_memory is None)

@@ -1,0 +1,70 @@
+"""How an engine serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from elmoe.errors import RequestError
+from elmoe.models.spec import ModelSpec
+from elmoe.policy.budget import Split
+from elmoe.policy.planner import Mode
+from elmoe.policy.residency import ResidencyParameters
+
+MAX_BATCH, MAX_DRAFT = 64, 64
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to serve.
+
+    ``fast_memory``: budget in bytes, a share of the expert bytes (float in 0..1), or None for all of them. ``split``: how
+    slices share the budget; ``auto`` is chosen and changed by modelled tokens/s where the tier is enforced, else all MSB
+    slices first. ``draft_length``: tokens to draft, None lets the planner choose. ``draft_bits`` 8 is an ablation (expert
+    axis alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once. ``kv_memory``: ceiling of
+    the KV cache in bytes; None is what ``batch`` sequences of the full context need, where a budget leaves it beside the
+    smallest set of slices. ``prefill_chunk``: prompt positions of one step; None is 256 in memory, up to 1,024 where experts
+    are read. ``staging_experts``: experts in flight or waiting to be computed. ``slow_bandwidth``: throttle of
+    the slow tier, bytes per second. ``commit_limit``: tokens kept per sequence and step; 1 records a draft from every
+    position, for a replay. ``all_ranks``: routings rank every expert, so that a trace tells what a draft runs whatever is
+    resident.
+    """
+
+    mode: Mode = "elastic"
+    fast_memory: int | float | None = None
+    split: Split | Literal["auto"] = "auto"
+    draft_length: int | None = None
+    draft_top_k: int | None = None
+    draft_rescale: bool = True
+    draft_offset: float = 8.0
+    draft_bits: Literal[4, 8] = 4
+    batch: int = 1
+    kv_memory: int | None = None
+    prefill_chunk: int | None = None
+    residency: ResidencyParameters = field(default_factory=ResidencyParameters)
+    keep_kv_digest: bool = False
+    staging_experts: int = 16
+    prefetch: bool = True
+    slow_bandwidth: float | None = None
+    commit_limit: int | None = None
+    all_ranks: bool = False
+
+    def check(self, spec: ModelSpec, enforced: bool) -> None:
+        """RequestError naming an option that is out of range."""
+        if not 1 <= self.batch <= MAX_BATCH:
+            raise RequestError(f"batch is {self.batch}, allowed is 1..{MAX_BATCH}")
+        if self.draft_length is not None and not 0 <= self.draft_length <= MAX_DRAFT:
+            raise RequestError(f"draft_length is {self.draft_length}, allowed is 0..{MAX_DRAFT}")
+        if self.draft_top_k is not None and not 1 <= self.draft_top_k <= spec.top_k:
+            raise RequestError(f"draft_top_k is {self.draft_top_k}, allowed is 1..{spec.top_k}")
+        if self.prefill_chunk is not None and not 1 <= self.prefill_chunk <= 1 << 16:
+            raise RequestError(f"prefill_chunk is {self.prefill_chunk}, allowed is 1..65536")
+        if self.kv_memory is not None and self.kv_memory < 1:
+            raise RequestError(f"kv_memory is {self.kv_memory} bytes", "give an amount such as 1GiB")
+        if self.draft_bits == 8 and enforced:
+            raise RequestError("drafts of 8 bits need every LSB slice in memory", "use --reader memory")
+
+    @property
+    def fixed_split(self) -> Split:
+        """The split of a budget whose slices are not chosen by rate."""
+        return self.split if self.split != "auto" else "msb_first"

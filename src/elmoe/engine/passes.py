@@ -1,0 +1,133 @@
+"""One pass of the model over rows of sequences: forward, sample, and tell those who watch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.bitslice import Backend, Sample
+from elmoe.bitslice.arithmetic import exp, lane_sum, log
+from elmoe.engine.decoder import Decoder, Draft, Routings, Tokens
+from elmoe.engine.kv_cache import PagedCache
+from elmoe.engine.request import Alternatives
+from elmoe.engine.sequence import Proposals, Sequence
+from elmoe.engine.statistics import Phase
+from elmoe.engine.tier import ExpertTier
+
+
+class Row(NamedTuple):
+    """A token to compute: its sequence, position and id."""
+
+    sequence: Sequence
+    position: int
+    token: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a pass computed. The first ``sampled`` rows have samples, for the positions behind them; rows of prompts follow.
+    ``proposals``: what is drafted so far, or verified.
+    ``began``, ``ended``: seconds on the steady clock, of which ``waited`` for reads; ``step`` counts the engine's steps."""
+
+    phase: Phase
+    step: int
+    rows: list[Row]
+    proposals: Proposals
+    sampled: int
+    samples: list[Sample]
+    routings: Routings
+    resident: NDArray[np.bool_]
+    began: float
+    ended: float
+    waited: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.ended - self.began
+
+
+class Observer(Protocol):
+    """Told of every pass, and of kernel calls where ``kernels`` says so. What it does has no effect on results."""
+
+    kernels: bool
+
+    def on_pass(self, done: Pass) -> None:
+        """A pass has ended."""
+        ...
+
+    def on_kernel(self, name: str, began: float, ended: float) -> None:
+        """A span of computation within a pass."""
+        ...
+
+
+class Script(Protocol):
+    """Told what each pass computes before it runs (a replay overrides routing and samples by it)."""
+
+    def begin(self, phase: Phase, rows: list[tuple[int, int, int]], sampled: int, resident: float) -> None:
+        """A pass of (sequence index, position of the last committed token, position computed) rows begins, of which the
+        first ``sampled`` are sampled; a row of a prompt has its own position for the last. The share ``resident`` of MSB
+        slices is in the fast tier."""
+        ...
+
+
+class Passes:
+    """Runs passes on a decoder, a cache and a source of experts."""
+
+    def __init__(
+        self, decoder: Decoder, backend: Backend, cache: PagedCache, tier: ExpertTier, script: Script | None
+    ) -> None:
+        self._decoder, self._backend, self._cache, self._tier, self._script = decoder, backend, cache, tier, script
+        self.observers: list[Observer] = []
+        self.step = 0
+        self.logits: NDArray[np.float32]  # of the last pass, (sampled, vocabulary)
+
+    def run(
+        self, phase: Phase, rows: list[Row], proposals: Proposals, sampled: int | None = None, draft: Draft | None = None
+    ) -> Pass:
+        """Compute rows and sample the first ``sampled`` of them (None: all).
+
+        :raises NumericsError: a value is not finite.
+        """
+        count = len(rows) if sampled is None else sampled
+        began, waited = perf_counter(), self._tier.waited
+        tokens = Tokens(
+            np.array([row.token for row in rows], np.int32),
+            np.array([row.sequence.entry.row for row in rows], np.int32),
+            np.array([row.position for row in rows], np.int32),
+        )
+        if self._script is not None:
+            told = [
+                (row.sequence.index, len(row.sequence.tokens) - 1 if i < count else row.position, row.position)
+                for i, row in enumerate(rows)
+            ]
+            self._script.begin(phase, told, count, float(self._tier.resident.msb.mean()))
+        watched = [one for one in self.observers if one.kernels]
+        wanted = None if count == len(rows) else np.arange(count)
+        self.logits, routings = self._decoder.forward(
+            tokens, self._cache.kernels, self._tier, draft, wanted, watched[0].on_kernel if watched else None
+        )
+        samples = [
+            self._backend.sample(self.logits[i], row.sequence.sampling, row.position + 1)
+            for i, row in enumerate(rows[:count])
+        ]
+        ended, resident = perf_counter(), self._tier.resident.msb
+        done = Pass(
+            phase, self.step, rows, proposals, count, samples, routings, resident, began, ended, self._tier.waited - waited
+        )
+        for observer in self.observers:
+            observer.on_pass(done)
+        return done
+
+
+def most_likely(logits: NDArray[np.float32], count: int) -> Alternatives:
+    """The ``count`` most likely tokens and their log-probabilities, best first, ties to the lowest id; a token's
+    log-probability is that of ``bitslice.sample``, bit for bit."""
+    best = float(logits.max())
+    total = float(log(np.array([lane_sum(exp(logits - np.float32(best)).astype(np.float64))]))[0])
+    order = np.argsort(-logits, kind="stable")[:count]
+    return tuple((int(token), (float(logits[token]) - best) - total) for token in order)

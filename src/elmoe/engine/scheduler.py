@@ -1,0 +1,222 @@
+"""Which sequences a step computes: requests come, wait for room, run, and leave; and whose the KV cache's pages are.
+
+A request waits while no row or page is free. When pages run out under running sequences, the youngest gives its own back and
+is computed again later: a token depends on the tokens before it alone, so nothing changes but the time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from elmoe.engine.kv_cache import PagedCache, pages_for
+from elmoe.engine.request import Output, Request
+from elmoe.engine.sequence import Sequence, State
+from elmoe.errors import BudgetError, ElmoeError, RequestError
+from elmoe.models.spec import ModelSpec
+from elmoe.text import TextStream
+
+TextFactory = Callable[[tuple[int, ...], tuple[str, ...]], TextStream]
+"""Makes the text of a sequence from its prompt and its stop strings."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions [first, last) of a sequence that are computed without drawing a token."""
+
+    sequence: Sequence
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step computes: the next tokens of sequences that decode, and beside them chunks of prompts."""
+
+    decoding: list[Sequence]
+    chunks: list[Chunk]
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Positions of all chunks."""
+        return sum(chunk.last - chunk.first for chunk in self.chunks)
+
+
+class Scheduler:
+    """The sequences of an engine. ``running``: those with a row of the cache, oldest first.
+
+    :param batch: sequences that run at once. :param chunk: prompt positions of one step.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, cache: PagedCache, batch: int, chunk: int, text: TextFactory | None, digests: bool
+    ) -> None:
+        self._spec, self._cache, self._batch, self._text, self._digests = spec, cache, batch, text, digests
+        self.chunk = chunk
+        self.together = False
+        """Whether sequences that start together wait for each other's prompts: a closed set of requests then decodes as one
+        batch. Otherwise the first token of each comes as soon as its own prompt is computed."""
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._next_request = self._next_index = 0
+        self._ended: list[Output] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self.running or self._ended)
+
+    def restart_indices(self) -> None:
+        """Number the next sequence 0, as traces and replays of a closed set of requests expect; only without work."""
+        assert not self.waiting and not self.running
+        self._next_index = 0
+
+    def add(self, request: Request) -> int:
+        """Take a request in; returns its id.
+
+        :raises RequestError: it cannot be served. :raises BudgetError: it needs more pages than there are.
+        """
+        request.check(self._spec.vocabulary, self._spec.max_positions)
+        if (request.stop or request.text) and self._text is None:
+            raise RequestError("stop strings and text need a tokenizer to decode with")
+        limit = min(len(request.prompt) + request.max_tokens, self._spec.max_positions)
+        if pages_for(limit) > self._cache.pages:
+            held, needed = self._cache.pages * self._cache.page_bytes, pages_for(limit) * self._cache.page_bytes
+            raise BudgetError(
+                f"{limit} positions need {needed} bytes of KV cache, its ceiling is {held} bytes",
+                "raise --kv-memory or --fast-memory, or ask for fewer tokens",
+            )
+        number, self._next_request = self._next_request, self._next_request + 1
+        leader: Sequence | None = None
+        for choice in range(request.copies):
+            wanted = self._text is not None and (request.stop or request.text)
+            text = self._text(request.prompt, request.stop) if wanted and self._text is not None else None
+            sequence = Sequence(number, choice, self._next_index, request, limit, list(request.prompt), text, leader)
+            self._next_index += 1
+            leader = leader or sequence
+            self.waiting.append(sequence)
+        return number
+
+    def abort(self, request: int) -> None:
+        """End a request; what it wrote so far is its result. RequestError if no such request is being served."""
+        found = [one for one in (*self.waiting, *self.running) if one.request_id == request]
+        if not found:
+            raise RequestError(f"there is no request {request}", "it has ended, or was never added")
+        for sequence in found:
+            sequence.finish = "aborted"
+            self._ended.append(self._retire(sequence))
+
+    def forget_ended(self) -> None:
+        """Drop the reports of requests that were aborted since the last step."""
+        self._ended.clear()
+
+    def fail(self, sequence: Sequence, error: ElmoeError) -> None:
+        """End one sequence with an error."""
+        sequence.finish, sequence.error = "failed", error
+
+    def schedule(self) -> Batch:
+        """The next step's work: admits what there is room for, then gives every running sequence the pages it needs."""
+        self._admit()
+        decoding: list[Sequence] = []
+        chunks: list[Chunk] = []
+        left = self.chunk
+        prompts_first = self.together and not any(one.state is State.DECODING for one in self.running)
+        for sequence in list(self.running):
+            if sequence.state not in (State.PREFILL, State.DECODING):
+                continue  # preempted by an older one
+            if sequence.uncomputed == 0:
+                if self._reserve(sequence, len(sequence.tokens)):
+                    sequence.state = State.DECODING
+                    decoding.append(sequence)
+            elif left > 0:
+                last = sequence.computed + min(left, sequence.uncomputed)
+                if self._reserve(sequence, last):
+                    chunks.append(Chunk(sequence, sequence.computed, last))
+                    left -= last - sequence.computed
+        chunks = [chunk for chunk in chunks if chunk.sequence.entry.row >= 0]
+        if prompts_first and chunks:
+            for sequence in decoding:
+                sequence.state = State.PREFILL
+            decoding = []
+        return Batch([one for one in decoding if one.state is State.DECODING], chunks)
+
+    def _admit(self) -> None:
+        """Start waiting sequences, oldest first, while there are rows, and pages for their next chunk."""
+        for sequence in list(self.waiting):
+            if len(self.running) >= self._batch or not self._cache.free_rows:
+                return
+            leader = sequence.leader
+            if leader is not None and leader.finish is None and leader.computed < len(sequence.request.prompt) - 1:
+                continue  # its prompt is being computed
+            wanted = min(len(sequence.tokens), sequence.computed + self.chunk)
+            if self._cache.missing(sequence.entry, wanted) > self._cache.free_pages and self.running:
+                return
+            self.waiting.remove(sequence)
+            sequence.state, sequence.leader = State.PREFILL, None
+            self._cache.bind(sequence.entry)
+            self.running.append(sequence)
+
+    def _reserve(self, sequence: Sequence, positions: int) -> bool:
+        """Give a sequence pages, taking them from copies that wait and from younger sequences if there are none; False if it
+        had to give way itself."""
+        while self._cache.missing(sequence.entry, positions) > self._cache.free_pages:
+            holder = next((one for one in reversed(self.waiting) if one.entry.pages), None) or self.running[-1]
+            self._preempt(holder)
+            if holder is sequence:
+                return False
+        self._cache.reserve(sequence.entry, positions)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's pages; its positions are computed again when its turn comes."""
+        self._cache.release(sequence.entry)
+        sequence.computed, sequence.state = 0, State.WAITING
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.waiting.appendleft(sequence)
+
+    def grow(self, sequence: Sequence, positions: int) -> bool:
+        """Pages for a draft, if there are free ones: nobody gives way to a draft."""
+        if self._cache.missing(sequence.entry, positions) > self._cache.free_pages:
+            return False
+        self._cache.reserve(sequence.entry, positions)
+        return True
+
+    def commit(self, batch: Batch) -> list[Output]:
+        """After the step's tokens were appended: move prompts on, trim caches, let the finished go."""
+        for chunk in batch.chunks:
+            if chunk.sequence.finish is None:
+                chunk.sequence.computed = chunk.last
+                self._share(chunk.sequence)
+        outputs, self._ended = self._ended, []
+        for sequence in batch.decoding:
+            sequence.computed = len(sequence.tokens) - 1
+            if sequence.finish is None:
+                self._cache.trim(sequence.entry, sequence.computed)
+                outputs.append(sequence.report())
+        return outputs + [self._retire(one) for one in list(self.running) if one.finish is not None]
+
+    def _share(self, leader: Sequence) -> None:
+        """Give the copies of a prompt its pages once it is computed."""
+        prompt = len(leader.request.prompt) - 1
+        if leader.computed < prompt:
+            return
+        for copy in [one for one in self.waiting if one.leader is leader]:
+            copy.leader = None
+            with suppress(BudgetError):  # without a page it computes its prompt itself
+                copy.entry, copy.computed = self._cache.fork(leader.entry, prompt), prompt
+
+    def _retire(self, sequence: Sequence) -> Output:
+        """Take a finished sequence out; its pages and its row are free again."""
+        digest = None
+        if self._digests and sequence.entry.row >= 0 and sequence.finish not in ("aborted", "failed"):
+            digest = self._cache.digest(sequence.entry, len(sequence.tokens) - 1)
+        self._cache.release(sequence.entry)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.state = State.FINISHED
+        return sequence.report(digest)

@@ -1,0 +1,126 @@
+"""A sequence while it is served, and the pure judgement of its drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from enum import Enum
+
+from elmoe.bitslice import Sample, SamplingParameters
+from elmoe.engine.kv_cache import CacheEntry
+from elmoe.engine.request import Alternatives, FinishReason, Output, Request, Result
+from elmoe.errors import ElmoeError
+from elmoe.text import TextStream
+
+
+class State(Enum):
+    """Where a sequence stands: not begun (or preempted), its prompt under way, drawing tokens, ended."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODING = "decoding"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer to a request. ``tokens``: prompt and committed output; ``computed``: positions whose keys and values are in
+    the cache, all but the last while it decodes. ``limit``: tokens it may come to have. ``leader``: the copy that computes
+    the prompt of all."""
+
+    request_id: int
+    choice: int
+    index: int
+    request: Request
+    limit: int
+    tokens: list[int]
+    text: TextStream | None = None
+    leader: Sequence | None = None
+    entry: CacheEntry = field(default_factory=CacheEntry)
+    state: State = State.WAITING
+    computed: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    alternatives: list[Alternatives] = field(default_factory=list)
+    finish: FinishReason | None = None
+    error: ElmoeError | None = None
+    reported: int = 0
+
+    def __post_init__(self) -> None:
+        drawn = self.request.sampling
+        self.sampling = SamplingParameters(
+            drawn.temperature, drawn.top_k, drawn.top_p, drawn.min_p, drawn.seed, drawn.choice + self.choice
+        )
+
+    @property
+    def output(self) -> list[int]:
+        """Committed output ids."""
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still be committed."""
+        return self.limit - len(self.tokens)
+
+    @property
+    def uncomputed(self) -> int:
+        """Positions to compute before the next token can be drawn: of a prompt, or of a sequence that was preempted."""
+        return len(self.tokens) - 1 - self.computed
+
+    def commit(self, sample: Sample, eos: Items[int], alternatives: Alternatives = ()) -> None:
+        """Append one token of the target and see whether the sequence ends with it."""
+        token = sample.token
+        self.tokens.append(token)
+        self.logprobs.append(sample.logprob)
+        if self.request.alternatives:
+            self.alternatives.append(alternatives)
+        ended = token in eos and not self.request.ignore_eos
+        stopped = token in self.request.stop_tokens
+        if self.text is not None and not ended and not stopped:
+            stopped = self.text.push(token)
+        if ended:
+            self.finish = "eos"
+        elif stopped:
+            self.finish = "stop"
+        elif self.room <= 0:
+            self.finish = "length"
+
+    def report(self, digest: str | None = None) -> Output:
+        """What came since the last report; with the result if the sequence has ended."""
+        output, start = self.output, self.reported
+        self.reported = len(output)
+        result = None
+        if self.finish is not None:
+            result = Result(tuple(output), tuple(self.logprobs), self.finish, digest, tuple(self.alternatives), self.error)
+        text = "" if self.text is None else self.text.take(last=result is not None)
+        return Output(
+            self.request_id, self.choice, tuple(output[start:]), tuple(self.logprobs[start:]), text,
+            tuple(self.alternatives[start:]), result,
+        )  # fmt: skip
+
+
+@dataclass
+class Proposal:
+    """Draft tokens of a sequence, each the child of the one before, and the draft's probability of each."""
+
+    tokens: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+
+
+Proposals = dict[Sequence, Proposal]
+"""What a step drafted, by sequence; empty where nothing was."""
+
+
+def judge(draft: Items[int], samples: Items[int], limit: int | None = None) -> tuple[int, list[bool]]:
+    """How many of the target's samples stand, and whether each draft token that was judged is accepted.
+
+    ``samples[i]`` is the target's token behind the first ``i`` draft tokens, so there is one more of them. Those stand whose
+    draft before them agrees with the target throughout; the first that disagrees is the target's own token and stands, too.
+
+    :param limit: most samples that stand.
+    """
+    accepted: list[bool] = []
+    for drafted, sampled in zip(draft, samples, strict=False):
+        accepted.append(drafted == sampled)
+        if not accepted[-1] or len(accepted) == limit:
+            return len(accepted), accepted
+    return len(samples) if limit is None else min(limit, len(samples)), accepted

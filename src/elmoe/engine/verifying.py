@@ -1,0 +1,121 @@
+"""Verifying: a pass of the target over every drafted position and one more, beside chunks of prompts; then judgement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.bitslice import Sample
+from elmoe.engine.passes import Pass, Passes, Row, most_likely
+from elmoe.engine.request import Alternatives
+from elmoe.engine.scheduler import Batch, Scheduler
+from elmoe.engine.sequence import Proposals, Sequence, judge
+from elmoe.engine.tier import ExpertTier
+from elmoe.errors import NumericsError
+
+
+@dataclass
+class Verdict:
+    """What the target says of one sequence: its samples that stand and their rows in the pass, what it thinks of each judged
+    draft token, and the most likely tokens of each sample where they are asked for."""
+
+    samples: list[Sample] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    judged: list[tuple[float, bool]] = field(default_factory=list)
+    alternatives: list[Alternatives] = field(default_factory=list)
+    drafted: int = 0
+
+
+@dataclass
+class Outcome:
+    """What a step computed. ``passes``: one, or one per sequence where a sequence failed."""
+
+    batch: Batch
+    verdicts: dict[Sequence, Verdict]
+    passes: list[Pass] = field(default_factory=list)
+
+    def committed_routing(self) -> tuple[dict[int, int], NDArray[np.int32]]:
+        """Tokens that each sequence committed in the one pass, and their (layers, tokens, k) routing, by sequence."""
+        rows = [row for verdict in self.verdicts.values() for row in verdict.rows]
+        counts = {sequence.index: len(verdict.rows) for sequence, verdict in self.verdicts.items()}
+        return counts, self.passes[0].routings.of(rows)
+
+
+class Verifier:
+    """Runs the target."""
+
+    def __init__(
+        self, passes: Passes, scheduler: Scheduler, tier: ExpertTier, eos: tuple[int, ...], limit: int | None
+    ) -> None:
+        self._passes, self._scheduler, self._tier, self._eos, self._limit = passes, scheduler, tier, eos, limit
+
+    def run(self, batch: Batch, proposals: Proposals) -> Outcome:
+        """Forward, judge, and append the tokens that stand. A value that is not finite ends the request it belongs to; the
+        other sequences are then computed one by one, which gives the same bits."""
+        outcome = Outcome(batch, {})
+        try:
+            self._pass(batch, proposals, outcome)
+        except NumericsError as error:
+            self._tier.abandon_pass()
+            alone = [Batch([one], []) for one in batch.decoding] + [Batch([], [one]) for one in batch.chunks]
+            if len(alone) == 1:
+                self._scheduler.fail(_owner(batch), error)
+                return outcome
+            for one in alone:
+                part = {sequence: proposals[sequence] for sequence in one.decoding if sequence in proposals}
+                try:
+                    self._pass(one, part, outcome)
+                except NumericsError as own:
+                    self._tier.abandon_pass()
+                    self._scheduler.fail(_owner(one), own)
+        return outcome
+
+    def _pass(self, batch: Batch, proposals: Proposals, outcome: Outcome) -> None:
+        """One pass; its verdicts go to the outcome, its tokens to the sequences."""
+        rows: list[Row] = []
+        spans: dict[Sequence, range] = {}
+        for sequence in batch.decoding:
+            drafted = proposals[sequence].tokens if sequence in proposals else []
+            first, start = len(sequence.tokens) - 1, len(rows)
+            rows += [Row(sequence, first + i, token) for i, token in enumerate([sequence.tokens[-1], *drafted])]
+            spans[sequence] = range(start, len(rows))
+        sampled = len(rows)
+        for chunk in batch.chunks:
+            rows += [Row(chunk.sequence, at, chunk.sequence.tokens[at]) for at in range(chunk.first, chunk.last)]
+        sure = [span[0] for span in spans.values()] + list(range(sampled, len(rows)))
+        phase = "prefill" if not batch.decoding else "mixed" if batch.chunks else "verify" if proposals else "plain"
+        self._tier.begin_step(sure)
+        done = self._passes.run(phase, rows, proposals, sampled)
+        outcome.passes.append(done)
+        kept = []
+        for sequence, span in spans.items():
+            verdict = self._judge(sequence, span, done, proposals)
+            outcome.verdicts[sequence] = verdict
+            kept += verdict.rows
+        kept += range(sampled, len(rows))
+        self._tier.end_step(phase, done.routings.of(kept) if self._tier.learns else None)
+
+    def _judge(self, sequence: Sequence, span: range, done: Pass, proposals: Proposals) -> Verdict:
+        """Append the samples that stand to the sequence, up to its end."""
+        proposal = proposals.get(sequence)
+        samples = [done.samples[row] for row in span]
+        drafted = [] if proposal is None else proposal.tokens
+        stand, accepted = judge(drafted, [sample.token for sample in samples], self._limit)
+        verdict, wanted = Verdict(drafted=len(drafted)), sequence.request.alternatives
+        for row, sample in zip(span[:stand], samples, strict=False):
+            likely = most_likely(self._passes.logits[row], wanted) if wanted else ()
+            sequence.commit(sample, self._eos, likely)
+            verdict.samples.append(sample)
+            verdict.rows.append(row)
+            if sequence.finish is not None:
+                break
+        if proposal is not None:
+            verdict.judged = list(zip(proposal.confidences, accepted, strict=False))[: len(verdict.samples)]
+        return verdict
+
+
+def _owner(batch: Batch) -> Sequence:
+    """The one sequence of a batch."""
+    return batch.decoding[0] if batch.decoding else batch.chunks[0].sequence
