@@ -32,31 +32,36 @@ struct Active {
 };
 
 Pairs pairs_by_expert(const ExpertCall& call) {
-    const int64_t entries = static_cast<int64_t>(call.tokens) * call.k;
+    const int experts = call.experts, tokens = call.tokens, k = call.k;
+    const int32_t* id = call.ids;
+    const float* weight = call.weights;
     Pairs pairs;
-    pairs.start.assign(call.experts + 1, 0);
-    for (int64_t i = 0; i < entries; ++i)
-        if (call.ids[i] >= 0) ++pairs.start[call.ids[i] + 1];
-    for (int e = 0; e < call.experts; ++e) pairs.start[e + 1] += pairs.start[e];
-    pairs.all.resize(pairs.start[call.experts]);
-    std::vector<int> next(pairs.start.begin(), pairs.start.end() - 1);
-    for (int64_t i = 0; i < entries; ++i)
-        if (call.ids[i] >= 0) pairs.all[next[call.ids[i]]++] = {static_cast<int>(i / call.k), call.weights[i]};
+    std::vector<int>& start = pairs.start;
+    start.assign(experts + 1, 0);
+    for (int64_t i = 0; i < static_cast<int64_t>(tokens) * k; ++i)
+        if (id[i] >= 0) ++start[id[i] + 1];
+    for (int e = 0; e < experts; ++e) start[e + 1] += start[e];
+    pairs.all.resize(start[experts]);
+    std::vector<int> next(start.begin(), start.end() - 1);
+    for (int t = 0; t < tokens; ++t)
+        for (int i = 0; i < k; ++i, ++id, ++weight)
+            if (*id >= 0) pairs.all[next[*id]++] = {t, *weight};
     return pairs;
 }
 
 std::vector<Active> active_experts(const ExpertCall& call, const std::vector<int>& start) {
-    const ExpertShape& shape = call.shape;
+    const ExpertShape shape = call.shape;
+    const bool draft = call.draft;
     std::vector<Active> active;
     for (int e = 0; e < call.experts; ++e) {
         const int count = start[e + 1] - start[e];
         if (!count) continue;
         const auto* msb = reinterpret_cast<const uint8_t*>(call.addresses[2 * e]);
         const auto* lsb = reinterpret_cast<const uint8_t*>(call.addresses[2 * e + 1]);
-        if (!msb || (!call.draft && !lsb))
+        if (!msb || (!draft && !lsb))
             throw NumericsFailure("expert " + std::to_string(e) + ": the " + (msb ? "LSB" : "MSB") + " slice is not resident");
         auto matrix = [&](int rows, int columns, int64_t hi, int64_t scales, int64_t lo) {
-            return Matrix{rows, columns, msb + hi, call.draft ? nullptr : lsb + lo, reinterpret_cast<const uint16_t*>(msb + scales)};
+            return Matrix{rows, columns, msb + hi, draft ? nullptr : lsb + lo, reinterpret_cast<const uint16_t*>(msb + scales)};
         };
         active.push_back({matrix(shape.width, shape.hidden, shape.gate_hi, shape.gate_scales, shape.gate_lo),
                           matrix(shape.width, shape.hidden, shape.up_hi, shape.up_scales, shape.up_lo),
@@ -95,8 +100,9 @@ void gather_inputs(const ExpertCall& call, const Pairs& pairs, std::vector<Activ
 void gate_and_up(const ExpertCall& call, const std::vector<Active>& active, size_t pairs) {
     const Kernels& k = kernels();
     Pool& pool = Pool::instance();
+    const bool draft = call.draft;
     const int width = call.shape.width, blocks = ceil_div(width, kBlockRows), count = static_cast<int>(active.size());
-    const int factor = correction_factor(call.draft, call.offset);
+    const int factor = correction_factor(draft, call.offset);
     const int64_t stride = static_cast<int64_t>(blocks) * kBlockRows;
     auto* gate = scratch().get<float>(pairs * stride);
     auto* up = scratch().get<float>(pairs * stride);
@@ -113,8 +119,8 @@ void gate_and_up(const ExpertCall& call, const std::vector<Active>& active, size
         const int first = task % per_expert * per_task, last = std::min(blocks, first + per_task);
         const int64_t at = expert.first * stride;
         const int tiles = static_cast<int>(expert.inputs.size());
-        k.matmul(expert.gate, call.draft, first, last, expert.inputs.data(), tiles, gate + at, stride);
-        k.matmul(expert.up, call.draft, first, last, expert.inputs.data(), tiles, up + at, stride);
+        k.matmul(expert.gate, draft, first, last, expert.inputs.data(), tiles, gate + at, stride);
+        k.matmul(expert.up, draft, first, last, expert.inputs.data(), tiles, up + at, stride);
         for (int i = 0; i < expert.count; ++i) {
             const int64_t row = at + i * stride + first * kBlockRows;
             k.swiglu(gate + row, up + row, gate + row, (last - first) * kBlockRows);
@@ -132,6 +138,7 @@ void gate_and_up(const ExpertCall& call, const std::vector<Active>& active, size
 void down_and_combine(const ExpertCall& call, const Pairs& pairs, const std::vector<Active>& active, float* x) {
     const Kernels& k = kernels();
     Pool& pool = Pool::instance();
+    const bool draft = call.draft, chain = call.chain;
     const int hidden = call.shape.hidden, tokens = call.tokens, blocks = ceil_div(hidden, kBlockRows);
     const int64_t strip =
         static_cast<int64_t>(ceil_div(call.shape.width, kGroup)) * (2 * kGroupBytes + 2 * kBlockRows) * active.size();
@@ -149,13 +156,13 @@ void down_and_combine(const ExpertCall& call, const Pairs& pairs, const std::vec
         float* down = downs + thread * most * width;
         for (int t = 0; t < tokens; ++t) {
             const float* row = x + static_cast<int64_t>(t) * hidden + first * kBlockRows;
-            if (call.chain)
+            if (chain)
                 std::copy(row, row + size, total + t * width);
             else
                 std::fill(total + t * width, total + t * width + size, 0.0f);
         }
         for (const Active& expert : active) {
-            k.matmul(expert.down, call.draft, first, last, expert.inner.data(), static_cast<int>(expert.inner.size()),
+            k.matmul(expert.down, draft, first, last, expert.inner.data(), static_cast<int>(expert.inner.size()),
                      down - first * kBlockRows, static_cast<int64_t>(width));
             for (int i = 0; i < expert.count; ++i) {
                 const Pair& pair = pairs.all[expert.first + i];
@@ -165,7 +172,7 @@ void down_and_combine(const ExpertCall& call, const Pairs& pairs, const std::vec
         for (int t = 0; t < tokens; ++t) {
             float* row = x + static_cast<int64_t>(t) * hidden + first * kBlockRows;
             const float* sum = total + t * width;
-            if (call.chain)
+            if (chain)
                 std::copy(sum, sum + size, row);
             else
                 for (int i = 0; i < size; ++i) row[i] = row[i] + sum[i];

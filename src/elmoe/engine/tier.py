@@ -47,7 +47,8 @@ class ExpertTier:
         self._lsb_bytes = np.array([layout.lsb_bytes for layout in layouts], np.int64)
         shape = (len(layouts), spec.experts)
         self._addresses = self._address_tables(reader)
-        self._active = np.zeros(shape, bool)
+        self._used = np.zeros((shape[0], shape[1] + 1), bool)  # the last column is marked by expert -1, which is none
+        self._active = self._used[:, :-1]
         self._layer_column = np.arange(shape[0])[:, None]
         self._routed: NDArray[np.int32] | None = None  # by all layers of the pass, where nothing learns of it
         self._unaccounted: list[tuple[Phase, NDArray[np.int32]]] = []
@@ -153,12 +154,10 @@ class ExpertTier:
         """Remember which experts the layers from ``row`` on used, (layers, tokens, k); -1 is none."""
         layers = self._layer_column[row : row + len(experts)]
         used = experts.reshape(len(experts), -1)
-        if draft:
-            if not (self.allowed[layers, used] | (used < 0)).all():
-                self._statistics.draft_slow_reads += 1
-                raise AssertionError("a draft asked for an expert that is not resident")
-            layers, used = _present(layers, used)
-        self._active[layers, used] = True
+        if draft and not self.allowed[layers, used].all() and not (self.allowed[layers, used] | (used < 0)).all():
+            self._statistics.draft_slow_reads += 1
+            raise AssertionError("a draft asked for an expert that is not resident")
+        self._used[layers, used] = True
         if not draft and self.learns:
             self._sure_routing.extend(experts[:, self._sure])
 
@@ -196,10 +195,10 @@ class ExpertTier:
         """Count what steps used that found all experts resident, or none."""
         for phase in {phase for phase, _ in self._unaccounted}:
             passes = [experts for other, experts in self._unaccounted if other == phase]
-            active = np.zeros((len(passes), *self._active.shape), bool)
+            active = np.zeros((len(passes), *self._used.shape), bool)
             for one, experts in zip(active, passes, strict=True):
-                one[_present(self._layer_column, experts.reshape(len(experts), -1))] = True
-            used = active.sum(axis=(0, 2))
+                one[self._layer_column, experts.reshape(len(experts), -1)] = True
+            used = active[:, :, :-1].sum(axis=(0, 2))
             self._count(phase, used, *[np.zeros_like(used) if self._slots is None else used] * 2)
         self._unaccounted.clear()
 
@@ -211,14 +210,6 @@ class ExpertTier:
         counters.count("msb", msb_hits, used - msb_hits, self._msb_bytes)
         if phase != "draft":
             counters.count("lsb", lsb_hits, used - lsb_hits, self._lsb_bytes)
-
-
-def _present(layers: NDArray[np.int64], used: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Index arrays of used experts, (layers, 1) and (layers, n), without the entries that are -1."""
-    if used.size == 0 or used.min() >= 0:
-        return layers, used
-    present = used >= 0
-    return np.broadcast_to(layers, used.shape)[present], used[present]
 
 
 def tier_sizes(reader: WeightReader, dense_bytes: int, kv_bytes: int, staging_experts: int = 2) -> FastTierSizes:
