@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elmoe.errors import BudgetError
-from elmoe.kernels.slices import refill_layer
+from elmoe.kernels.slices import Refill, refill_layer
 from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots, prefill_chunk
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, refill, updated_hotness
 
@@ -74,23 +74,28 @@ def test_refill_takes_only_what_was_streamed(seed):
         resident = after
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_the_native_refill_of_a_layer_is_the_definition(seed):
-    rng = np.random.default_rng(seed)
-    experts = int(rng.integers(1, 40))
-    msb_slots = int(rng.integers(0, experts + 1))
-    slots = SlotPlan((msb_slots,), (int(rng.integers(0, msb_slots + 1)),), 0)
-    parameters = ResidencyParameters(hysteresis=float(rng.choice([0.0, 0.1])), swap_cap=int(rng.choice([0, 1, 3, 1 << 30])))
-    native = ResidentSet.empty(1, experts)
-    for _ in range(8):
-        hotness = rng.integers(0, 5, (1, experts)) / 2  # with ties
-        streamed = rng.random((1, experts)) < 0.4
-        expected = refill(native, hotness, streamed, slots, parameters)
-        refill_layer(
-            (native.msb[0], native.lsb[0]), hotness[0], streamed[0], (slots.msb[0], slots.lsb[0]), parameters.hysteresis,
-            parameters.swap_cap,
-        )  # fmt: skip
-        assert (native.msb == expected.msb).all() and (native.lsb == expected.lsb).all()
+@st.composite
+def refills(draw):
+    """A layer before a refill: residents (LSB slices without MSB slices too), scores with ties, streamed experts, a rule."""
+    experts = draw(st.integers(1, 24))
+    flags = st.lists(st.booleans(), min_size=experts, max_size=experts)
+    scores = st.lists(st.one_of(st.integers(0, 4).map(float), st.floats(0, 1e6)), min_size=experts, max_size=experts)
+    slots = draw(st.tuples(st.integers(0, experts + 1), st.integers(0, experts + 1)))
+    hysteresis = draw(st.sampled_from([0.0, 0.1, 0.25, 1.0]))
+    swap_cap = draw(st.sampled_from([0, 1, 2, 3, 8, 1 << 30]))
+    return [np.array(draw(flags)) for _ in range(3)], np.array(draw(scores)), slots, hysteresis, swap_cap
+
+
+@given(refills())
+@settings(max_examples=600)
+def test_the_native_refill_of_a_layer_is_the_definition(case):
+    (msb, lsb, streamed), scores, slots, hysteresis, swap_cap = case
+    plan = SlotPlan((slots[0],), (slots[1],), 0)
+    parameters = ResidencyParameters(hysteresis=hysteresis, swap_cap=swap_cap)
+    expected = refill(ResidentSet(msb[None], lsb[None]), scores[None], streamed[None], plan, parameters)
+    change = Refill((msb.copy(), lsb.copy()), scores, slots, hysteresis, swap_cap)
+    refill_layer(change, streamed)
+    assert (change.resident[0] == expected.msb[0]).all() and (change.resident[1] == expected.lsb[0]).all()
 
 
 @pytest.mark.parametrize("policy", ["decayed", "lru", "lfu", "random"])

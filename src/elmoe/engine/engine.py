@@ -7,12 +7,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from time import perf_counter
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from elmoe.bitslice.sampling import Sample
+from elmoe.bitslice import Backend, Sample
+from elmoe.engine.decoder import Decoder, Draft, Routings, Tokens, WeightReader
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.kv import KVPool, pages_for
 from elmoe.engine.observe import Timeline
@@ -22,7 +22,6 @@ from elmoe.engine.tier import ExpertTier, tier_sizes
 from elmoe.engine.tier_manager import TierManager
 from elmoe.errors import RequestError
 from elmoe.kernels.reads import ReadPool
-from elmoe.models.decoder import Decoder, Draft, Routings, Tokens, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, TierShape, check_budget, plan_slots, prefill_chunk
 from elmoe.policy.planner import Mode as Mode
 from elmoe.policy.planner import Plan, Planner
@@ -92,7 +91,7 @@ class Engine:
     def __init__(
         self,
         reader: StoreReader,
-        backend: ModuleType,
+        backend: Backend,
         options: EngineOptions | None = None,
         script: Script | None = None,
     ) -> None:
@@ -172,7 +171,7 @@ class Engine:
 
         :param decode: output ids to text, needed where a request has stop strings.
         :param on_commit: called with (request index, new token ids) after every step.
-        :param timeline: takes the spans of passes, waits and reads.
+        :param timeline: takes the spans of passes, kernels, waits and reads.
         :raises RequestError: a request cannot be served. :raises BudgetError: the budget is below the minimum.
         """
         for request in requests:
@@ -219,7 +218,7 @@ class _Run:
         self.running: list[Sequence] = []
         self.results: dict[int, Result] = {}
         self.step_index = 0
-        self._routings = Routings((), (), ())
+        self._routings: Routings  # of the last pass
 
     def serve(self) -> list[Result]:
         started, read = perf_counter(), self.tier.bytes_read
@@ -354,7 +353,8 @@ class _Run:
             positions = tokens.positions.tolist()
             script_rows = [(s.index, len(s.tokens) - 1, at) for s, at in zip(sequences, positions, strict=True)]
             self.script.begin(phase, script_rows, float(self.tier.resident.msb.mean()))
-        logits, self._routings = self.decoder.forward(tokens, self.pool.cache, self.tier, draft, wanted)
+        report = None if self.timeline is None else self.timeline.kernel
+        logits, self._routings = self.decoder.forward(tokens, self.pool.cache, self.tier, draft, wanted, report)
         owners = sequences if rows is None else [sequences[row] for row in rows]
         samples = [
             self.backend.sample(logits[i], owner.request.sampling, int(tokens.positions[i]) + 1)
