@@ -97,3 +97,12 @@ def test_what_waits_is_bounded_by_what_is_needed(settled):
         assert np.isfinite(history.ratios).all()
         assert len(history._touched) <= 15
     assert history.ratios == pytest.approx(all_at_once.ratios)
+
+
+@pytest.mark.parametrize(("length", "measured"), [(6, True), (7, False)])
+def test_reads_are_measured_up_to_drafts_of_six_tokens(length, measured):
+    """Of longer drafts, bytes stand to their model as those of the longest measured one."""
+    history, tokens, found = ReadHistory((0, 5, length), MSB, LSB), stream(8, 10), residents(11)
+    for token in range(8):
+        history.observe({0: 1}, tokens[:, token : token + 1], found, np.array([100.0, 200.0, 400.0]))
+    assert (history.ratios[2] == pytest.approx(history.ratios[1])) != measured
