@@ -6,7 +6,7 @@ Norms, biases and attention sinks (below 0.1 % of the parameters) and next-token
 
 from __future__ import annotations
 
-import json
+import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +16,7 @@ import msgspec
 
 from elmoe.errors import HardwareError
 from elmoe.schema.families import shapes_of_config
+from elmoe.untrusted import load_object, read_bytes, short
 
 _LIMITS = {
     "layers": 1024, "hidden": 1 << 20, "vocabulary": 1 << 24, "moe_layers": 1024, "dense_layers": 1024, "experts": 1 << 16,
@@ -203,23 +204,39 @@ def architecture_of_config(config: dict[str, Any], name: str, source: str) -> Ar
 def load_architecture(name_or_path: str | Path) -> Architecture:
     """A preset by name, a ``config.json``, or the folder of a checkpoint; HardwareError names the file and the key."""
     if str(name_or_path) in architecture_names():
-        text = (files("elmoe.presets") / "models" / f"{name_or_path}.json").read_text(encoding="utf-8")
-        return architecture_of_config(_object(text, f"{name_or_path}.json"), str(name_or_path), f"{name_or_path}.json")
+        return architecture_of_config(_preset(str(name_or_path)), str(name_or_path), f"{name_or_path}.json")
     path = Path(name_or_path)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        names = ", ".join(architecture_names())
-        raise HardwareError(
-            f"there is no model '{name_or_path}'", f"a config.json, a folder that holds one, or one of {names}"
-        )
-    if path.stat().st_size > 1 << 20:
-        raise HardwareError(f"'{path}' is larger than 1 MiB", "a model's config.json is a few KB")
+    names = f"a config.json, a folder that holds one, or one of {', '.join(architecture_names())}"
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise HardwareError(f"'{path}' is not text: {error}", "expected a model's config.json") from None
-    name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return architecture_of_config(_object(text, str(path)), name, str(path))
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise HardwareError(f"there is no model '{short(name_or_path)}'", names)
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        raise HardwareError(f"there is no model '{short(name_or_path)}'", names) from None
+    config = _object(read_bytes(path, HardwareError, 1 << 20, "model's config.json", names), str(path))
+    if config not in _preset_configs():
+        config.pop("_source", None)  # a preset's source says nothing of a file that was changed
+    return architecture_of_config(config, name_of_path(path), str(path))
+
+
+@cache
+def _preset_configs() -> tuple[dict[str, Any], ...]:
+    return tuple(_preset(name) for name in architecture_names())
+
+
+def _preset(name: str) -> dict[str, Any]:
+    return _object((files("elmoe.presets") / "models" / f"{name}.json").read_bytes(), f"{name}.json")
+
+
+def name_of_path(path: Path) -> str:
+    """What a model is called by the path the user wrote, links not followed: the folder of a config.json, else the file.
+    A snapshot in a Hugging Face cache has the name of its repository."""
+    if path.name != "config.json":
+        return path.stem
+    folder = Path(os.path.abspath(path)).parent
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name or "/"
 
 
 @cache
@@ -229,11 +246,5 @@ def architecture_names() -> tuple[str, ...]:
     return tuple(sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json")))
 
 
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise HardwareError(f"'{where}' is not JSON: {error}", "expected a model's config.json") from None
-    if not isinstance(data, dict):
-        raise HardwareError(f"'{where}' is not a JSON object", "expected a model's config.json")
-    return data
+def _object(raw: bytes, where: str) -> dict[str, Any]:
+    return load_object(raw, where, HardwareError, "expected a model's config.json", repeated_keys=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from elmoe.files import write_whole
+from elmoe.files import json_text, write_whole
 from elmoe.hw.cost import Cost
 from elmoe.hw.machine import Machine
 from elmoe.schema.architecture import load_architecture
@@ -33,7 +32,7 @@ def write_timeline(grid: Grid, path: Path) -> None:
         for name, cost in (("draft", priced.draft), ("target", priced.target)):
             if cost is not None:
                 now = _add(events, name, cost, step, now)
-    write_whole(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
+    write_whole(path, json_text({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
 
 
 def _add(events: list[dict[str, Any]], name: str, cost: Cost, step: int, now: float) -> float:

@@ -6,7 +6,6 @@ fixed list of uint16 ids by rank (layers x ranks). The metadata key ``elmoe_fact
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
+from elmoe.files import output
 from elmoe.trace.format import FACTS_KEY, METADATA_KEY, Trace, read_trace
 from elmoe.trace.summary import committed_rows
+from elmoe.untrusted import decode_json, load_object
 
 FACTS_VERSION = 1
 MAX_IDS = 1 << 30
@@ -134,7 +135,6 @@ def facts_of_trace(trace: Trace) -> RoutingFacts:
 
 def write_facts(facts: RoutingFacts, path: str | Path) -> None:
     """Write a facts file; it appears when it is whole. TraceError if it cannot be written."""
-    path = Path(path)
     _, _, layers, ranks = facts.ranked.shape
     header = FactsHeader(
         version=FACTS_VERSION, layers=layers, ranks=ranks, experts=facts.experts, top_k=facts.top_k, source=facts.source,
@@ -147,14 +147,8 @@ def write_facts(facts: RoutingFacts, path: str | Path) -> None:
         pa.array(position.astype(np.int32)),
         pa.FixedSizeListArray.from_arrays(flat, layers * ranks),
     ]
-    partial = path.with_name(path.name + ".partial")
-    try:
-        pq.write_table(pa.Table.from_arrays(columns, schema=_table_schema(header)), partial, compression="zstd")
-        os.replace(partial, path)
-    except OSError as error:
-        raise TraceError(f"cannot write '{path}': {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with output(path, TraceError) as file:
+        pq.write_table(pa.Table.from_arrays(columns, schema=_table_schema(header)), file, compression="zstd")
 
 
 def read_facts(path: str | Path) -> RoutingFacts:
@@ -188,13 +182,10 @@ def read_facts(path: str | Path) -> RoutingFacts:
 
 
 def _header(path: str | Path, metadata: bytes) -> FactsHeader:
-    try:
-        version = msgspec.json.decode(metadata, type=dict)["version"]
-        if isinstance(version, int) and version > FACTS_VERSION:
-            raise TraceError(f"'{path}' has version {version}, this elmoe reads up to {FACTS_VERSION}", "update elmoe")
-        header = msgspec.json.decode(metadata, type=FactsHeader)
-    except (msgspec.DecodeError, KeyError) as error:
-        raise TraceError(f"'{path}' has a damaged header: {error}") from error
+    version = load_object(metadata, f"{path}: header", TraceError).get("version")
+    if isinstance(version, int) and version > FACTS_VERSION:
+        raise TraceError(f"'{path}' has version {version}, this elmoe reads up to {FACTS_VERSION}", "update elmoe")
+    header = decode_json(metadata, str(path), FactsHeader, TraceError, "facts file: it has a damaged header")
     if not header.lengths or min(*header.lengths, header.layers, header.ranks) < 1:
         raise TraceError(f"'{path}' has a damaged header: it holds no sequence, layer or rank")
     return header

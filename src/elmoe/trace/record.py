@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
+from elmoe.files import WholeFile
 from elmoe.schema.model import ModelSchema
 from elmoe.trace.format import TRACE_VERSION, TraceHeader, table_schema
 
@@ -29,15 +29,15 @@ class TraceRecorder:
         self, path: str | Path, model: ModelSchema, run: dict[str, Any] | None = None, all_ranks: bool = False
     ) -> None:
         self._path = Path(path)
-        self._partial = self._path.with_name(self._path.name + ".partial")
         ranks = self._ranks = model.experts if all_ranks else min(2 * model.top_k, model.experts)
         self._schema = table_schema(TraceHeader(version=TRACE_VERSION, model=model, ranks=ranks, run=run or {}))
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         self._rows = 0
         try:
-            self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
-        except OSError as error:
-            raise TraceError(f"cannot write trace '{path}': {error.strerror or error}") from error
+            self._whole = WholeFile(path)
+        except (OSError, ValueError) as error:
+            raise TraceError(f"cannot write trace '{path}': {getattr(error, 'strerror', None) or error}") from error
+        self._writer = pq.ParquetWriter(self._whole.file, self._schema, compression="zstd")
 
     def record(
         self,
@@ -110,8 +110,8 @@ class TraceRecorder:
                 self._flush()
             self._writer.close()
             if kind is None:
-                os.replace(self._partial, self._path)
+                self._whole.finish()
         except OSError as failure:
             raise TraceError(f"cannot finish trace '{self._path}': {failure.strerror or failure}") from failure
         finally:
-            self._partial.unlink(missing_ok=True)
+            self._whole.discard()
