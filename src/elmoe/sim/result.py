@@ -25,7 +25,7 @@ def odds_of(text: str) -> Odds | TableOdds:
     except ValueError:
         return TableOdds(Path(text).stem, load_acceptance(text))
     if not 0 <= value < 1:
-        raise HardwareError(f"the acceptance {text} is no probability below 1", "give for example 0.6, or `demo`")
+        raise HardwareError(f"the acceptance {short(text, 60)} is no probability below 1", "give for example 0.6, or `demo`")
     return Odds(f"{value:g}", value, "assumed")
 
 
@@ -57,7 +57,7 @@ class Result:
 
 def write_result(result: Result, path: Path) -> None:
     """Write a result file; it appears when it is whole."""
-    write_whole(path, json.dumps(result.as_dict()).encode())
+    write_whole(path, json_text(result.as_dict()).encode())
 
 
 def read_result(path: Path) -> Result:
