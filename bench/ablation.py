@@ -1,6 +1,6 @@
 """What each axis of the draft costs on the demo model: acceptance with other draft offsets, bits and expert budgets.
 
-    .venv/bin/python bench/ablation.py [--json]
+    .venv/bin/python -m bench.ablation [--json]
 
 Every row drafts 4 tokens after the losslessness prompts; acceptance is accepted / judged draft tokens. Greedy text of so
 small a model falls into loops, which are easy to draft; temperature 0.8 stands beside it for that reason. The half-integer
@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tests.lossless import prompts
 
 from elmoe.bitslice import SamplingParameters
-from elmoe.cli.common import number, percent, print_table, progress_bar
 from elmoe.engine.engine import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
+from elmoe.measure.openings import joined_openings
+from elmoe.terminal import number, percent, print_table, progress_bar
 
 BASE = EngineOptions("elastic", draft_length=4, batch=8)
 ROWS = (
@@ -54,9 +49,10 @@ def main() -> None:
             row: dict[str, object] = {"draft": name}
             for temperature in TEMPERATURES:
                 with Session("demo", options, backend) as session:
+                    count = arguments.prompts if backend == "native" else 16
                     requests = [
                         Request(ids, arguments.tokens, SamplingParameters(temperature, seed=seed), ignore_eos=True)
-                        for seed, (ids, _) in enumerate(prompts(session, arguments.prompts if backend == "native" else 16))
+                        for seed, (ids, _) in enumerate(joined_openings(session, count))
                     ]
                     facts = session.generate(requests)[1].as_dict()
                 for key in ("acceptance_rate", "tokens_per_verification", "drafted_tokens"):

@@ -1,6 +1,6 @@
 """Does llama.cpp compute from an exported GGUF what our engine computes from the store? Tokens, logits, perplexity.
 
-    .venv/bin/python bench/gguf_agreement.py [--store demo] [--json]        # needs `make peers`
+    .venv/bin/python -m bench.gguf_agreement [--store demo] [--json]        # needs `make peers`
 
 Both are fed the same ids of TEXT (this repository's README). llama.cpp is fed twice, all tokens at once and one by one: how
 far it agrees with itself is the yardstick.
@@ -11,21 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from elmoe.cli.common import print_table
 from elmoe.convert.gguf_export import export_store
 from elmoe.engine.kv import KVPool
-from elmoe.engine.perplexity import CHUNK, _AllExperts
 from elmoe.engine.session import Session
+from elmoe.measure.perplexity import CHUNK, _AllExperts
 from elmoe.models.decoder import Tokens
+from elmoe.terminal import print_table
 
 SOURCE = Path(__file__).with_name("llama_logits.cpp")
 

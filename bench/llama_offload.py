@@ -18,6 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from elmoe.errors import ElmoeError
+from elmoe.files import whole_file
+
 HIDDEN, WIDTH, EXPERTS, TOP_K, HEADS, VOCABULARY = 2048, 1024, 64, 8, 16, 50304
 SKEW = 0.65
 """Router row e has standard deviation exp(SKEW * q), q from 1 down to -1: the upper half takes 77 % of the routing."""
@@ -41,7 +44,8 @@ def add_rows(
         return "the package gguf is missing: run `make peers`"
     model = folder / f"olmoe-{layers}.gguf"
     if not model.exists():
-        write_gguf(model, layers)
+        with whole_file(model, ElmoeError) as partial:
+            write_gguf(partial, layers)
     done = "llama-batched-bench in a child memory cgroup" + (", reads throttled in a block I/O cgroup" if bandwidth else "")
     for budget in budgets:
         try:
@@ -140,12 +144,11 @@ def evict(path: Path) -> None:
 
 
 def write_gguf(path: Path, layers: int) -> None:
-    """A Q8_0 GGUF of OLMoE-1B-7B's shapes with random weights, written tensor by tensor under a temporary name."""
+    """A Q8_0 GGUF of OLMoE-1B-7B's shapes with random weights, written tensor by tensor."""
     import gguf
 
     rng = np.random.default_rng(0)
-    partial = path.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, "olmoe")
+    writer = gguf.GGUFWriter(path, "olmoe")
     writer.add_block_count(layers)
     writer.add_context_length(4096)
     writer.add_embedding_length(HIDDEN)
@@ -202,4 +205,3 @@ def write_gguf(path: Path, layers: int) -> None:
     for _, what in described:
         writer.write_tensor_data(blocks(what) if isinstance(what, tuple) else what)
     writer.close()
-    partial.rename(path)

@@ -1,6 +1,6 @@
 """Records the demo model on four prompt sets, fits how local its routing is, and measures acceptance: the presets.
 
-    .venv/bin/python bench/locality.py --prompts FOLDER [--out src/elmoe/presets]
+    .venv/bin/python -m bench.locality --prompts FOLDER [--out src/elmoe/presets]
 
 FOLDER as of bench/prompts.py; sets that are missing are skipped, and without any nothing is written. Per set: 16 sequences,
 prompts cut to 64 tokens, at most 96 new tokens, temperature 0.8. The self-instruct seed tasks stand for Alpaca, which was
@@ -14,15 +14,13 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench.prompts import SETS, prompts_of
 from elmoe.bitslice import SamplingParameters
-from elmoe.cli.common import percent, print_table, use_threads
 from elmoe.engine.engine import EngineOptions
-from elmoe.engine.profile import profile_acceptance
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session
+from elmoe.engine.session import Session, use_threads
+from elmoe.measure.acceptance import profile_acceptance
+from elmoe.terminal import percent, print_table
 from elmoe.trace import AcceptanceTable, Locality, TraceRecorder, fit_locality, read_facts, save_acceptance, save_locality
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +55,7 @@ def main() -> None:
     if not sets:
         print(f"no prompt set in '{arguments.prompts}': nothing to do", file=sys.stderr)
         return
-    use_threads("native", None)
+    use_threads("native")
     for kind in ("locality", "acceptance"):
         (arguments.out / kind).mkdir(parents=True, exist_ok=True)
     found = {NAMES[name]: fitted(arguments.prompts, name) for name in sets}

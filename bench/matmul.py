@@ -1,6 +1,6 @@
 """Nested matmul against the memory's read bandwidth, measured in the same run, on weights beyond any cache.
 
-    .venv/bin/python bench/matmul.py [--json] [--threads 1,2] [--tokens 1,2,4,8,16] [--gigabytes 1.6]
+    .venv/bin/python -m bench.matmul [--json] [--threads 1,2] [--tokens 1,2,4,8,16] [--gigabytes 1.6]
 
 Rows interleave the read probe, the full and the draft product; medians of ``--repeats`` sweeps over all matrices. A sample
 of the results is compared bit for bit with the NumPy definition.
@@ -17,7 +17,7 @@ import numpy as np
 
 from elmoe import bitslice, kernels
 from elmoe.bitslice import NestedMatrix
-from elmoe.cli.common import print_table
+from elmoe.terminal import print_table
 
 ROWS, COLUMNS = 8192, 2048  # calls long enough that Python is no part of the figure
 

@@ -1,6 +1,6 @@
 """How well a layer's hidden state foretells the next layer's experts, on the demo model: a case for prefetch.
 
-    .venv/bin/python bench/next_layer.py [--json]
+    .venv/bin/python -m bench.next_layer [--json]
 
 Router l + 1 is applied to the residual stream before layer l's experts ran. Reported per layer: the share of layer l + 1's
 top-k that the prediction's top-k names, and the same share among experts that an LRU cache of half of the experts misses,
@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.prompts import prompts_of
 from elmoe import kernels

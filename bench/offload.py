@@ -1,8 +1,8 @@
 """Models larger than the fast tier: naive offloading, an LRU expert cache, elastic decoding and llama.cpp, side by side.
 
-    .venv/bin/python bench/offload.py --quick --json     # 4 layers, one budget, batch 1, 4, 16: under 10 minutes
-    .venv/bin/python bench/offload.py                    # OLMoE-1B-7B shapes, 2, 3 and 4 GiB, batch 1 to 16
-    .venv/bin/python bench/offload.py --demo             # the demo model, real routing, a throttled slow tier
+    .venv/bin/python -m bench.offload --quick --json     # 4 layers, one budget, batch 1, 4, 16: under 10 minutes
+    .venv/bin/python -m bench.offload                    # OLMoE-1B-7B shapes, 2, 3 and 4 GiB, batch 1 to 16
+    .venv/bin/python -m bench.offload --demo             # the demo model, real routing, a throttled slow tier
 
 Definitions, what is measured and what is not: bench/README.md. ``--prompts FOLDER`` takes the prompts of the recorded trace
 from published sets (see bench/prompts.py). The stores and traces are kept in ``--folder`` and made once.
@@ -22,21 +22,19 @@ from statistics import geometric_mean, median
 from time import perf_counter
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench import llama_offload
 from bench.ceilings import Ceilings
 from bench.prompts import prompts_of
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.cli.common import number, print_table, progress_bar
 from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
-from elmoe.engine.replay import Replay
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session, load_backend
+from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
+from elmoe.measure.replay import Replay
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import MemoryReader, open_direct, open_store
+from elmoe.terminal import number, print_table, progress_bar
 from elmoe.trace import read_trace, replay_facts
 from elmoe.trace.replay import ReplayFacts
 from elmoe.units import parse_bytes

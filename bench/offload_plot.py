@@ -1,7 +1,7 @@
 """The picture of a result of bench/offload.py.
 
-.venv/bin/python bench/offload.py --json > result.json
-.venv/bin/python bench/offload_plot.py result.json docs/offload.png     # needs matplotlib
+.venv/bin/python -m bench.offload --json > result.json
+.venv/bin/python -m bench.offload_plot result.json docs/offload.png     # needs matplotlib
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prompt and decode speed of a store in memory, and which kernels take the time.
 
     .venv/bin/elmoe synth bench/olmoe_shapes.json build/olmoe-4 --layers 4
-    .venv/bin/python bench/passes.py build/olmoe-4 [--json] [--prompt 512] [--batch 1,4,8,16] [--steps 16] [--repeats 3]
+    .venv/bin/python -m bench.passes build/olmoe-4 [--json] [--prompt 512] [--batch 1,4,8,16] [--steps 16] [--repeats 3]
 
 Plain decoding of random tokens. Rows interleave; medians of ``--repeats`` runs behind one that is not counted.
 """
@@ -17,11 +17,11 @@ from typing import Any, cast
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.cli.common import print_table
-from elmoe.engine.benchmark import random_prompts
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.session import Session
+from elmoe.measure.benchmark import random_prompts
+from elmoe.terminal import print_table
 
 SHOWN = ("attention_block", "route", "expert_ffn", "logits", "sample")
 

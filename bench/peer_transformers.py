@@ -11,8 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench.peer_llama import PeerError
 
 
@@ -24,7 +22,7 @@ class Transformers:
             if find_spec(package) is None:
                 raise PeerError(f"{package} is not installed: run `make .venv/.parity`")
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "bench.peer_transformers", str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._answer("load 0")

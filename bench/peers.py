@@ -1,7 +1,7 @@
 """Our engine against llama.cpp (and transformers) on the same weights: decoding, prefill, loading, memory.
 
-    .venv/bin/python bench/peers.py --quick --json     # OLMoE-1B-7B shapes, 4 layers: under 10 minutes
-    .venv/bin/python bench/peers.py                    # 4 and 16 layers, and the demo model
+    .venv/bin/python -m bench.peers --quick --json     # OLMoE-1B-7B shapes, 4 layers: under 10 minutes
+    .venv/bin/python -m bench.peers                    # 4 and 16 layers, and the demo model
 
 Runs alternate and wait for calm; a row is the median over rounds. Definitions: bench/README.md. Needs `make peers`; stores,
 traces and exported files are kept in ``--folder`` and made once.
@@ -23,8 +23,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench.llama_offload import evict
 from bench.lockstep import lockstep_rates
 from bench.machine_load import observed, wait_for_calm
@@ -33,11 +31,11 @@ from bench.peer_llama import REPACK, Llama, PeerError, run
 from bench.peer_transformers import Transformers
 from bench.random_tokens import PROMPT, RandomTokens
 from elmoe import kernels
-from elmoe.cli.common import number, print_table, progress_bar
 from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.replay import Replay
+from elmoe.measure.replay import Replay
 from elmoe.store import MemoryReader, open_store, resolve_store
+from elmoe.terminal import number, print_table, progress_bar
 from elmoe.trace import read_trace, replay_facts
 
 BATCHES = (1, 4, 8, 16)

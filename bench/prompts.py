@@ -1,6 +1,6 @@
 """Prompts for recorded traces: the first ones of each of the paper's four kinds, or the losslessness openings without them.
 
-    .venv/bin/python bench/prompts.py FOLDER --count 16 > prompts.txt
+    .venv/bin/python -m bench.prompts FOLDER --count 16 > prompts.txt
 
 FOLDER holds mt_bench/question.jsonl, gsm8k/test.jsonl, humaneval/HumanEval.jsonl.gz and self_instruct_seed/seed_tasks.jsonl
 (as the projects publish them); sets that are missing are left out.
@@ -11,14 +11,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tests.lossless import OPENINGS
+from elmoe.measure.openings import OPENINGS
 
 SETS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "mt_bench": ("mt_bench/question.jsonl", lambda row: row["turns"][0]),

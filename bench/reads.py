@@ -1,7 +1,7 @@
 """Reads of expert slices from disk, by reads in flight and by the pages they are read into.
 
     .venv/bin/elmoe synth bench/olmoe_shapes.json build/olmoe-4 --layers 4
-    .venv/bin/python bench/reads.py build/olmoe-4 [--json] [--repeats 5]
+    .venv/bin/python -m bench.reads build/olmoe-4 [--json] [--repeats 5]
 
 Bursts of slices as layers miss them, through the engine's own pool and past the page cache; medians of ``--repeats`` turns.
 """
@@ -16,9 +16,9 @@ from time import perf_counter
 
 import numpy as np
 
-from elmoe.cli.common import number, print_table
 from elmoe.kernels.reads import ReadPool
 from elmoe.store import DirectReader, open_direct
+from elmoe.terminal import number, print_table
 
 BURST, BURSTS = 16, 8
 """Experts of a burst, and bursts of a turn."""

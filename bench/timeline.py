@@ -1,6 +1,6 @@
 """Where the time of an offloaded elastic run goes: a Chrome trace (for Perfetto) and a picture of its middle.
 
-    .venv/bin/python bench/timeline.py [--batch 8] [--layers 4] [--out docs/timeline.png] [--trace build/offload/run.json]
+    .venv/bin/python -m bench.timeline [--batch 8] [--layers 4] [--out docs/timeline.png] [--trace build/offload/run.json]
 
 Uses the stores and traces of bench/offload.py (run it first) and matplotlib (`pip install matplotlib`).
 """
@@ -8,16 +8,13 @@ Uses the stores and traces of bench/offload.py (run it first) and matplotlib (`p
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.offload import recorded_traces, synthetic_store
 from elmoe import kernels
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.observe import Timeline
-from elmoe.engine.replay import Replay
+from elmoe.measure.replay import Replay
 from elmoe.store import open_direct
 from elmoe.trace import read_trace, replay_facts
 
@@ -51,15 +48,15 @@ def main() -> None:
         timeline.spans.clear()
         _, statistics = engine.generate(requests, timeline=timeline)
     timeline.write(arguments.trace)
-    decode = [span for span in timeline.spans if span[0] == "passes" and not span[1].startswith("prefill")]
-    timeline.spans = [span for span in timeline.spans if span[3] > decode[0][2]]
+    decode = [span for span in timeline.spans if span.track == "passes" and not span.name.startswith("prefill")]
+    timeline.spans = [span for span in timeline.spans if span.ended > decode[0].began]
     hidden = timeline.hidden_share()
     title = (
         f"OLMoE-1B-7B shapes, {arguments.layers} layers, batch {arguments.batch}, {arguments.share:.0%} of the experts, "
         f"replayed: {statistics.as_dict()['tokens_per_second']:.0f} tokens/s, {hidden:.0%} of the read time behind compute"
     )
     print(title)
-    draw(timeline, decode[len(decode) // 3][2], arguments.seconds, title, arguments.out)
+    draw(timeline, decode[len(decode) // 3].began, arguments.seconds, title, arguments.out)
 
 
 def draw(timeline: Timeline, first: float, seconds: float, title: str, out: Path) -> None:
@@ -71,7 +68,7 @@ def draw(timeline: Timeline, first: float, seconds: float, title: str, out: Path
     from matplotlib.patches import Patch
 
     order = ["passes", "kernels", "waits"]
-    tracks = order + sorted({span[0] for span in timeline.spans} - set(order))
+    tracks = order + sorted({span.track for span in timeline.spans} - set(order))
     figure, axes = pyplot.subplots(figsize=(14, 4.2), dpi=110)
     shown = set()
     for row, track in enumerate(tracks):

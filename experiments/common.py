@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elmoe.cli.common import progress_bar
-from elmoe.cli.simulate import MODELS, PROMPTS, SYSTEMS
 from elmoe.report.section import Section, write_section
 from elmoe.schema.hardware import Hardware, load_hardware
 from elmoe.sim.grid import Grid, run_grid
+from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
+from elmoe.terminal import progress_bar
 
 FOLDER = Path("build/experiments")
 

@@ -9,7 +9,6 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -18,21 +17,13 @@ from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
+from elmoe.measure.openings import joined_openings
 
 DRAFT_LENGTHS = (1, 2, 4, 8)
 BUDGETS = (0.0, 0.25, 0.5, 1.0)  # 0.0: the minimum
 BATCHES = (1, 3, 8, 16)
 THREADS = (1, 2)
 TEMPERATURES = (0.0, 0.8)
-OPENINGS = (
-    "It was a dark night and", "def solve(problem):\n    ", "The king said unto the people,", "CREATE TABLE users (",
-    "To make the soup, take", "use std::collections::HashMap;\n", "A prime number is",
-    "The sea was",
-    "import numpy as np\n\n", "She had not been long in the house before", "The Second World War", "Q: What is a whale?\nA:",
-    "class Node:\n    def __init__(self", "In mathematics, a group", "And it came to pass", 
-    "SELECT count(*) FROM orders WHERE",
-    "He walked", "x", "fn main() {", "Ingredients:\n- two eggs\n- flour\n",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,19 +42,11 @@ def grid() -> list[Case]:
     return [Case(*values) for values in itertools.product(DRAFT_LENGTHS, BUDGETS, BATCHES, THREADS, TEMPERATURES)]
 
 
-def prompts(session: Session, count: int) -> Iterator[tuple[tuple[int, ...], int]]:
-    """(prompt ids, tokens to generate): openings joined to many lengths, 1 to about 150 tokens."""
-    for index in range(count):
-        parts = [OPENINGS[(index * 7 + 3 * k) % len(OPENINGS)] for k in range(1 + (index * index) % 12)]
-        ids = session.encode("\n".join(parts))
-        yield ids[: 1 + (index * 37) % 150], 4 + (index * 5) % 21
-
-
 def requests(session: Session, count: int, temperature: float) -> list[Request]:
     """The same prompts for every case of a temperature; each has a seed of its own."""
     return [
         Request(ids, tokens, SamplingParameters(temperature, top_p=0.95 if temperature else 1.0, seed=index))
-        for index, (ids, tokens) in enumerate(prompts(session, count))
+        for index, (ids, tokens) in enumerate(joined_openings(session, count))
     ]
 
 

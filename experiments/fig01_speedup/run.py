@@ -5,11 +5,6 @@ Grid: 4 models x 4 prompt sets x 5 batch sizes x 7 systems x all forms. Cost: un
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from elmoe.report.overview import overview
 from elmoe.report.section import Section
 from experiments.common import Scope, rows_of, study, systems
@@ -18,7 +13,7 @@ from experiments.common import Scope, rows_of, study, systems
 def run(scope: Scope) -> Section:
     """The headline section."""
     rows = rows_of(scope, systems())
-    return overview(rows, {"reference": "xpu"}, "experiments/fig01_speedup/run.py")
+    return overview(rows, {"reference": "xpu"}, "python -m experiments.fig01_speedup.run")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,6 @@ between fast memory (drafts) and main memory (verification).
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from elmoe.report.figures import bars
 from elmoe.report.section import Section, Table
 from elmoe.systems.forms import Odds
@@ -57,7 +52,7 @@ def run(scope: Scope) -> Section:
         verdict=f"Elastic at batch {max(scope.batches)} and acceptance 0.91: the busiest resource is '{busiest}'; the main "
         f"memory works {table[-1][1]:.0%} of the time, the fast one {table[-1][2]:.0%}, the multipliers "
         f"{table[-1][3]:.0%}.",
-        command="experiments/fig02_breakdown/run.py",
+        command="python -m experiments.fig02_breakdown.run",
         figures=tuple(figures),
         tables=(
             Table(

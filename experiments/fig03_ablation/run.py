@@ -6,12 +6,8 @@ augmentation its rejections grow as `bench/ablation.py` measured (temperature 0.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import msgspec
 
@@ -90,7 +86,7 @@ def run(scope: Scope) -> Section:
         + ".\nTaken away: "
         + words[1]
         + ".",
-        command="experiments/fig03_ablation/run.py",
+        command="python -m experiments.fig03_ablation.run",
         tables=tuple(tables),
         figures=tuple(figures),
     )

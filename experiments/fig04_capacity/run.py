@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import msgspec
 
 from elmoe.report.figures import lines
@@ -57,7 +52,7 @@ def run(scope: Scope) -> Section:
         title="Capacity and bandwidth of the fast memory",
         claim="More capacity holds more MSB slices; bandwidth only matters until the main memory binds.",
         verdict="From the least to the greatest " + ";\n".join(words) + ".\nWhat does not fit is left out.",
-        command="experiments/fig04_capacity/run.py",
+        command="python -m experiments.fig04_capacity.run",
         figures=tuple(figures),
         tables=tuple(tables),
     )

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from elmoe.report.figures import lines
 from elmoe.report.section import Section, Table
 from elmoe.systems.forms import Odds
@@ -34,7 +29,7 @@ def run(scope: Scope) -> Section:
         title="Acceptance at which elastic drafts pay",
         claim="The paper: acceptance 0.33-0.91; drafts at large batch, plain decoding with the cache at small.",
         verdict="Over plain decoding on the same hardware, mean over models and prompts: " + ", ".join(pays) + ".",
-        command="experiments/fig05_acceptance/run.py",
+        command="python -m experiments.fig05_acceptance.run",
         figures=(lines("Elastic drafts over plain decoding, ELMoE-3D 8 GB", series, "acceptance", "x plain"),),
         tables=(
             Table(

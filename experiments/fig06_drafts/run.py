@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from elmoe.report.figures import bars
 from elmoe.report.section import Section, Table
 from experiments.common import Scope, mean, rows_of, select, study, systems
@@ -41,7 +36,7 @@ def run(scope: Scope) -> Section:
         + (f"reached at acceptance {', '.join(reached)}." if reached else "not reached in that range.")
         + " EAGLE's acceptance is assumed 0.75, and its head costs little: its drafts lose where verification of rejected "
         "tokens must stream experts, as elastic ones do.",
-        command="experiments/fig06_drafts/run.py",
+        command="python -m experiments.fig06_drafts.run",
         figures=(bars("Methods, x the plain xPU", [f"batch {b}" for b in scope.batches], series, "x the xPU"),),
         tables=(
             Table(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from elmoe.report.figures import tornado
 from elmoe.report.headline import compare
@@ -60,7 +56,7 @@ def run(scope: Scope) -> Section:
     return Section(
         name="sensitivity", title=f"Constants on which sources disagree ({scope.models[0]}, {scope.prompts[0]})",
         claim="The headline does not hang on one assumed constant.", verdict=".\n".join(words) + ".",
-        command="experiments/fig07_sensitivity/run.py", figures=tuple(figures), tables=tuple(tables),
+        command="python -m experiments.fig07_sensitivity.run", figures=tuple(figures), tables=tuple(tables),
     )  # fmt: skip
 
 

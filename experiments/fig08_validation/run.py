@@ -6,22 +6,19 @@ beforehand in plain decoding from memory, and compared with runs over a slow tie
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.calibrate import calibrate, hardware_yaml
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.hw.efficiency import efficiency_of_refresh
 from elmoe.hw.machine import Machine
+from elmoe.measure.calibrate import calibrate, hardware_yaml
 from elmoe.report.section import Section, Table
 from elmoe.schema.architecture import Architecture
 from elmoe.schema.constants import load_described
@@ -59,7 +56,7 @@ def run(scope: Scope) -> Section:
         f"{max(abs(c.error) for c in boxes):.1%} with one efficiency for all models.\n"
         f"Engine: hits and bytes {'agree exactly' if exact else 'DISAGREE'}; time per token off by {typical:.1%} (median), "
         f"{worst:.1%} (most).",
-        command="experiments/fig08_validation/run.py",
+        command="python -m experiments.fig08_validation.run",
         tables=(
             _checks("Fused MoE layer, RTX PRO 6000, up to 64 tokens, us", fused),
             _checks("Decoding one sequence, DGX Spark, tokens/s, one efficiency and no overhead", boxes),

@@ -10,75 +10,75 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from elmoe.errors import ElmoeError, HardwareError, RequestError
 from elmoe.untrusted import short
 
 
-class WholeFile:
-    """A file being written under another name beside its target; ``finish`` renames it, ``discard`` removes it.
+class PartialFile:
+    """A file that is written under the name ``partial`` until ``finish`` gives it the name ``path``.
 
-    A target that is a link is written where it points. One that exists and is no regular file is written directly.
-
-    :raises OSError: from every method, as the system reports it.
+    A ``path`` that is a link is written where it points. One that exists and is no regular file, such as a pipe or a device,
+    is written directly: ``partial`` is ``path`` then. Call ``discard`` in every case at the end: it removes what was not
+    finished.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.target = Path(os.path.realpath(path))
-        self._partial: Path | None = None
-        mode = None
-        with suppress(FileNotFoundError):
-            mode = self.target.stat().st_mode
-        if mode is not None and stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, "it is a folder", str(path))
-        if mode is not None and not stat.S_ISREG(mode):
-            self.file: BinaryIO = cast(BinaryIO, open(self.target, "wb", buffering=0))  # noqa: SIM115
-            return
-        self._partial = self.target.with_name(f".elmoe-{secrets.token_hex(8)}.partial")
-        handle = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        if mode is not None:
-            with suppress(OSError):
-                os.fchmod(handle, stat.S_IMODE(mode))
-        self.file = os.fdopen(handle, "wb")
+        self.path = Path(path)
+        self._target, self._mode = self.path, None
+        with suppress(OSError, ValueError):  # whoever opens ``partial`` is told the reason
+            self._target = Path(os.path.realpath(path))
+            self._mode = self._target.stat().st_mode
+        self.whole = self._mode is None or stat.S_ISREG(self._mode) or stat.S_ISDIR(self._mode)
+        # Not the target's name with a suffix: that may be too long, or a file of the user's.
+        partial = self._target.with_name(f".elmoe-{secrets.token_hex(8)}.partial")
+        self.partial = partial if self.whole else self._target
 
-    def finish(self) -> None:
-        """Close, and give the file its name."""
-        self.file.close()
-        if self._partial is not None:
-            os.replace(self._partial, self.target)
-            self._partial = None
+    def finish(self, sync: bool = False) -> None:
+        """Rename; ``sync`` puts the content on the disk before, so that a power cut leaves the old file or the new one."""
+        if not self.whole:
+            return
+        if sync:
+            with open(self.partial, "rb") as handle:
+                os.fsync(handle.fileno())
+        if self._mode is not None and stat.S_ISREG(self._mode):
+            with suppress(OSError):
+                os.chmod(self.partial, stat.S_IMODE(self._mode))
+        os.replace(self.partial, self._target)
 
     def discard(self) -> None:
-        """Close, and remove what was written; after ``finish`` this does nothing."""
-        with suppress(OSError):
-            self.file.close()
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
+        """Remove the temporary file, if it is there."""
+        if self.whole:
+            with suppress(OSError, ValueError):
+                self.partial.unlink()
 
 
 @contextmanager
-def output(path: str | Path, error: type[ElmoeError] = HardwareError, hint: str | None = None) -> Iterator[BinaryIO]:
-    """A binary file that appears when the block ends; on an exception nothing half-written stays. ``error`` if the system
-    refuses."""
-    whole = None
+def whole_file(
+    path: str | Path, error: type[ElmoeError], hint: str | None = None, *, sync: bool = False, folders: bool = False
+) -> Iterator[Path]:
+    """Yield the temporary name to write under; on a clean exit ``path`` appears, otherwise nothing half-written stays.
+
+    :param sync: see :meth:`PartialFile.finish`. :param folders: create the folders of ``path`` that are missing.
+    :raises ElmoeError: an ``error`` with ``hint``, where the operating system refuses, here or in the caller's block.
+    """
+    file = PartialFile(path)
     try:
-        whole = WholeFile(path)
-        yield whole.file
-        whole.finish()
-    except (OSError, ValueError) as reason:  # ValueError: a NUL in the name
-        raise error(f"cannot write '{short(path)}': {_reason(reason)}", hint or "choose another name") from reason
+        if folders:
+            file.partial.parent.mkdir(parents=True, exist_ok=True)
+        yield file.partial
+        file.finish(sync)
+    except OSError as failure:
+        raise error(f"cannot write '{short(path)}': {failure.strerror or failure}", hint) from failure
     finally:
-        if whole is not None:
-            whole.discard()
+        file.discard()
 
 
 def write_whole(path: str | Path, content: bytes, error: type[ElmoeError] = HardwareError) -> None:
-    """Write a file that appears when it is whole, its folder too; ``error`` if that fails."""
-    with suppress(OSError, ValueError):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with output(path, error) as file:
-        file.write(content)
+    """Write a small file and the folders it is in; see :func:`whole_file`."""
+    with whole_file(path, error, "choose another place", folders=True) as partial:
+        partial.write_bytes(content)
 
 
 def check_output(path: str | Path | None, force: bool = False, what: str = "") -> None:
@@ -99,11 +99,20 @@ def check_output(path: str | Path | None, force: bool = False, what: str = "") -
             raise RequestError(f"{shown} exists already", "add --force to replace it, or choose another name")
         if not target.parent.is_dir():
             raise RequestError(f"cannot write {shown}: there is no folder '{short(Path(path).parent)}'", "make it first")
-        WholeFile(target).discard()
+        _probe(target)
         if len(os.fsencode(target.name)) > 255:
             raise RequestError(f"cannot write {shown}: the name has more than 255 bytes")
     except (OSError, ValueError) as reason:
         raise RequestError(f"cannot write {shown}: {_reason(reason)}", "choose another name") from None
+
+
+def _probe(target: Path) -> None:
+    """OSError where no file can be made beside ``target``."""
+    file = PartialFile(target)
+    try:
+        file.partial.touch(exist_ok=False)
+    finally:
+        file.discard()
 
 
 def json_text(data: Any, indent: int | None = None) -> str:

@@ -88,7 +88,7 @@ DIMENSIONS: dict[str, dict[str, float]] = {
 LIMITS: dict[str, tuple[float, float]] = {
     "capacity": (1, 1e18), "bandwidth": (1, 1e18), "time": (1e-15, 1e6), "frequency": (1, 1e15), "throughput": (1, 1e21),
     "energy per bit": (1e-21, 1e-3), "energy per byte": (1e-21, 1e-3), "energy per operation": (1e-21, 1e-3),
-    "power": (1e-9, 1e9), "ratio": (1e-9, 1e9), "operations per byte": (1e-9, 1e9),
+    "power": (1e-9, 1e9), "ratio": (1e-9, 1e15), "operations per byte": (1e-9, 1e9),
 }  # fmt: skip
 """Least and greatest value by dimension, SI: wide enough for any hardware, narrow enough that no product overflows."""
 _WITH_UNIT = re.compile(r"\s*((?:0|[1-9][0-9]*)?(?:\.[0-9]+|(?<=[0-9]))(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")

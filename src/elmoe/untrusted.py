@@ -115,15 +115,15 @@ def load_object(
 def decode_json(
     raw: bytes, where: str, kind: type[Kind], error: type[ElmoeError], what: str, hint: str | None = None
 ) -> Kind:
-    """JSON as the type ``kind``, ``what`` in words; errors raised by its own checks name ``where`` too."""
+    """JSON as the type ``kind``; errors, those of its own checks too, say that ``where`` is ``what``: "no locality"."""
     try:
         load_json(raw, where, error, hint, non_finite=False)
     except error as reason:
-        raise error(f"{reason}; it is no {what}", reason.hint) from None
+        raise error(f"{reason}; it is {what}", reason.hint) from None
     try:
         return msgspec.json.decode(raw, type=kind)
     except (ElmoeError, ValueError, OverflowError, TypeError, RecursionError) as reason:
-        raise error(f"'{where}' is no {what}: {short(reason)}", hint) from reason
+        raise error(f"'{where}' is {what}: {short(reason)}", hint) from reason
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -58,7 +58,9 @@ def test_results_become_a_page(tmp_path):
     html = page.read_text()
     assert "Paper v this simulator" in html and "Plotly.newPlot" in html
     events = json.loads(timeline.read_text())["traceEvents"]
-    assert {event["tid"] for event in events} >= {"passes", "main", "fast", "compute"}
+    tracks = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
+    assert tracks.keys() >= {"passes", "main", "fast", "compute"}
+    assert {event["tid"] for event in events if event["ph"] == "X"} == set(tracks.values())
 
 
 @pytest.mark.parametrize(

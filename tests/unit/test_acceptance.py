@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from elmoe.engine.engine import EngineOptions
-from elmoe.engine.profile import profile_acceptance
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.errors import TraceError
+from elmoe.measure.acceptance import profile_acceptance
 from elmoe.trace import TraceRecorder, read_trace
 from elmoe.trace.acceptance import (
     ENOUGH,

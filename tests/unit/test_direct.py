@@ -229,7 +229,7 @@ def test_a_timeline_shows_passes_kernels_waits_and_reads(reader, tmp_path):
 
 def test_a_replay_drives_other_weights_by_the_trace(store, reader, tmp_path):
     """Routing, tokens and acceptance are the trace's in every mode; what is compared is hashes of real logits."""
-    from elmoe.engine.replay import Replay
+    from elmoe.measure.replay import Replay
 
     target = tiny_schema(layers=6, experts=16, top_k=6, vocabulary=97)
     synthesize(tmp_path / "wide", target, 9, lambda done, total: None)

@@ -1,6 +1,6 @@
 """Regenerate tests/golden: transformers' logits and tokens of tiny checkpoints, and the demo model's bits.
 
-Needs the parity extra: ``.venv/bin/python tools/golden/make_golden.py``. Look at ``git diff --stat`` afterwards: a changed
+Needs the parity extra: ``.venv/bin/python -m tools.golden.make_golden``. Look at ``git diff --stat`` afterwards: a changed
 file means changed numerics, and that needs a reason in the commit. ``--measure`` prints the table of
 tests/parity/bounds.py instead; ``--demo`` writes demo.json only and needs no torch.
 """
@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.parity import float_backend, harness  # noqa: E402
-from tests.parity.tiny_checkpoints import (  # noqa: E402
+from tests.parity import float_backend, harness
+from tests.parity.tiny_checkpoints import (
     RECIPES,
     Recipe,
     config,
@@ -29,9 +24,9 @@ from tests.parity.tiny_checkpoints import (  # noqa: E402
     write_folder,
 )
 
-from elmoe import bitslice  # noqa: E402
+from elmoe import bitslice
 
-GOLDEN = ROOT / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 TINY = ("gqa_tied", "mha_odd_widths", "dense_layers_bf16", "sparse_step_shards")
 DEMO = (
     ("greedy", "It is a truth universally acknowledged, that", {}),

@@ -6,18 +6,8 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import (
-    IntegerList,
-    Serving,
-    json_option,
-    number,
-    percent,
-    print_json,
-    print_table,
-    progress_bar,
-    serving_options,
-    size,
-)
+from elmoe.cli.common import IntegerList, Serving, json_option, print_json, serving_options
+from elmoe.terminal import number, percent, print_table, progress_bar, size
 
 
 @click.command("bench")
@@ -40,8 +30,8 @@ def command(
 ) -> None:  # fmt: skip
     """Throughput of STORE for modes and batch sizes; every row must give the same tokens."""
     from elmoe.bitslice import SamplingParameters
-    from elmoe.engine.benchmark import benchmark, random_prompts
     from elmoe.errors import RequestError
+    from elmoe.measure.benchmark import benchmark, random_prompts
     from elmoe.store import peak_memory
 
     names: list[Any] = modes.split(",")
@@ -52,7 +42,7 @@ def command(
     with serving.session(store, options) as session:
         label = session.tier
         if traces:
-            from elmoe.engine.replay import Replay
+            from elmoe.measure.replay import Replay
             from elmoe.trace import read_trace, replay_facts
 
             replay = Replay(session.backend, session.reader.schema, [replay_facts(read_trace(path)) for path in traces])

@@ -1,10 +1,8 @@
-"""Options and output shared by the verbs."""
+"""Options shared by the verbs, and JSON output."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elmoe.errors import ElmoeError
-from elmoe.units import format_bytes, parse_bandwidth, parse_fast_memory
+from elmoe.units import parse_bandwidth, parse_fast_memory
+from elmoe.untrusted import short
 
 if TYPE_CHECKING:
     from elmoe.engine.engine import EngineOptions
@@ -44,28 +43,20 @@ class IntegerList(click.ParamType):
         """Text to a tuple."""
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"'{value}' is not a list of integers such as 1,4,16", param, ctx)
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isascii() and part.isdigit() and len(part) <= 7 for part in parts):
+            self.fail(f"'{short(value, 60)}' is not a list of whole numbers below 10 million such as 1,4,16", param, ctx)
+        return tuple(int(part) for part in parts)
 
 
+force_option = click.option("--force", is_flag=True, help="Replace output files that exist.")
+seed_type = click.IntRange(0, (1 << 63) - 1)
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 threads_option = click.option("--threads", type=click.IntRange(1, 64), help="Kernel threads [default: all cores].")
 backend_option = click.option(
     "--backend", type=click.Choice(["native", "reference"]), default="native", show_default=True,
     help="Native kernels, or their NumPy definition: the same bits, slowly.",
 )  # fmt: skip
-
-
-def use_threads(backend: str, threads: int | None) -> None:
-    """Set the kernels' thread count, all cores of this process by default."""
-    if backend == "native":
-        import os
-
-        from elmoe import kernels
-
-        kernels.set_threads(threads or min(64, len(os.sched_getaffinity(0))))
 
 
 budget = Quantity("SIZE|PERCENT", parse_fast_memory)
@@ -123,7 +114,7 @@ class Serving:
 
     def session(self, store: str, options: EngineOptions) -> Session:
         """An open store with the kernels' threads set: all cores of this process by default."""
-        from elmoe.engine.session import Session
+        from elmoe.engine.session import Session, use_threads
 
         session = Session(store, options, self.backend, self.reader)
         use_threads(self.backend, self.threads)
@@ -146,48 +137,7 @@ def serving_options(command: Callable) -> Callable:
 
 
 def print_json(data: Any) -> None:
-    """JSON to stdout."""
-    click.echo(json.dumps(data, indent=1))
+    """Strict JSON to stdout."""
+    from elmoe.files import json_text
 
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table to stdout; numbers right-aligned."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*("-" if cell is None else str(cell) for cell in row))
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=140).print(table)
-
-
-def percent(value: float | None) -> str | None:
-    """``97.3 %``."""
-    return None if value is None else f"{100 * value:.1f} %"
-
-
-def number(value: float | None, digits: int = 2) -> str | None:
-    """A fixed number of digits."""
-    return None if value is None else f"{value:.{digits}f}"
-
-
-def size(value: float | None) -> str | None:
-    """Bytes for people."""
-    return None if value is None else format_bytes(value)
-
-
-@contextmanager
-def progress_bar(description: str, total: float | None, bytes_: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; yields a function of the amount done so far and, once known, the total."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    done = DownloadColumn() if bytes_ else MofNCompleteColumn()
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn(), console=Console(stderr=True)
-    ) as progress:  # fmt: skip
-        task = progress.add_task(description, total=total)
-        yield lambda completed, total=None: progress.update(task, completed=completed, total=total)
+    click.echo(json_text(data, indent=1))

@@ -7,17 +7,8 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import (
-    budget,
-    json_option,
-    number,
-    percent,
-    print_json,
-    print_table,
-    size,
-    threads_option,
-    use_threads,
-)
+from elmoe.cli.common import budget, json_option, print_json, threads_option
+from elmoe.terminal import number, percent, print_table, size
 
 PROMPTS = (
     "It is a truth universally acknowledged, that",
@@ -40,7 +31,7 @@ def command(
     """Write text with the embedded model, plainly and elastically; then what hybrid-bonded hardware would give."""
     from elmoe.engine.engine import EngineOptions
     from elmoe.engine.request import Request
-    from elmoe.engine.session import Session
+    from elmoe.engine.session import Session, use_threads
 
     with Session("demo", EngineOptions(fast_memory=fast_memory), reader="memory") as session:
         use_threads("native", threads)

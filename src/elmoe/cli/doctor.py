@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import Quantity, json_option, print_json, print_table
+from elmoe.cli.common import Quantity, json_option, print_json
+from elmoe.terminal import print_table
 from elmoe.units import format_bytes, parse_bandwidth
 
 
@@ -24,7 +25,7 @@ def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: floa
     """What this machine can do: instruction set, threads, memory and disk bandwidth, native kernels."""
     from elmoe import __version__, kernels
     from elmoe.engine.prefetch import calibrate_prefetch
-    from elmoe.engine.probe import disk_bandwidth, memory_bandwidth
+    from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
     from elmoe.store import available_memory, open_direct, open_store
 
     cores, available = len(os.sched_getaffinity(0)), available_memory()
@@ -48,9 +49,10 @@ def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: floa
             data["prefetch_bytes"] = kernels.prefetch()
             data["disk_read_bytes_per_second"] = disk_bandwidth(reader.path / largest.name)
         if hardware is not None:
-            from elmoe.engine.calibrate import calibrate, hardware_yaml
+            from elmoe.engine.session import use_threads
+            from elmoe.measure.calibrate import calibrate, hardware_yaml
 
-            kernels.set_threads(min(64, cores))
+            use_threads("native")
             direct = open_direct(store)
             with direct:
                 calibration = calibrate(direct, slow_bandwidth)

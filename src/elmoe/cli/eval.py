@@ -8,16 +8,8 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import (
-    backend_option,
-    json_option,
-    percent,
-    print_json,
-    print_table,
-    progress_bar,
-    threads_option,
-    use_threads,
-)
+from elmoe.cli.common import backend_option, json_option, print_json, threads_option
+from elmoe.terminal import percent, print_table, progress_bar
 
 
 @click.command("eval")
@@ -35,9 +27,9 @@ def command(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Perplexity of STORE's target and of its 4-bit draft on a text file."""
-    from elmoe.engine.perplexity import evaluate
-    from elmoe.engine.session import Session
+    from elmoe.engine.session import Session, use_threads
     from elmoe.errors import RequestError
+    from elmoe.measure.perplexity import evaluate
 
     try:
         text = text_path.read_text(encoding="utf-8")

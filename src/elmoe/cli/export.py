@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from elmoe.cli.common import json_option, print_json, progress_bar
+from elmoe.cli.common import json_option, print_json
+from elmoe.terminal import progress_bar
 
 
 @click.command("export")

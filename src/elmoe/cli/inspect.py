@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 import msgspec
 
-from elmoe.cli.common import json_option, print_json, print_table, progress_bar, size
+from elmoe.cli.common import json_option, print_json
+from elmoe.terminal import print_table, progress_bar, size
 
 
 @click.command("inspect")

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import Serving, json_option, percent, print_json, print_table, progress_bar, serving_options
+from elmoe.cli.common import Serving, json_option, print_json, serving_options
 from elmoe.cli.trace_facts import fit, import_, synthesise
 from elmoe.cli.trace_profile import profile, read_prompts
+from elmoe.terminal import percent, print_table, progress_bar
 
 
 @click.group("trace")

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import json_option, number, print_json, print_table
+from elmoe.cli.common import json_option, print_json
+from elmoe.terminal import number, print_table
 
 input_path = click.Path(exists=True, dir_okay=False, path_type=Path)
 output_path = click.Path(dir_okay=False, path_type=Path)

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from elmoe.cli.common import (
-    backend_option,
-    json_option,
-    percent,
-    print_json,
-    print_table,
-    progress_bar,
-    threads_option,
-    use_threads,
-)
+from elmoe.cli.common import backend_option, json_option, print_json, threads_option
+from elmoe.terminal import percent, print_table, progress_bar
 
 SHOWN = (1, 2, 4, 8, 16)
 
@@ -49,21 +42,19 @@ def read_prompts(path: Path) -> list[str]:
 @json_option
 def profile(
     store: str, out: Path, prompts_path: Path, prompt_tokens: int | None, max_tokens: int, temperature: float, seed: int,
-    batch: int, depth: int, threads: int | None, backend: str, as_json: bool,
+    batch: int, depth: int, threads: int | None, backend: Any, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how often drafts are accepted on STORE, by bits, resident share, depth and confidence; write OUT (JSON)."""
-    from typing import Any, cast
-
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.engine import EngineOptions
-    from elmoe.engine.profile import BITS, SHARES, profile_acceptance
     from elmoe.engine.request import Request
-    from elmoe.engine.session import Session
+    from elmoe.engine.session import Session, use_threads
+    from elmoe.measure.acceptance import BITS, SHARES, profile_acceptance
     from elmoe.trace.acceptance import AcceptanceTable, save_acceptance
 
     prompts = read_prompts(prompts_path)
     use_threads(backend, threads)
-    with Session(store, EngineOptions(batch=min(batch, len(prompts))), cast(Any, backend), "memory") as session:
+    with Session(store, EngineOptions(batch=min(batch, len(prompts))), backend, "memory") as session:
         requests = [
             Request(session.encode(text)[:prompt_tokens], max_tokens, SamplingParameters(temperature, seed=seed + index))
             for index, text in enumerate(prompts)

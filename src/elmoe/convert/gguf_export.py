@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, GgufTokenizer, describe, i
 from elmoe.convert.q8_0 import BLOCK_BYTES, blocks_of
 from elmoe.convert.source import NORM_NAMES
 from elmoe.errors import ConvertError
+from elmoe.files import whole_file
 from elmoe.models import qwen3_moe_gguf
 from elmoe.schema.model import ModelSchema
 from elmoe.store import MemoryReader
@@ -43,8 +42,8 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
     tokenizer = describe(tokenizer_json, schema.vocabulary)
     tensors = list(_tensors(reader))
     total = sum(_bytes(name, shape, plain) for name, shape, plain, _ in tensors)
-    partial_path = path.with_name(path.name + ".partial")
-    with _atomic(path, partial_path, total + len(tokenizer_json) * 4):
+    with whole_file(path, ConvertError, sync=True, folders=True) as partial_path:
+        _check_room(path, total + len(tokenizer_json) * 4)
         writer = GGUFWriter(partial_path, qwen3_moe_gguf.ARCHITECTURE)
         try:
             for key, value in metadata.items():
@@ -145,21 +144,10 @@ def _add_texts(
         writer.add_chat_template(template)
 
 
-@contextmanager
-def _atomic(path: Path, partial_path: Path, needed: int) -> Iterator[None]:
-    """Check the room, and give the file its name once it is written and synced; on an error nothing is left."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < needed:
-            raise ConvertError(
-                f"'{path}' needs {needed} bytes of disk, {free} are free", "free some disk or choose another place"
-            )
-        yield
-        with open(partial_path, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.rename(partial_path, path)
-    except OSError as error:
-        raise ConvertError(f"cannot write '{path}': {error.strerror}") from error
-    finally:
-        partial_path.unlink(missing_ok=True)
+def _check_room(path: Path, needed: int) -> None:
+    """ConvertError unless the disk of ``path`` has ``needed`` bytes free."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise ConvertError(
+            f"'{path}' needs {needed} bytes of disk, {free} are free", "free some disk or choose another place"
+        )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from elmoe.chrome_trace import Span, write_chrome_trace
+
 KERNELS = ("embed", "attention_block", "route", "expert_ffn", "rms_norm", "logits", "sample")
-Span = tuple[str, str, float, float]
-"""(track, name, begin, end), seconds on the steady clock."""
 
 
 class ObservedBackend(SimpleNamespace):
@@ -44,8 +42,8 @@ class Timeline:
         self.spans: list[Span] = []
 
     def add(self, track: str, name: str, began: float, ended: float) -> None:
-        """Note one span."""
-        self.spans.append((track, name, began, ended))
+        """Note one span, seconds on the steady clock."""
+        self.spans.append(Span(track, name, began, ended))
 
     def backend(self, backend: ModuleType | SimpleNamespace) -> ObservedBackend:
         """The backend to run with, so that its calls appear."""
@@ -61,35 +59,15 @@ class Timeline:
 
     def hidden_share(self) -> float | None:
         """Share of the time with reads in flight during which compute did not wait for them; None without reads."""
-        reading = _union([span[2:] for span in self.spans if span[0].startswith("read ")])
-        waits = [span[2:] for span in self.spans if span[0] == "waits"]
+        reading = _union([(span.began, span.ended) for span in self.spans if span.track.startswith("read ")])
+        waits = [(span.began, span.ended) for span in self.spans if span.track == "waits"]
         total = sum(end - begin for begin, end in reading)
         return 1 - sum(end - begin for begin, end in _union(waits)) / total if total else None
 
     def write(self, path: Path) -> None:
-        """The Chrome trace event format, under a temporary name first."""
-        if not self.spans:
-            return
-        first = min(span[2] for span in self.spans)
-        tracks = {name: index for index, name in enumerate(sorted({s[0] for s in self.spans}, key=_order))}
-        events: list[dict[str, Any]] = [
-            {"ph": "M", "pid": 1, "tid": index, "name": "thread_name", "args": {"name": name}}
-            for name, index in tracks.items()
-        ]
-        events += [
-            {
-                "ph": "X",
-                "pid": 1,
-                "tid": tracks[track],
-                "name": name,
-                "ts": 1e6 * (begin - first),
-                "dur": 1e6 * (end - begin),
-            }
-            for track, name, begin, end in self.spans
-        ]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-        os.replace(partial, path)
+        """As a Chrome trace; nothing without spans."""
+        if self.spans:
+            write_chrome_trace(self.spans, path, _order)
 
 
 def _order(track: str) -> tuple[int, str]:

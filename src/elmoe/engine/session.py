@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -28,11 +29,21 @@ Backend = Literal["native", "reference"]
 Reader = Literal["auto", "memory", "direct"]
 HEADROOM = 512 << 20
 """Bytes left to everything else when a budget is derived from the memory available."""
+MOST_THREADS = 64
+"""The largest thread pool of the kernels."""
 
 
 def load_backend(name: Backend) -> ModuleType:
     """``native`` kernels, or ``reference``: the NumPy definition (same bits, slow). KernelError without native kernels."""
     return import_module("elmoe.kernels" if name == "native" else "elmoe.bitslice")
+
+
+def use_threads(backend: Backend, threads: int | None = None) -> None:
+    """Set the native kernels' thread count: by default all cores of this process, at most ``MOST_THREADS``."""
+    if backend == "native":
+        from elmoe import kernels
+
+        kernels.set_threads(threads or min(MOST_THREADS, len(os.sched_getaffinity(0))))
 
 
 class Session:

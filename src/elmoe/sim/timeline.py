@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from elmoe.files import json_text, write_whole
+from elmoe.chrome_trace import Span, write_chrome_trace
 from elmoe.hw.cost import Cost
 from elmoe.hw.machine import Machine
 from elmoe.schema.architecture import load_architecture
@@ -26,22 +25,18 @@ def write_timeline(grid: Grid, path: Path) -> None:
     )
     odds = grid.odds[-1] if form == "elastic" else None
     priced = simulation.price(Machine(hardware), form, batch, odds, grid.lengths)
-    events: list[dict[str, Any]] = []
+    spans: list[Span] = []
     now = 0.0
     for step in range(min(STEPS, priced.workload.steps)):
         for name, cost in (("draft", priced.draft), ("target", priced.target)):
             if cost is not None:
-                now = _add(events, name, cost, step, now)
-    write_whole(path, json_text({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
+                spans += pass_spans(f"{name} of step {step}", cost, step, now)
+                now += float(cost.latency[step])
+    write_chrome_trace(spans, path, lambda track: (track != "passes", track))
 
 
-def _add(events: list[dict[str, Any]], name: str, cost: Cost, step: int, now: float) -> float:
-    seconds = float(cost.latency[step])
-    label = f"{name} of step {step}"
-    events.append(_event(label, "passes", now, seconds))
-    events += [_event(label, resource, now, float(busy[step])) for resource, busy in cost.busy.items() if busy[step] > 0]
-    return now + seconds
-
-
-def _event(name: str, track: str, start: float, seconds: float) -> dict[str, Any]:
-    return {"name": name, "ph": "X", "pid": "simulated", "tid": track, "ts": start * 1e6, "dur": seconds * 1e6}
+def pass_spans(name: str, cost: Cost, step: int, began: float) -> list[Span]:
+    """The pass, and each resource that works in it."""
+    working = {resource: busy[step] for resource, busy in cost.busy.items() if busy[step] > 0}
+    seconds = {"passes": cost.latency[step]} | working
+    return [Span(track, name, began, began + float(length)) for track, length in seconds.items()]

@@ -141,7 +141,7 @@ def load_acceptance(name_or_path: str | Path) -> AcceptanceTable:
     """
     path, raw = read_json(name_or_path, PRESETS, "acceptance table", "write one with `elmoe trace profile`")
     hint = "write it anew with `elmoe trace profile`"
-    table = decode_json(raw, str(path), AcceptanceTable, TraceError, "acceptance table", hint)
+    table = decode_json(raw, str(path), AcceptanceTable, TraceError, "no acceptance table", hint)
     if not 1 <= table.version <= ACCEPTANCE_VERSION:
         raise TraceError(
             f"'{path}' has version {table.version}, this elmoe reads up to {ACCEPTANCE_VERSION}", "update elmoe"

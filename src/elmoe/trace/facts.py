@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
-from elmoe.files import output
+from elmoe.files import whole_file
 from elmoe.trace.format import FACTS_KEY, METADATA_KEY, Trace, read_trace
 from elmoe.trace.summary import committed_rows
 from elmoe.untrusted import decode_json, load_object
@@ -147,8 +147,8 @@ def write_facts(facts: RoutingFacts, path: str | Path) -> None:
         pa.array(position.astype(np.int32)),
         pa.FixedSizeListArray.from_arrays(flat, layers * ranks),
     ]
-    with output(path, TraceError) as file:
-        pq.write_table(pa.Table.from_arrays(columns, schema=_table_schema(header)), file, compression="zstd")
+    with whole_file(path, TraceError) as partial:
+        pq.write_table(pa.Table.from_arrays(columns, schema=_table_schema(header)), partial, compression="zstd")
 
 
 def read_facts(path: str | Path) -> RoutingFacts:
@@ -185,7 +185,7 @@ def _header(path: str | Path, metadata: bytes) -> FactsHeader:
     version = load_object(metadata, f"{path}: header", TraceError).get("version")
     if isinstance(version, int) and version > FACTS_VERSION:
         raise TraceError(f"'{path}' has version {version}, this elmoe reads up to {FACTS_VERSION}", "update elmoe")
-    header = decode_json(metadata, str(path), FactsHeader, TraceError, "facts file: it has a damaged header")
+    header = decode_json(metadata, str(path), FactsHeader, TraceError, "no facts file: it has a damaged header")
     if not header.lengths or min(*header.lengths, header.layers, header.ranks) < 1:
         raise TraceError(f"'{path}' has a damaged header: it holds no sequence, layer or rank")
     return header

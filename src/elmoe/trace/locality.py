@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
-from elmoe.files import output
+from elmoe.files import whole_file
 from elmoe.trace.facts import RoutingFacts
 from elmoe.untrusted import decode_json, read_bytes, short
 
@@ -94,7 +94,7 @@ def load_locality(name_or_path: str | Path) -> Locality:
     :raises TraceError: there is none, or it is no locality.
     """
     path, raw = read_json(name_or_path, PRESETS, "locality", "write one with `elmoe trace fit`")
-    locality = decode_json(raw, str(path), Locality, TraceError, "locality", "write it anew with `elmoe trace fit`")
+    locality = decode_json(raw, str(path), Locality, TraceError, "no locality", "write it anew with `elmoe trace fit`")
     if not 1 <= locality.version <= LOCALITY_VERSION:
         raise TraceError(
             f"'{path}' has version {locality.version}, this elmoe reads up to {LOCALITY_VERSION}", "update elmoe"
@@ -115,8 +115,8 @@ def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str, lim
 
 def write_json(path: str | Path, data: bytes) -> None:
     """Write a small file; it appears when it is whole. TraceError if it cannot be written."""
-    with output(path, TraceError) as file:
-        file.write(data + b"\n")
+    with whole_file(path, TraceError) as partial:
+        partial.write_bytes(data + b"\n")
 
 
 def membership(chosen: NDArray, computed: NDArray[np.bool_], experts: int) -> NDArray[np.bool_]:

@@ -83,7 +83,7 @@ def save_popularity(popularity: Popularity, path: str | Path) -> None:
 def load_popularity(path: str | Path) -> Popularity:
     """A file of ``elmoe trace import``; TraceError if it is none."""
     raw = _read(path)
-    popularity = decode_json(raw, str(path), Popularity, TraceError, "popularity", "write it with `elmoe trace import`")
+    popularity = decode_json(raw, str(path), Popularity, TraceError, "no popularity", "write it with `elmoe trace import`")
     if not 1 <= popularity.version <= POPULARITY_VERSION:
         raise TraceError(f"'{path}' has version {popularity.version}, this elmoe reads {POPULARITY_VERSION}", "update elmoe")
     return popularity

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
-from elmoe.files import WholeFile
+from elmoe.files import PartialFile
 from elmoe.schema.model import ModelSchema
 from elmoe.trace.format import TRACE_VERSION, TraceHeader, table_schema
 
@@ -28,16 +28,15 @@ class TraceRecorder:
     def __init__(
         self, path: str | Path, model: ModelSchema, run: dict[str, Any] | None = None, all_ranks: bool = False
     ) -> None:
-        self._path = Path(path)
+        self._file = PartialFile(path)
         ranks = self._ranks = model.experts if all_ranks else min(2 * model.top_k, model.experts)
         self._schema = table_schema(TraceHeader(version=TRACE_VERSION, model=model, ranks=ranks, run=run or {}))
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         self._rows = 0
         try:
-            self._whole = WholeFile(path)
+            self._writer = pq.ParquetWriter(self._file.partial, self._schema, compression="zstd")
         except (OSError, ValueError) as error:
             raise TraceError(f"cannot write trace '{path}': {getattr(error, 'strerror', None) or error}") from error
-        self._writer = pq.ParquetWriter(self._whole.file, self._schema, compression="zstd")
 
     def record(
         self,
@@ -97,7 +96,9 @@ class TraceRecorder:
         try:
             self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         except OSError as error:
-            raise TraceError(f"cannot write trace '{self._path}': {error.strerror or error}", "free some disk") from error
+            raise TraceError(
+                f"cannot write trace '{self._file.path}': {error.strerror or error}", "free some disk"
+            ) from error
 
     def __enter__(self) -> TraceRecorder:
         return self
@@ -110,8 +111,8 @@ class TraceRecorder:
                 self._flush()
             self._writer.close()
             if kind is None:
-                self._whole.finish()
+                self._file.finish()
         except OSError as failure:
-            raise TraceError(f"cannot finish trace '{self._path}': {failure.strerror or failure}") from failure
+            raise TraceError(f"cannot finish trace '{self._file.path}': {failure.strerror or failure}") from failure
         finally:
-            self._whole.discard()
+            self._file.discard()

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine, Mode
 from elmoe.engine.observe import ObservedBackend
-from elmoe.engine.replay import Replay
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
 from elmoe.kernels import ExpertFeed
+from elmoe.measure.replay import Replay
 
 
 class TimedBackend(ObservedBackend):

@@ -12,9 +12,9 @@ import numpy as np
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import READ_THREADS, Engine, EngineOptions
-from elmoe.engine.probe import memory_bandwidth
 from elmoe.engine.request import Request
 from elmoe.kernels.reads import ReadPool
+from elmoe.measure.probe import memory_bandwidth
 from elmoe.schema.model import ModelSchema
 from elmoe.store import DirectReader, private_memory
 

@@ -1,0 +1,1 @@
+"""Programs that make committed data: the demo model, golden files."""
