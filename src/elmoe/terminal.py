@@ -1,7 +1,7 @@
 """Tables, progress bars and numbers for people, on a terminal or in a log. Loads rich when something is shown.
 
-Names are shown as they are: text in brackets is no markup. A table too wide for the terminal is written as a list, so that no
-number is ever cut.
+Names are shown as they are: text in brackets is no markup. A table too wide for the terminal is written as a list, so that
+no number is ever cut.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ def progress_bar(description: str, total: float | None, bytes_: bool = False) ->
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     done = DownloadColumn() if bytes_ else MofNCompleteColumn()
-    with Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), done, TimeRemainingColumn(), console=Console(stderr=True)
-    ) as progress:  # fmt: skip
+    label = TextColumn("{task.description}", markup=False)
+    with Progress(label, BarColumn(), done, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task(shown(description), total=total)
         yield lambda completed, total=None: progress.update(task, completed=completed, total=total)

@@ -208,4 +208,4 @@ def _speed_figure(rows: list[dict[str, Any]], reference: str) -> Figure:
         values = [[row["speedup"] for row in group if row["batch"] == batch] for batch in batches]
         series[name] = [fmean(some) if some else None for some in values]
     title = f"Speed of every system in its fastest form, over plain {reference}"
-    return bars(title, [f"batch {b}" for b in batches], series, "x", logarithmic=True)
+    return bars(title, [f"batch {b}" for b in batches], series, f"x plain {reference}", logarithmic=True)

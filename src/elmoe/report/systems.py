@@ -34,10 +34,10 @@ def names_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["system"] for row in simulated(rows)))
 
 
-def busiest(row: Row) -> str:
-    """The resource that works for the largest share of the run: ``main 94 %``."""
+def busiest(row: Row) -> tuple[str, float]:
+    """The resource that works for the largest share of the run, and the share."""
     name, share = max(row["busy"].items(), key=lambda item: item[1], default=("-", 0.0))
-    return f"{name} {share:.0%}"
+    return str(name), float(share)
 
 
 def energy_parts(row: Row) -> dict[str, float]:
@@ -80,7 +80,7 @@ def summary_table(rows: Sequence[Row], reference: str) -> Table:
             (
                 name, *(fmean(values) if values else None for values in by_batch), fmean(row["speedup"] for row in group),
                 fmean(row["efficiency"]["middle"] for row in group), ", ".join(dict.fromkeys(row["form"] for row in group)),
-                ", ".join(dict.fromkeys(busiest(row).rpartition(" ")[0].rpartition(" ")[0] for row in group)),
+                ", ".join(dict.fromkeys(busiest(row)[0] for row in group)),
             )
         )  # fmt: skip
     return Table(
@@ -121,7 +121,7 @@ def all_rows(rows: Sequence[Row]) -> Table:
     table = [
         (
             *key, fmean(r["tokens_per_second"] for r in group), fmean(r["speedup"] for r in group),
-            fmean(r["joules_per_token"]["middle"] for r in group), busiest(group[0]),
+            fmean(r["joules_per_token"]["middle"] for r in group), "{} {:.0%}".format(*busiest(group[0])),
             *(traffic(group, name) for name in memories), group[0]["draft_length"],
             None if group[0]["msb_hit_rate"] is None else f"{fmean(r['msb_hit_rate'] for r in group):.0%}",
         )
