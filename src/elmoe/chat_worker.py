@@ -1,4 +1,4 @@
-"""The process that renders chat templates, which are untrusted code: started by ``elmoe.chat``, with limits on memory and time.
+"""The process that renders chat templates, which are untrusted code: started by ``elmoe.chat``, with limits.
 
 Run as a script; it imports Jinja and nothing of elmoe. Requests and replies are JSON, each behind its length in 8 bytes:
 ``{"template", "variables", "seconds"}``, answered by ``{"text"}`` or ``{"error", "kind"}``.

@@ -28,7 +28,11 @@ USER = {"role": "user", "content": "  What is <b>gravity</b> & 'é'?\n"}
 CHATS = {
     "user": [USER],
     "system": [{"role": "system", "content": "Be brief."}, USER],
-    "turns": [USER, {"role": "assistant", "content": "<think>\nwell\n</think>\n\nA force. "}, {"role": "user", "content": "Why?"}],
+    "turns": [
+        USER,
+        {"role": "assistant", "content": "<think>\nwell\n</think>\n\nA force. "},
+        {"role": "user", "content": "Why?"},
+    ],
     "none": [USER, {"role": "assistant", "content": "A force.", "tool_calls": None}, {"role": "user", "content": "Why?"}],
     "answered": [USER, {"role": "assistant", "content": "A force."}],
     "two users": [USER, USER],
