@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.policy.budget import FastTierSizes, SlotPlan
-from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
+from elmoe.policy.residency import ResidencyParameters
+from elmoe.trace.draft_facts import DraftFacts
 from elmoe.trace.replacement import belady_misses
-from elmoe.trace.replay import ReplayFacts
+from elmoe.trace.residents import ReplayedResidents, experts_used
 
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 15)
 """Draft lengths tried."""
@@ -27,19 +28,19 @@ TOKENS = 96
 
 
 class Pass(NamedTuple):
-    """A target pass: (layers, experts) uses, (layers, tokens, k) routing of the rows that were sure to stay and of those
+    """A target pass: (layers, experts) uses, (tokens, layers, k) routing of the rows that were sure to stay and of those
     that stayed."""
 
     uses: NDArray[np.bool_]
-    sure: NDArray[np.int32]
-    committed: NDArray[np.int32]
+    sure: NDArray[np.uint16]
+    committed: NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """Of replayed ``traces`` over ``windows`` (sequences of each batch), in an engine's ``sizes`` and ``budget`` bytes."""
 
-    traces: Sequence[ReplayFacts]
+    traces: Sequence[DraftFacts]
     windows: Sequence[Sequence[int]]
     sizes: FastTierSizes
     budget: int
@@ -64,7 +65,7 @@ class Ceilings:
                 passes = target_passes(facts, window, self.sizes.top_k, length)
                 few = clairvoyant_misses(passes, low)
                 read = few + (slots - low) * (clairvoyant_misses(passes, low + 1) - few)
-                total += read / len(passes[0].uses) / sum(step.committed.shape[1] for step in passes[1:])
+                total += read / len(passes[0].uses) / sum(len(step.committed) for step in passes[1:])
             return total / len(self.windows)
 
         return min(per_token(length) for length in LENGTHS) * len(self.sizes.msb) * whole
@@ -110,18 +111,19 @@ class Ceilings:
         ahead = self._room - len(self.sizes.msb) * (msb_slots * msb + lsb_slots * lsb)
         plan = SlotPlan((msb_slots,) * layers, (lsb_slots,) * layers, 0)
         seconds, tokens = 0.0, 0
-        residency, resident = Residency(layers, experts, ResidencyParameters()), ResidentSet.empty(layers, experts)
+        residents = ReplayedResidents(layers, experts, plan, ResidencyParameters())
         for passes in runs:  # each into a tier that is warm from those before
             for index, step in enumerate(passes):
+                resident = residents.resident
                 if index:  # the first, a prompt, is not counted
                     missing = int((step.uses & ~resident.msb).sum()) * msb + int((step.uses & ~resident.lsb).sum()) * lsb
-                    drafted = int((_uses(step.sure, experts) & resident.msb).sum()) * msb
+                    drafted = int((experts_used(step.sure, experts) & resident.msb).sum()) * msb
                     draft = length * (self.sizes.dense + repeats * drafted) / fast
                     target = (self.sizes.dense + repeats * int(step.uses.sum()) * (msb + lsb)) / fast
                     reading = repeats * missing / slow
                     seconds += draft + max(target, reading - min(draft, ahead / slow))
-                    tokens += step.committed.shape[1]
-                resident = residency.end_step(resident, step.sure, step.committed, step.uses, plan)
+                    tokens += len(step.committed)
+                residents.end_pass(step.sure, step.committed, step.uses)
         return tokens / seconds
 
 
@@ -131,11 +133,11 @@ def clairvoyant_misses(passes: list[Pass], slots: int) -> int:
     return sum(belady_misses(uses[:, layer], slots, warm=True) for layer in range(uses.shape[1]))
 
 
-def target_passes(facts: ReplayFacts, window: Sequence[int], top_k: int, length: int) -> list[Pass]:
+def target_passes(facts: DraftFacts, window: Sequence[int], top_k: int, length: int) -> list[Pass]:
     """The prompts' pass and those behind it with drafts of ``length``, until a sequence has its tokens."""
     last = {sequence: int(facts.prompts[sequence]) - 1 for sequence in window}
     prompt = np.concatenate([facts.target_routes[sequence, :at, 0, :, :top_k] for sequence, at in last.items()])
-    passes = [_pass(facts.experts, prompt, prompt, prompt)]
+    passes = [Pass(experts_used(prompt, facts.experts), prompt, prompt)]
     ends = {sequence: min(at + TOKENS, facts.length(sequence) - 1 - length) for sequence, at in last.items()}
     while all(last[sequence] < ends[sequence] for sequence in window):
         rows, sure, committed = [], [], []
@@ -148,18 +150,7 @@ def target_passes(facts: ReplayFacts, window: Sequence[int], top_k: int, length:
             rows.append(routes)
             sure.append(routes[:1])
             committed.append(routes[: 1 + accepted])
-        passes.append(_pass(facts.experts, *(np.concatenate(part) for part in (rows, sure, committed))))
+        passes.append(
+            Pass(experts_used(np.concatenate(rows), facts.experts), np.concatenate(sure), np.concatenate(committed))
+        )
     return passes
-
-
-def _pass(experts: int, rows: NDArray, sure: NDArray, committed: NDArray) -> Pass:
-    """From (tokens, layers, k) routing."""
-    by_layer, *kept = (part.transpose(1, 0, 2).astype(np.int32) for part in (rows, sure, committed))
-    return Pass(_uses(by_layer, experts), *kept)
-
-
-def _uses(routing: NDArray[np.int32], experts: int) -> NDArray[np.bool_]:
-    """(layers, experts) uses of (layers, tokens, k) routing."""
-    uses = np.zeros((len(routing), experts), bool)
-    np.put_along_axis(uses, routing.reshape(len(routing), -1).astype(np.int64), True, axis=1)
-    return uses

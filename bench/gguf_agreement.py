@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 
 from elmoe.convert.gguf_export import export_store
-from elmoe.engine.kv import KVPool
 from elmoe.engine.session import Session
-from elmoe.measure.perplexity import CHUNK, _AllExperts
-from elmoe.models.decoder import Tokens
+from elmoe.measure.perplexity import TeacherForcing
 from elmoe.terminal import print_table
 
 SOURCE = Path(__file__).with_name("llama_logits.cpp")
@@ -40,15 +38,7 @@ def build(peers: Path) -> Path:
 
 def our_logits(session: Session, ids: np.ndarray) -> np.ndarray:
     """Logits (tokens, vocabulary) behind every token, float32."""
-    pool, decoder = KVPool(session.reader.schema, 1, len(ids)), session.engine._decoder
-    decoder.reserve_positions(len(ids))
-    pool.reserve(0, len(ids))
-    parts = []
-    for start in range(0, len(ids), CHUNK):
-        positions = np.arange(start, min(start + CHUNK, len(ids)), dtype=np.int32)
-        batch = Tokens(ids[positions], np.zeros_like(positions), positions)
-        parts.append(decoder.forward(batch, pool.cache, _AllExperts(session), None)[0])
-    return np.concatenate(parts)
+    return np.concatenate(list(TeacherForcing(session, len(ids)).logits(ids)))
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

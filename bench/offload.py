@@ -31,12 +31,12 @@ from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session, load_backend
 from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
-from elmoe.measure.replay import Replay
+from elmoe.measure.replay import ReplayBackend
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import MemoryReader, open_direct, open_store
 from elmoe.terminal import number, print_table, progress_bar
-from elmoe.trace import read_trace, replay_facts
-from elmoe.trace.replay import ReplayFacts
+from elmoe.trace import draft_facts_of_trace, read_trace
+from elmoe.trace.draft_facts import DraftFacts
 from elmoe.units import parse_bytes
 
 SHAPES = Path(__file__).with_name("olmoe_shapes.json")
@@ -141,10 +141,10 @@ class System:
         }  # fmt: skip
 
 
-def replayed(store: Path, facts: list[ReplayFacts]) -> tuple[Any, Any]:
+def replayed(store: Path, facts: list[DraftFacts]) -> tuple[Any, Any]:
     """(engine maker over the direct reader, all-resident engine maker) of a store driven by traces."""
     reader = open_direct(store)
-    replay = Replay(load_backend("native"), reader.schema, facts)
+    replay = ReplayBackend(load_backend("native"), reader.schema, facts)
 
     def make(options: EngineOptions, source: Any = reader) -> tuple[Engine, Any, Any]:
         engine = Engine(source, replay, options, replay)  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def replayed(store: Path, facts: list[ReplayFacts]) -> tuple[Any, Any]:
     return make, lambda options: make(options, resident)
 
 
-def ceilings_of(facts: list[ReplayFacts], engine: Engine, batch: int, rounds: int) -> Ceilings:
+def ceilings_of(facts: list[DraftFacts], engine: Engine, batch: int, rounds: int) -> Ceilings:
     """The ceilings of an engine's budget, see bench/ceilings.py."""
     requests = [Request((0,) * PROMPT_TOKENS, TRACE_TOKENS - PROMPT_TOKENS, SamplingParameters())] * batch
     sizes = engine.sizes(requests)
@@ -404,7 +404,7 @@ def main() -> None:
             budgets = [parse_bytes("1340MiB")]  # half of the expert bytes of 4 layers beside dense, KV and staging
         store, traces = synthetic_store(arguments.folder, layers), recorded_traces(arguments.folder, arguments.prompts)
         disk, memory = disk_bandwidth(store / "layer-000.experts"), memory_bandwidth(1 << 30, 2)
-        facts = [replay_facts(read_trace(path)) for path in traces]
+        facts = [draft_facts_of_trace(read_trace(path)) for path in traces]
         make, resident = replayed(store, facts)
         rows = compare(
             budgets, dict.fromkeys(batches, arguments.repeats), make, resident, TOKENS,

@@ -33,10 +33,10 @@ from bench.random_tokens import PROMPT, RandomTokens
 from elmoe import kernels
 from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.measure.replay import Replay
+from elmoe.measure.replay import ReplayBackend
 from elmoe.store import MemoryReader, open_store, resolve_store
 from elmoe.terminal import number, print_table, progress_bar
-from elmoe.trace import read_trace, replay_facts
+from elmoe.trace import draft_facts_of_trace, read_trace
 
 BATCHES = (1, 4, 8, 16)
 DECODE_TARGETS = {1: 1.6, 4: 1.6, 8: 1.5, 16: 1.5}
@@ -215,9 +215,9 @@ def lower(cell: Cell, work: str, unit: str, target: float, variants: list[str]) 
 def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Iterator[dict[str, Any]]:
     """Elastic decoding over plain decoding, step by step in turns, all in memory; both replay the demo model's routing and
     acceptance."""
-    facts_of_traces = [replay_facts(read_trace(path)) for path in traces]
+    facts_of_traces = [draft_facts_of_trace(read_trace(path)) for path in traces]
     for batch in BATCHES:
-        replays = {name: Replay(kernels, reader.schema, facts_of_traces) for name in ("ours", "plain")}
+        replays = {name: ReplayBackend(kernels, reader.schema, facts_of_traces) for name in ("ours", "plain")}
         engines = {
             name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
             for (name, replay), mode in zip(replays.items(), ("elastic", "plain"), strict=True)

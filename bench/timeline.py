@@ -14,9 +14,9 @@ from bench.offload import recorded_traces, synthetic_store
 from elmoe import kernels
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.observe import Timeline
-from elmoe.measure.replay import Replay
+from elmoe.measure.replay import ReplayBackend
 from elmoe.store import open_direct
-from elmoe.trace import read_trace, replay_facts
+from elmoe.trace import draft_facts_of_trace, read_trace
 
 COLOURS = {
     "prefill": "#9aa5b1", "plain": "#7b8794", "draft": "#f0b429", "verify": "#2186eb", "expert_ffn": "#3ebd93",
@@ -37,9 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     kernels.set_threads(2)
     timeline = Timeline()
-    facts = [replay_facts(read_trace(path)) for path in recorded_traces(arguments.folder, None)]
+    facts = [draft_facts_of_trace(read_trace(path)) for path in recorded_traces(arguments.folder, None)]
     with open_direct(synthetic_store(arguments.folder, arguments.layers)) as reader:
-        replay = Replay(kernels, reader.schema, facts)
+        replay = ReplayBackend(kernels, reader.schema, facts)
         backend = timeline.backend(replay)
         options = EngineOptions(batch=arguments.batch, fast_memory=arguments.share)
         engine = Engine(reader, backend, options, replay)  # type: ignore[arg-type]

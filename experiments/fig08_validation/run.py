@@ -18,10 +18,9 @@ from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 from elmoe.hw.efficiency import efficiency_of_refresh
 from elmoe.hw.machine import Machine
-from elmoe.measure.calibrate import calibrate, hardware_yaml
+from elmoe.measure.calibrate import calibrate, hardware_of
 from elmoe.report.section import Section, Table
 from elmoe.schema.architecture import Architecture
-from elmoe.schema.constants import load_described
 from elmoe.schema.hardware import Hardware, load_hardware
 from elmoe.schema.model import ModelSchema
 from elmoe.schema.validation import Streaming, load_validation
@@ -105,9 +104,7 @@ def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ..
         prompts = [session.encode(text) for text in PROMPTS]
     with TemporaryDirectory() as folder, open_store("demo") as memory, open_direct("demo") as direct:
         bandwidth = _throttle(memory, prompts)
-        calibration = calibrate(direct, bandwidth)
-        text = hardware_yaml(calibration, 1 << 30, 1 << 40)
-        hardware = load_described(text, "this machine", Hardware)
+        hardware = hardware_of(calibrate(direct, bandwidth), 1 << 30, 1 << 40)
         for batch in scope.batches:
             for mode, length in (("cache", None), ("elastic", 4)):
                 options = EngineOptions(

@@ -73,24 +73,19 @@ def format_bytes(count: float) -> str:
 
 DIMENSIONS: dict[str, dict[str, float]] = {
     "capacity": {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
-    "bandwidth": {"MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "MiB/s": 2**20, "GiB/s": 2**30},
+    "bandwidth": {"B/s": 1, "MB/s": 1e6, "GB/s": 1e9, "TB/s": 1e12, "MiB/s": 2**20, "GiB/s": 2**30},
     "time": {"s": 1, "ms": 1e-3, "us": 1e-6, "ns": 1e-9},
-    "frequency": {"MHz": 1e6, "GHz": 1e9},
-    "throughput": {"GOPS": 1e9, "TOPS": 1e12, "GFLOPS": 1e9, "TFLOPS": 1e12},
-    "energy per bit": {"pJ/bit": 1e-12},
-    "energy per byte": {"pJ/B": 1e-12},
-    "energy per operation": {"pJ": 1e-12, "fJ": 1e-15},
-    "power": {"W": 1, "mW": 1e-3},
+    "frequency": {"Hz": 1, "MHz": 1e6, "GHz": 1e9},
+    "throughput": {"OPS": 1, "GOPS": 1e9, "TOPS": 1e12, "GFLOPS": 1e9, "TFLOPS": 1e12},
+    "energy per bit": {"J/bit": 1, "pJ/bit": 1e-12},
+    "energy per byte": {"J/B": 1, "pJ/B": 1e-12},
+    "energy per operation": {"J": 1, "pJ": 1e-12, "fJ": 1e-15},
     "ratio": {"": 1, "%": 1e-2, "x": 1},
     "operations per byte": {"op/B": 1},
 }  # fmt: skip
-"""Units by dimension, as factors to SI (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J, W)."""
-LIMITS: dict[str, tuple[float, float]] = {
-    "capacity": (1, 1e18), "bandwidth": (1, 1e18), "time": (1e-15, 1e6), "frequency": (1, 1e15), "throughput": (1, 1e21),
-    "energy per bit": (1e-21, 1e-3), "energy per byte": (1e-21, 1e-3), "energy per operation": (1e-21, 1e-3),
-    "power": (1e-9, 1e9), "ratio": (1e-9, 1e15), "operations per byte": (1e-9, 1e9),
-}  # fmt: skip
-"""Least and greatest value by dimension, SI: wide enough for any hardware, narrow enough that no product overflows."""
+"""Units by dimension, as factors to SI (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J); one is SI itself."""
+LEAST, MOST = 1e-30, 1e30
+"""Least and greatest value that is taken, SI: wider than any hardware, and no product of a few values overflows."""
 _WITH_UNIT = re.compile(r"\s*((?:0|[1-9][0-9]*)?(?:\.[0-9]+|(?<=[0-9]))(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")
 
 
@@ -110,24 +105,25 @@ def parse_quantity(text: str, dimension: str) -> float:
             "has no unit" if not unit else f"has a unit of {other}" if other else f"has the unknown unit '{short(unit, 20)}'"
         )
         raise RequestError(f"'{shown}' {problem}, expected {dimension}", f"units of {dimension}: {known}")
-    value, (least, most) = number * units[unit], LIMITS[dimension]
+    value = number * units[unit]
     if not 0 < number < math.inf:
         problem = "is not finite" if number else "is not positive"
         raise RequestError(f"'{shown}' {problem}", f"a {dimension} must be above zero and finite")
-    if not least <= value <= most:
-        size = "small" if value < least else "large"
-        bound = format_quantity(least if value < least else most, dimension)
-        raise RequestError(
-            f"'{shown}' is too {size} for a {dimension}", f"the {'least' if value < least else 'most'} is {bound}"
-        )
+    if not LEAST <= value <= MOST:
+        size, end, bound = ("small", "least", LEAST) if value < LEAST else ("large", "most", MOST)
+        told = f"'{shown}' is too {size} for a {dimension}"
+        raise RequestError(told, f"the {end} is {format_quantity(bound, dimension)}")
     return value
 
 
 def format_quantity(value: float, dimension: str) -> str:
-    """A value in SI with the unit that leaves the fewest digits before its point: ``102.4 GB/s``; a ratio in per cent below
-    1, else plain."""
-    if dimension == "ratio":
-        return f"{value * 100:g} %" if value < 1 else f"{value:g}"
-    decimal = {unit: scale for unit, scale in DIMENSIONS[dimension].items() if "i" not in unit.split("/")[0]}
-    unit = min(decimal, key=lambda name: (value / decimal[name] < 1, abs(math.log10(value / decimal[name]))))
-    return f"{value / decimal[unit]:g} {unit}"
+    """The shortest text that :func:`parse_quantity` reads as exactly this value; RequestError if there is none."""
+    if not 0 < value < math.inf:
+        raise RequestError(f"{value} is no {dimension}", f"a {dimension} must be above zero and finite")
+    texts = [
+        f"{repr(number).removesuffix('.0')} {unit}".strip()
+        for unit, factor in DIMENSIONS[dimension].items()
+        for number in {float(f"{value / factor:.12g}"), value / factor}
+        if number * factor == value
+    ]
+    return min(texts, key=lambda text: (len(text), text))

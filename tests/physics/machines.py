@@ -33,9 +33,7 @@ def memory(bandwidth: float, capacity: float, energy: float) -> Memory:
     )  # fmt: skip
 
 
-EVERYTHING = Features(
-    fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True, lsb_augmentation=True
-)
+EVERYTHING = Features(fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True)
 NOTHING = Features()
 
 

@@ -12,13 +12,13 @@ from elmoe.schema.constants import Bandwidth, Capacity
 from elmoe.schema.drafters import load_drafters
 from elmoe.schema.hardware import Features, Hardware
 from elmoe.sim.simulate import Priced, Simulation
-from elmoe.sim.workload import Replay
+from elmoe.sim.workload import RoutingReplay
 from elmoe.systems.forms import Odds
 from elmoe.systems.operations import operations
 from elmoe.systems.xpu import lower
 from tests.physics.machines import EVERYTHING, MODEL, NOTHING, facts, hardware, known, memory
 
-SIMULATION = Simulation(MODEL, Replay(facts()), load_drafters(), context=64, steps=16)
+SIMULATION = Simulation(MODEL, RoutingReplay(facts()), load_drafters(), context=64, steps=16)
 
 
 def price(machine: Hardware, form: str = "ar", batch: int = 4, acceptance: float = 0.8, **named: object) -> Priced:

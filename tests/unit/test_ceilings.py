@@ -7,14 +7,14 @@ import pytest
 from bench.ceilings import LENGTHS, Ceilings
 
 from elmoe.policy.budget import FastTierSizes
-from elmoe.trace.replay import ReplayFacts
+from elmoe.trace.draft_facts import DraftFacts
 
 LAYERS, EXPERTS, TOP_K, MSB, LSB = 2, 16, 4, 100, 80
 SLOW, FAST = 1e3, 1e5
 SEQUENCES, POSITIONS, PROMPT, DEPTHS = 2, 140, 8, max(LENGTHS)
 
 
-def facts(accepted: bool, seed: int | None = None) -> ReplayFacts:
+def facts(accepted: bool, seed: int | None = None) -> DraftFacts:
     """Experts 0..3 in every layer, or drawn with ``seed``; every draft token accepted, or none."""
     shape = (SEQUENCES, POSITIONS, DEPTHS + 1)
     routes = np.broadcast_to(np.arange(TOP_K, dtype=np.uint16), (*shape, LAYERS, TOP_K))
@@ -23,13 +23,13 @@ def facts(accepted: bool, seed: int | None = None) -> ReplayFacts:
     scores = np.ones_like(routes, np.float16)
     target = np.zeros(shape, np.int32)
     draft = np.full((SEQUENCES, POSITIONS, DEPTHS), 0 if accepted else 1, np.int32)
-    return ReplayFacts(
+    return DraftFacts(
         np.zeros((SEQUENCES, POSITIONS), np.int32), np.full(SEQUENCES, PROMPT, np.int32), target, draft,
         np.ones(draft.shape, np.float32), routes, scores, routes[:, :, :-1], scores[:, :, :-1], EXPERTS, 1.0,
     )  # fmt: skip
 
 
-def ceilings(trace: ReplayFacts, slots: float) -> Ceilings:
+def ceilings(trace: DraftFacts, slots: float) -> Ceilings:
     sizes = FastTierSizes(0, 0, 0, (MSB,) * LAYERS, (LSB,) * LAYERS, EXPERTS, TOP_K)
     return Ceilings([trace], [[0, 1]], sizes, int(slots * LAYERS * (MSB + LSB)))
 

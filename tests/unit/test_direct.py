@@ -24,7 +24,7 @@ from elmoe.kernels.slices import LSB, MSB, ExpertArena
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import open_direct, open_store
 from elmoe.store.synthetic import synthesize
-from elmoe.trace import TraceRecorder, read_trace, replay_facts
+from elmoe.trace import TraceRecorder, draft_facts_of_trace, read_trace
 from tests.tiny import tiny_schema
 
 SCHEMA = tiny_schema(layers=4, dense_layers=(1,), experts=16, top_k=3, max_positions=1024)
@@ -229,7 +229,7 @@ def test_a_timeline_shows_passes_kernels_waits_and_reads(reader, tmp_path):
 
 def test_a_replay_drives_other_weights_by_the_trace(store, reader, tmp_path):
     """Routing, tokens and acceptance are the trace's in every mode; what is compared is hashes of real logits."""
-    from elmoe.measure.replay import Replay
+    from elmoe.measure.replay import ReplayBackend
 
     target = tiny_schema(layers=6, experts=16, top_k=6, vocabulary=97)
     synthesize(tmp_path / "wide", target, 9, lambda done, total: None)
@@ -238,9 +238,9 @@ def test_a_replay_drives_other_weights_by_the_trace(store, reader, tmp_path):
     recorded = [replace(request, ignore_eos=True) for request in requests(count=4)]
     with open_store(store) as memory, TraceRecorder(path, SCHEMA, {"commit_limit": 1}) as recorder:
         results, _ = Engine(memory, kernels, record).generate(recorded, recorder=recorder)
-    facts = replay_facts(read_trace(path))
+    facts = draft_facts_of_trace(read_trace(path))
     with open_direct(tmp_path / "wide") as wide:
-        replay = Replay(kernels, target, [facts])
+        replay = ReplayBackend(kernels, target, [facts])
         begin, route = replay.begin, replay.route
         passes: list[tuple[str, list[tuple[int, int, int]], list[np.ndarray]]] = []
         replay.begin = lambda phase, rows, resident: (passes.append((phase, rows, [])), begin(phase, rows, resident))[1]
@@ -280,7 +280,7 @@ def test_a_trace_without_a_draft_from_every_position_is_refused(reader, tmp_path
     with TraceRecorder(tmp_path / "t", SCHEMA, {}) as recorder:
         Engine(reader, kernels, EngineOptions(fast_memory=0.5, draft_length=2)).generate(requests(), recorder=recorder)
     with pytest.raises(TraceError, match="every position"):
-        replay_facts(read_trace(tmp_path / "t"))
+        draft_facts_of_trace(read_trace(tmp_path / "t"))
 
 
 def test_the_arena_gives_back_its_last_slots_and_keeps_what_is_used():

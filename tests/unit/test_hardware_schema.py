@@ -5,10 +5,12 @@ from __future__ import annotations
 import msgspec
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from elmoe.errors import HardwareError
-from elmoe.schema.constants import Constant
-from elmoe.schema.hardware import Hardware, PeArray, load_hardware, preset_names, preset_text
+from elmoe.errors import HardwareError, RequestError
+from elmoe.schema.constants import Constant, Ratio, Seconds, described_text, load_described
+from elmoe.schema.hardware import Hardware, PeArray, Processor, load_hardware, preset_names, preset_text, write_hardware
 
 PAPER = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu", "elmoe3d_4gb", "elmoe3d_8gb")
 BOXES = ("dgx_spark", "jetson_thor", "rtx_pro_6000", "ddr5_nvme")
@@ -71,7 +73,7 @@ def test_the_published_peaks():
 def test_features_and_near_memory_of_the_rivals():
     on = {name: {f for f in features.__struct_fields__ if getattr(features, f)} for name, features in (
         (name, load_hardware(name).features) for name in preset_names())}  # fmt: skip
-    every = {"fast_dense", "expert_cache", "bit_slices", "parallel_tiers", "refill", "lsb_augmentation"}
+    every = {"fast_dense", "expert_cache", "bit_slices", "parallel_tiers", "refill"}
     assert on["elmoe3d_8gb"] == on["elmoe3d_4gb"] == on["ddr5_nvme"] == every
     assert on["hb_xpu"] == {"fast_dense", "expert_cache", "refill"} and on["xpu_nmp"] == {"fast_dense", "expert_cache"}
     assert not on["xpu"] | on["xpu_pim"] | on["xpu_logicpim"] | on["dgx_spark"] | on["rtx_pro_6000"]
@@ -201,3 +203,74 @@ def test_a_huge_a_binary_and_a_missing_file(tmp_path):
     with pytest.raises(HardwareError, match="no hardware 'elmoe4d'") as caught:
         load_hardware("elmoe4d")
     assert "elmoe3d_8gb" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_description_that_is_written_loads_as_the_same(tmp_path, name):
+    hardware = load_hardware(name)
+    write_hardware(hardware, tmp_path / "written.yaml")
+    assert load_hardware(tmp_path / "written.yaml") == hardware
+
+
+BOUNDS = st.lists(st.floats(1e-30, 1e30), min_size=3, max_size=3).map(sorted)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+def changed(data: object, draw: st.DataObject) -> object:
+    """A description of the same shape with other constants; ratios that are checked against others keep theirs."""
+    if isinstance(data, Constant) and not isinstance(data, Ratio | Seconds):
+        low, value, high = draw.draw(BOUNDS)
+        return type(data)(value, draw.draw(TEXTS), draw.draw(st.sampled_from(["measured", "assumed"])), low, high)
+    if isinstance(data, msgspec.Struct):
+        return msgspec.structs.replace(data, **{name: changed(getattr(data, name), draw) for name in data.__struct_fields__})
+    return draw.draw(TEXTS) if isinstance(data, str) and data not in ("main", "fast") else data
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.data(), st.sampled_from(preset_names()))
+def test_any_description_survives_writing_and_loading(draw, name):
+    hardware = changed(load_hardware(name), draw)
+    assert load_described(described_text(hardware), "written", Hardware) == hardware
+
+
+@given(BOUNDS)
+def test_ratios_and_times_survive_writing_and_loading(bounds):
+    low, value, high = bounds
+    for kind in (Ratio, Seconds):
+        constant = kind(value, "a source", "derived", low, high)
+        assert kind.parse(constant.written()) == constant
+
+
+def test_constants_that_differ_anywhere_are_not_equal():
+    one = Seconds(1.0, "a source", "derived", 0.5, 2.0)
+    others = [(1.0000001, "a source", "derived", 0.5, 2.0), (1.0, "another", "derived", 0.5, 2.0),
+              (1.0, "a source", "assumed", 0.5, 2.0), (1.0, "a source", "derived", 0.4, 2.0),
+              (1.0, "a source", "derived", 0.5, 3.0)]  # fmt: skip
+    assert one == Seconds(1.0, "a source", "derived", 0.5, 2.0) != Ratio(1.0, "a source", "derived", 0.5, 2.0)
+    assert all(Seconds(*other) != one for other in others)
+
+
+def test_quantities_are_written_short_and_impossible_ones_are_refused():
+    hardware = load_hardware("xpu")
+    text = described_text(hardware)
+    assert "bandwidth: {value: 102.4 GB/s" in text and "static_share: {value: '0.2'" in text
+    assert "\nfast:" not in text and "\nnear:" not in text
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        bad = msgspec.structs.replace(hardware, layer_overhead=Seconds(value, "a source", "measured"))
+        with pytest.raises(RequestError, match="is no time"):
+            described_text(bad)
+
+
+def test_a_calibration_becomes_hardware(tmp_path):
+    from elmoe.measure.calibrate import MeasuredMachine, hardware_of
+
+    machine = MeasuredMachine(
+        fast=31.4159265e9, slow=1.7e9, fixed=0.0, decisions=2.5e-6, throughput=4.2e11, error=0.01
+    )  # fmt: skip
+    write_hardware(hardware_of(machine, 8 << 30, 1 << 40), tmp_path / "mine.yaml")
+    hardware = load_hardware(tmp_path / "mine.yaml")
+    assert hardware == hardware_of(machine, 8 << 30, 1 << 40) and isinstance(hardware.compute, Processor)
+    assert (hardware.fast.bandwidth.value, hardware.fast.bandwidth.status) == (31.4159e9, "measured")
+    assert (hardware.fast.capacity.value, hardware.main.capacity.value) == (8 << 30, 1 << 40)
+    assert 0 < hardware.layer_overhead.value < 1e-12 and hardware.decision_overhead.value == 2.5e-6
+    assert hardware.main.energy.status == "assumed" and hardware.features.bit_slices

@@ -7,7 +7,7 @@ import pytest
 
 from elmoe import kernels
 from elmoe.bitslice import NestedMatrix
-from elmoe.engine import prefetch
+from elmoe.engine import prefetch_distance
 from elmoe.errors import KernelError
 from tests.tiny import TinyReader, tiny_schema
 
@@ -36,12 +36,12 @@ def test_no_result_depends_on_it():
 def test_the_fastest_distance_is_taken(monkeypatch):
     """Kernels that are told to be slow at all distances but one."""
     reader = TinyReader(tiny_schema(layers=12))
-    monkeypatch.setattr(prefetch, "LEAST_BYTES", 0)
-    monkeypatch.setattr(prefetch, "LEAST_RATE", 0.0)
+    monkeypatch.setattr(prefetch_distance, "LEAST_BYTES", 0)
+    monkeypatch.setattr(prefetch_distance, "LEAST_RATE", 0.0)
     clock = iter(np.cumsum([0.0 if i % 2 == 0 else 1.0 for i in range(1000)]).tolist())
     kernels.set_prefetch(2048)
-    monkeypatch.setattr(prefetch, "perf_counter", lambda: next(clock))
-    assert prefetch.calibrate_prefetch(reader) == dict.fromkeys(prefetch.DISTANCES, 1.0)
+    monkeypatch.setattr(prefetch_distance, "perf_counter", lambda: next(clock))
+    assert prefetch_distance.choose_prefetch_distance(reader) == dict.fromkeys(prefetch_distance.DISTANCES, 1.0)
     assert kernels.prefetch() == 2048  # no other one is faster
 
     now = 0.0
@@ -51,16 +51,16 @@ def test_the_fastest_distance_is_taken(monkeypatch):
         now += 0.5 if kernels.prefetch() == 4096 else 1.0
         return now
 
-    monkeypatch.setattr(prefetch, "perf_counter", by_distance)
-    assert prefetch.calibrate_prefetch(reader)[4096] == 0.5
+    monkeypatch.setattr(prefetch_distance, "perf_counter", by_distance)
+    assert prefetch_distance.choose_prefetch_distance(reader)[4096] == 0.5
     assert kernels.prefetch() == 4096
 
 
 def test_small_stores_and_slow_reads_measure_nothing(monkeypatch):
     reader = TinyReader(tiny_schema())
     kernels.set_prefetch(2048)
-    assert prefetch.calibrate_prefetch(reader) == {}
-    monkeypatch.setattr(prefetch, "LEAST_BYTES", 0)
-    monkeypatch.setattr(prefetch, "LEAST_RATE", 1e18)
-    assert prefetch.calibrate_prefetch(reader) == {}
+    assert prefetch_distance.choose_prefetch_distance(reader) == {}
+    monkeypatch.setattr(prefetch_distance, "LEAST_BYTES", 0)
+    monkeypatch.setattr(prefetch_distance, "LEAST_RATE", 1e18)
+    assert prefetch_distance.choose_prefetch_distance(reader) == {}
     assert kernels.prefetch() == 2048

@@ -42,10 +42,11 @@ def command(
     with serving.session(store, options) as session:
         label = session.tier
         if traces:
-            from elmoe.measure.replay import Replay
-            from elmoe.trace import read_trace, replay_facts
+            from elmoe.measure.replay import ReplayBackend
+            from elmoe.trace import draft_facts_of_trace, read_trace
 
-            replay = Replay(session.backend, session.reader.schema, [replay_facts(read_trace(path)) for path in traces])
+            facts = [draft_facts_of_trace(read_trace(path)) for path in traces]
+            replay = ReplayBackend(session.backend, session.reader.schema, facts)
             requests = replay.requests(list(range(max(batches))), max_tokens)
             label += "; replayed"
         else:

@@ -24,7 +24,7 @@ from elmoe.units import format_bytes, parse_bandwidth
 def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: float | None, as_json: bool) -> None:
     """What this machine can do: instruction set, threads, memory and disk bandwidth, native kernels."""
     from elmoe import __version__, kernels
-    from elmoe.engine.prefetch import calibrate_prefetch
+    from elmoe.engine.prefetch_distance import choose_prefetch_distance
     from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
     from elmoe.store import available_memory, open_direct, open_store
 
@@ -45,21 +45,20 @@ def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: floa
             for threads in sorted({1, cores}):
                 data[f"memory_read_bytes_per_second_{threads}_threads"] = memory_bandwidth(probe, threads)
             largest = max(reader.manifest.files, key=lambda file: file.bytes)
-            data["prefetch_seconds"] = calibrate_prefetch(reader)
+            data["prefetch_seconds"] = choose_prefetch_distance(reader)
             data["prefetch_bytes"] = kernels.prefetch()
             data["disk_read_bytes_per_second"] = disk_bandwidth(reader.path / largest.name)
         if hardware is not None:
             from elmoe.engine.session import use_threads
-            from elmoe.measure.calibrate import calibrate, hardware_yaml
+            from elmoe.measure.calibrate import calibrate, hardware_of
+            from elmoe.schema.hardware import write_hardware
 
             use_threads("native")
             direct = open_direct(store)
             with direct:
-                calibration = calibrate(direct, slow_bandwidth)
-            hardware.write_text(
-                hardware_yaml(calibration, available, shutil.disk_usage(reader.path).total), encoding="utf-8"
-            )
-            data |= {"hardware": str(hardware), "pass_cost_fit_error": calibration.error}
+                machine = calibrate(direct, slow_bandwidth)
+            write_hardware(hardware_of(machine, available, shutil.disk_usage(reader.path).total), hardware)
+            data |= {"hardware": str(hardware), "pass_cost_fit_error": machine.error}
     if as_json:
         print_json(data)
         return

@@ -47,7 +47,7 @@ def command(
     from elmoe.files import check_output
     from elmoe.schema.hardware import load_hardware, preset_names, preset_text
     from elmoe.sim.grid import PAPER_ODDS, Grid, check_names, run_grid
-    from elmoe.sim.result import Result, odds_of, write_result
+    from elmoe.sim.result import SimulationResult, odds_of, write_result
     from elmoe.systems.forms import FORMS
 
     if show_preset is not None:
@@ -66,7 +66,9 @@ def command(
     check_names(grid)
     with progress_bar("models x prompts", len(grid.models) * len(grid.prompts)) as bar:
         rows = run_grid(grid, lambda done, total: bar(done, total))
-    result = Result.of(grid, rows, shlex.join(["elmoe", *sys.argv[1:]]), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
+    result = SimulationResult.of(
+        grid, rows, shlex.join(["elmoe", *sys.argv[1:]]), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    )
     if out is not None:
         write_result(result, out)
     if timeline is not None:

@@ -86,9 +86,9 @@ class Session:
             raise StoreError(f"'{self.reader.tokenizer_path}' is not a readable tokenizer: {error}") from error
         self.backend = module
         if kind == "memory" and backend == "native":
-            from elmoe.engine.prefetch import calibrate_prefetch  # needs the native kernels
+            from elmoe.engine.prefetch_distance import choose_prefetch_distance  # needs the native kernels
 
-            calibrate_prefetch(self.reader)
+            choose_prefetch_distance(self.reader)
         self.engine = Engine(self.reader, module, options)
 
     def __enter__(self) -> Session:

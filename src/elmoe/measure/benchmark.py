@@ -18,7 +18,7 @@ from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
 from elmoe.kernels import ExpertFeed
-from elmoe.measure.replay import Replay
+from elmoe.measure.replay import ReplayBackend
 
 
 class TimedBackend(ObservedBackend):
@@ -57,7 +57,7 @@ def benchmark(
     batches: Iterable[int],
     repeats: int = 3,
     progress: Callable[[], None] | None = None,
-    replay: Replay | None = None,
+    replay: ReplayBackend | None = None,
 ) -> list[dict[str, Any]]:
     """One row per mode and batch size: medians over ``repeats`` interleaved runs, the first of each row not counted.
 
@@ -101,7 +101,7 @@ def benchmark(
     return rows
 
 
-def outcome_of(results: list[Result], replay: Replay | None) -> Any:
+def outcome_of(results: list[Result], replay: ReplayBackend | None) -> Any:
     """What must be equal between runs: the results; of a replay, the logits at committed positions."""
     return results if replay is None else replay.committed_digests()
 

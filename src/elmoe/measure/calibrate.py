@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median
 from time import perf_counter
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +16,18 @@ from elmoe.engine.engine import READ_THREADS, Engine, EngineOptions
 from elmoe.engine.request import Request
 from elmoe.kernels.reads import ReadPool
 from elmoe.measure.probe import memory_bandwidth
+from elmoe.schema.constants import (
+    Bandwidth,
+    Capacity,
+    Constant,
+    EnergyPerBit,
+    EnergyPerByte,
+    EnergyPerOperation,
+    Ratio,
+    Seconds,
+    Throughput,
+)
+from elmoe.schema.hardware import Features, Hardware, Memory, Processor, Sram, VectorUnit
 from elmoe.schema.model import ModelSchema
 from elmoe.store import DirectReader, private_memory
 
@@ -22,10 +35,13 @@ BATCHES = (1, 2, 4, 8, 16)
 TOKENS, REPEATS, DRAFT_LENGTH = 32, 3, 4
 BURST, BURSTS = 4, 40
 """Experts read at once, as a layer of a small batch misses them, and how often."""
+DIGITS, LEAST = 6, 1e-15
+"""Significant digits of measured speeds and times, and the least value: a description holds positive ones only."""
+Measured = TypeVar("Measured", bound=Constant)
 
 
 @dataclass(frozen=True)
-class Calibration:
+class MeasuredMachine:
     """``fast``, ``slow``: bytes/s. ``fixed``: seconds per layer and pass, ``decisions``: beyond them in target passes.
     ``throughput``: operations/s, two a
     multiply-accumulate. ``error``: mean relative error of the fit over the batch sizes."""
@@ -38,7 +54,7 @@ class Calibration:
     error: float
 
 
-def calibrate(reader: DirectReader, slow_bandwidth: float | None = None) -> Calibration:
+def calibrate(reader: DirectReader, slow_bandwidth: float | None = None) -> MeasuredMachine:
     """Measure decoding of random prompts with every expert cached, at several batch sizes, and both tiers; takes some
     seconds. The cost of passes includes what deciding about residents costs.
 
@@ -67,7 +83,7 @@ def calibrate(reader: DirectReader, slow_bandwidth: float | None = None) -> Cali
     tokens, seconds = np.array(points["verify"]).T
     error = float(np.abs((target_fixed + per_token * tokens) / seconds - 1).mean())
     footprint = min(512 << 20, sum(file.bytes for file in reader.manifest.files))
-    return Calibration(
+    return MeasuredMachine(
         memory_bandwidth(footprint, kernels.threads()), _slow_bandwidth(reader, slow_bandwidth), fixed / schema.layers,
         (target_fixed - fixed) / max(1, len(schema.moe_layers)), 2 * _macs(schema) / per_token, error,
     )  # fmt: skip
@@ -97,44 +113,47 @@ def _slow_bandwidth(reader: DirectReader, throttle: float | None) -> float:
     return median(rates)
 
 
-def hardware_yaml(calibration: Calibration, fast_bytes: int, slow_bytes: int, name: str = "this_machine") -> str:
-    """The calibration as a hardware description for `elmoe simulate --hardware`; energies are not measured."""
+def hardware_of(machine: MeasuredMachine, fast_bytes: int, slow_bytes: int, name: str = "this_machine") -> Hardware:
+    """A measured machine as hardware of the simulator, for `elmoe simulate --hardware`; energies are not measured."""
     how = f"measured by elmoe doctor {version('elmoe')}"
     unknown = "not measured by elmoe doctor: energies of this machine mean nothing"
 
-    def measured(value: str) -> str:
-        return f'{{value: {value}, source: "{how}", status: measured}}'
+    def measured(kind: type[Measured], value: float) -> Measured:
+        return kind(max(value, LEAST), how, "measured")
 
-    def assumed(value: str) -> str:
-        return f'{{value: {value}, source: "{unknown}", status: assumed}}'
+    def rounded(value: float) -> float:
+        return float(f"{value:.{DIGITS}g}")
 
-    return f"""name: {name}
-description: This machine, memory over a slow tier, on the shapes of one store.
-main:
-  kind: slow tier
-  capacity: {measured(f"{slow_bytes} B")}
-  bandwidth: {measured(f"{calibration.slow / 1e9:.6f} GB/s")}
-  energy: {assumed("1 pJ/bit")}
-fast:
-  kind: memory
-  capacity: {measured(f"{fast_bytes} B")}
-  bandwidth: {measured(f"{calibration.fast / 1e9:.6f} GB/s")}
-  energy: {assumed("1 pJ/bit")}
-compute:
-  kind: processor
-  throughput: {measured(f"{calibration.throughput / 1e9:.6f} GOPS")}
-  mac_energy: {assumed("1 pJ")}
-sram:
-  energy: {assumed("1 pJ/B")}
-vector:
-  throughput: {{value: 1000 TOPS, source: "inside the measured cost of passes", status: derived}}
-  energy: {assumed("1 pJ")}
-static_share: {assumed("20 %")}
-layer_overhead: {measured(f"{max(calibration.fixed, 1e-9) * 1e6:.6f} us")}
-decision_overhead: {measured(f"{max(calibration.decisions, 1e-9) * 1e6:.6f} us")}
-features: {{fast_dense: true, expert_cache: true, bit_slices: true, parallel_tiers: true, refill: true,
-  lsb_augmentation: true}}
-"""
+    def bits() -> EnergyPerBit:
+        return EnergyPerBit(1e-12, unknown, "assumed")
+
+    return Hardware(
+        name=name,
+        description="This machine, memory over a slow tier, on the shapes of one store.",
+        main=Memory(
+            kind="slow tier", capacity=measured(Capacity, slow_bytes), bandwidth=measured(Bandwidth, rounded(machine.slow)),
+            energy=bits(),
+        ),
+        fast=Memory(
+            kind="memory", capacity=measured(Capacity, fast_bytes), bandwidth=measured(Bandwidth, rounded(machine.fast)),
+            energy=bits(),
+        ),
+        compute=Processor(
+            throughput=measured(Throughput, rounded(machine.throughput)),
+            mac_energy=EnergyPerOperation(1e-12, unknown, "assumed"),
+        ),
+        sram=Sram(energy=EnergyPerByte(1e-12, unknown, "assumed")),
+        vector=VectorUnit(
+            throughput=Throughput(1e15, "inside the measured cost of passes", "derived"),
+            energy=EnergyPerOperation(1e-12, unknown, "assumed"),
+        ),
+        static_share=Ratio(0.2, unknown, "assumed"),
+        layer_overhead=measured(Seconds, rounded(machine.fixed)),
+        decision_overhead=measured(Seconds, rounded(machine.decisions)),
+        features=Features(
+            fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True
+        ),
+    )  # fmt: skip
 
 
 def _macs(schema: ModelSchema) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elmoe.bitslice import Routing
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
@@ -39,19 +40,34 @@ class Perplexity:
         return float(np.exp(self.draft_nats))
 
 
-class _AllExperts:
-    """An expert source for a model that is wholly readable; counts how often each expert is used."""
+class TeacherForcing:
+    """Logits of given tokens on a store that is wholly in memory, in passes of ``CHUNK`` tokens.
 
-    def __init__(self, session: Session) -> None:
+    ``counts`` (MoE layers, experts): how often the target used each expert since it was last set to 0.
+    """
+
+    def __init__(self, session: Session, window: int) -> None:
         schema = session.reader.schema
+        self._decoder = session.engine._decoder
+        self._decoder.reserve_positions(window)
+        self._pool = KVPool(schema, 1, window)
+        self._pool.reserve(0, window)
         self._rows = {layer: row for row, layer in enumerate(schema.moe_layers)}
         self._addresses = {layer: session.reader.expert_addresses(layer) for layer in schema.moe_layers}
         self.counts = np.zeros((len(self._rows), schema.experts), np.int64)
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> list[Stretch]:
+        """See ``elmoe.models.decoder.ExpertSource``: all experts are there; the target's are counted."""
         if not draft:
             self.counts[self._rows[layer]] += np.bincount(routing.experts.ravel(), minlength=self.counts.shape[1])
         return [Stretch(routing.experts, self._addresses[layer], whole=True)]
+
+    def logits(self, tokens: NDArray[np.int32], draft: Draft | None = None) -> Iterator[NDArray[np.float32]]:
+        """(up to ``CHUNK``, vocabulary) logits behind each of at most ``window`` tokens, which start at position 0."""
+        for start in range(0, len(tokens), CHUNK):
+            positions = np.arange(start, min(start + CHUNK, len(tokens)), dtype=np.int32)
+            batch = Tokens(tokens[positions], np.zeros_like(positions), positions)
+            yield self._decoder.forward(batch, self._pool.cache, self, draft)[0]
 
 
 def evaluate(
@@ -68,16 +84,14 @@ def evaluate(
         (all of them in the first).
     :raises RequestError: the text is shorter than one window, or the window is longer than the context.
     """
-    decoder, schema = session.engine._decoder, session.reader.schema
+    schema = session.reader.schema
     if not 2 <= window <= schema.max_positions:
         raise RequestError(f"a window of {window} tokens does not fit the context of {schema.max_positions}")
     ids = np.array(session.encode(text), np.int32)
     count = len(ids) // window if windows is None else min(windows, len(ids) // window)
     if count == 0:
         raise RequestError(f"the text has {len(ids)} tokens, a window needs {window}", "give a longer text or --window")
-    decoder.reserve_positions(window)
-    pool, source = KVPool(schema, 1, window), _AllExperts(session)
-    pool.reserve(0, window)
+    source = TeacherForcing(session, window)
     keep = max(schema.top_k, round(share * schema.experts))
     allowed = np.ones((len(schema.moe_layers), schema.experts), np.uint8)
     sums = np.zeros(2)
@@ -88,13 +102,11 @@ def evaluate(
         best = []
         for which, draft in enumerate((None, Draft(allowed, schema.top_k))):
             parts = []
-            for start in range(0, window - 1, CHUNK):
-                positions = np.arange(start, min(start + CHUNK, window - 1), dtype=np.int32)
-                batch = Tokens(tokens[positions], np.zeros_like(positions), positions)
-                logits, _ = decoder.forward(batch, pool.cache, source, draft)
+            for start, logits in zip(range(0, window - 1, CHUNK), source.logits(tokens[:-1], draft), strict=True):
+                following = tokens[start + 1 : start + 1 + len(logits)]
                 top = logits.max(axis=1, keepdims=True)
                 total = log(lane_sum(exp(logits - top).astype(np.float64)))
-                sums[which] += float((total - (logits - top)[np.arange(len(positions)), tokens[positions + 1]]).sum())
+                sums[which] += float((total - (logits - top)[np.arange(len(logits)), following]).sum())
                 parts.append(logits.argmax(axis=1))
             best.append(np.concatenate(parts))
         agreed += int((best[0] == best[1]).sum())

@@ -20,13 +20,13 @@ from elmoe.engine.request import Request
 from elmoe.engine.statistics import Phase
 from elmoe.errors import TraceError
 from elmoe.schema.model import ModelSchema
-from elmoe.trace.replay import ReplayFacts
+from elmoe.trace.draft_facts import DraftFacts
 
 PERMUTATION_SEED = 20260414
 """Of the fixed permutation of experts under which an odd layer repeats the even layer before it."""
 
 
-class Replay(SimpleNamespace):
+class ReplayBackend(SimpleNamespace):
     """A kernel backend, and the engine's ``script``, that computes everything and then says what the trace says.
 
     Layers 2l and 2l+1 replay the trace's layer l (modulo its layers), the second under a fixed permutation of experts; each
@@ -35,7 +35,7 @@ class Replay(SimpleNamespace):
     with different shares of resident MSB slices, a step replays the nearest: acceptance depends on what was resident.
     """
 
-    def __init__(self, backend: ModuleType, schema: ModelSchema, traces: Sequence[ReplayFacts]) -> None:
+    def __init__(self, backend: ModuleType, schema: ModelSchema, traces: Sequence[DraftFacts]) -> None:
         facts = traces[0]
         ranks = facts.target_routes.shape[-1]
         if facts.experts != schema.experts or ranks < schema.top_k:

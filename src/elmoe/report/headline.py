@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-OURS = "elmoe3d"
 RIVALS = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu")
 SHARES = ("low", "middle", "high")
 PAPER = {

@@ -1,7 +1,7 @@
-"""Physical constants with a unit, a source and a status, and loading YAML descriptions that are made of them.
+"""Physical constants with a unit, a source and a status, and YAML descriptions that are made of them: loading, writing.
 
 A constant is written ``{value: 102.4 GB/s, source: "...", status: published}``; ``range: [low, high]`` names the least and
-greatest value that sources give, for sweeps. Values are held in SI units (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J, W).
+greatest value that sources give, for sweeps. Values are held in SI units (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J).
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 import msgspec
+import yaml
 
 from elmoe.errors import ElmoeError, HardwareError
-from elmoe.units import parse_quantity
+from elmoe.units import format_quantity, parse_quantity
 from elmoe.untrusted import load_yaml, short
 
 Described = TypeVar("Described", bound=msgspec.Struct)
@@ -44,7 +45,7 @@ class Constant:
         return f"{type(self).__name__}({self.value:g}, {self.status})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constant) and repr(self) == repr(other) and self.source == other.source
+        return type(self) is type(other) and all(getattr(self, name) == getattr(other, name) for name in Constant.__slots__)
 
     def __hash__(self) -> int:
         return hash((self.value, self.source))
@@ -52,6 +53,13 @@ class Constant:
     def at(self, value: float) -> Self:
         """The same constant at another value, for sweeps."""
         return type(self)(value, self.source, self.status, self.low, self.high)
+
+    def written(self) -> dict[str, Any]:
+        """The YAML mapping that :meth:`parse` reads as an equal constant."""
+        data: dict[str, Any] = {"value": format_quantity(self.value, self.dimension)}
+        if (self.low, self.high) != (self.value, self.value):
+            data["range"] = [format_quantity(bound, self.dimension) for bound in (self.low, self.high)]
+        return data | {"status": self.status, "source": self.source}
 
     @classmethod
     def parse(cls, data: Any) -> Self:
@@ -133,12 +141,6 @@ class EnergyPerOperation(Constant):
     dimension = "energy per operation"
 
 
-class Power(Constant):
-    """Watts."""
-
-    dimension = "power"
-
-
 class Ratio(Constant):
     """A number without unit, or per cent."""
 
@@ -170,3 +172,33 @@ def load_described(text: str, where: str, kind: type[Described]) -> Described:
     return described.convert(
         kind, HardwareError, "compare with a preset: `elmoe simulate --show-preset elmoe3d_8gb`", _decode
     )
+
+
+class _OnOneLine(dict[str, Any]):
+    """A mapping that YAML writes in braces."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes ``_OnOneLine``, and no aliases: the same source may stand at many constants."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(_OnOneLine, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, True))
+
+
+def described_text(described: msgspec.Struct) -> str:
+    """YAML that :func:`load_described` reads as an equal structure.
+
+    :raises RequestError: a constant is not positive and finite.
+    """
+
+    def shown(data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = {key: shown(value) for key, value in data.items() if value is not None}
+        return known if any(isinstance(value, dict) for value in known.values()) else _OnOneLine(known)
+
+    data = msgspec.to_builtins(described, enc_hook=lambda constant: constant.written())
+    return yaml.dump(shown(data), Dumper=_Dumper, sort_keys=False, width=120)

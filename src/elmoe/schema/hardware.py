@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from elmoe.errors import HardwareError
+from elmoe.files import write_whole
 from elmoe.schema.constants import (
     Bandwidth,
     Capacity,
@@ -22,6 +23,7 @@ from elmoe.schema.constants import (
     Seconds,
     Struct,
     Throughput,
+    described_text,
     load_described,
 )  # fmt: skip
 from elmoe.schema.provenance import mark_changes
@@ -95,10 +97,9 @@ class Sram(Struct, frozen=True, kw_only=True):
 
 
 class Links(Struct, frozen=True, kw_only=True):
-    """``aggregation``: partial sums between processing elements. ``stream``: the main memory's broadcast to them."""
+    """``aggregation``: partial sums between processing elements."""
 
     aggregation: Bandwidth
-    stream: Bandwidth
     energy: EnergyPerBit
 
 
@@ -114,7 +115,7 @@ class Features(Struct, frozen=True, kw_only=True):
 
     ``fast_dense``: dense parts live in the fast memory. ``expert_cache``: expert slices are kept there (``bit_slices``: MSB
     slices first, else whole experts). ``parallel_tiers``: both memories are read at once. ``refill``: the set of resident
-    experts follows the routing, else it stays what the prompts made it. ``lsb_augmentation``: drafts round to the middle.
+    experts follows the routing, else it stays what the prompts made it.
     """
 
     fast_dense: bool = False
@@ -122,7 +123,6 @@ class Features(Struct, frozen=True, kw_only=True):
     bit_slices: bool = False
     parallel_tiers: bool = False
     refill: bool = False
-    lsb_augmentation: bool = False
 
 
 class Hardware(Struct, frozen=True, kw_only=True):
@@ -157,6 +157,14 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     """A preset by name, or a YAML file; HardwareError names the file, the path in it and the mend."""
     hardware = load_described(*_read(name_or_path), Hardware)
     return hardware if str(name_or_path) in preset_names() else mark_changes(hardware, _presets(), Path(name_or_path).name)
+
+
+def write_hardware(hardware: Hardware, path: str | Path) -> None:
+    """Write YAML that :func:`load_hardware` reads as an equal description.
+
+    :raises HardwareError: the file cannot be written. :raises RequestError: a constant is not positive and finite.
+    """
+    write_whole(path, described_text(hardware).encode())
 
 
 @cache

@@ -17,7 +17,7 @@ from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
 from elmoe.sim.rows import row_of, static_watts
 from elmoe.sim.simulate import DRAFT_LENGTHS, Simulation
-from elmoe.sim.workload import Replay
+from elmoe.sim.workload import RoutingReplay
 from elmoe.systems.forms import FORMS, FormName, Odds, TableOdds, rival_odds
 from elmoe.trace.facts import RoutingFacts, read_facts
 from elmoe.trace.locality import load_locality
@@ -115,7 +115,7 @@ def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]
     """Rows of one model and prompt set; what does not fit becomes a row with ``error``."""
     model = load_architecture(model_name)
     facts = facts_of(model, prompts, grid.trace)
-    simulation = Simulation(model, Replay(facts), grid.drafters, grid.context, grid.steps)
+    simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
     machines = [Machine(hardware) for hardware in grid.systems]
     rows = []
     for batch in grid.batches:

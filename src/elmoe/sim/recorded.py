@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
 from elmoe.policy.budget import FastTierSizes, SlotPlan
-from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
+from elmoe.policy.residency import ResidencyParameters, ResidentSet
 from elmoe.systems.passes import Passes
 from elmoe.trace.format import Trace
+from elmoe.trace.residents import ReplayedResidents, best_residents, experts_used
+from elmoe.trace.summary import first_rows
 
 
 @dataclass
@@ -65,16 +67,15 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
     ranked = trace.routing()
     if slots is not None and trace.header.ranks < experts and (trace.column("phase") == "draft").any():
         raise TraceError("the trace does not rank all experts", "record it with --all-ranks")
-    residency, resident = Residency(layers, experts, parameters), ResidentSet.empty(layers, experts)
+    residents = None if slots is None else ReplayedResidents(layers, experts, slots, parameters)
     msb, lsb = np.array(sizes.msb), np.array(sizes.lsb)
-    kept, positions = _kept_rows(trace), trace.column("position")
-    prediction = Prediction()
+    kept, first, positions = _kept_rows(trace), first_rows(trace), trace.column("position")
+    nothing, prediction = ResidentSet.empty(layers, experts), Prediction()
     for recorded in passes_of(trace):
         rows = recorded.rows
-        routed = ranked[rows]
+        routed, resident = ranked[rows], nothing if residents is None else residents.resident
         chosen = _masked(routed, resident.msb, top_k) if recorded.phase == "draft" else routed[..., :top_k]
-        used = np.zeros((layers, experts), bool)
-        used[np.arange(layers)[:, None], chosen.transpose(1, 0, 2).reshape(layers, -1)] = True
+        used = experts_used(chosen, experts)
         counts = prediction.phases.setdefault(recorded.phase, Counts())
         counts.passes += 1
         counts.tokens += len(rows)
@@ -99,10 +100,9 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
                 },
             )
         )  # fmt: skip
-        if recorded.phase != "draft" and slots is not None:
-            first = np.ones(len(rows), bool) if recorded.phase == "prefill" else _first_rows(trace, rows)
-            sure, committed = chosen[first], chosen[kept[rows]]
-            resident = residency.end_step(resident, _by_layer(sure), _by_layer(committed), used, slots)
+        if recorded.phase != "draft" and residents is not None:
+            sure = chosen if recorded.phase == "prefill" else chosen[first[rows]]
+            residents.end_pass(sure, chosen[kept[rows]], used)
     return prediction
 
 
@@ -135,20 +135,8 @@ def _kept_rows(trace: Trace) -> NDArray[np.bool_]:
     return kept
 
 
-def _first_rows(trace: Trace, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    sequence = trace.column("sequence")[rows]
-    return np.concatenate(([True], sequence[1:] != sequence[:-1]))
-
-
 def _masked(ranked: NDArray, resident: NDArray[np.bool_], top_k: int) -> NDArray:
     """The best residents of (tokens, layers, experts) rankings, as many as the layer with the fewest allows up to top-k."""
-    present = resident[np.arange(ranked.shape[1])[:, None], ranked]
-    order = np.argsort(~present, axis=2, kind="stable")[..., :top_k]
-    chosen = np.take_along_axis(ranked, order, axis=2)
+    chosen, missing = best_residents(ranked, resident, top_k)
     # A layer with fewer residents than top-k repeats its best one: distinct experts are what counts here.
-    missing = ~np.take_along_axis(present, order, axis=2)
     return np.where(missing, chosen[..., :1], chosen)
-
-
-def _by_layer(tokens: NDArray) -> NDArray[np.int32]:
-    return tokens.transpose(1, 0, 2).astype(np.int32)

@@ -34,14 +34,14 @@ def odds_of(text: str) -> Odds | TableOdds:
 
 
 @dataclass(frozen=True)
-class Result:
+class SimulationResult:
     """Rows and what they were made from."""
 
     conditions: dict[str, Any]
     rows: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, grid: Grid, rows: list[dict[str, Any]], command: str = "", date: str = "") -> Result:
+    def of(cls, grid: Grid, rows: list[dict[str, Any]], command: str = "", date: str = "") -> SimulationResult:
         """With the grid's conditions and every system's constants. ``command``: what the user typed; ``date``: when."""
         told = {name: text for name, text in (("command", command), ("date", date)) if text}
         return cls(
@@ -69,19 +69,19 @@ class Result:
         return {"version": RESULT_VERSION, "label": LABEL, "conditions": self.conditions, "rows": self.rows}
 
 
-def write_result(result: Result, path: Path) -> None:
+def write_result(result: SimulationResult, path: Path) -> None:
     """Write a result file; it appears when it is whole."""
     write_whole(path, json_text(result.as_dict()).encode())
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: Path) -> SimulationResult:
     """Read a result file; HardwareError names what is wrong with it."""
     hint = "write one with `elmoe simulate --out`"
     data = load_object(read_bytes(path, HardwareError, SIZE_LIMIT, "result file", hint), str(path), HardwareError, hint)
     return result_of(data, str(path))
 
 
-def result_of(data: dict[str, Any], where: str) -> Result:
+def result_of(data: dict[str, Any], where: str) -> SimulationResult:
     """A decoded result file; HardwareError names ``where``, the row and the key that is wrong."""
     hint = "write it anew with `elmoe simulate --out`"
     conditions, rows = data.get("conditions", {}), data.get("rows")
@@ -92,7 +92,7 @@ def result_of(data: dict[str, Any], where: str) -> Result:
             check_row(row)
         except ValueError as error:
             raise HardwareError(f"'{where}', row {index + 1}: {short(error)}", hint) from None
-    return Result(conditions, rows)
+    return SimulationResult(conditions, rows)
 
 
 Key = tuple[str, str, str | None]

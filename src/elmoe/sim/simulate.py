@@ -14,13 +14,13 @@ from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.schema.architecture import Architecture
 from elmoe.schema.drafters import Drafters
-from elmoe.sim.workload import Acceptance, Draft, Plan, Replay, TierPlan, Workload
+from elmoe.sim.workload import Acceptance, DraftKind, Plan, RoutingReplay, TierPlan, Workload
 from elmoe.systems.forms import FormName, draft_cost, draft_model_bytes, target_cost
 from elmoe.units import format_bytes
 
 DRAFT_LENGTHS = (1, 2, 4, 8)
 """Each speculative form takes the best of these per condition, rivals too."""
-DRAFTS: dict[FormName, Draft] = {
+DRAFTS: dict[FormName, DraftKind] = {
     "ar": "none", "eagle": "external", "small_lm": "external", "quant": "natural", "elastic": "resident",
     "bit_axis": "natural",
 }  # fmt: skip
@@ -54,7 +54,7 @@ class Simulation:
     """A model and its routing facts on machines; workloads are kept, since many machines share them."""
 
     def __init__(
-        self, model: Architecture, replay: Replay, drafters: Drafters, context: int = 1024, steps: int = 24
+        self, model: Architecture, replay: RoutingReplay, drafters: Drafters, context: int = 1024, steps: int = 24
     ) -> None:
         self.model, self.replay, self.drafters = model, replay, drafters
         self.context, self.steps = context, steps

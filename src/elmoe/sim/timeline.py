@@ -10,7 +10,7 @@ from elmoe.hw.machine import Machine
 from elmoe.schema.architecture import load_architecture
 from elmoe.sim.grid import Grid, facts_of
 from elmoe.sim.simulate import Simulation
-from elmoe.sim.workload import Replay
+from elmoe.sim.workload import RoutingReplay
 
 STEPS = 8
 
@@ -21,7 +21,7 @@ def write_timeline(grid: Grid, path: Path) -> None:
     hardware, form, batch = grid.systems[-1], grid.forms[-1], grid.batches[-1]
     model = load_architecture(grid.models[0])
     simulation = Simulation(
-        model, Replay(facts_of(model, grid.prompts[0], grid.trace)), grid.drafters, grid.context, grid.steps
+        model, RoutingReplay(facts_of(model, grid.prompts[0], grid.trace)), grid.drafters, grid.context, grid.steps
     )
     odds = grid.odds[-1] if form == "elastic" else None
     priced = simulation.price(Machine(hardware), form, batch, odds, grid.lengths)

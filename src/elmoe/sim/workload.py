@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
 from elmoe.policy.budget import PREFILL_CHUNK, SlotPlan
-from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
+from elmoe.policy.residency import ResidencyParameters, ResidentSet
 from elmoe.systems.passes import Passes
 from elmoe.trace.facts import RoutingFacts
+from elmoe.trace.residents import ReplayedResidents, best_residents, expert_counts, experts_used
 
 ACCEPTANCE_SEED = 20260414
-Draft = Literal["none", "external", "natural", "resident"]
+DraftKind = Literal["none", "external", "natural", "resident"]
 """What drafts: nothing; another network; the target's own experts by their natural routing (a 4-bit copy); or the resident
 experts of the target alone (elastic)."""
 Acceptance = Callable[[float, int], float]
@@ -42,7 +43,7 @@ class Plan:
     every KV cache, ``token_rows`` of a PE, and at most ``steps``."""
 
     batch: int
-    draft: Draft = "none"
+    draft: DraftKind = "none"
     draft_length: int = 0
     context: int = 1024
     token_rows: int = 16
@@ -76,7 +77,7 @@ class Workload:
         return float(self.target.msb_hits.sum() / self.target.active.sum())
 
 
-class Replay:
+class RoutingReplay:
     """Facts prepared for replays: what does not depend on a plan is computed once."""
 
     def __init__(self, facts: RoutingFacts, seed: int = ACCEPTANCE_SEED) -> None:
@@ -125,7 +126,7 @@ class Replay:
             use = rows.target(chosen.reshape(-1, self._layers, facts.top_k), tier)
             if tier is not None:
                 kept = depths <= accepted[:, None]
-                rows.captured(tier.end_step(chosen[:, 0], chosen[kept], use))
+                rows.captured(tier.capture(chosen[:, 0], chosen[kept], use))
             else:
                 rows.captured(0.0)
             at = at + accepted + 1
@@ -145,34 +146,29 @@ class Replay:
         tokens = np.concatenate(prompts)
         for start in range(0, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
-            tier.end_step(chunk, chunk, _use(chunk, self._experts) > 0)
+            tier.end_pass(chunk, chunk, experts_used(chunk, self._experts))
 
 
-class _Tier:
-    """Residents and what the policy remembers: the engine's policies over recorded routing."""
+class _Tier(ReplayedResidents):
+    """The fast memory: its residents, and bytes of their slices."""
 
     def __init__(self, plan: TierPlan, layers: int, experts: int) -> None:
-        self.plan = plan
-        self.residency = Residency(layers, experts, plan.parameters)
-        self.resident = ResidentSet.empty(layers, experts)
+        super().__init__(layers, experts, plan.slots, plan.parameters)
+        self._plan = plan
 
-    def end_step(self, sure: NDArray, committed: NDArray, used: NDArray[np.bool_]) -> float:
-        """After a target pass with (tokens, layers, k) routings: the bytes captured."""
+    def capture(self, sure: NDArray, committed: NDArray, used: NDArray[np.bool_]) -> float:
+        """End a target pass (see ``end_pass``); the bytes captured from what it read."""
         before = self.resident
-        self.resident = self.residency.end_step(before, _by_layer(sure), _by_layer(committed), used, self.plan.slots)
+        self.end_pass(sure, committed, used)
         new_msb, new_lsb = self.resident.msb & ~before.msb, self.resident.lsb & ~before.lsb
-        return float(new_msb.sum() * self.plan.msb_bytes + new_lsb.sum() * self.plan.lsb_bytes)
+        return float(new_msb.sum() * self._plan.msb_bytes + new_lsb.sum() * self._plan.lsb_bytes)
 
     def masked(self, ranked: NDArray, top_k: int) -> NDArray:
         """(tokens, layers, k): the best resident experts of a (tokens, layers, ranks) ranking; where the ranking holds fewer
         than k residents, the layer's hottest residents stand in."""
-        layers = np.arange(ranked.shape[1])[:, None]
-        present = self.resident.msb[layers, ranked]
-        order = np.argsort(~present, axis=2, kind="stable")[..., :top_k]
-        chosen = np.take_along_axis(ranked, order, axis=2)
-        missing = ~np.take_along_axis(present, order, axis=2)
+        chosen, missing = best_residents(ranked, self.resident.msb, top_k)
         if missing.any():
-            heat = np.where(self.resident.msb, self.residency.hotness, -1.0)
+            heat = np.where(self.resident.msb, self.hotness, -1.0)
             hottest = np.argsort(-heat, axis=1, kind="stable")[:, :top_k].astype(ranked.dtype)
             chosen = np.where(missing, hottest[None], chosen)
         return chosen
@@ -203,7 +199,7 @@ class _Rows:
         return Passes(**{f.name: np.array([row[f.name] for row in rows], np.float64) for f in fields(Passes)})
 
     def _add(self, rows: list, chosen: NDArray, resident: ResidentSet | None) -> NDArray[np.bool_]:
-        counts = _use(chosen, self._experts)
+        counts = expert_counts(chosen, self._experts)
         used = counts > 0
         tokens = len(chosen)
         context = self._plan.context
@@ -218,15 +214,3 @@ class _Rows:
             }
         )  # fmt: skip
         return used
-
-
-def _use(chosen: NDArray, experts: int) -> NDArray[np.int64]:
-    """(layers, experts): tokens of each expert in (tokens, layers, k) routings."""
-    layers = chosen.shape[1]
-    flat = chosen.astype(np.int64) + np.arange(layers)[:, None] * experts
-    return np.bincount(flat.ravel(), minlength=layers * experts).reshape(layers, experts)
-
-
-def _by_layer(tokens: NDArray) -> NDArray[np.int32]:
-    """(tokens, layers, k) as the policies' (layers, tokens, k)."""
-    return tokens.transpose(1, 0, 2).astype(np.int32)

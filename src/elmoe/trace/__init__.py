@@ -4,6 +4,7 @@ imported, or made to measure. Knows nothing of the engine or the simulator; both
 """
 
 from elmoe.trace.acceptance import AcceptanceTable, load_acceptance, save_acceptance
+from elmoe.trace.draft_facts import DraftFacts, draft_facts_of_trace
 from elmoe.trace.facts import RoutingFacts, facts_of_trace, read_facts, write_facts
 from elmoe.trace.fit import fit_locality
 from elmoe.trace.format import TRACE_VERSION, Trace, read_trace
@@ -11,14 +12,13 @@ from elmoe.trace.locality import Locality, load_locality, save_locality
 from elmoe.trace.ndjson import import_ndjson
 from elmoe.trace.popularity import Popularity, import_popularity, load_popularity, save_popularity
 from elmoe.trace.record import TraceRecorder
-from elmoe.trace.replay import ReplayFacts, replay_facts
 from elmoe.trace.synthesis import synthesise
 
 __all__ = [
     "AcceptanceTable",
     "Locality",
     "Popularity",
-    "ReplayFacts",
+    "DraftFacts",
     "RoutingFacts",
     "TRACE_VERSION",
     "Trace",
@@ -32,7 +32,7 @@ __all__ = [
     "load_popularity",
     "read_facts",
     "read_trace",
-    "replay_facts",
+    "draft_facts_of_trace",
     "save_acceptance",
     "save_locality",
     "save_popularity",

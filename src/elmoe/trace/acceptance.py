@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
+from elmoe.trace.draft_facts import mean_resident
 from elmoe.trace.format import Trace
 from elmoe.trace.locality import read_json, write_json
-from elmoe.trace.replay import mean_resident
 from elmoe.untrusted import decode_json
 
 ACCEPTANCE_VERSION = 1
@@ -105,8 +105,7 @@ def acceptance_of_trace(trace: Trace, bits: int) -> AcceptanceRow:
     rows = np.flatnonzero((trace.column("phase") == "verify") & (trace.column("draft") >= 0))
     if not len(rows):
         raise TraceError("the recording holds no verified draft", "record it with a draft length of 1 or more")
-    key = trace.column("step")[rows].astype(np.int64) * (1 << 32) + trace.column("sequence")[rows]
-    _, first, draft = np.unique(key, return_index=True, return_inverse=True)
+    _, first, draft = np.unique(trace.draft_keys()[rows], return_index=True, return_inverse=True)
     position = trace.column("position")[rows]
     depth = position - position[first][draft]
     agree = np.zeros((len(first), int(depth.max()) + 1), bool)

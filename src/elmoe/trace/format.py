@@ -90,6 +90,10 @@ class Trace:
             column = column.fill_null(-1)
         return column.to_numpy()
 
+    def draft_keys(self) -> NDArray[np.int64]:
+        """One number per row, the same for rows of the same step and sequence: a draft and its verification."""
+        return self.column("step").astype(np.int64) * (1 << 32) + self.column("sequence")
+
     def routing(self, name: str = "experts") -> NDArray:
         """``experts`` or ``scores`` as (rows, layers, ranks)."""
         flat = self.table.column(name).combine_chunks().flatten().to_numpy()

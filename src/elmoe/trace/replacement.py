@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.policy.budget import SlotPlan
-from elmoe.policy.residency import Policy, Residency, ResidencyParameters, ResidentSet, refill
+from elmoe.policy.residency import Policy, ResidencyParameters
 from elmoe.trace.format import Trace
+from elmoe.trace.residents import ReplayedResidents, experts_used
 from elmoe.trace.summary import committed_experts
 
 UNUSED = np.iinfo(np.int64).max
@@ -37,17 +38,13 @@ def hit_rates_of(chosen: NDArray, experts: int, slots: int) -> dict[str, float]:
 def policy_hit_rate(chosen: NDArray, experts: int, slots: int, parameters: ResidencyParameters) -> float:
     """Hit rate of one policy on (tokens, layers, k) uses."""
     tokens, layers, _ = chosen.shape
-    plan = SlotPlan((slots,) * layers, (slots,) * layers, 0)
-    residency, resident = Residency(layers, experts, parameters), ResidentSet.empty(layers, experts)
-    rows = np.arange(layers)[:, None]
+    residents = ReplayedResidents(layers, experts, SlotPlan((slots,) * layers, (slots,) * layers, 0), parameters)
     hits = 0
-    for token in range(tokens):
-        used = chosen[token].astype(np.int32)
-        hits += int(resident.msb[rows, used].sum())
-        streamed = np.zeros((layers, experts), bool)
-        streamed[rows, used] = True
-        resident = refill(resident, residency.scores(used[:, None]), streamed, plan, parameters)
-        residency.learn(used[:, None])
+    for index in range(tokens):
+        token = chosen[index : index + 1]
+        used = experts_used(token, experts)
+        hits += int((used & residents.resident.msb).sum())
+        residents.end_pass(token, token, used)
     return hits / chosen.size
 
 

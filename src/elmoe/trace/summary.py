@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.trace.format import Trace
+from elmoe.trace.residents import expert_counts
 
 
 def summarise(trace: Trace) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def summarise(trace: Trace) -> dict[str, Any]:
 
 def first_rows(trace: Trace) -> NDArray[np.bool_]:
     """Which rows are the first of their step and sequence: in a target pass, the position after the last committed token."""
-    key = trace.column("step").astype(np.int64) * (1 << 32) + trace.column("sequence")
+    key = trace.draft_keys()
     target = np.isin(trace.column("phase"), ("plain", "verify"))
     rows = np.flatnonzero(target)
     least = np.zeros(len(key), bool)
@@ -65,13 +66,6 @@ def committed_rows(trace: Trace) -> NDArray[np.int64]:
 def committed_experts(trace: Trace) -> NDArray[np.uint16]:
     """(tokens, layers, top-k) experts of the rows that stay, ordered by (sequence, position)."""
     return trace.routing()[committed_rows(trace), :, : trace.header.model.top_k]
-
-
-def expert_counts(chosen: NDArray, experts: int) -> NDArray[np.int64]:
-    """(layers, experts): how many of the (tokens, layers, k) choices fell on each expert."""
-    layers = chosen.shape[1]
-    flat = chosen.astype(np.int64) + np.arange(layers)[:, None] * experts
-    return np.bincount(flat.ravel(), minlength=layers * experts).reshape(layers, experts)
 
 
 def reuse(trace: Trace, chosen: NDArray) -> float | None:

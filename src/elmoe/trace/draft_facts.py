@@ -17,7 +17,7 @@ from elmoe.trace.format import Trace
 
 
 @dataclass(frozen=True)
-class ReplayFacts:
+class DraftFacts:
     """Sequences x positions; ``depth`` counts from the position of the last committed token.
 
     ``tokens`` (sequences, positions) int32 committed ids, -1 behind the end; ``prompts``: tokens of each prompt.
@@ -50,7 +50,7 @@ class ReplayFacts:
         return int(known[-1]) + 2 if len(known) else 0
 
 
-def replay_facts(trace: Trace) -> ReplayFacts:
+def draft_facts_of_trace(trace: Trace) -> DraftFacts:
     """Index a trace by (sequence, position, depth); TraceError if it holds no draft from every position."""
     limit = trace.header.run.get("commit_limit")
     if limit != 1:
@@ -58,14 +58,14 @@ def replay_facts(trace: Trace) -> ReplayFacts:
             f"the trace was recorded with commit_limit {limit}, a replay needs a draft from every position",
             "record it with `elmoe trace record STORE --every-position`",
         )
-    phase, step, sequence = trace.column("phase"), trace.column("step"), trace.column("sequence")
+    phase, sequence = trace.column("phase"), trace.column("sequence")
     position, token, target = trace.column("position"), trace.column("token"), trace.column("target")
     experts, scores = trace.routing("experts"), trace.routing("scores").astype(np.float16)
     drafted, confidence = trace.column("draft"), trace.column("confidence")
     prefill, draft = phase == "prefill", phase == "draft"
     verify = ~prefill & ~draft
     sequences, positions = int(sequence.max()) + 1, int(position.max()) + 1
-    start = _starts(step, sequence, position, verify | draft)
+    start = _starts(trace, verify | draft)
     depth = np.where(prefill, 0, position - start)
     start = np.where(prefill, position, start)
     depths = int(depth[draft].max()) + 1 if draft.any() else 0
@@ -85,7 +85,7 @@ def replay_facts(trace: Trace) -> ReplayFacts:
         filled[index] = values
         return filled
 
-    return ReplayFacts(
+    return DraftFacts(
         tokens=committed,
         prompts=prompts,
         target_tokens=table(target_index, depths + 1, target[~draft].astype(np.int32), -1),
@@ -100,12 +100,15 @@ def replay_facts(trace: Trace) -> ReplayFacts:
     )
 
 
-def _starts(step: NDArray, sequence: NDArray, position: NDArray, rows: NDArray) -> NDArray:
-    """For each of ``rows`` the least position of its (step, sequence): where the draft starts."""
-    keys = step.astype(np.int64) * (int(sequence.max()) + 1) + sequence
-    least = np.full(int(keys.max()) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(least, keys[rows], position[rows])
-    return np.where(rows, least[keys], 0)
+def _starts(trace: Trace, rows: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """For each of ``rows`` the least position of its draft, where it starts; 0 elsewhere."""
+    position = trace.column("position")
+    _, draft = np.unique(trace.draft_keys()[rows], return_inverse=True)
+    least = np.full(draft.max(initial=-1) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(least, draft, position[rows])
+    starts = np.zeros(len(rows), np.int64)
+    starts[rows] = least[draft]
+    return starts
 
 
 def mean_resident(trace: Trace, rows: NDArray[np.bool_]) -> float:

@@ -20,7 +20,7 @@ GAIN = 1.02
 """Another distance than the current one must be this much faster: runs of a few milliseconds are noisy."""
 
 
-def calibrate_prefetch(reader: WeightReader) -> dict[int, float]:
+def choose_prefetch_distance(reader: WeightReader) -> dict[int, float]:
     """Choose the distance for a store that lies in memory; seconds by distance, nothing where it was not measured.
 
     Each measurement runs other experts, so that their weights come from memory; a hidden state of zeros costs what any does.
