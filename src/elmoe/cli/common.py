@@ -34,6 +34,18 @@ class Quantity(click.ParamType):
             self.fail(f"{error} (hint: {error.hint})", param, ctx)
 
 
+class PromptText(click.ParamType):
+    """Text that is Unicode: bytes on the command line that are no UTF-8 are refused."""
+
+    name = "TEXT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text as it is."""
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            self.fail(f"'{short(value, 40)}' is not UTF-8: convert it, for example with iconv -t utf-8", param, ctx)
+        return str(value)
+
+
 class IntegerList(click.ParamType):
     """Comma-separated integers."""
 

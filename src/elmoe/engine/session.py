@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -19,6 +18,7 @@ from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.engine.tier import ExpertTier
 from elmoe.errors import RequestError, StoreError
+from elmoe.processors import processors
 from elmoe.store import available_memory, open_direct, open_store, read_manifest, resolve_store
 from elmoe.units import format_bytes
 
@@ -43,7 +43,7 @@ def use_threads(backend: Backend, threads: int | None = None) -> None:
     if backend == "native":
         from elmoe import kernels
 
-        kernels.set_threads(threads or min(MOST_THREADS, len(os.sched_getaffinity(0))))
+        kernels.set_threads(threads or min(MOST_THREADS, processors()))
 
 
 class Session:
