@@ -81,9 +81,9 @@ def write_whole(path: str | Path, content: bytes, error: type[ElmoeError] = Hard
         partial.write_bytes(content)
 
 
-def check_output(path: str | Path | None, force: bool = False, what: str = "") -> None:
+def check_output(path: str | Path | None, force: bool = False, what: str = "", folders: bool = False) -> None:
     """Before any work: RequestError where ``path`` cannot be written, or exists and ``force`` is off. ``what`` is written,
-    in a word."""
+    in a word; ``folders``: those missing will be made."""
     if path is None:
         return
     shown = f"{what} '{short(path)}'".strip()
@@ -91,12 +91,16 @@ def check_output(path: str | Path | None, force: bool = False, what: str = "") -
         target = Path(os.path.realpath(path))
         if target.is_dir():
             raise RequestError(f"cannot write {shown}: it is a folder", "name a file in it")
+        if target.is_symlink():
+            raise RequestError(f"cannot write {shown}: it is a link to itself", "remove the link")
         if target.exists() and not target.is_file():
             if not os.access(target, os.W_OK):
                 raise RequestError(f"cannot write {shown}: permission denied")
             return
         if target.exists() and not force:
             raise RequestError(f"{shown} exists already", "add --force to replace it, or choose another name")
+        while folders and not os.path.lexists(target.parent):
+            target = target.parent
         if not target.parent.is_dir():
             raise RequestError(f"cannot write {shown}: there is no folder '{short(Path(path).parent)}'", "make it first")
         _probe(target)
@@ -104,6 +108,19 @@ def check_output(path: str | Path | None, force: bool = False, what: str = "") -
             raise RequestError(f"cannot write {shown}: the name has more than 255 bytes")
     except (OSError, ValueError) as reason:
         raise RequestError(f"cannot write {shown}: {_reason(reason)}", "choose another name") from None
+
+
+def check_new_folder(path: str | Path, what: str) -> None:
+    """Before any work: RequestError where a folder ``path`` cannot be made, under this name or its ``.partial``; one that
+    exists is left to whoever makes it."""
+    shown, path = f"{what} '{short(path)}'", Path(path)
+    if path.is_symlink() and not path.exists():
+        raise RequestError(f"cannot write {shown}: it is a link to nothing", "remove the link, or name the place itself")
+    partial = path.with_name(path.name + ".partial")
+    if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir()):
+        raise RequestError(f"cannot write {shown}: '{short(partial.name)}' beside it is no folder", "move that file away")
+    if not path.exists() and not partial.exists():
+        check_output(partial, what=what, folders=True)
 
 
 def _probe(target: Path) -> None:

@@ -20,9 +20,11 @@ def command(config: Path, store: Path, layers: int | None, seed: int, as_json: b
     """Write STORE with the shapes of a Hugging Face CONFIG (config.json) and deterministic random weights."""
     from elmoe.convert import schema_of_config
     from elmoe.errors import ConvertError
+    from elmoe.files import check_new_folder
     from elmoe.store.synthetic import synthesize
     from elmoe.untrusted import load_object, read_bytes
 
+    check_new_folder(store, "store")
     raw = read_bytes(config, ConvertError, 1 << 20, "config.json")
     values = load_object(raw, str(config), ConvertError, "expected a model's config.json", repeated_keys=True)
     if layers is not None:

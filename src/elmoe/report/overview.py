@@ -7,7 +7,7 @@ from typing import Any
 
 from elmoe.errors import HardwareError
 from elmoe.report.figures import bars
-from elmoe.report.headline import PAPER, SHARES, Comparison, compare, missing_rivals, summary, verdict
+from elmoe.report.headline import PAPER, PAPER_BATCHES, SHARES, Comparison, compare, missing_rivals, summary, verdict
 from elmoe.report.section import Figure, Section, Table
 from elmoe.report.systems import (
     all_rows,
@@ -52,6 +52,12 @@ def overview(
     by_label, missing = summary(comparisons), missing_rivals(rows)
     judged = [name for name in PAPER if not missing or "prior" not in name]
     words = [verdict(name, by_label) for name in judged]
+    batches = [c.batch for c in comparisons]
+    if (min(batches), max(batches)) != PAPER_BATCHES:
+        words.append(
+            f"Other conditions: the paper's means are over batch {PAPER_BATCHES[0]} to {PAPER_BATCHES[1]}, this result has "
+            f"{min(batches)} to {max(batches)}."
+        )
     if missing:
         words.append(f"The claims over the best prior system are not judged: the result lacks {', '.join(missing)}.")
     else:
