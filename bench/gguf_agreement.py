@@ -79,7 +79,7 @@ def main() -> None:
             [str(program), str(model), str(arguments.text), str(out)], input="\n".join(map(str, ids)),
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
         )  # fmt: skip
-        together, single = np.fromfile(out, np.float32).reshape(2, len(ids), session.reader.schema.vocabulary)
+        together, single = np.fromfile(out, np.float32).reshape(2, len(ids), session.reader.spec.vocabulary)
         ours = our_logits(session, ids)
     data: dict[str, Any] = {
         "tokens": len(ids),

@@ -40,7 +40,7 @@ def fitted(folder: Path, name: str) -> Locality:
     label = name if NAMES[name] == name else f"{name} (for {NAMES[name]})"
     with Session("demo", EngineOptions("plain", batch=SEQUENCES)) as session, TemporaryDirectory() as temporary:
         run = {"store": "demo", "prompts": label, "temperature": TEMPERATURE, "seed": 0}
-        with TraceRecorder(Path(temporary) / "trace", session.reader.schema, run) as recorder:
+        with TraceRecorder(Path(temporary) / "trace", session.reader.spec, run) as recorder:
             session.generate(requests_of(session, prompts_of(folder, SEQUENCES, (name,))), recorder)
         return fit_locality(read_facts(Path(temporary) / "trace"))
 

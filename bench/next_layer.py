@@ -32,7 +32,7 @@ class Prophet(SimpleNamespace):
         super().__init__(**{name: getattr(kernels, name) for name in kernels.__all__ if name != "route"})
         self.routers = list(session.engine._decoder._routers.values())
         self.layer, self.guess = 0, None
-        shape = (len(self.routers), session.reader.schema.experts)
+        shape = (len(self.routers), session.reader.spec.experts)
         self.used = np.full(shape, -1)
         self.time, self.cached = 0, shape[1] // 2
         self.right, self.missed, self.foreseen, self.read, self.total = (np.zeros(shape[0]) for _ in range(5))

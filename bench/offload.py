@@ -144,7 +144,7 @@ class System:
 def replayed(store: Path, facts: list[DraftFacts]) -> tuple[Any, Any]:
     """(engine maker over the direct reader, all-resident engine maker) of a store driven by traces."""
     reader = open_direct(store)
-    replay = ReplayBackend(load_backend("native"), reader.schema, facts)
+    replay = ReplayBackend(load_backend("native"), reader.spec, facts)
 
     def make(options: EngineOptions, source: Any = reader) -> tuple[Engine, Any, Any]:
         engine = Engine(source, replay, options, replay)  # type: ignore[arg-type]
@@ -292,11 +292,11 @@ def demo_model(repeats: int, batches: list[int], names: list[str]) -> dict[str, 
         return [Request(prompt_ids[i], tokens, SamplingParameters(0.8, seed=i), ignore_eos=True) for i in sequences]
 
     with open_store("demo") as memory, open_direct("demo") as reader:
-        schema = memory.schema
+        spec = memory.spec
         resident = Engine(memory, kernels, EngineOptions("plain"))
         step = 1 / median(steady_rate(resident, requests([0], 64))[0] for _ in range(5))
-        layouts = [memory.expert_layout(layer) for layer in schema.moe_layers]
-        step_bytes = schema.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts)
+        layouts = [memory.expert_layout(layer) for layer in spec.moe_layers]
+        step_bytes = spec.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts)
         bandwidth = step_bytes / (16 * step)
 
         def make(options: EngineOptions, source: MemoryReader = reader) -> tuple[Engine, Any, Any]:

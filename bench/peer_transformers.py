@@ -61,20 +61,22 @@ def serve(path: Path) -> None:
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     from elmoe.convert.gguf_import import GgufSource
+    from elmoe.models.spec import GroupedAttention
 
-    schema = GgufSource(path).schema  # transformers does not find the experts' width in the file by itself
+    spec = GgufSource(path).spec  # transformers does not find the experts' width in the file by itself
+    attention, moe = spec.layers[0].attention, spec.moe(spec.moe_layers[0])
+    assert isinstance(attention, GroupedAttention) and attention.rope is not None
     config = Qwen3MoeConfig(
-        vocab_size=schema.vocabulary, hidden_size=schema.hidden, intermediate_size=schema.dense_width,
-        moe_intermediate_size=schema.expert_width, num_hidden_layers=schema.layers, num_attention_heads=schema.heads,
-        num_key_value_heads=schema.kv_heads, head_dim=schema.head_dim, num_experts=schema.experts,
-        num_experts_per_tok=schema.top_k, norm_topk_prob=True, rms_norm_eps=schema.norm_epsilon,
-        rope_theta=schema.rope_theta, max_position_embeddings=schema.max_positions,
-        tie_word_embeddings=schema.tied_embeddings,
+        vocab_size=spec.vocabulary, hidden_size=spec.hidden, intermediate_size=moe.width, moe_intermediate_size=moe.width,
+        num_hidden_layers=len(spec.layers), num_attention_heads=attention.heads, num_key_value_heads=attention.kv_heads,
+        head_dim=attention.head_dim, num_experts=spec.experts, num_experts_per_tok=spec.top_k, norm_topk_prob=True,
+        rms_norm_eps=spec.norm_epsilon, rope_theta=attention.rope.theta, max_position_embeddings=spec.max_positions,
+        tie_word_embeddings=spec.tied_embeddings,
     )  # fmt: skip
     torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, config=config, dtype=torch.bfloat16)
     model.eval()
-    vocabulary = schema.vocabulary
+    vocabulary = spec.vocabulary
 
     @torch.inference_mode()
     def decode(tokens: int) -> float:

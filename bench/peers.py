@@ -34,6 +34,8 @@ from elmoe import kernels
 from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.measure.replay import ReplayBackend
+from elmoe.models.spec import LayerSpec, Moe
+from elmoe.models.tensors import feed_forward, tensors
 from elmoe.store import MemoryReader, open_store, resolve_store
 from elmoe.terminal import number, print_table, progress_bar
 from elmoe.trace import draft_facts_of_trace, read_trace
@@ -137,21 +139,24 @@ class Cell:
 
 def step_bytes(reader: MemoryReader, experts: float) -> float:
     """Bytes of weights that a step reads if a layer runs ``experts`` experts; the KV cache is not counted."""
-    schema = reader.schema
-    sizes = {"float32": 4.0, "nested": 34 / 32, "expert": 3 * 34 / 32}
-    dense = sum(
+    spec = reader.spec
+    sizes = {"floats": 4.0, "matrix": 34 / 32}
+    total = sum(
         sizes[tensor.kind] * float(np.prod(tensor.shape))
-        for tensor in reader.manifest.tensors
-        if tensor.name != "embedding" or schema.tied_embeddings
+        for tensor in tensors(spec)
+        if tensor.name != "embedding" or spec.tied_embeddings
     )
-    return dense + len(schema.moe_layers) * experts * 3 * schema.hidden * schema.expert_width * 34 / 32
+    for layer in range(len(spec.layers)):
+        part = feed_forward(spec, layer)
+        total += (experts if part.kind == "expert" else 1) * 3 * part.hidden * part.width * 34 / 32
+    return total
 
 
 def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) -> Iterator[dict[str, Any]]:
     """Decoding, prefill, load time and memory."""
-    schema, variants = reader.schema, list(REPACK)
+    variants = list(REPACK)
     bench.go_over(reader.path)
-    backend = RandomTokens(kernels, schema)  # type: ignore[arg-type]
+    backend = RandomTokens(kernels, reader.spec)  # type: ignore[arg-type]
     for batch in BATCHES:
         engine = Engine(reader, backend, EngineOptions("plain", batch=batch))  # type: ignore[arg-type]
 
@@ -199,7 +204,7 @@ def processes(bench: Bench, reader: MemoryReader, llama: Llama, store: str) -> I
     peers = {name: lambda name=name: llama.bench(name, PREFILL, 8)[1].peak for name in variants}
     cell = bench.alternate({"ours": lambda: run(generate(PREFILL, 8)).peak, **peers}, rounds=1)
     store_bytes = sum(file.bytes for file in reader.manifest.files)
-    kv = reader.schema.kv_bytes_per_position * (PREFILL + 8)
+    kv = reader.spec.kv_bytes_per_position * (PREFILL + 8)
     yield lower(cell, "peak memory", "bytes", store_bytes + kv + MEMORY_MARGIN, variants)
 
 
@@ -217,7 +222,7 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
     acceptance."""
     facts_of_traces = [draft_facts_of_trace(read_trace(path)) for path in traces]
     for batch in BATCHES:
-        replays = {name: ReplayBackend(kernels, reader.schema, facts_of_traces) for name in ("ours", "plain")}
+        replays = {name: ReplayBackend(kernels, reader.spec, facts_of_traces) for name in ("ours", "plain")}
         engines = {
             name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
             for (name, replay), mode in zip(replays.items(), ("elastic", "plain"), strict=True)
@@ -252,7 +257,7 @@ def against_transformers(bench: Bench, reader: MemoryReader, file: Path) -> Iter
     works = {"decode, batch 1": DECODE_TARGETS[1], f"prefill, {PREFILL} tokens": PREFILL_TARGET}
     try:
         with Transformers(file) as peer:
-            backend = RandomTokens(kernels, reader.schema)
+            backend = RandomTokens(kernels, reader.spec)
             engine = Engine(reader, backend, EngineOptions("plain"))  # type: ignore[arg-type]
             pairs: list[tuple[Runner, Runner]] = [
                 (lambda: steady_rate(engine, backend.requests(1, PROMPT, bench.tokens))[0],
@@ -289,7 +294,15 @@ def forget(store: str, file: Path) -> None:
 def opened(store: str) -> MemoryReader:
     """The store, its chosen experts' weights rescaled as GGUF's qwen3moe does."""
     reader = open_store(store)
-    reader.schema = msgspec.structs.replace(reader.schema, normalize_top_k=True)
+    replace = msgspec.structs.replace
+
+    def rescaled(layer: LayerSpec) -> LayerSpec:
+        if not isinstance(layer.feed_forward, Moe):
+            return layer
+        router = replace(layer.feed_forward.router, normalize=True)
+        return replace(layer, feed_forward=replace(layer.feed_forward, router=router))
+
+    reader.spec = replace(reader.spec, layers=tuple(rescaled(layer) for layer in reader.spec.layers))
     return reader
 
 

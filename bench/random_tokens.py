@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from elmoe.bitslice import RouterWeights, Routing, SamplingParameters
 from elmoe.bitslice.sampling import Sample
 from elmoe.engine.request import Request
-from elmoe.schema.model import ModelSchema
+from elmoe.models.spec import ModelSpec
 
 PROMPT = 4
 
@@ -20,10 +20,10 @@ PROMPT = 4
 class RandomTokens(SimpleNamespace):
     """The kernels with random samples; ``routed`` holds the (layers, tokens, k) experts of every call."""
 
-    def __init__(self, backend: ModuleType, schema: ModelSchema) -> None:
+    def __init__(self, backend: ModuleType, spec: ModelSpec) -> None:
         names = ("embed", "attention_block", "expert_ffn", "rms_norm", "logits", "LayerStack")
         super().__init__(**{name: getattr(backend, name) for name in names})
-        self._backend, self._vocabulary = backend, schema.vocabulary
+        self._backend, self._vocabulary = backend, spec.vocabulary
         self._rng = np.random.default_rng(0)
         self._tokens: list[int] = []
         self.routed: list[NDArray[np.int32]] = []

@@ -35,11 +35,11 @@ def memory_of(pages: str, size: int) -> mmap.mmap:
 
 def rate(reader: DirectReader, pool: ReadPool, address: int, rng: np.random.Generator) -> float:
     """Bytes per second of some bursts."""
-    layers = reader.schema.moe_layers
+    layers = reader.spec.moe_layers
     layout = reader.expert_layout(layers[0])
     size, read, seconds = layout.msb_bytes + layout.lsb_bytes, 0, 0.0
     for burst in range(BURSTS):
-        experts = np.sort(rng.choice(reader.schema.experts, min(BURST, reader.schema.experts), replace=False)).tolist()
+        experts = np.sort(rng.choice(reader.spec.experts, min(BURST, reader.spec.experts), replace=False)).tolist()
         began = perf_counter()
         tickets = []
         for place, expert in enumerate(experts):
@@ -65,7 +65,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     rates: dict[tuple[int, str], list[float]] = {}
     with open_direct(arguments.store) as reader:
-        layout = reader.expert_layout(reader.schema.moe_layers[0])
+        layout = reader.expert_layout(reader.spec.moe_layers[0])
         memories = {pages: memory_of(pages, BURST * (layout.msb_bytes + layout.lsb_bytes)) for pages in PAGES}
         addresses = {pages: np.frombuffer(memory, np.uint8).ctypes.data for pages, memory in memories.items()}
         pools = {depth: ReadPool(depth) for depth in (1, 2, 4, 8)}

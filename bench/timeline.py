@@ -39,7 +39,7 @@ def main() -> None:
     timeline = Timeline()
     facts = [draft_facts_of_trace(read_trace(path)) for path in recorded_traces(arguments.folder, None)]
     with open_direct(synthetic_store(arguments.folder, arguments.layers)) as reader:
-        replay = ReplayBackend(kernels, reader.schema, facts)
+        replay = ReplayBackend(kernels, reader.spec, facts)
         backend = timeline.backend(replay)
         options = EngineOptions(batch=arguments.batch, fast_memory=arguments.share)
         engine = Engine(reader, backend, options, replay)  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from elmoe.models.qwen3_moe import ffn_sources, read_config, tensor_sources
+from elmoe.models import family_of, spec_of_config
+from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
 
 
 def tiny_config(**changes: object) -> dict:
@@ -23,15 +24,30 @@ def tiny_config(**changes: object) -> dict:
     return values | changes
 
 
+def checkpoint_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a checkpoint with this configuration."""
+    spec, names = spec_of_config(config), family_of(config).names
+    assert names is not None
+    shapes = {names[part.role].format(layer=tensor.layer): part.shape for tensor in tensors(spec) for part in tensor.parts}
+    for layer in range(len(spec.layers)):
+        one = feed_forward(spec, layer)
+        for expert in range(one.count):
+            shapes |= {expert_name(config, layer, expert, name): one.shape(name) for name in PROJECTIONS}
+    return shapes
+
+
+def expert_name(config: dict, layer: int, expert: int, projection: str) -> str:
+    """The checkpoint's name of an expert's projection, or of the layer's dense feed-forward."""
+    names = family_of(config).names
+    assert names is not None
+    part = feed_forward(spec_of_config(config), layer).part(projection)
+    return names[part.role].format(layer=layer, expert=expert)
+
+
 def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Every tensor of the config, float32."""
-    schema = read_config(config)
     rng = np.random.default_rng(seed)
-    shapes = dict(part for parts in tensor_sources(schema).values() for part in parts)
-    for layer in range(schema.layers):
-        for expert in range(1 if layer in schema.dense_layers else schema.experts):
-            shapes |= dict(ffn_sources(schema, layer, expert).values())
-    return {name: (rng.standard_normal(shape) * 0.1).astype(np.float32) for name, shape in shapes.items()}
+    return {name: (rng.standard_normal(shape) * 0.1).astype(np.float32) for name, shape in checkpoint_shapes(config).items()}
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str = "F32") -> None:

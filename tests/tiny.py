@@ -5,52 +5,71 @@ from __future__ import annotations
 import numpy as np
 
 from elmoe.bitslice import ExpertLayout, NestedMatrix
-from elmoe.schema.model import ModelSchema
+from elmoe.models.spec import Dense, GroupedAttention, LayerSpec, ModelSpec, Moe, Rope, Router
+from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
+from elmoe.store.layout import record_layout
 
 
-def tiny_schema(**changes: object) -> ModelSchema:
-    values: dict = dict(
-        family="qwen3_moe", vocabulary=97, hidden=48, layers=3, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=2,
-        expert_width=32, dense_width=64, dense_layers=(), normalize_top_k=True, norm_epsilon=1e-6, rope_theta=10000.0,
-        max_positions=256, tied_embeddings=True, eos_tokens=(0,),
+def tiny_spec(
+    *,
+    vocabulary: int = 97,
+    hidden: int = 48,
+    layers: int = 3,
+    experts: int = 8,
+    top_k: int = 2,
+    expert_width: int = 32,
+    dense_width: int = 64,
+    dense_layers: tuple[int, ...] = (),
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    max_positions: int = 256,
+    tied_embeddings: bool = True,
+    normalize: bool = True,
+    eos_tokens: tuple[int, ...] = (0,),
+) -> ModelSpec:
+    attention = GroupedAttention(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=Rope(theta=10000.0, dimensions=head_dim),
+        query_key_norm="head",
+    )
+    moe = Moe(router=Router(experts=experts, top_k=top_k, normalize=normalize), width=expert_width)
+    dense = Dense(width=dense_width)
+    return ModelSpec(
+        family="qwen3_moe", vocabulary=vocabulary, hidden=hidden, norm_epsilon=1e-6, max_positions=max_positions,
+        layers=tuple(
+            LayerSpec(attention=attention, feed_forward=dense if i in dense_layers else moe) for i in range(layers)
+        ),
+        tied_embeddings=tied_embeddings, eos_tokens=eos_tokens,
     )  # fmt: skip
-    return ModelSchema(**(values | changes))
 
 
 class TinyReader:
     """Random weights with the reader interface of a store."""
 
-    def __init__(self, schema: ModelSchema, seed: int = 0) -> None:
-        self.schema = schema
+    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+        self.spec = spec
         rng = np.random.default_rng(seed)
 
         def matrix(rows: int, columns: int) -> NestedMatrix:
             return NestedMatrix.from_weights((rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32))
 
-        def norm(size: int) -> np.ndarray:
-            return (1 + 0.1 * rng.standard_normal(size)).astype(np.float32)
-
-        self._nested = {"embedding": matrix(schema.vocabulary, schema.hidden)}
-        if not schema.tied_embeddings:
-            self._nested["head"] = matrix(schema.vocabulary, schema.hidden)
-        self._arrays = {"final_norm": norm(schema.hidden)}
+        self._nested, self._arrays = {}, {}
+        for tensor in tensors(spec):
+            if tensor.kind == "matrix":
+                self._nested[tensor.name] = matrix(*tensor.shape)
+            elif len(tensor.shape) == 1:
+                self._arrays[tensor.name] = (1 + 0.1 * rng.standard_normal(tensor.shape)).astype(np.float32)
+            else:
+                self._arrays[tensor.name] = rng.standard_normal(tensor.shape).astype(np.float32) * 0.3
         self._records, self._addresses = [], []
-        for layer in range(schema.layers):
-            name = f"layers.{layer}."
-            inner = schema.heads * schema.head_dim
-            self._nested[name + "query_key_value"] = matrix(inner + 2 * schema.kv_heads * schema.head_dim, schema.hidden)
-            self._nested[name + "attention_output"] = matrix(schema.hidden, inner)
-            self._arrays[name + "attention_norm"] = norm(schema.hidden)
-            self._arrays[name + "ffn_norm"] = norm(schema.hidden)
-            self._arrays[name + "query_norm"] = norm(schema.head_dim)
-            self._arrays[name + "key_norm"] = norm(schema.head_dim)
-            self._arrays[name + "router"] = rng.standard_normal((schema.experts, schema.hidden)).astype(np.float32) * 0.3
-            layout = self.expert_layout(layer)
-            addresses = np.zeros((1 if layer in schema.dense_layers else schema.experts, 2), np.int64)
-            for expert in range(len(addresses)):
-                records = layout.pack(
-                    {p: matrix(*layout.shape(p)) for p in ("gate", "up")} | {"down": matrix(*layout.shape("down"))}
-                )
+        for layer in range(len(spec.layers)):
+            part = feed_forward(spec, layer)
+            addresses = np.zeros((part.count, 2), np.int64)
+            for expert in range(part.count):
+                records = record_layout(part).pack({name: matrix(*part.shape(name)) for name in PROJECTIONS})
                 self._records.append(records)
                 addresses[expert] = [record.ctypes.data for record in records]
             self._addresses.append(addresses)
@@ -63,8 +82,7 @@ class TinyReader:
         return self._arrays[name]
 
     def expert_layout(self, layer: int) -> ExpertLayout:
-        width = self.schema.dense_width if layer in self.schema.dense_layers else self.schema.expert_width
-        return ExpertLayout(self.schema.hidden, width)
+        return record_layout(feed_forward(self.spec, layer))
 
     def expert_addresses(self, layer: int) -> np.ndarray:
         return self._addresses[layer]

@@ -19,10 +19,10 @@ from elmoe.engine.session import Session
 from elmoe.hw.efficiency import efficiency_of_refresh
 from elmoe.hw.machine import Machine
 from elmoe.measure.calibrate import calibrate, hardware_of
+from elmoe.models.sizes import ModelSizes
+from elmoe.models.spec import ModelSpec
 from elmoe.report.section import Section, Table
-from elmoe.schema.architecture import Architecture
 from elmoe.schema.hardware import Hardware, load_hardware
-from elmoe.schema.model import ModelSchema
 from elmoe.schema.validation import Streaming, load_validation
 from elmoe.sim.recorded import Counts, Prediction, predict
 from elmoe.sim.validation import Check, box_checks, fused_moe_checks, preset_box_checks
@@ -117,7 +117,7 @@ def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ..
                 ]
                 engine = Engine(direct, kernels, options)
                 path = Path(folder) / "run.trace"
-                with TraceRecorder(path, direct.schema, {}, all_ranks=True) as recorder:
+                with TraceRecorder(path, direct.spec, {}, all_ranks=True) as recorder:
                     _, statistics = engine.generate(requests, recorder=recorder)
                 sizes = engine.sizes(requests)
                 predicted = predict(read_trace(path), engine.slots(sizes), sizes, options.residency)
@@ -135,7 +135,7 @@ def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ..
                 for _ in range(3):
                     _, statistics = Engine(direct, kernels, options).generate(requests)
                     measured.append(statistics.decode_seconds / statistics.committed)
-                seconds = priced(predicted, direct.schema, hardware) / statistics.committed
+                seconds = priced(predicted, direct.spec, hardware) / statistics.committed
                 steps = statistics.phases["plain"].steps + statistics.phases["verify"].steps
                 value = median(measured)
                 times.append((name, batch, steps, value * 1e3, seconds * 1e3, seconds / value - 1))
@@ -148,31 +148,19 @@ def _throttle(memory: Any, prompts: list[Any]) -> float:
     request = [Request(prompts[0], 64, SamplingParameters(0.8), ignore_eos=True)]
     steps = [engine.generate(request)[1].phases["plain"] for _ in range(5)]
     step = median(counters.seconds / counters.steps for counters in steps)
-    layouts = [memory.expert_layout(layer) for layer in memory.schema.moe_layers]
-    return memory.schema.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts) / (RATIO * step)
+    layouts = [memory.expert_layout(layer) for layer in memory.spec.moe_layers]
+    return memory.spec.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts) / (RATIO * step)
 
 
-def priced(prediction: Prediction, schema: ModelSchema, hardware: Hardware) -> float:
+def priced(prediction: Prediction, spec: ModelSpec, hardware: Hardware) -> float:
     """Seconds of the decode passes of a recorded run."""
-    model, machine = architecture_of(schema), Machine(hardware)
+    model, machine = ModelSizes(spec=spec, name=spec.family, source="store"), Machine(hardware)
     total = 0.0
     for phases, draft in ((("plain", "verify"), False), (("draft",), True)):
         if any(phase in phases for phase, _ in prediction.passes):
             passes = prediction.passes_of(*phases)
             total += float(cost_of(machine, operations(model, passes, machine, draft=draft)).latency.sum())
     return total
-
-
-def architecture_of(schema: ModelSchema) -> Architecture:
-    """A store's shapes as the simulator sees models."""
-    attention = 2 * schema.hidden * schema.head_dim * (schema.heads + schema.kv_heads)
-    return Architecture(
-        name=schema.family, source="store", layers=schema.layers, hidden=schema.hidden, vocabulary=schema.vocabulary,
-        moe_layers=len(schema.moe_layers), dense_layers=len(schema.dense_layers), experts=schema.experts, top_k=schema.top_k,
-        expert_width=schema.expert_width, shared_width=0, dense_width=schema.dense_width, attention_parameters=attention,
-        kv_bytes_per_position=4 * schema.kv_heads * schema.head_dim, attention_width=2 * schema.heads * schema.head_dim,
-        tied_embeddings=schema.tied_embeddings,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

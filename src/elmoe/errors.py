@@ -6,10 +6,11 @@
     ├── NumericsError     a weight or an activation is NaN or infinite, or a scale overflows
     ├── KernelError       native kernels are missing, or a requested variant cannot run here
     ├── StoreError        a store (or a file in it) is damaged, from the future, or not a store
+    ├── ModelError        a model's description contradicts itself, or asks for what is not supported
     ├── ConvertError      a checkpoint cannot be converted (unsupported, incomplete, no room)
     ├── BudgetError       the fast-memory budget cannot hold what must be resident
     ├── RequestError      a generation request is malformed (empty prompt, too long, bad sampling)
-    ├── HardwareError     a hardware or model description has an unknown key, a missing unit, an impossible value
+    ├── HardwareError     a hardware description has an unknown key, a missing unit, an impossible value
     └── TraceError        a trace file is damaged or belongs to another model
 
 Each takes a message and an optional ``hint`` that tells how to mend it; the command line prints both.
@@ -36,6 +37,10 @@ class StoreError(ElmoeError):
     """A damaged, truncated, foreign or too new store."""
 
 
+class ModelError(ElmoeError):
+    """A description of a model that contradicts itself, or that is not supported."""
+
+
 class ConvertError(ElmoeError):
     """A checkpoint that cannot be converted."""
 
@@ -53,4 +58,4 @@ class TraceError(ElmoeError):
 
 
 class HardwareError(ElmoeError):
-    """A hardware or model description with an unknown key, a missing unit or an impossible value."""
+    """A hardware description with an unknown key, a missing unit or an impossible value."""

@@ -20,7 +20,9 @@ from elmoe.engine.kv import KVPool
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import KernelError, StoreError
+from elmoe.models import FAMILIES
 from elmoe.models.decoder import Decoder, Draft, Stretch, Tokens, WeightReader
+from elmoe.models.tensors import feed_forward, tensors
 from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
 from tests.parity.bounds import Measured
@@ -51,7 +53,7 @@ class AllExperts:
     """An expert source for a store that is wholly readable."""
 
     def __init__(self, reader: WeightReader) -> None:
-        self._addresses = {layer: reader.expert_addresses(layer) for layer in reader.schema.moe_layers}
+        self._addresses = {layer: reader.expert_addresses(layer) for layer in reader.spec.moe_layers}
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> list[Stretch]:
         return [Stretch(routing.experts, self._addresses[layer], whole=True)]
@@ -61,7 +63,7 @@ def decoder_logits(
     reader: WeightReader, backend: ModuleType, ids: NDArray[np.int32], chunk: int = 32, draft: Draft | None = None
 ) -> NDArray:
     """Logits (tokens, vocabulary) of every position of one sequence, computed ``chunk`` tokens at a time."""
-    decoder, pool = Decoder(reader, backend), KVPool(reader.schema, 1, len(ids))
+    decoder, pool = Decoder(reader, backend), KVPool(reader.spec, 1, len(ids))
     decoder.reserve_positions(len(ids))
     pool.reserve(0, len(ids))
     parts = []
@@ -148,31 +150,19 @@ def cross_entropy(logits: NDArray, targets: NDArray) -> float:
 
 def dequantized_tensors(reader: WeightReader) -> dict[str, NDArray[np.float32]]:
     """The store's weights under their Hugging Face names: matrices dequantised, routers and norms as they are."""
-    schema = reader.schema
-    values = {"model.embed_tokens.weight": reader.nested("embedding").dequantize()}
-    if not schema.tied_embeddings:
-        values["lm_head.weight"] = reader.nested("head").dequantize()
-    values["model.norm.weight"] = reader.array("final_norm")
-    query, key = schema.heads * schema.head_dim, schema.kv_heads * schema.head_dim
-    for layer in range(schema.layers):
-        p, s = f"model.layers.{layer}.", f"layers.{layer}."
-        parts = np.split(reader.nested(s + "query_key_value").dequantize(), [query, query + key])
-        for name, part in zip("qkv", parts, strict=True):
-            values[p + f"self_attn.{name}_proj.weight"] = part
-        values[p + "self_attn.o_proj.weight"] = reader.nested(s + "attention_output").dequantize()
-        for theirs, ours in (
-            ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm"),
-            ("self_attn.q_norm", "query_norm"), ("self_attn.k_norm", "key_norm"),
-        ):  # fmt: skip
-            values[p + theirs + ".weight"] = reader.array(s + ours)
-        dense = layer in schema.dense_layers
-        if not dense:
-            values[p + "mlp.gate.weight"] = reader.array(s + "router")
-        layout, addresses = reader.expert_layout(layer), reader.expert_addresses(layer)
-        for expert in range(1 if dense else schema.experts):
-            prefix = p + ("mlp." if dense else f"mlp.experts.{expert}.")
+    spec, values = reader.spec, {}
+    names = FAMILIES[spec.family].names
+    assert names is not None
+    for tensor in tensors(spec):
+        whole = reader.array(tensor.name) if tensor.kind == "floats" else reader.nested(tensor.name).dequantize()
+        borders = np.cumsum([part.shape[0] for part in tensor.parts])[:-1]
+        for part, rows in zip(tensor.parts, np.split(whole, borders), strict=True):
+            values[names[part.role].format(layer=tensor.layer)] = rows
+    for layer in range(len(spec.layers)):
+        one, layout, addresses = feed_forward(spec, layer), reader.expert_layout(layer), reader.expert_addresses(layer)
+        for expert in range(one.count):
             for projection, matrix in expert_matrices(layout, addresses, expert, False).items():
-                values[prefix + f"{projection}_proj.weight"] = matrix.dequantize()
+                values[names[one.part(projection).role].format(layer=layer, expert=expert)] = matrix.dequantize()
     return values
 
 

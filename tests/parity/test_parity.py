@@ -96,11 +96,11 @@ def test_native_kernels_equal_bitslice(case: Case) -> None:
     kernels = harness.native_kernels()
     if kernels is None:
         pytest.skip("no native kernels")
-    schema = case.reader.schema
-    allowed = np.zeros((len(schema.moe_layers), schema.experts), np.uint8)
+    spec = case.reader.spec
+    allowed = np.zeros((len(spec.moe_layers), spec.experts), np.uint8)
     allowed[:, ::2] = 1
     used = kernels.variant()
-    for draft in (None, Draft(allowed, schema.top_k), Draft(allowed, 1, rescale=False, offset=0.0)):
+    for draft in (None, Draft(allowed, spec.top_k), Draft(allowed, 1, rescale=False, offset=0.0)):
         expected = harness.decoder_logits(case.reader, bitslice, case.ids, draft=draft)
         for variant in kernels.variants():
             kernels.set_variant(variant)
@@ -136,7 +136,7 @@ def test_converts_what_transformers_saves(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     write_tokenizer(tmp_path / "saved")
     saved = harness.convert(tmp_path / "saved", tmp_path / "again")
-    assert saved.schema == reader.schema
+    assert saved.spec == reader.spec
     assert harness.weights_digest(saved) == harness.weights_digest(reader)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from elmoe.schema.architecture import Architecture
+from elmoe.models.sizes import ModelSizes
+from elmoe.models.spec import GroupedAttention, LayerSpec, ModelSpec, Moe, Rope, Router
 from elmoe.schema.constants import (
     Bandwidth,
     Capacity,
@@ -55,10 +56,17 @@ def hardware(features: Features = NOTHING, fast: bool = False, **changes: Any) -
     return msgspec.structs.replace(base, **changes)
 
 
-MODEL = Architecture(
-    name="tiny", source="made up for a test", layers=4, hidden=512, vocabulary=1024, moe_layers=4, dense_layers=0,
-    experts=32, top_k=4, expert_width=256, shared_width=0, dense_width=0, attention_parameters=512 * 512 * 4,
-    kv_bytes_per_position=2 * 512 * 2, attention_width=2 * 512,
+MODEL = ModelSizes(
+    spec=ModelSpec(
+        family="test", vocabulary=1024, hidden=512, norm_epsilon=1e-6, max_positions=4096, tied_embeddings=False,
+        layers=(
+            LayerSpec(
+                attention=GroupedAttention(heads=8, kv_heads=8, head_dim=64, rope=Rope(theta=1e4, dimensions=64)),
+                feed_forward=Moe(router=Router(experts=32, top_k=4), width=256),
+            ),
+        ) * 4,
+    ),
+    name="tiny", source="made up for a test",
 )  # fmt: skip
 
 

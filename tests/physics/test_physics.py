@@ -8,12 +8,14 @@ import pytest
 
 from elmoe.errors import BudgetError, HardwareError
 from elmoe.hw.machine import Machine
+from elmoe.models.sizes import ModelSizes
+from elmoe.models.spec import Dense, LayerSpec
 from elmoe.schema.constants import Bandwidth, Capacity
 from elmoe.schema.drafters import load_drafters
 from elmoe.schema.hardware import Features, Hardware
 from elmoe.sim.simulate import Priced, Simulation
 from elmoe.sim.workload import RoutingReplay
-from elmoe.systems.forms import Odds
+from elmoe.systems.forms import Odds, cost_of
 from elmoe.systems.operations import operations
 from elmoe.systems.xpu import lower
 from tests.physics.machines import EVERYTHING, MODEL, NOTHING, facts, hardware, known, memory
@@ -30,8 +32,9 @@ def test_plain_decoding_of_one_sequence_is_active_bytes_over_bandwidth():
     """Memory-bound on the bare processor: closed form in bytes."""
     slow = hardware(main=memory(1e9, 64e9, 4e-12))
     run = price(slow, batch=1)
-    weights = MODEL.layers * MODEL.moe_layer_bytes + MODEL.head_bytes + MODEL.layers * MODEL.top_k * MODEL.expert_bytes
-    expected = (weights + 64 * MODEL.kv_bytes_per_token) / 1e9
+    layer = MODEL.layers[0]
+    weights = 4 * layer.bytes + MODEL.head_bytes + 4 * 4 * layer.expert_bytes
+    expected = (weights + 64 * MODEL.spec.kv_bytes_per_position) / 1e9
     assert run.seconds / run.tokens == pytest.approx(expected, rel=1e-12)
 
 
@@ -67,6 +70,35 @@ def test_bytes_are_conserved_between_the_memories():
         bare = price(hardware(), batch=8)
         read = run.target.traffic["main"] + run.target.traffic["fast"]
         np.testing.assert_allclose(read, bare.target.traffic["main"], rtol=1e-12)
+
+
+def test_layers_that_differ_cost_what_each_of_them_costs_alone():
+    """Two kinds of attention, a dense layer and one without shared experts: bytes of the whole are the sum of the parts."""
+    plain = MODEL.spec.layers[0]
+    wide = msgspec.structs.replace(plain.attention, heads=16)
+    shared = msgspec.structs.replace(plain.feed_forward, shared_width=128)
+    kinds = (
+        plain,
+        LayerSpec(attention=wide, feed_forward=plain.feed_forward),
+        LayerSpec(attention=plain.attention, feed_forward=shared),
+        LayerSpec(attention=wide, feed_forward=Dense(width=640)),
+    )
+    machine, passes = Machine(hardware()), SIMULATION.replay.run(plan_of(batch=4)).target
+
+    def model(*layers: LayerSpec) -> ModelSizes:
+        return msgspec.structs.replace(MODEL, spec=msgspec.structs.replace(MODEL.spec, layers=layers))
+
+    def seconds(model: ModelSizes) -> np.ndarray:
+        return cost_of(machine, [op for op in operations(model, passes, machine) if op.name != "head"]).latency
+
+    mixed = (kinds[0], kinds[3], kinds[1], kinds[2], kinds[0], kinds[3])
+    whole = operations(model(*mixed), passes, machine)
+    assert sum(op.repeat for op in whole if op.starts_layer) == len(mixed)
+    fixed = sum(op.dense * op.repeat for op in whole if op.name != "experts")
+    sizes = model(*mixed)
+    cached = passes.cached * sizes.spec.kv_bytes_per_position
+    np.testing.assert_allclose(fixed, sum(one.bytes for one in sizes.layers) + sizes.head_bytes + cached, rtol=1e-12)
+    np.testing.assert_allclose(seconds(model(*mixed)), sum(seconds(model(one)) for one in mixed), rtol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["ar", "eagle", "quant", "elastic"])

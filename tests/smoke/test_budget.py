@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from elmoe.store.synthetic import synthesize
-from tests.tiny import tiny_schema
+from tests.tiny import tiny_spec
 
 BUDGET, SLACK = 160 << 20, 300 << 20
-SCHEMA = tiny_schema(
+SPEC = tiny_spec(
     vocabulary=512, hidden=1024, layers=6, heads=8, kv_heads=8, head_dim=128, experts=32, top_k=4, expert_width=1024,
     max_positions=4096, tied_embeddings=False,
 )  # fmt: skip
@@ -35,7 +35,7 @@ with Session(sys.argv[1], options) as session:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("budget") / "store"
-    synthesize(path, SCHEMA, 1, lambda done, total: None)
+    synthesize(path, SPEC, 1, lambda done, total: None)
     return path
 
 

@@ -98,7 +98,7 @@ def test_synth_and_bench_of_it(tmp_path):
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     elmoe("synth", str(tmp_path / "config.json"), str(tmp_path / "store"), "--layers", "2", "--seed", "3")
-    assert elmoe_json("inspect", str(tmp_path / "store"), "--verify")["model"]["layers"] == 2
+    assert len(elmoe_json("inspect", str(tmp_path / "store"), "--verify")["model"]["layers"]) == 2
     rows = elmoe_json("bench", str(tmp_path / "store"), "--batch", "2", "--max-tokens", "4", "--repeats", "1")["rows"]
     assert all(row["identical"] for row in rows)
 

@@ -26,7 +26,7 @@ def recorded(tmp_path, **named):
     path = tmp_path / "run.trace"
     with open_store("demo") as reader:
         engine = Engine(reader, kernels, options)
-        with TraceRecorder(path, reader.schema, {}, all_ranks=True) as recorder:
+        with TraceRecorder(path, reader.spec, {}, all_ranks=True) as recorder:
             _, statistics = engine.generate(requests, recorder=recorder)
         sizes = engine.sizes(requests)
         slots = engine.slots(sizes)

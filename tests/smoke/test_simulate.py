@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 
 import pytest
 from click.testing import CliRunner
 
 from elmoe.cli.main import cli
-from elmoe.errors import ElmoeError, HardwareError
+from elmoe.errors import ElmoeError, HardwareError, ModelError
 from elmoe.files import write_whole
+from elmoe.models.load import load_model
 
 SMALL = ["--model", "qwen3-30b-a3b", "--prompts", "mt_bench", "--batch", "1,4"]
 
@@ -86,6 +88,44 @@ def test_a_model_too_large_becomes_a_row_that_says_so():
     arguments = ("--model", "qwen3-235b-a22b", "--prompts", "mt_bench", "--batch", "1", "--hardware", "xpu")
     with pytest.raises(ElmoeError, match=r"needs .* 'xpu' has"):
         run("simulate", *arguments, "--json")
+
+
+def test_a_store_is_priced_as_its_configuration_is():
+    """The demo store's spec and formats are those of the model card."""
+    model = load_model("demo")
+    spec = model.spec
+    assert (len(spec.layers), spec.hidden, spec.experts, spec.top_k, spec.tied_embeddings) == (8, 192, 64, 4, True)
+    assert model.expert.msb_bytes == 3 * 192 * 96 * 4.5 / 8 and len(model.formats) == 8
+    result = run("simulate", "--model", "demo", "--prompts", "mt_bench", "--batch", "1", "--hardware", "xpu", "--json")
+    rows = json.loads(result.stdout)["rows"]
+    assert {row["model"] for row in rows} == {"demo"} and all(row["tokens_per_second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "manifest.json"),
+        ("[]", "manifest.json"),
+        ('{"model": {"family": "x"}, "layers": []}', "manifest.json': Object missing required field"),
+        ("changed", "unknown format 'nested9'"),
+    ],
+)
+def test_a_damaged_store_is_refused_by_file(tmp_path, text, named):
+    if text == "changed":
+        text = (files("elmoe.presets") / "demo" / "manifest.json").read_text().replace("nested8", "nested9")
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ModelError) as caught:
+        load_model(tmp_path)
+    assert named in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_model_that_cannot_be_simulated_is_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match=r"'qwen2\.5-coder-7b' has no layer with experts"):
+        run("simulate", "--model", "qwen2.5-coder-7b", "--prompts", "mt_bench", "--hardware", "xpu")
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "jamba"}')
+    with pytest.raises(ModelError, match=r"config\.json: there are no 'architectures', and .* 'jamba' is not"):
+        run("simulate", "--model", str(path), "--prompts", "mt_bench", "--hardware", "xpu")
 
 
 def test_a_trace_of_another_model_is_refused(tmp_path):

@@ -21,7 +21,7 @@ from elmoe.trace.acceptance import (
     load_acceptance,
     save_acceptance,
 )
-from tests.tiny import tiny_schema
+from tests.tiny import tiny_spec
 
 
 def row(bits: int, share: float, judged, accepted) -> AcceptanceRow:
@@ -116,7 +116,7 @@ def test_files(tmp_path):
 
 def test_counts_of_a_recording(tmp_path):
     """Two drafts of three tokens: one fails at its second token, whose successor is judged no more."""
-    model = tiny_schema()
+    model = tiny_spec()
     wide = [np.tile(np.arange(4, dtype=np.int32), (4, 1))] * 3
     scores = [np.full((4, 4), 0.25, np.float32)] * 3
     resident = np.zeros((3, 8), bool)

@@ -21,9 +21,10 @@ from elmoe.convert import convert_checkpoint
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import ConvertError, ElmoeError, NumericsError
-from elmoe.models.qwen3_moe import ffn_sources, read_config
+from elmoe.models import spec_of_config
+from elmoe.models.tensors import PROJECTIONS
 from elmoe.store import open_store
-from tests.checkpoints import random_weights, tiny_config, write_checkpoint, write_safetensors
+from tests.checkpoints import expert_name, random_weights, tiny_config, write_checkpoint, write_safetensors
 
 
 def content(store: Path) -> dict[str, bytes]:
@@ -45,27 +46,27 @@ def test_a_store_holds_the_quantised_weights(tmp_path, changes):
     convert_checkpoint(write_checkpoint(tmp_path / "source", config, weights), tmp_path / "store")
     with open_store(tmp_path / "store") as reader:
         reader.verify()
-        schema = reader.schema
-        assert schema == read_config(config)
+        spec = reader.spec
+        assert spec == spec_of_config(config)
 
         def same(ours: NestedMatrix, theirs: np.ndarray) -> bool:
             expected = NestedMatrix.from_weights(theirs)
             return np.array_equal(ours.dequantize(), expected.dequantize()) and np.array_equal(ours.hi, expected.hi)
 
         assert same(reader.nested("embedding"), weights["model.embed_tokens.weight"])
-        if not schema.tied_embeddings:
+        if not spec.tied_embeddings:
             assert same(reader.nested("head"), weights["lm_head.weight"])
         prefix = "model.layers.1.self_attn."
         stacked = np.concatenate([weights[f"{prefix}{name}_proj.weight"] for name in "qkv"])
         assert same(reader.nested("layers.1.query_key_value"), stacked)
         assert np.array_equal(reader.array("layers.0.query_norm"), weights["model.layers.0.self_attn.q_norm.weight"])
-        for layer in range(schema.layers):
+        for layer in range(len(spec.layers)):
             layout, addresses = reader.expert_layout(layer), reader.expert_addresses(layer)
-            assert addresses.shape == (1 if layer in schema.dense_layers else schema.experts, 2)
+            assert addresses.shape == (1 if layer in spec.dense_layers else spec.experts, 2)
             for expert in range(len(addresses)):
                 matrices = bitslice.moe.expert_matrices(layout, addresses, expert, draft=False)
-                for projection, (name, _) in ffn_sources(schema, layer, expert).items():
-                    assert same(matrices[projection], weights[name])
+                for projection in PROJECTIONS:
+                    assert same(matrices[projection], weights[expert_name(config, layer, expert, projection)])
         results, _ = Engine(reader, bitslice, EngineOptions(mode="plain")).generate([Request((5, 6, 7), 4)])
         assert len(results[0].tokens) >= 1
 
@@ -74,7 +75,8 @@ def test_records_are_aligned_for_direct_reads(tmp_path):
     convert_checkpoint(write_checkpoint(tmp_path / "source", tiny_config()), tmp_path / "store")
     with open_store(tmp_path / "store") as reader:
         for layer in reader.manifest.layers:
-            assert layer.offset % 4096 == layer.msb_bytes % 4096 == layer.lsb_bytes % 4096 == 0
+            layout = reader.expert_layout(layer.layer)
+            assert layer.offset % 4096 == layout.msb_bytes % 4096 == layout.lsb_bytes % 4096 == 0
         assert (reader.expert_addresses(0) % 4096 == 0).all()
 
 
@@ -96,7 +98,7 @@ def test_shards_types_and_templates(tmp_path):
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 0]}))
     convert_checkpoint(source, tmp_path / "bf16_store")
     with open_store(tmp_path / "bf16_store") as reader:
-        assert reader.chat_template() == "{{ messages[0].content }}!" and reader.schema.eos_tokens == (0, 3)
+        assert reader.chat_template() == "{{ messages[0].content }}!" and reader.spec.eos_tokens == (0, 3)
         expected = (random_weights(config)["model.norm.weight"].view(np.uint32) & 0xFFFF0000).view(np.float32)
         assert np.array_equal(reader.array("final_norm"), expected)
 
@@ -105,7 +107,7 @@ def test_shards_types_and_templates(tmp_path):
     "changes,message",
     [
         ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
-        ({"architectures": None}, "architecture"),
+        ({"architectures": None, "model_type": None}, "architecture"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),
@@ -148,7 +150,7 @@ def test_spellings_that_mean_the_same():
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, mlp_only_layers=None,
     )  # fmt: skip
     del renamed["num_experts"], renamed["rope_theta"]
-    assert read_config(renamed) == read_config(plain | {"hidden_size": 64})
+    assert spec_of_config(renamed) == spec_of_config(plain | {"hidden_size": 64})
 
 
 def test_incomplete_and_damaged_checkpoints_are_named(tmp_path):

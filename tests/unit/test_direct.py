@@ -25,9 +25,9 @@ from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import open_direct, open_store
 from elmoe.store.synthetic import synthesize
 from elmoe.trace import TraceRecorder, draft_facts_of_trace, read_trace
-from tests.tiny import tiny_schema
+from tests.tiny import tiny_spec
 
-SCHEMA = tiny_schema(layers=4, dense_layers=(1,), experts=16, top_k=3, max_positions=1024)
+SPEC = tiny_spec(layers=4, dense_layers=(1,), experts=16, top_k=3, max_positions=1024)
 PLAIN = EngineOptions(mode="plain", keep_kv_digest=True)
 POLICIES = ("decayed", "lru", "lfu", "static", "random")
 
@@ -35,7 +35,7 @@ POLICIES = ("decayed", "lru", "lfu", "static", "random")
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("direct") / "store"
-    synthesize(path, SCHEMA, 5, lambda done, total: None)
+    synthesize(path, SPEC, 5, lambda done, total: None)
     return path
 
 
@@ -204,7 +204,7 @@ def test_the_disk_fills_up_under_a_trace(reader, reference, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a write beyond it fails as on a full disk
     try:
-        with pytest.raises(TraceError, match=r"run\.trace"), TraceRecorder(tmp_path / "run.trace", SCHEMA, {}) as recorder:
+        with pytest.raises(TraceError, match=r"run\.trace"), TraceRecorder(tmp_path / "run.trace", SPEC, {}) as recorder:
             for _ in range(60):
                 engine.generate(requests(), recorder=recorder)
     finally:
@@ -231,12 +231,12 @@ def test_a_replay_drives_other_weights_by_the_trace(store, reader, tmp_path):
     """Routing, tokens and acceptance are the trace's in every mode; what is compared is hashes of real logits."""
     from elmoe.measure.replay import ReplayBackend
 
-    target = tiny_schema(layers=6, experts=16, top_k=6, vocabulary=97)
+    target = tiny_spec(layers=6, experts=16, top_k=6, vocabulary=97)
     synthesize(tmp_path / "wide", target, 9, lambda done, total: None)
     record = EngineOptions(fast_memory=0.5, draft_length=16, commit_limit=1, batch=4)
     path = tmp_path / "facts.trace"
     recorded = [replace(request, ignore_eos=True) for request in requests(count=4)]
-    with open_store(store) as memory, TraceRecorder(path, SCHEMA, {"commit_limit": 1}) as recorder:
+    with open_store(store) as memory, TraceRecorder(path, SPEC, {"commit_limit": 1}) as recorder:
         results, _ = Engine(memory, kernels, record).generate(recorded, recorder=recorder)
     facts = draft_facts_of_trace(read_trace(path))
     with open_direct(tmp_path / "wide") as wide:
@@ -277,7 +277,7 @@ def test_a_replay_drives_other_weights_by_the_trace(store, reader, tmp_path):
 
 
 def test_a_trace_without_a_draft_from_every_position_is_refused(reader, tmp_path):
-    with TraceRecorder(tmp_path / "t", SCHEMA, {}) as recorder:
+    with TraceRecorder(tmp_path / "t", SPEC, {}) as recorder:
         Engine(reader, kernels, EngineOptions(fast_memory=0.5, draft_length=2)).generate(requests(), recorder=recorder)
     with pytest.raises(TraceError, match="every position"):
         draft_facts_of_trace(read_trace(tmp_path / "t"))

@@ -15,9 +15,9 @@ from elmoe.engine.kv import KVPool
 from elmoe.engine.request import Request
 from elmoe.errors import BudgetError, NumericsError, RequestError, TraceError
 from elmoe.trace import TraceRecorder, read_trace
-from tests.tiny import TinyReader, tiny_schema
+from tests.tiny import TinyReader, tiny_spec
 
-READER = TinyReader(tiny_schema())
+READER = TinyReader(tiny_spec())
 PLAIN = EngineOptions(mode="plain", keep_kv_digest=True)
 
 
@@ -32,13 +32,13 @@ def requests(temperature: float = 0.0, lengths: tuple[int, ...] = (5, 1, 17, 30,
     [
         {},
         {"dense_layers": (1,)},
-        {"tied_embeddings": False, "normalize_top_k": False, "kv_heads": 4},
+        {"tied_embeddings": False, "normalize": False, "kv_heads": 4},
         {"layers": 2, "dense_layers": (0,), "experts": 5, "top_k": 3},
     ],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_mode_gives_the_plain_output(changes, temperature):
-    reader = TinyReader(tiny_schema(**changes), seed=3)
+    reader = TinyReader(tiny_spec(**changes), seed=3)
     reference, _ = Engine(reader, bitslice, PLAIN).generate(requests(temperature))
     assert all(result.kv_digest for result in reference)
     for options in (
@@ -59,7 +59,7 @@ def test_every_mode_gives_the_plain_output(changes, temperature):
 def test_drafting_with_everything_resident_is_accepted():
     """All experts and all bits: the draft is the target, so every judged token is accepted."""
     options = EngineOptions(mode="elastic", fast_memory=1.0, draft_length=4, draft_bits=8)
-    lengths = (60, 60)  # a prefill long enough to make every expert resident
+    lengths = (120, 120)  # a prefill long enough to make every expert resident
     _, statistics = Engine(READER, bitslice, options).generate(requests(lengths=lengths))
     assert statistics.accepted > 0 and statistics.rejected == 0
 
@@ -67,7 +67,7 @@ def test_drafting_with_everything_resident_is_accepted():
 def test_counters_agree_with_the_trace(tmp_path):
     options = EngineOptions(mode="elastic", fast_memory=0.5, draft_length=3, batch=2, keep_kv_digest=True)
     reference, _ = Engine(READER, bitslice, options).generate(requests())
-    with TraceRecorder(tmp_path / "run.trace", READER.schema, {"mode": "elastic"}) as recorder:
+    with TraceRecorder(tmp_path / "run.trace", READER.spec, {"mode": "elastic"}) as recorder:
         results, statistics = Engine(READER, bitslice, options).generate(requests(), recorder=recorder)
     assert results == reference
     trace = read_trace(tmp_path / "run.trace")
@@ -87,7 +87,7 @@ def test_counters_agree_with_the_trace(tmp_path):
             accepted += 1
     assert statistics.accepted <= accepted <= statistics.accepted + 3 * len(results)  # the end of a sequence cuts judging
     # experts used by the target rows, by step and layer, give the bytes of both tiers
-    experts = trace.routing()[:, :, : READER.schema.top_k]
+    experts = trace.routing()[:, :, : READER.spec.top_k]
     counters = statistics.phases["verify"]
     active = sum(
         len(np.unique(experts[(phase == "verify") & (trace.column("step") == step), layer]))
@@ -127,7 +127,7 @@ def test_stop_conditions():
             [replace(base, max_tokens=12, stop=("never", stop))], lambda ids: "".join(f"<{i}>" for i in ids)
         )
         assert stopped.finish == "stop" and stopped.tokens == result.tokens[:first]
-    eos = TinyReader(tiny_schema(eos_tokens=(result.tokens[5],)))
+    eos = TinyReader(tiny_spec(eos_tokens=(result.tokens[5],)))
     for options in (PLAIN, EngineOptions(mode="elastic", fast_memory=1.0, draft_length=8)):
         (ended,), _ = Engine(eos, bitslice, options).generate([replace(base, max_tokens=12)])
         assert ended.finish == "eos" and ended.tokens == result.tokens[: result.tokens.index(result.tokens[5]) + 1]
@@ -136,7 +136,7 @@ def test_stop_conditions():
 
 
 def test_the_context_ends_a_sequence():
-    reader = TinyReader(tiny_schema(max_positions=20))
+    reader = TinyReader(tiny_spec(max_positions=20))
     for options in (PLAIN, EngineOptions(mode="elastic", fast_memory=1.0, draft_length=8)):
         (result,), _ = Engine(reader, bitslice, options).generate([Request(tuple(range(1, 13)), 50)])
         assert result.finish == "length" and len(result.tokens) == 8
@@ -184,14 +184,14 @@ def test_an_engine_survives_a_failed_request():
 
 
 def test_nan_weights_surface_as_an_error_not_as_text():
-    reader = TinyReader(tiny_schema())
+    reader = TinyReader(tiny_spec())
     reader._arrays["final_norm"][3] = np.nan
     with pytest.raises(NumericsError):
         Engine(reader, bitslice, PLAIN).generate(requests())
 
 
 def test_kv_pages_are_returned_and_reused():
-    pool = KVPool(tiny_schema(), 2, 200, pages=4)
+    pool = KVPool(tiny_spec(), 2, 200, pages=4)
     pool.reserve(0, 130)
     pool.reserve(1, 1)
     assert pool.bytes_in_use == 4 * pool.page_bytes
@@ -215,13 +215,13 @@ def test_a_recording_of_all_ranks_tells_what_drafts_ran(tmp_path):
     backend = SimpleNamespace(**(vars(bitslice) | {"route": route}))
     options = EngineOptions(mode="elastic", fast_memory=0.3, draft_length=3, batch=3)
     reference, _ = Engine(READER, bitslice, options).generate(requests(0.8))
-    with TraceRecorder(tmp_path / "t", READER.schema, all_ranks=True) as recorder:
+    with TraceRecorder(tmp_path / "t", READER.spec, all_ranks=True) as recorder:
         results, _ = Engine(READER, backend, replace(options, all_ranks=True)).generate(requests(0.8), recorder=recorder)
     assert results == reference
     trace = read_trace(tmp_path / "t")
-    assert trace.header.ranks == READER.schema.experts
+    assert trace.header.ranks == READER.spec.experts
     ranked = trace.routing().astype(np.int32)[trace.column("phase") == "draft"]
-    assert (np.sort(ranked, axis=2) == np.arange(READER.schema.experts)).all()
+    assert (np.sort(ranked, axis=2) == np.arange(READER.spec.experts)).all()
     packed = trace.table.column("resident").filter(trace.column("phase") == "draft").to_pylist()
     starts = [row for row, bits in enumerate(packed) if bits is not None]
     passes = iter(ran)
@@ -229,11 +229,11 @@ def test_a_recording_of_all_ranks_tells_what_drafts_ran(tmp_path):
         resident = np.unpackbits(np.frombuffer(packed[first], np.uint8))[:24].reshape(3, 8).astype(bool)
         for layer in range(3):
             for expected, order in zip(next(passes), ranked[first:last, layer], strict=True):
-                chosen = order[resident[layer][order]][: READER.schema.top_k]
+                chosen = order[resident[layer][order]][: READER.spec.top_k]
                 assert np.array_equal(np.sort(chosen), expected)
     assert next(passes, None) is None and len(starts) > 5
     with (
         pytest.raises(TraceError, match="takes 8 ranks"),
-        TraceRecorder(tmp_path / "u", READER.schema, None, True) as recorder,
+        TraceRecorder(tmp_path / "u", READER.spec, None, True) as recorder,
     ):
         Engine(READER, bitslice, options).generate(requests(0.8), recorder=recorder)

@@ -14,9 +14,9 @@ from elmoe.errors import TraceError
 from elmoe.trace import RoutingFacts, TraceRecorder, facts_of_trace, read_facts, read_trace, write_facts
 from elmoe.trace import facts as facts_module
 from elmoe.trace.format import FACTS_KEY
-from tests.tiny import tiny_schema
+from tests.tiny import tiny_spec
 
-MODEL = tiny_schema()
+MODEL = tiny_spec()
 
 
 def random_facts(sequences: int = 3, positions: int = 5, layers: int = 2, ranks: int = 4, experts: int = 8) -> RoutingFacts:

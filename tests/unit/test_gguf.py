@@ -19,9 +19,12 @@ from elmoe.convert.gguf_export import export_store
 from elmoe.convert.gguf_file import GgufFile
 from elmoe.convert.gguf_tokenizer import QWEN2_PATTERN, describe, rebuild
 from elmoe.errors import ConvertError, ElmoeError
-from elmoe.models import qwen3_moe, qwen3_moe_gguf
+from elmoe.models import family_of, spec_of_config
+from elmoe.models.gguf import metadata_of_spec
+from elmoe.models.tensors import PROJECTIONS, feed_forward
+from elmoe.models.tensors import tensors as model_tensors
 from elmoe.store import open_store
-from tests.checkpoints import tiny_config, write_checkpoint
+from tests.checkpoints import expert_name, tiny_config, write_checkpoint
 
 TEXTS = ("The whale's tail,  and 12345 fish!\n\n  x", "naïve e\u0301tude — 東京 🐋\tend", "def f(x):\r\n    return x", " ")
 
@@ -51,7 +54,7 @@ def tensors(path: Path) -> dict[str, tuple[int, bytes]]:
 def write_gguf(path: Path, parts: dict[str, tuple[TensorType, np.ndarray]], **changes: Any) -> Path:
     """A file as another program writes it: tensors given as bytes (Q8_0, BF16) or values, metadata of ``wide_config``."""
     config = wide_config()
-    metadata = qwen3_moe_gguf.metadata_of(qwen3_moe.read_config(config))
+    metadata = metadata_of_spec(spec_of_config(config), family_of(config).gguf)
     metadata |= {f"qwen3moe.{key}": value for key, value in changes.pop("metadata", {}).items()}
     writer = gguf.GGUFWriter(path, changes.pop("architecture", "qwen3moe"))
     for key, value in metadata.items():
@@ -101,16 +104,26 @@ def qwen_tokenizer() -> bytes:
 
 def random_parts(dtype: TensorType = TensorType.Q8_0, seed: int = 0) -> dict[str, tuple[TensorType, np.ndarray]]:
     """Tensors of ``wide_config``: matrices as ``dtype``, Q8_0 with all codes from -128 to 127 and scales of any size."""
-    schema, rng = qwen3_moe.read_config(wide_config()), np.random.default_rng(seed)
-    parts = {}
-    for ours, sources in qwen3_moe_gguf.tensor_sources(schema).items():
-        for name, shape in sources:
-            plain = ours.endswith(("norm", "router"))
-            parts[name] = (TensorType.F32, rng.standard_normal(shape, np.float32)) if plain else values(rng, shape, dtype)
-    for layer in range(schema.layers):
-        for name, shape in qwen3_moe_gguf.ffn_sources(schema, layer).values():
-            parts[name] = values(rng, shape, dtype)
+    rng, parts = np.random.default_rng(seed), {}
+    for name, (shape, plain) in gguf_shapes(wide_config()).items():
+        parts[name] = (TensorType.F32, rng.standard_normal(shape, np.float32)) if plain else values(rng, shape, dtype)
     return parts
+
+
+def gguf_shapes(config: dict) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Name -> (shape, whether float32) of every tensor of a GGUF file of this configuration."""
+    spec, gguf = spec_of_config(config), family_of(config).gguf
+    shapes = {
+        gguf.names[part.role].format(layer=tensor.layer): (part.shape, tensor.kind == "floats")
+        for tensor in model_tensors(spec)
+        for part in tensor.parts
+    }
+    for layer in range(len(spec.layers)):
+        one = feed_forward(spec, layer)
+        for part in map(one.part, PROJECTIONS):
+            shape = (one.count, *part.shape) if one.kind == "expert" else part.shape
+            shapes[gguf.names[part.role].format(layer=layer)] = shape, False
+    return shapes
 
 
 def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: TensorType) -> tuple[TensorType, np.ndarray]:
@@ -168,7 +181,7 @@ def test_other_types_are_quantised_as_a_checkpoint_is(tmp_path, dtype):
     parts = random_parts(dtype)
     convert_checkpoint(write_gguf(tmp_path / "model.gguf", parts), tmp_path / "store")
     config, weights = wide_config(), {}
-    schema = qwen3_moe.read_config(config)
+    spec, family = spec_of_config(config), family_of(config)
 
     def float32(name: str) -> np.ndarray:
         kind, data = parts[name]
@@ -176,13 +189,14 @@ def test_other_types_are_quantised_as_a_checkpoint_is(tmp_path, dtype):
             return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
         return data.astype(np.float32)
 
-    pairs = zip(qwen3_moe.tensor_sources(schema).values(), qwen3_moe_gguf.tensor_sources(schema).values(), strict=True)
-    for theirs, ours in pairs:
-        weights |= {a[0]: float32(b[0]) for a, b in zip(theirs, ours, strict=True)}
-    for layer in range(schema.layers):
-        for projection, (name, _) in qwen3_moe_gguf.ffn_sources(schema, layer).items():
-            for expert in range(schema.experts):
-                weights[qwen3_moe.ffn_sources(schema, layer, expert)[projection][0]] = float32(name)[expert]
+    for tensor in model_tensors(spec):
+        for part in tensor.parts:
+            theirs, ours = (names[part.role].format(layer=tensor.layer) for names in (family.names, family.gguf.names))
+            weights[theirs] = float32(ours)
+    for layer in range(len(spec.layers)):
+        for projection in PROJECTIONS:
+            stacked = float32(f"blk.{layer}.ffn_{projection}_exps.weight")
+            weights |= {expert_name(config, layer, e, projection): values for e, values in enumerate(stacked)}
     convert_checkpoint(write_checkpoint(tmp_path / "source", config, weights), tmp_path / "other")
     same = [name for name in content(tmp_path / "store") if name.endswith((".bin", ".experts"))]
     assert len(same) == 4

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from elmoe.errors import HardwareError
-from elmoe.schema.architecture import load_architecture
+from elmoe.models.load import load_model
 from elmoe.schema.hardware import load_hardware, preset_names, preset_text
 from elmoe.schema.provenance import constants
 from elmoe.sim.grid import Grid, check_names
@@ -93,17 +93,17 @@ def cached(tmp_path, repository, **changes):
 
 def test_models_are_called_by_what_the_user_wrote_not_by_where_links_lead(tmp_path):
     snapshot = cached(tmp_path, "A--small")
-    assert load_architecture(snapshot).name == load_architecture(snapshot / "config.json").name == "A/small"
+    assert load_model(snapshot).name == load_model(snapshot / "config.json").name == "A/small"
     (tmp_path / "mine").symlink_to(snapshot)
-    assert load_architecture(tmp_path / "mine").name == "mine"
+    assert load_model(tmp_path / "mine").name == "mine"
     (tmp_path / "big.json").write_text((snapshot / "config.json").read_text())
-    assert load_architecture(tmp_path / "big.json").name == "big"
+    assert load_model(tmp_path / "big.json").name == "big"
 
 
 def test_a_changed_copy_of_a_models_preset_does_not_keep_its_source(tmp_path):
     same, changed = cached(tmp_path, "A--same"), cached(tmp_path, "B--changed", num_hidden_layers=24)
-    assert load_architecture(same).source == load_architecture("qwen3-30b-a3b").source
-    assert load_architecture(changed).source == str(changed / "config.json")
+    assert load_model(same).source == load_model("qwen3-30b-a3b").source
+    assert load_model(changed).source == str(changed / "config.json")
 
 
 def test_equal_names_are_refused(tmp_path):

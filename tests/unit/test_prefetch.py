@@ -9,7 +9,7 @@ from elmoe import kernels
 from elmoe.bitslice import NestedMatrix
 from elmoe.engine import prefetch_distance
 from elmoe.errors import KernelError
-from tests.tiny import TinyReader, tiny_schema
+from tests.tiny import TinyReader, tiny_spec
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_no_result_depends_on_it():
 
 def test_the_fastest_distance_is_taken(monkeypatch):
     """Kernels that are told to be slow at all distances but one."""
-    reader = TinyReader(tiny_schema(layers=12))
+    reader = TinyReader(tiny_spec(layers=12))
     monkeypatch.setattr(prefetch_distance, "LEAST_BYTES", 0)
     monkeypatch.setattr(prefetch_distance, "LEAST_RATE", 0.0)
     clock = iter(np.cumsum([0.0 if i % 2 == 0 else 1.0 for i in range(1000)]).tolist())
@@ -57,7 +57,7 @@ def test_the_fastest_distance_is_taken(monkeypatch):
 
 
 def test_small_stores_and_slow_reads_measure_nothing(monkeypatch):
-    reader = TinyReader(tiny_schema())
+    reader = TinyReader(tiny_spec())
     kernels.set_prefetch(2048)
     assert prefetch_distance.choose_prefetch_distance(reader) == {}
     monkeypatch.setattr(prefetch_distance, "LEAST_BYTES", 0)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from elmoe import bitslice
-from elmoe.convert import convert_checkpoint, schema_of_config
+from elmoe.convert import convert_checkpoint
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import StoreError
+from elmoe.models import spec_of_config
 from elmoe.store import open_store
 from elmoe.store.synthetic import synthesize
 from tests.checkpoints import tiny_config, write_checkpoint
@@ -55,6 +56,10 @@ def test_an_intact_store_verifies(store):
         assert seen == sorted(seen) and seen[-1] > 0
 
 
+def ffn(manifest: dict, layer: int) -> dict:
+    return manifest["model"]["layers"][layer]["feed_forward"]
+
+
 @pytest.mark.parametrize(
     "damage,message",
     [
@@ -68,13 +73,18 @@ def test_an_intact_store_verifies(store):
         (lambda s: (s / "manifest.json").write_text("{"), "manifest.json is not JSON"),
         (lambda s: (s / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json is not JSON"),
         (lambda s: edit(s, lambda m: m.update(format="zip")), "'format'"),
-        (lambda s: edit(s, lambda m: m.update(version=2)), "newer elmoe"),
+        (lambda s: edit(s, lambda m: m.update(version=3)), "newer elmoe"),
+        (lambda s: edit(s, lambda m: m.update(version=1)), "older elmoe"),
+        (lambda s: edit(s, lambda m: m.update(version=None)), "older elmoe"),
         (lambda s: edit(s, lambda m: m.update(extra=1)), "extra"),
         (lambda s: edit(s, lambda m: m["model"].update(hidden="x")), "model.hidden"),
         (lambda s: edit(s, lambda m: m["model"].update(hidden=-5)), "model.hidden"),
-        (lambda s: edit(s, lambda m: m["model"].update(top_k=99)), "top_k"),
-        (lambda s: edit(s, lambda m: m["model"].update(layers=4)), "'layers'"),
-        (lambda s: edit(s, lambda m: m["model"].update(expert_width=400)), "sizes of the model's experts"),
+        (lambda s: edit(s, lambda m: ffn(m, 0)["router"].update(top_k=99)), "top_k"),
+        (
+            lambda s: edit(s, lambda m: m["model"]["layers"].append(m["model"]["layers"][0])),
+            "lacks 'layers.3.attention_norm'",
+        ),
+        (lambda s: edit(s, lambda m: ffn(m, 0).update(width=400)), "layers.0.offset"),
         (lambda s: edit(s, lambda m: m["layers"][0].update(offset=2**40)), r"layers.0.offset"),
         (lambda s: edit(s, lambda m: m["layers"][0].update(offset=100)), r"layers.0.offset"),
         (lambda s: edit(s, lambda m: m["layers"][0].update(checksums=[])), r"checksums"),
@@ -85,9 +95,20 @@ def test_an_intact_store_verifies(store):
         (lambda s: edit(s, lambda m: tensor(m, "embedding")["offsets"].update(lo=2**50)), r"tensors.embedding.offsets.lo"),
         (lambda s: edit(s, lambda m: tensor(m, "embedding")["offsets"].update(lo=-64)), r"tensors.embedding.offsets.lo"),
         (lambda s: edit(s, lambda m: tensor(m, "embedding")["offsets"].pop("lo")), r"tensors.embedding.offsets"),
-        (lambda s: edit(s, lambda m: tensor(m, "embedding").update(shape=[2**30, 2**30])), r"tensors.embedding"),
-        (lambda s: edit(s, lambda m: tensor(m, "embedding").update(shape=[])), r"tensors.embedding.shape"),
-        (lambda s: edit(s, lambda m: tensor(m, "layers.1.dense_ffn").update(shape=[9999, 99999])), r"dense_ffn"),
+        (lambda s: edit(s, lambda m: m["model"].update(vocabulary=2**24)), r"tensors.embedding.offsets"),
+        (lambda s: edit(s, lambda m: m["model"].update(vocabulary=2**31)), r"model.vocabulary"),
+        (lambda s: edit(s, lambda m: m["model"]["layers"][0]["attention"].update(heads=268435460)), r"attention.heads"),
+        (lambda s: edit(s, lambda m: m["model"]["layers"][0]["attention"].update(head_dim=268435472)), r"head_dim"),
+        (lambda s: edit(s, lambda m: m["model"]["layers"][2]["attention"].update(heads=2)), r"differ in attention"),
+        (lambda s: edit(s, lambda m: ffn(m, 1).update(width=99999)), r"tensors.layers.1.dense_ffn.offsets"),
+        (lambda s: edit(s, lambda m: m["model"].update(layers=[])), r"0 layers"),
+        (lambda s: edit(s, lambda m: m["tensors"].append(m["tensors"][0])), r"'embedding' is listed twice"),
+        (lambda s: edit(s, lambda m: m["tensors"].append(m["tensors"][0] | {"name": "extra"})), r"unknown 'extra'"),
+        (lambda s: edit(s, lambda m: tensor(m, "embedding").update(format="float32")), r"embedding.format is 'float32'"),
+        (lambda s: edit(s, lambda m: tensor(m, "embedding").update(format="q2")), r"format|enum"),
+        (lambda s: edit(s, lambda m: m["layers"][0].update(format="float32")), r"layers.0.format"),
+        (lambda s: edit(s, lambda m: m["layers"].pop()), r"'layers' does not name"),
+        (lambda s: edit(s, lambda m: m["tensors"].remove(tensor(m, "final_norm"))), r"lacks 'final_norm'"),
     ],
 )
 def test_damage_is_named(store, damage, message):
@@ -96,10 +117,11 @@ def test_damage_is_named(store, damage, message):
         open_store(store)
 
 
-def test_missing_tensors_are_named(store):
-    edit(store, lambda m: m["tensors"].remove(tensor(m, "final_norm")))
-    with open_store(store) as reader, pytest.raises(StoreError, match="final_norm"):
-        reader.array("final_norm")
+def test_a_tensor_that_the_model_lacks_is_named(store):
+    with open_store(store) as reader:
+        for ask, name in ((reader.array, "embedding"), (reader.nested, "final_norm"), (reader.nested, "head")):
+            with pytest.raises(StoreError, match=name):
+                ask(name)
 
 
 @pytest.mark.parametrize(
@@ -144,15 +166,15 @@ def test_no_store():
 
 
 def test_synthetic_stores_are_deterministic(tmp_path):
-    schema = schema_of_config(tiny_config(tie_word_embeddings=False, mlp_only_layers=[0]))
+    spec = spec_of_config(tiny_config(tie_word_embeddings=False, mlp_only_layers=[0]))
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        synthesize(tmp_path / name, schema, seed)
+        synthesize(tmp_path / name, spec, seed)
     files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in "abc"]
     assert files[0] == files[1] and files[0]["layer-001.experts"] != files[2]["layer-001.experts"]
     with open_store(tmp_path / "a") as reader:
         reader.verify()
         values = reader.nested("head").dequantize()
-        assert 0.5 < np.std(values) * np.sqrt(schema.hidden) < 2
+        assert 0.5 < np.std(values) * np.sqrt(spec.hidden) < 2
 
 
 def test_a_closed_store_is_named(store):

@@ -12,12 +12,12 @@ import pytest
 
 from elmoe.errors import TraceError
 from elmoe.trace import TRACE_VERSION, TraceRecorder, read_trace
-from elmoe.trace.format import METADATA_KEY, TraceHeader, table_schema
+from elmoe.trace.format import METADATA_KEY, TracedModel, TraceHeader, table_schema
 from elmoe.trace.replacement import belady_misses, hit_rates
 from elmoe.trace.summary import summarise
-from tests.tiny import tiny_schema
+from tests.tiny import tiny_spec
 
-MODEL = tiny_schema()
+MODEL = tiny_spec()
 
 
 def record(path, rows: int = 3, expert: int = 1) -> None:
@@ -34,7 +34,7 @@ def record(path, rows: int = 3, expert: int = 1) -> None:
 def test_round_trip(tmp_path):
     record(tmp_path / "a.trace", rows=5000)
     trace = read_trace(tmp_path / "a.trace")
-    assert trace.table.num_rows == 5000 and trace.header.model == MODEL and trace.header.ranks == 4
+    assert trace.table.num_rows == 5000 and trace.header.model == TracedModel.of(MODEL) and trace.header.ranks == 4
     assert (trace.column("draft") == -1).all() and np.isnan(trace.column("confidence")).all()
     assert (trace.routing() == 1).all() and trace.routing("scores").shape == (5000, 3, 4)
     bits = np.unpackbits(np.frombuffer(trace.table.column("resident")[0].as_py(), np.uint8))[:24].reshape(3, 8)
@@ -66,14 +66,14 @@ def test_bad_files_are_refused(tmp_path):
     record(path, expert=99)
     with pytest.raises(TraceError, match="expert 99"):
         read_trace(path)
-    header = TraceHeader(version=TRACE_VERSION + 1, model=MODEL, ranks=4)
+    header = TraceHeader(version=TRACE_VERSION + 1, model=TracedModel.of(MODEL), ranks=4)
     pq.write_table(table_schema(header).empty_table(), path)
     with pytest.raises(TraceError, match="reads up to"):
         read_trace(path)
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata({METADATA_KEY: b"{"}), path)
     with pytest.raises(TraceError, match="damaged header"):
         read_trace(path)
-    header = TraceHeader(version=TRACE_VERSION, model=MODEL, ranks=4)
+    header = TraceHeader(version=TRACE_VERSION, model=TracedModel.of(MODEL), ranks=4)
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata({METADATA_KEY: msgspec.json.encode(header)}), path)
     with pytest.raises(TraceError, match="columns"):
         read_trace(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elmoe.errors import HardwareError
-from elmoe.schema.architecture import load_architecture
+from elmoe.models.load import load_model
 from elmoe.schema.hardware import load_hardware
 from elmoe.schema.validation import (
     Claims,
@@ -31,10 +31,10 @@ def test_the_fused_kernel_is_a_line_in_the_experts():
     for row in data.rows:
         if row.tokens <= 64:
             assert data.fixed + data.per_expert * row.experts == pytest.approx(row.microseconds, rel=0.048)
-    hardware, model = load_hardware(data.hardware), load_architecture(data.model)
+    hardware, model = load_hardware(data.hardware), load_model(data.model)
     assert hardware.layer_overhead is not None and hardware.main.efficiency is not None
     assert hardware.layer_overhead.value == pytest.approx(data.fixed * 1e-6)
-    rate = model.expert_parameters * data.bits_per_weight / 8 / (data.per_expert * 1e-6)
+    rate = model.expert.expert_parameters * data.bits_per_weight / 8 / (data.per_expert * 1e-6)
     assert rate / hardware.main.bandwidth.value == pytest.approx(hardware.main.efficiency.value, abs=0.002)
 
 
@@ -45,9 +45,9 @@ def test_dgx_spark_decodes_at_the_measured_speed():
     hardware = load_hardware(data.hardware)
     assert hardware.layer_overhead is not None and hardware.main.efficiency is not None
     for row in data.rows:
-        model = load_architecture(row.model)
+        model = load_model(row.model)
         seconds = model.active_bytes / (hardware.main.bandwidth.value * hardware.main.efficiency.value)
-        seconds += model.layers * hardware.layer_overhead.value
+        seconds += len(model.layers) * hardware.layer_overhead.value
         assert 1 / seconds == pytest.approx(row.tokens_per_second, rel=0.01 if row.fitted else 0.05)
 
 

@@ -171,6 +171,14 @@ class NestedMatrix:
         codes, scales = quantize(weights, name)
         return cls.from_codes(codes, scales, weights.shape[1])
 
+    def row_blocks(self, first: int, last: int) -> NestedMatrix:
+        """Rows [first, last) without a copy; ``first`` is a multiple of 16."""
+        if first % BLOCK_ROWS or not 0 <= first < last <= self.rows:
+            raise NumericsError(f"rows {first} to {last} of {self.rows} do not begin a block of {BLOCK_ROWS}")
+        blocks = slice(first // BLOCK_ROWS, ceil_div(last, BLOCK_ROWS))
+        lo = None if self.lo is None else self.lo[blocks]
+        return NestedMatrix(last - first, self.columns, self.hi[blocks], lo, self.scales[blocks])
+
     @cached_property
     def codes(self) -> NDArray[np.int8]:
         """(blocks * 16, groups * 32) int8. Needs both planes."""

@@ -46,7 +46,7 @@ def command(
             from elmoe.trace import draft_facts_of_trace, read_trace
 
             facts = [draft_facts_of_trace(read_trace(path)) for path in traces]
-            replay = ReplayBackend(session.backend, session.reader.schema, facts)
+            replay = ReplayBackend(session.backend, session.reader.spec, facts)
             requests = replay.requests(list(range(max(batches))), max_tokens)
             label += "; replayed"
         else:

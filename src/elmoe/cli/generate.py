@@ -67,7 +67,7 @@ def command(
         if trace_path is not None:
             from elmoe.trace import TraceRecorder
 
-            recorder = TraceRecorder(trace_path, session.reader.schema, {"mode": mode, "store": session.path.name})
+            recorder = TraceRecorder(trace_path, session.reader.spec, {"mode": mode, "store": session.path.name})
         timeline = None
         if timeline_path is not None:
             from elmoe.engine.observe import Timeline

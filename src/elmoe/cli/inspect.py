@@ -19,20 +19,20 @@ def command(store: str, do_verify: bool, as_json: bool) -> None:
     from elmoe.store import open_store
 
     with open_store(store) as reader:
-        schema = reader.schema
+        spec = reader.spec
         if do_verify:
             total = sum(file.bytes for file in reader.manifest.files)
             with progress_bar("verifying", total, bytes_=True) as bar:
                 reader.verify(bar)
-        kv, dense = schema.kv_bytes_per_position, reader.dense_bytes
+        kv, dense = spec.kv_bytes_per_position, reader.dense_bytes
         sizes = tier_sizes(reader, dense, 64 * kv)
-        experts = len(schema.moe_layers) * schema.experts
+        experts = len(spec.moe_layers) * spec.experts
         data = {
             "path": reader.path.name,
-            "model": msgspec.to_builtins(schema),
+            "model": msgspec.to_builtins(spec),
             "experts": experts,
-            "msb_bytes": sum(sizes.msb) * schema.experts,
-            "lsb_bytes": sum(sizes.lsb) * schema.experts,
+            "msb_bytes": sum(sizes.msb) * spec.experts,
+            "lsb_bytes": sum(sizes.lsb) * spec.experts,
             "dense_bytes": dense,
             "kv_bytes_per_position": kv,
             "minimum_fast_memory": sizes.minimum,
@@ -42,12 +42,12 @@ def command(store: str, do_verify: bool, as_json: bool) -> None:
         print_json(data)
         return
     print_table(
-        f"{schema.family}: {schema.layers} layers, {schema.experts} experts, top-{schema.top_k}",
+        f"{spec.family}: {len(spec.layers)} layers, {spec.experts} experts, top-{spec.top_k}",
         ("part", "size"),
         [
             ("dense parts (fast tier)", size(dense)),
-            (f"MSB slices of {experts} experts", size(sum(sizes.msb) * schema.experts)),
-            (f"LSB slices of {experts} experts", size(sum(sizes.lsb) * schema.experts)),
+            (f"MSB slices of {experts} experts", size(sum(sizes.msb) * spec.experts)),
+            (f"LSB slices of {experts} experts", size(sum(sizes.lsb) * spec.experts)),
             ("KV per position", size(kv)),
             ("smallest --fast-memory (64 positions)", size(sizes.minimum)),
         ],

@@ -62,7 +62,7 @@ def main() -> None:
     """Entry point: errors raised on purpose become two lines on stderr and exit code 1, Ctrl-C exit code 130."""
     _accept_any_text()
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name="elmoe", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except ElmoeError as error:

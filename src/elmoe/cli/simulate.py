@@ -19,7 +19,7 @@ from elmoe.terminal import number, print_table, progress_bar
 @click.option(
     "--hardware", multiple=True, default=SYSTEMS, help="Preset or YAML file; repeat it. The first is the reference."
 )
-@click.option("--model", multiple=True, default=MODELS, help="Preset, config.json or checkpoint folder; repeat it.")
+@click.option("--model", multiple=True, default=MODELS, help="Preset, config.json, checkpoint folder or store; repeat it.")
 @click.option("--prompts", multiple=True, default=PROMPTS, help="Locality preset or file of `elmoe trace fit`; repeat it.")
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Routing facts or a recording to replay instead of synthetic ones.")  # fmt: skip

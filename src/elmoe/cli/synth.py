@@ -18,9 +18,9 @@ from elmoe.terminal import progress_bar
 @json_option
 def command(config: Path, store: Path, layers: int | None, seed: int, as_json: bool) -> None:
     """Write STORE with the shapes of a Hugging Face CONFIG (config.json) and deterministic random weights."""
-    from elmoe.convert import schema_of_config
     from elmoe.errors import ConvertError
     from elmoe.files import check_new_folder
+    from elmoe.models import spec_of_config
     from elmoe.store.synthetic import synthesize
     from elmoe.untrusted import load_object, read_bytes
 
@@ -29,9 +29,9 @@ def command(config: Path, store: Path, layers: int | None, seed: int, as_json: b
     values = load_object(raw, str(config), ConvertError, "expected a model's config.json", repeated_keys=True)
     if layers is not None:
         values["num_hidden_layers"] = layers
-    schema = schema_of_config(values)
-    with progress_bar("experts", len(schema.moe_layers) * schema.experts) as bar:
-        synthesize(store, schema, seed, lambda done, total: bar(done))
+    spec = spec_of_config(values, config.name)
+    with progress_bar("experts", len(spec.moe_layers) * spec.experts) as bar:
+        synthesize(store, spec, seed, lambda done, total: bar(done))
     if as_json:
         print_json({"store": str(store)})
     else:

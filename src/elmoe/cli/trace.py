@@ -74,7 +74,7 @@ def record(
 
         with (
             progress_bar("tokens", len(requests) * max_tokens) as bar,
-            TraceRecorder(out, session.reader.schema, run, all_ranks) as recorder,
+            TraceRecorder(out, session.reader.spec, run, all_ranks) as recorder,
         ):
             _, statistics = session.generate(requests, recorder, committed)
     facts = statistics.as_dict()

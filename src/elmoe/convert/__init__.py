@@ -2,6 +2,6 @@
 computes.
 """
 
-from elmoe.convert.convert import convert_checkpoint, schema_of_config
+from elmoe.convert.convert import convert_checkpoint
 
-__all__ = ["convert_checkpoint", "schema_of_config"]
+__all__ = ["convert_checkpoint"]

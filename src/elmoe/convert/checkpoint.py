@@ -63,6 +63,10 @@ class Shard:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+        return set(self._entries)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, after all its header fields were checked."""
         dtype, shape, begin, end = self._entries[name]
@@ -109,8 +113,13 @@ class Checkpoint:
                 if Path(name).name != name:
                     raise ConvertError(f"'model.safetensors.index.json' names '{name}' outside the folder")
         else:
-            names = ["model.safetensors"]
+            index, names = None, ["model.safetensors"]
         self.shards = [Shard(folder / name) for name in names]
+        by_name = {shard.name: shard for shard in self.shards}
+        if index is None:
+            index = dict.fromkeys(self.shards[0].names(), "model.safetensors")
+        self._shard_of = {tensor: by_name[file] for tensor, file in index.items()}
+        """The shard of each tensor, as the index has it: transformers reads no tensor that the index does not name."""
 
     def fingerprint(self) -> str:
         """What tells one source from another: config, and names, sizes and times of the files."""
@@ -118,11 +127,17 @@ class Checkpoint:
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
         return json.dumps([self.config, stats], sort_keys=True)
 
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._shard_of)
+
     def _shard(self, name: str) -> Shard:
-        for shard in self.shards:
-            if name in shard:
-                return shard
-        raise ConvertError(f"tensor '{name}' is missing", "the checkpoint is incomplete, or of another architecture")
+        shard = self._shard_of.get(name)
+        if shard is None:
+            raise ConvertError(f"tensor '{name}' is missing", "the checkpoint is incomplete, or of another architecture")
+        if name not in shard:
+            raise ConvertError(f"tensor '{name}' is not in '{shard.name}', where the index has it", "complete the download")
+        return shard
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """ConvertError unless a tensor exists with this shape."""

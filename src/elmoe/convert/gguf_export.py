@@ -15,11 +15,13 @@ from elmoe.bitslice import NestedMatrix
 from elmoe.bitslice.nested import GROUP
 from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, GgufTokenizer, describe, idle_merge
 from elmoe.convert.q8_0 import BLOCK_BYTES, blocks_of
-from elmoe.convert.source import NORM_NAMES
-from elmoe.errors import ConvertError
+from elmoe.errors import ConvertError, ModelError
 from elmoe.files import whole_file
-from elmoe.models import qwen3_moe_gguf
-from elmoe.schema.model import ModelSchema
+from elmoe.models import FAMILIES
+from elmoe.models.family import GgufFamily
+from elmoe.models.gguf import metadata_of_spec
+from elmoe.models.spec import ModelSpec
+from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
 from elmoe.store import MemoryReader
 from elmoe.store.writer import ROW_BLOCK
 
@@ -28,27 +30,33 @@ Rows = Callable[[], Iterator[NDArray]]
 
 
 def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int, int], None] | None = None) -> None:
-    """Write an open store as one GGUF file of llama.cpp's architecture ``qwen3moe``, under a temporary name until it is
+    """Write an open store as one GGUF file of llama.cpp's architecture for its family, under a temporary name until it is
     whole. Peak memory is that of the largest tensor.
 
     :param progress: takes (bytes of tensors written, all).
     :raises ConvertError: the file exists, the model or its tokenizer cannot be said in GGUF, or the disk has no room.
     """
-    path, schema = Path(path), reader.schema
+    path, spec = Path(path), reader.spec
     if path.exists():
         raise ConvertError(f"'{path}' exists already", "remove it or choose another name")
-    metadata = qwen3_moe_gguf.metadata_of(schema)
+    gguf = FAMILIES[spec.family].gguf
+    if gguf is None:
+        raise ConvertError(f"models of the family {spec.family} cannot be written as GGUF yet")
+    try:
+        metadata = metadata_of_spec(spec, gguf)
+    except ModelError as error:
+        raise ConvertError(str(error), error.hint) from error
     tokenizer_json = reader.tokenizer_path.read_bytes()
-    tokenizer = describe(tokenizer_json, schema.vocabulary)
-    tensors = list(_tensors(reader))
+    tokenizer = describe(tokenizer_json, spec.vocabulary)
+    tensors = list(_tensors(reader, gguf))
     total = sum(_bytes(name, shape, plain) for name, shape, plain, _ in tensors)
     with whole_file(path, ConvertError, sync=True, folders=True) as partial_path:
         _check_room(path, total + len(tokenizer_json) * 4)
-        writer = GGUFWriter(partial_path, qwen3_moe_gguf.ARCHITECTURE)
+        writer = GGUFWriter(partial_path, gguf.architecture)
         try:
             for key, value in metadata.items():
                 writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, int(value))
-            _add_texts(writer, schema, tokenizer, tokenizer_json, reader.chat_template())
+            _add_texts(writer, spec, tokenizer, tokenizer_json, reader.chat_template())
             for name, shape, plain, _ in tensors:
                 kind = GGMLQuantizationType.F32 if plain else GGMLQuantizationType.Q8_0
                 # The writer takes the shape in elements where the type is not said to be bytes.
@@ -83,19 +91,23 @@ def _bytes(name: str, shape: tuple[int, ...], plain: bool) -> int:
     return 4 * count if plain else count // GROUP * BLOCK_BYTES
 
 
-def _tensors(reader: MemoryReader) -> Iterator[tuple[str, tuple[int, ...], bool, Rows]]:
+def _tensors(reader: MemoryReader, gguf: GgufFamily) -> Iterator[tuple[str, tuple[int, ...], bool, Rows]]:
     """(name, shape outermost first, whether float32, rows) of every tensor, in the order they are written."""
-    schema = reader.schema
-    for ours, parts in qwen3_moe_gguf.tensor_sources(schema).items():
+    for tensor in tensors(reader.spec):
         before = 0
-        for name, shape in parts:
-            if ours.endswith(NORM_NAMES):
-                yield name, shape, True, partial(_plain, reader, ours)
+        for part in tensor.parts:
+            name, last = gguf.names[part.role].format(layer=tensor.layer), before + part.shape[0]
+            if tensor.kind == "floats":
+                yield name, part.shape, True, partial(_plain, reader, tensor.name)
             else:
-                yield name, shape, False, partial(_matrix_rows, reader, ours, before, before + shape[0], name)
-            before += shape[0]
-    for layer in range(schema.layers):
-        for projection, (name, shape) in qwen3_moe_gguf.ffn_sources(schema, layer).items():
+                yield name, part.shape, False, partial(_matrix_rows, reader, tensor.name, before, last, name)
+            before = last
+    for layer in range(len(reader.spec.layers)):
+        one = feed_forward(reader.spec, layer)
+        for projection in PROJECTIONS:
+            part = one.part(projection)
+            shape = (one.count, *part.shape) if one.kind == "expert" else part.shape
+            name = gguf.names[part.role].format(layer=layer)
             yield name, shape, False, partial(_expert_rows, reader, layer, projection, name)
 
 
@@ -122,7 +134,7 @@ def _part_rows(matrix: NestedMatrix, first: int, last: int, name: str) -> Iterat
 
 
 def _add_texts(
-    writer: GGUFWriter, schema: ModelSchema, tokenizer: GgufTokenizer, tokenizer_json: bytes, template: str | None
+    writer: GGUFWriter, spec: ModelSpec, tokenizer: GgufTokenizer, tokenizer_json: bytes, template: str | None
 ) -> None:
     """Tokenizer and chat template."""
     writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
@@ -136,10 +148,10 @@ def _add_texts(
     writer.add_add_bos_token(tokenizer.add_bos is not None)
     if tokenizer.add_bos is not None:
         writer.add_bos_token_id(tokenizer.add_bos)
-    for index, add in zip(schema.eos_tokens, (writer.add_eos_token_id, writer.add_eot_token_id), strict=False):
+    for index, add in zip(spec.eos_tokens, (writer.add_eos_token_id, writer.add_eot_token_id), strict=False):
         add(index)
-    if len(schema.eos_tokens) > 2:
-        writer.add_array(ALL_EOS_KEY, list(schema.eos_tokens))
+    if len(spec.eos_tokens) > 2:
+        writer.add_array(ALL_EOS_KEY, list(spec.eos_tokens))
     if template is not None:
         writer.add_chat_template(template)
 

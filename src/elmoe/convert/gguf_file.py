@@ -170,6 +170,10 @@ class GgufFile:
                     raise ConvertError(f"tensor '{name}' is in more than one part of '{path.name}'", DAMAGED)
                 self._tensors[name] = part, tensor
 
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._tensors)
+
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 

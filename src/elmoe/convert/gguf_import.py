@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from elmoe.bitslice import NestedMatrix
 from elmoe.convert.gguf_file import GgufFile
 from elmoe.convert.gguf_tokenizer import eos_tokens, rebuild
-from elmoe.convert.source import NORM_NAMES
+from elmoe.convert.source import refuse_leftovers
 from elmoe.errors import ConvertError
-from elmoe.models import qwen3_moe_gguf
-from elmoe.models.qwen3_moe import Source as TensorSource
+from elmoe.models import FAMILIES
+from elmoe.models.gguf import gguf_family, spec_of_metadata
+from elmoe.models.support import check_supported
+from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor, feed_forward, tensors
 
 MOST_TOKENS = 1 << 24
 
@@ -29,8 +31,11 @@ class GgufSource:
         if len(shape) != 2 or shape[0] > MOST_TOKENS:
             raise ConvertError(f"tensor 'token_embd.weight' has shape {list(shape)}, not that of an embedding")
         eos = eos_tokens(file.metadata, shape[0])
-        self.schema = qwen3_moe_gguf.read_metadata(file.metadata, shape[0], eos, file.__contains__)
-        self.tensors = qwen3_moe_gguf.tensor_sources(self.schema)
+        family, gguf = gguf_family(file.metadata, FAMILIES.values())
+        self.spec = spec_of_metadata(file.metadata, family, shape[0], eos, file.__contains__)
+        check_supported(self.spec)
+        self._names = gguf.names
+        self.left_out: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """See ``Source``."""
@@ -38,31 +43,50 @@ class GgufSource:
 
     def check(self) -> None:
         """See ``Source``."""
-        for ours, parts in self.tensors.items():
-            for name, shape in parts:
-                self._file.check(name, shape, matrix=not ours.endswith(NORM_NAMES))
-        for layer in range(self.schema.layers):
-            for name, shape in qwen3_moe_gguf.ffn_sources(self.schema, layer).values():
+        expected = set()
+        for tensor in tensors(self.spec):
+            for name, shape in self._parts(tensor):
+                self._file.check(name, shape, matrix=tensor.kind == "matrix")
+                expected.add(name)
+        for layer in range(len(self.spec.layers)):
+            part = feed_forward(self.spec, layer)
+            for projection in PROJECTIONS:
+                name, shape = self._stacked(part, projection)
                 self._file.check(name, shape, matrix=True)
+                expected.add(name)
+        refuse_leftovers(sorted(self._file.names() - expected), self.spec.family)
 
-    def array(self, name: str) -> NDArray[np.float32]:
-        """See ``Source``."""
-        ((theirs, shape),) = self.tensors[name]
-        return self._file.floats(theirs).reshape(shape)
+    def floats(self, tensor: Tensor) -> NDArray[np.float32]:
+        """See ``store.writer.Weights``."""
+        ((theirs, shape),) = self._parts(tensor)
+        values = self._file.floats(theirs).reshape(shape)
+        if not np.isfinite(values).all():
+            raise ConvertError(f"tensor '{theirs}' holds NaN or infinite values", "download the file anew")
+        return values
 
-    def matrix(self, name: str, first: int, last: int) -> NestedMatrix:
-        """See ``Source``."""
-        return self._rows(self.tensors[name], first, last)
+    def matrix(self, tensor: Tensor, first: int, last: int) -> NestedMatrix:
+        """See ``store.writer.Weights``."""
+        return self._rows(self._parts(tensor), first, last)
 
-    def expert(self, layer: int, expert: int) -> dict[str, NestedMatrix]:
-        """See ``Source``."""
+    def projections(self, part: FeedForward, expert: int) -> dict[str, NestedMatrix]:
+        """See ``store.writer.Weights``."""
         matrices = {}
-        for projection, (name, shape) in qwen3_moe_gguf.ffn_sources(self.schema, layer).items():
-            rows = shape[-2]
-            matrices[projection] = self._rows([(name, shape)], expert * rows, (expert + 1) * rows)
+        for projection in PROJECTIONS:
+            rows = part.shape(projection)[0]
+            matrices[projection] = self._rows([self._stacked(part, projection)], expert * rows, (expert + 1) * rows)
         return matrices
 
-    def _rows(self, parts: list[TensorSource], first: int, last: int) -> NestedMatrix:
+    def _parts(self, tensor: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of the file's tensors that make one of the store."""
+        return [(self._names[part.role].format(layer=tensor.layer), part.shape) for part in tensor.parts]
+
+    def _stacked(self, part: FeedForward, projection: str) -> tuple[str, tuple[int, ...]]:
+        """(name, shape) of a projection of all experts, or of the dense feed-forward."""
+        one = part.part(projection)
+        shape = (part.count, *one.shape) if part.kind == "expert" else one.shape
+        return self._names[one.role].format(layer=part.layer), shape
+
+    def _rows(self, parts: list[tuple[str, tuple[int, ...]]], first: int, last: int) -> NestedMatrix:
         """Rows [first, last) of tensors laid one below the other, each seen as a matrix."""
         codes, scales, before = [], [], 0
         columns = parts[0][1][-1]

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import NestedMatrix
-from elmoe.bitslice.nested import BLOCK_ROWS, GROUP
+from elmoe.bitslice.nested import GROUP
 from elmoe.errors import ConvertError, NumericsError
 
 BLOCK_BYTES = 2 + GROUP
@@ -38,9 +38,7 @@ def blocks_of(matrix: NestedMatrix, first: int, last: int, name: str) -> NDArray
             f"tensor '{name}' has {matrix.columns} columns, Q8_0 needs a multiple of {GROUP}",
             "this model cannot be written as Q8_0",
         )
-    low, high = first // BLOCK_ROWS, -(-last // BLOCK_ROWS)
-    lo = None if matrix.lo is None else matrix.lo[low:high]
-    part = NestedMatrix(last - first, matrix.columns, matrix.hi[low:high], lo, matrix.scales[low:high])
+    part = matrix.row_blocks(first, last)
     rows, groups = last - first, matrix.columns // GROUP
     blocks = np.empty((rows, groups, BLOCK_BYTES), np.uint8)
     scales = part.scales.transpose(0, 2, 1).reshape(-1, groups)[:rows]

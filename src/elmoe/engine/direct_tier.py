@@ -45,7 +45,7 @@ class DirectTier(ExpertTier):
         self._reader, self._pool, self._prefetch = reader, pool, prefetch
         layout = reader.expert_layout(self._layers[0])
         files = {entry.layer: entry.file for entry in reader.manifest.layers}
-        extents = [[reader.extent(layer, e) for e in range(reader.schema.experts)] for layer in self._layers]
+        extents = [[reader.extent(layer, e) for e in range(reader.spec.experts)] for layer in self._layers]
         self._slices = ExpertSlices(
             pool, layout.msb_bytes, layout.lsb_bytes, [files[layer] for layer in self._layers],
             [row[0][0] for row in extents],
@@ -57,7 +57,7 @@ class DirectTier(ExpertTier):
         """What the last target pass found resident."""
 
     def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
-        return tuple(np.zeros((reader.schema.experts, 2), np.int64) for _ in reader.schema.moe_layers)
+        return tuple(np.zeros((reader.spec.experts, 2), np.int64) for _ in reader.spec.moe_layers)
 
     def feed(self, draft: bool) -> ExpertFeed | None:
         """See ``ExpertSource``: a draft uses what is resident; a target pass's slices come and go."""
@@ -199,4 +199,4 @@ class DirectTier(ExpertTier):
         """Plan reads of what verification will need by the (layers, tokens, ranks) routing of layers from ``row`` on; start
         what fits."""
         if self._prefetch:
-            self._slices.foresee(row, np.ascontiguousarray(ranked), self._reader.schema.top_k)
+            self._slices.foresee(row, np.ascontiguousarray(ranked), self._reader.spec.top_k)

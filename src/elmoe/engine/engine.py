@@ -102,15 +102,15 @@ class Engine:
             raise RequestError(f"batch is {options.batch}, allowed is 1..{MAX_BATCH}")
         if options.draft_length is not None and not 0 <= options.draft_length <= 64:
             raise RequestError(f"draft_length is {options.draft_length}, allowed is 0..64")
-        self.schema = reader.schema
-        if options.draft_top_k is not None and not 1 <= options.draft_top_k <= self.schema.top_k:
-            raise RequestError(f"draft_top_k is {options.draft_top_k}, allowed is 1..{self.schema.top_k}")
+        self.spec = reader.spec
+        if options.draft_top_k is not None and not 1 <= options.draft_top_k <= self.spec.top_k:
+            raise RequestError(f"draft_top_k is {options.draft_top_k}, allowed is 1..{self.spec.top_k}")
         if options.draft_bits == 8 and isinstance(reader, DirectReader):
             raise RequestError("drafts of 8 bits need every LSB slice in memory", "use --reader memory")
         self._reader = reader
         self._backend = backend
         self._script = script
-        self._decoder = Decoder(reader, backend, self.schema.experts if options.all_ranks else None)
+        self._decoder = Decoder(reader, backend, self.spec.experts if options.all_ranks else None)
         self._tier: ExpertTier | None = None
         self.controller = DraftLengthController(
             fixed=options.draft_length if options.mode == "elastic" else 0, draft_cost=LinearCost(skip=1)
@@ -120,7 +120,7 @@ class Engine:
     def sizes(self, requests: Items[Request]) -> FastTierSizes:
         """What competes for the fast tier while these requests are served."""
         needs = sorted((pages_for(self._positions(request)) for request in requests), reverse=True)
-        page = KVPool(self.schema, 1, 1, 0).page_bytes
+        page = KVPool(self.spec, 1, 1, 0).page_bytes
         return tier_sizes(
             self._reader, self._reader.dense_bytes, sum(needs[: self.options.batch]) * page, self.options.staging_experts
         )
@@ -153,7 +153,7 @@ class Engine:
 
     def _positions(self, request: Request) -> int:
         """Cache positions a request can come to need: all its tokens, and none beyond the context."""
-        return min(len(request.prompt) + request.max_tokens, self.schema.max_positions)
+        return min(len(request.prompt) + request.max_tokens, self.spec.max_positions)
 
     def generate(
         self,
@@ -171,7 +171,7 @@ class Engine:
         :raises RequestError: a request cannot be served. :raises BudgetError: the budget is below the minimum.
         """
         for request in requests:
-            request.check(self.schema.vocabulary, self.schema.max_positions)
+            request.check(self.spec.vocabulary, self.spec.max_positions)
             if request.stop and decode is None:
                 raise RequestError("stop strings need a tokenizer to decode with")
         run = _Run(self, requests, decode, recorder, on_commit, timeline)
@@ -195,14 +195,15 @@ class _Run:
         timeline: Timeline | None,
     ) -> None:
         self.timeline = timeline
-        self.options, self.schema = engine.options, engine.schema
+        self.options, self.spec = engine.options, engine.spec
         self.decoder, self.backend, self.script = engine._decoder, engine._backend, engine._script
+        self.widest = max(self.spec.moe(layer).width for layer in self.spec.moe_layers)
         self.requests, self.decode, self.recorder, self.on_commit = requests, decode, recorder, on_commit
         self.statistics = Statistics(dense_bytes=engine._reader.dense_bytes)
         self.controller = engine.controller
         longest = max((engine._positions(request) for request in requests), default=1)
         self.decoder.reserve_positions(longest)
-        self.pool = KVPool(self.schema, min(self.options.batch, max(1, len(requests))), longest)
+        self.pool = KVPool(self.spec, min(self.options.batch, max(1, len(requests))), longest)
         sizes = engine.sizes(requests)
         slots = engine.slots(sizes)
         self.tier = engine.tier
@@ -261,12 +262,12 @@ class _Run:
         rows = []
         while self.waiting and self.free_slots:
             index, request = self.waiting.popleft()
-            limit = min(len(request.prompt) + request.max_tokens, self.schema.max_positions)
+            limit = min(len(request.prompt) + request.max_tokens, self.spec.max_positions)
             sequence = Sequence(index, request, self.free_slots.pop(0), limit, list(request.prompt))
             self.pool.reserve(sequence.slot, len(request.prompt))
             rows += [(sequence, position, token) for position, token in enumerate(request.prompt[:-1])]
             self.running.append(sequence)
-        size = prefill_chunk(self.schema.top_k, self.schema.expert_width, reads=self.manager is not None)
+        size = prefill_chunk(self.spec.top_k, self.widest, reads=self.manager is not None)
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
             if self.manager is not None:
@@ -282,7 +283,7 @@ class _Run:
         options = self.options
         plan = Draft(
             self.tier.allowed,
-            options.draft_top_k or self.schema.top_k,
+            options.draft_top_k or self.spec.top_k,
             options.draft_rescale,
             options.draft_offset,
             options.draft_bits,
@@ -327,7 +328,7 @@ class _Run:
                 if judged or sequence.finish is not None:
                     continue  # behind the first disagreement, or behind the end of the sequence
                 kept.append(row)
-                sequence.commit(sample.token, sample.logprob, self.schema.eos_tokens, self.decode)
+                sequence.commit(sample.token, sample.logprob, self.spec.eos_tokens, self.decode)
                 if draft_token is not None:
                     accepted = sample.token == draft_token
                     confidence = sequence.confidences[len(sequence.tokens) - 1 - before]

@@ -8,7 +8,8 @@ import numpy as np
 
 from elmoe.bitslice import KVCache
 from elmoe.errors import BudgetError
-from elmoe.schema.model import ModelSchema
+from elmoe.models.decoder import grouped_attention
+from elmoe.models.spec import ModelSpec
 
 PAGE_POSITIONS = 64
 """Positions per page, a multiple of 16 (the kernels' block)."""
@@ -17,14 +18,15 @@ PAGE_POSITIONS = 64
 class KVPool:
     """``slots`` sequences of up to ``positions`` each, over ``pages`` pages. Memory is touched as pages are first used."""
 
-    def __init__(self, schema: ModelSchema, slots: int, positions: int, pages: int | None = None) -> None:
+    def __init__(self, spec: ModelSpec, slots: int, positions: int, pages: int | None = None) -> None:
         per_slot = pages_for(positions)
         pages = slots * per_slot if pages is None else pages
-        block = (pages, schema.layers, schema.kv_heads)
-        self.page_bytes = PAGE_POSITIONS * schema.kv_bytes_per_position
+        attention = grouped_attention(spec)
+        block = (pages, len(spec.layers), attention.kv_heads)
+        self.page_bytes = PAGE_POSITIONS * spec.kv_bytes_per_position
         self.cache = KVCache(
-            np.zeros((*block, PAGE_POSITIONS // 16, schema.head_dim, 16), np.float16),
-            np.zeros((*block, PAGE_POSITIONS, schema.head_dim), np.float16),
+            np.zeros((*block, PAGE_POSITIONS // 16, attention.head_dim, 16), np.float16),
+            np.zeros((*block, PAGE_POSITIONS, attention.head_dim), np.float16),
             np.full((slots, per_slot), -1, np.int32),
         )
         self._free = list(range(pages - 1, -1, -1))

@@ -25,17 +25,17 @@ def choose_prefetch_distance(reader: WeightReader) -> dict[int, float]:
 
     Each measurement runs other experts, so that their weights come from memory; a hidden state of zeros costs what any does.
     """
-    schema = reader.schema
-    layout = reader.expert_layout(schema.moe_layers[0])
+    spec = reader.spec
+    layout = reader.expert_layout(spec.moe_layers[0])
     expert_bytes = layout.msb_bytes + layout.lsb_bytes
-    if kernels.PREFETCH_PINNED or len(schema.moe_layers) * schema.experts * expert_bytes < LEAST_BYTES:
+    if kernels.PREFETCH_PINNED or len(spec.moe_layers) * spec.experts * expert_bytes < LEAST_BYTES:
         return {}
     groups = [
-        (layer, np.arange(first, first + schema.top_k, dtype=np.int32)[None])
-        for first in range(0, schema.experts - schema.top_k + 1, schema.top_k)
-        for layer in schema.moe_layers
+        (layer, np.arange(first, first + spec.top_k, dtype=np.int32)[None])
+        for first in range(0, spec.experts - spec.top_k + 1, spec.top_k)
+        for layer in spec.moe_layers
     ]
-    x, weights = np.zeros((1, schema.hidden), np.float32), np.ones((1, schema.top_k), np.float32)
+    x, weights = np.zeros((1, spec.hidden), np.float32), np.ones((1, spec.top_k), np.float32)
     default = kernels.prefetch()
     seconds: dict[int, list[float]] = {distance: [] for distance in DISTANCES}
     for turn, (layer, experts) in enumerate(groups[: ROUNDS * len(DISTANCES)]):
@@ -44,7 +44,7 @@ def choose_prefetch_distance(reader: WeightReader) -> dict[int, float]:
         began = perf_counter()
         kernels.expert_ffn(reader.expert_layout(layer), reader.expert_addresses(layer), x, experts, weights, x.copy())
         seconds[distance].append(perf_counter() - began)
-        if schema.top_k * expert_bytes < LEAST_RATE * seconds[distance][-1]:
+        if spec.top_k * expert_bytes < LEAST_RATE * seconds[distance][-1]:
             kernels.set_prefetch(default)
             return {}
     medians = {distance: median(values) for distance, values in seconds.items() if values}

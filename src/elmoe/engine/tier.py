@@ -41,13 +41,13 @@ class ExpertTier:
     label = "simulated tier: budget accounted, not enforced"
 
     def __init__(self, reader: WeightReader, parameters: ResidencyParameters, everything: bool = False) -> None:
-        schema = reader.schema
-        self._layers = schema.moe_layers
+        spec = reader.spec
+        self._layers = spec.moe_layers
         self._rows = {layer: row for row, layer in enumerate(self._layers)}
-        layouts = [reader.expert_layout(layer) for layer in schema.moe_layers]
+        layouts = [reader.expert_layout(layer) for layer in spec.moe_layers]
         self._msb_bytes = np.array([layout.msb_bytes for layout in layouts], np.int64)
         self._lsb_bytes = np.array([layout.lsb_bytes for layout in layouts], np.int64)
-        shape = (len(layouts), schema.experts)
+        shape = (len(layouts), spec.experts)
         self._addresses = self._address_tables(reader)
         self._active = np.zeros(shape, bool)
         self._layer_column = np.arange(shape[0])[:, None]
@@ -64,7 +64,7 @@ class ExpertTier:
         self.allowed = np.zeros(shape, np.uint8)
 
     def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
-        return tuple(reader.expert_addresses(layer) for layer in reader.schema.moe_layers)
+        return tuple(reader.expert_addresses(layer) for layer in reader.spec.moe_layers)
 
     @property
     def tables(self) -> tuple[NDArray[np.int64], ...]:
@@ -192,9 +192,9 @@ class ExpertTier:
 
 def tier_sizes(reader: WeightReader, dense_bytes: int, kv_bytes: int, staging_experts: int = 2) -> FastTierSizes:
     """What competes for the fast tier; staging is room for ``staging_experts`` whole experts of the largest layer."""
-    schema = reader.schema
-    layouts = [reader.expert_layout(layer) for layer in schema.moe_layers]
+    spec = reader.spec
+    layouts = [reader.expert_layout(layer) for layer in spec.moe_layers]
     msb = tuple(layout.msb_bytes for layout in layouts)
     lsb = tuple(layout.lsb_bytes for layout in layouts)
     staging = staging_experts * max((m + x for m, x in zip(msb, lsb, strict=True)), default=0)
-    return FastTierSizes(dense_bytes, kv_bytes, staging, msb, lsb, schema.experts, schema.top_k)
+    return FastTierSizes(dense_bytes, kv_bytes, staging, msb, lsb, spec.experts, spec.top_k)

@@ -36,15 +36,15 @@ def profile_acceptance(
     """
     if session.reader.kind == "direct":
         raise RequestError("a profile needs every LSB slice in memory", "use a store that fits into memory")
-    schema = session.reader.schema
-    layouts = [session.reader.expert_layout(layer) for layer in schema.moe_layers]
+    spec = session.reader.spec
+    layouts = [session.reader.expert_layout(layer) for layer in spec.moe_layers]
     msb = sum(layout.msb_bytes for layout in layouts)
-    whole = schema.experts * (msb + sum(layout.lsb_bytes for layout in layouts))
+    whole = spec.experts * (msb + sum(layout.lsb_bytes for layout in layouts))
     rows: dict[tuple[int, float], AcceptanceRow] = {}
     with TemporaryDirectory() as folder:
         for bits in BITS:
             for share in SHARES:
-                budget = 1.0 if share == 1 else (share * schema.experts * msb + (share > 0)) / whole
+                budget = 1.0 if share == 1 else (share * spec.experts * msb + (share > 0)) / whole
                 row = _measure(session, requests, Path(folder) / "trace", bits, budget, depth)
                 rows[bits, row.share] = row
                 if progress is not None:
@@ -58,6 +58,6 @@ def _measure(session: Session, requests: list[Request], path: Path, bits: Any, b
         commit_limit=1,
     )  # fmt: skip
     session.with_options(options)
-    with TraceRecorder(path, session.reader.schema, {"commit_limit": 1}) as recorder:
+    with TraceRecorder(path, session.reader.spec, {"commit_limit": 1}) as recorder:
         session.generate(requests, recorder)
     return acceptance_of_trace(read_trace(path), bits)

@@ -111,7 +111,7 @@ def random_prompts(
 ) -> list[Request]:
     """``count`` requests of random token ids; end-of-sequence tokens are ignored so that all rows do equal work."""
     rng = np.random.default_rng(sampling.seed)
-    vocabulary = session.reader.schema.vocabulary
+    vocabulary = session.reader.spec.vocabulary
     return [
         Request(tuple(rng.integers(0, vocabulary, length).tolist()), max_tokens, sampling, ignore_eos=True)
         for _ in range(count)

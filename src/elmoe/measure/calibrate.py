@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import prod
 from statistics import median
 from time import perf_counter
 from typing import TypeVar
@@ -16,6 +17,8 @@ from elmoe.engine.engine import READ_THREADS, Engine, EngineOptions
 from elmoe.engine.request import Request
 from elmoe.kernels.reads import ReadPool
 from elmoe.measure.probe import memory_bandwidth
+from elmoe.models.spec import ModelSpec
+from elmoe.models.tensors import feed_forward, tensors
 from elmoe.schema.constants import (
     Bandwidth,
     Capacity,
@@ -28,7 +31,6 @@ from elmoe.schema.constants import (
     Throughput,
 )
 from elmoe.schema.hardware import Features, Hardware, Memory, Processor, Sram, VectorUnit
-from elmoe.schema.model import ModelSchema
 from elmoe.store import DirectReader, private_memory
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -60,9 +62,9 @@ def calibrate(reader: DirectReader, slow_bandwidth: float | None = None) -> Meas
 
     :param slow_bandwidth: a throttle on the slow tier, bytes per second.
     """
-    schema = reader.schema
+    spec = reader.spec
     rng = np.random.default_rng(0)
-    prompts = [tuple(rng.integers(0, schema.vocabulary, 16).tolist()) for _ in range(max(BATCHES))]
+    prompts = [tuple(rng.integers(0, spec.vocabulary, 16).tolist()) for _ in range(max(BATCHES))]
     points: dict[str, list[tuple[float, float]]] = {"verify": [], "draft": []}
     for batch in BATCHES:
         options = EngineOptions("elastic", batch=batch, fast_memory=1.0, split="whole_experts", draft_length=DRAFT_LENGTH)
@@ -84,8 +86,8 @@ def calibrate(reader: DirectReader, slow_bandwidth: float | None = None) -> Meas
     error = float(np.abs((target_fixed + per_token * tokens) / seconds - 1).mean())
     footprint = min(512 << 20, sum(file.bytes for file in reader.manifest.files))
     return MeasuredMachine(
-        memory_bandwidth(footprint, kernels.threads()), _slow_bandwidth(reader, slow_bandwidth), fixed / schema.layers,
-        (target_fixed - fixed) / max(1, len(schema.moe_layers)), 2 * _macs(schema) / per_token, error,
+        memory_bandwidth(footprint, kernels.threads()), _slow_bandwidth(reader, slow_bandwidth), fixed / len(spec.layers),
+        (target_fixed - fixed) / max(1, len(spec.moe_layers)), 2 * _macs(spec) / per_token, error,
     )  # fmt: skip
 
 
@@ -93,7 +95,7 @@ def _slow_bandwidth(reader: DirectReader, throttle: float | None) -> float:
     """Bytes per second of reading experts in bursts, as a layer misses them, through the engine's own pool."""
     pool = ReadPool(READ_THREADS)
     pool.set_bandwidth(throttle or 0.0)
-    layer = reader.schema.moe_layers[0]
+    layer = reader.spec.moe_layers[0]
     layout = reader.expert_layout(layer)
     size = layout.msb_bytes + layout.lsb_bytes
     memory = private_memory(size * BURST)
@@ -101,7 +103,7 @@ def _slow_bandwidth(reader: DirectReader, throttle: float | None) -> float:
     rng, rates = np.random.default_rng(0), []
     for _ in range(BURSTS):
         began, tickets = perf_counter(), []
-        for place, expert in enumerate(rng.integers(0, reader.schema.experts, BURST).tolist()):
+        for place, expert in enumerate(rng.integers(0, reader.spec.experts, BURST).tolist()):
             handle, offset = reader.extent(layer, expert)
             at = address + place * size
             tickets += pool.submit(
@@ -156,13 +158,13 @@ def hardware_of(machine: MeasuredMachine, fast_bytes: int, slow_bytes: int, name
     )  # fmt: skip
 
 
-def _macs(schema: ModelSchema) -> float:
-    """Multiply-accumulates of weights per token."""
-    attention = schema.hidden * schema.head_dim * 2 * (schema.heads + schema.kv_heads)
-    experts = schema.top_k * 3 * schema.hidden * schema.expert_width + schema.hidden * schema.experts
-    moe, dense = len(schema.moe_layers), len(schema.dense_layers)
-    feed_forward = moe * experts + dense * 3 * schema.hidden * schema.dense_width
-    return float(schema.layers * attention + feed_forward + schema.hidden * schema.vocabulary)
+def _macs(spec: ModelSpec) -> float:
+    """Multiply-accumulates of weights per token: all matrices but the embedding, a router, top-k experts."""
+    dense = sum(prod(tensor.shape) for tensor in tensors(spec) if len(tensor.shape) == 2 and tensor.name != "embedding")
+    head = spec.hidden * spec.vocabulary if spec.tied_embeddings else 0
+    parts = [feed_forward(spec, layer) for layer in range(len(spec.layers))]
+    used = [(spec.top_k if part.kind == "expert" else 1) * 3 * part.hidden * part.width for part in parts]
+    return float(dense + head + sum(used))
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

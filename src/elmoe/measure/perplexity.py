@@ -47,14 +47,14 @@ class TeacherForcing:
     """
 
     def __init__(self, session: Session, window: int) -> None:
-        schema = session.reader.schema
+        spec = session.reader.spec
         self._decoder = session.engine._decoder
         self._decoder.reserve_positions(window)
-        self._pool = KVPool(schema, 1, window)
+        self._pool = KVPool(spec, 1, window)
         self._pool.reserve(0, window)
-        self._rows = {layer: row for row, layer in enumerate(schema.moe_layers)}
-        self._addresses = {layer: session.reader.expert_addresses(layer) for layer in schema.moe_layers}
-        self.counts = np.zeros((len(self._rows), schema.experts), np.int64)
+        self._rows = {layer: row for row, layer in enumerate(spec.moe_layers)}
+        self._addresses = {layer: session.reader.expert_addresses(layer) for layer in spec.moe_layers}
+        self.counts = np.zeros((len(self._rows), spec.experts), np.int64)
 
     def stretches(self, layer: int, routing: Routing, draft: bool) -> list[Stretch]:
         """See ``elmoe.models.decoder.ExpertSource``: all experts are there; the target's are counted."""
@@ -84,23 +84,23 @@ def evaluate(
         (all of them in the first).
     :raises RequestError: the text is shorter than one window, or the window is longer than the context.
     """
-    schema = session.reader.schema
-    if not 2 <= window <= schema.max_positions:
-        raise RequestError(f"a window of {window} tokens does not fit the context of {schema.max_positions}")
+    spec = session.reader.spec
+    if not 2 <= window <= spec.max_positions:
+        raise RequestError(f"a window of {window} tokens does not fit the context of {spec.max_positions}")
     ids = np.array(session.encode(text), np.int32)
     count = len(ids) // window if windows is None else min(windows, len(ids) // window)
     if count == 0:
         raise RequestError(f"the text has {len(ids)} tokens, a window needs {window}", "give a longer text or --window")
     source = TeacherForcing(session, window)
-    keep = max(schema.top_k, round(share * schema.experts))
-    allowed = np.ones((len(schema.moe_layers), schema.experts), np.uint8)
+    keep = max(spec.top_k, round(share * spec.experts))
+    allowed = np.ones((len(spec.moe_layers), spec.experts), np.uint8)
     sums = np.zeros(2)
     agreed = scored = 0
     for index in range(count):
         tokens = ids[index * window : (index + 1) * window]
         source.counts[:] = 0
         best = []
-        for which, draft in enumerate((None, Draft(allowed, schema.top_k))):
+        for which, draft in enumerate((None, Draft(allowed, spec.top_k))):
             parts = []
             for start, logits in zip(range(0, window - 1, CHUNK), source.logits(tokens[:-1], draft), strict=True):
                 following = tokens[start + 1 : start + 1 + len(logits)]

@@ -19,7 +19,7 @@ from elmoe.bitslice.sampling import Sample
 from elmoe.engine.request import Request
 from elmoe.engine.statistics import Phase
 from elmoe.errors import TraceError
-from elmoe.schema.model import ModelSchema
+from elmoe.models.spec import ModelSpec
 from elmoe.trace.draft_facts import DraftFacts
 
 PERMUTATION_SEED = 20260414
@@ -35,22 +35,22 @@ class ReplayBackend(SimpleNamespace):
     with different shares of resident MSB slices, a step replays the nearest: acceptance depends on what was resident.
     """
 
-    def __init__(self, backend: ModuleType, schema: ModelSchema, traces: Sequence[DraftFacts]) -> None:
+    def __init__(self, backend: ModuleType, spec: ModelSpec, traces: Sequence[DraftFacts]) -> None:
         facts = traces[0]
         ranks = facts.target_routes.shape[-1]
-        if facts.experts != schema.experts or ranks < schema.top_k:
+        if facts.experts != spec.experts or ranks < spec.top_k:
             raise TraceError(
-                f"the trace ranks {ranks} of {facts.experts} experts, the store uses {schema.top_k} of {schema.experts}",
+                f"the trace ranks {ranks} of {facts.experts} experts, the store uses {spec.top_k} of {spec.experts}",
                 "record the trace on a model with as many experts and at least half the top-k",
             )
-        if int(facts.tokens.max()) >= schema.vocabulary:
-            raise TraceError(f"the trace has token {int(facts.tokens.max())}, the store's vocabulary is {schema.vocabulary}")
+        if int(facts.tokens.max()) >= spec.vocabulary:
+            raise TraceError(f"the trace has token {int(facts.tokens.max())}, the store's vocabulary is {spec.vocabulary}")
         super().__init__(**{name: getattr(backend, name) for name in ("embed", "attention_block", "expert_ffn", "rms_norm")})
-        self._backend, self._facts, self._top_k = backend, facts, schema.top_k
+        self._backend, self._facts, self._top_k = backend, facts, spec.top_k
         self._traces = {trace.resident: trace for trace in traces}
         rng = np.random.Generator(np.random.PCG64(PERMUTATION_SEED))
-        self._permutation = rng.permutation(schema.experts).astype(np.int32)
-        self._layers = len(schema.moe_layers)
+        self._permutation = rng.permutation(spec.experts).astype(np.int32)
+        self._layers = len(spec.moe_layers)
         self._layer, self._phase = 0, ""
         self._routes = np.empty((0, 0, 0), np.int32)
         self._scores = np.empty((0, 0, 0), np.float32)

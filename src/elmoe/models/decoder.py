@@ -15,15 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import AttentionWeights, ExpertLayout, KVCache, NestedMatrix, RouterWeights, Routing, rotary_tables
-from elmoe.schema.model import ModelSchema
+from elmoe.errors import ModelError
+from elmoe.models.spec import GroupedAttention, ModelSpec, Rope
 
 
 class WeightReader(Protocol):
     """What the decoder needs of a store."""
 
     @property
-    def schema(self) -> ModelSchema:
-        """The model's shapes."""
+    def spec(self) -> ModelSpec:
+        """What the model is."""
         ...
 
     def nested(self, name: str) -> NestedMatrix:
@@ -110,49 +111,51 @@ class Decoder:
     None is ``2 * top_k``."""
 
     def __init__(self, reader: WeightReader, backend: ModuleType, ranks: int | None = None) -> None:
-        self.schema = schema = reader.schema
+        self.spec = spec = reader.spec
         self._backend = backend
         self._embedding = reader.nested("embedding")
-        self._head = self._embedding if schema.tied_embeddings else reader.nested("head")
+        self._head = self._embedding if spec.tied_embeddings else reader.nested("head")
         self._final_norm = reader.array("final_norm")
-        self._attention = [self._attention_weights(reader, layer) for layer in range(schema.layers)]
+        self._attention = [self._attention_weights(reader, layer) for layer in range(len(spec.layers))]
         self._dense = {
-            layer: (reader.array(f"layers.{layer}.ffn_norm"), reader.expert_addresses(layer))
-            for layer in schema.dense_layers
+            layer: (reader.array(f"layers.{layer}.ffn_norm"), reader.expert_addresses(layer)) for layer in spec.dense_layers
         }
-        self._layouts = [reader.expert_layout(layer) for layer in range(schema.layers)]
+        self._layouts = [reader.expert_layout(layer) for layer in range(len(spec.layers))]
         self._routers = {
             layer: RouterWeights(
                 reader.array(f"layers.{layer}.ffn_norm"),
                 reader.array(f"layers.{layer}.router"),
-                schema.norm_epsilon,
-                schema.top_k,
-                schema.normalize_top_k,
+                spec.norm_epsilon,
+                spec.top_k,
+                spec.moe(layer).router.normalize,
                 ranks,
             )
-            for layer in schema.moe_layers
+            for layer in spec.moe_layers
         }
-        self._cosine, self._sine = rotary_tables(0, schema.head_dim, schema.rope_theta)
+        self._rotary = grouped_attention(spec).head_dim, rope_of(grouped_attention(spec)).theta
+        self._cosine, self._sine = rotary_tables(0, *self._rotary)
         self._stack: Any = None
 
     def _attention_weights(self, reader: WeightReader, layer: int) -> AttentionWeights:
-        schema = self.schema
+        spec = self.spec
+        attention = grouped_attention(spec, layer)
+        normed = attention.query_key_norm != "none"
         return AttentionWeights(
             norm=reader.array(f"layers.{layer}.attention_norm"),
             query_key_value=reader.nested(f"layers.{layer}.query_key_value"),
-            query_norm=reader.array(f"layers.{layer}.query_norm"),
-            key_norm=reader.array(f"layers.{layer}.key_norm"),
+            query_norm=reader.array(f"layers.{layer}.query_norm") if normed else None,
+            key_norm=reader.array(f"layers.{layer}.key_norm") if normed else None,
             output=reader.nested(f"layers.{layer}.attention_output"),
-            heads=schema.heads,
-            kv_heads=schema.kv_heads,
-            head_dim=schema.head_dim,
-            epsilon=schema.norm_epsilon,
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+            epsilon=spec.norm_epsilon,
         )
 
     def reserve_positions(self, positions: int) -> None:
         """Extend the rotary tables to ``positions``; a row depends on its position only, so no result changes."""
         if positions > self._cosine.shape[0]:
-            self._cosine, self._sine = rotary_tables(positions, self.schema.head_dim, self.schema.rope_theta)
+            self._cosine, self._sine = rotary_tables(positions, *self._rotary)
 
     def forward(
         self,
@@ -169,11 +172,11 @@ class Decoder:
         :returns: logits (rows, vocabulary) float32 and the routings of the MoE layers.
         :raises NumericsError: a non-finite value appeared, or an expert's slice was not readable.
         """
-        backend, schema = self._backend, self.schema
+        backend, spec = self._backend, self.spec
         x = backend.embed(self._embedding, tokens.ids)
         layers: list[Routing] = []
         stack = self._stack_of(source, draft)
-        for layer in range(schema.layers if stack is None else stack.first):
+        for layer in range(len(spec.layers) if stack is None else stack.first):
             backend.attention_block(
                 self._attention[layer], x, cache, layer, tokens.slots, tokens.positions, self._cosine, self._sine
             )
@@ -195,23 +198,23 @@ class Decoder:
         if rows is not None:
             x = np.ascontiguousarray(x[rows])
         if x.shape[0] == 0:
-            return np.empty((0, schema.vocabulary), np.float32), routings
-        return backend.logits(self._final_norm, schema.norm_epsilon, self._head, x), routings
+            return np.empty((0, spec.vocabulary), np.float32), routings
+        return backend.logits(self._final_norm, spec.norm_epsilon, self._head, x), routings
 
     def _stack_of(self, source: Any, draft: Draft | None) -> Any:
         """The MoE layers as one stack, where backend, source and draft allow to compute them in one call; else None."""
         if not hasattr(source, "tables") or not hasattr(self._backend, "forward"):
             return None
-        schema, tables = self.schema, source.tables
+        spec, tables = self.spec, source.tables
         if not tables:
             return None
         if draft is not None and (
-            draft.bits != 4 or np.count_nonzero(draft.allowed, axis=1).min() < min(draft.top_k, schema.top_k)
+            draft.bits != 4 or np.count_nonzero(draft.allowed, axis=1).min() < min(draft.top_k, spec.top_k)
         ):
             return None
         if self._stack is None or self._stack.addresses is not tables:
-            first = schema.layers - len(tables)
-            if schema.moe_layers != tuple(range(first, schema.layers)):
+            first = len(spec.layers) - len(tables)
+            if spec.moe_layers != tuple(range(first, len(spec.layers))):
                 return None
             self._stack = self._backend.LayerStack(
                 first, tuple(self._attention[first:]), tuple(self._routers.values()), self._layouts[first], tables
@@ -251,8 +254,23 @@ class Decoder:
     def _dense_ffn(self, layer: int, x: NDArray[np.float32]) -> None:
         """A dense FFN is one expert of weight 1, always at full precision."""
         norm, addresses = self._dense[layer]
-        hidden = self._backend.rms_norm(x, norm, self.schema.norm_epsilon)
+        hidden = self._backend.rms_norm(x, norm, self.spec.norm_epsilon)
         tokens = x.shape[0]
         self._backend.expert_ffn(
             self._layouts[layer], addresses, hidden, np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32), x
         )
+
+
+def grouped_attention(spec: ModelSpec, layer: int = 0) -> GroupedAttention:
+    """The attention of a layer; ModelError where it is of another kind."""
+    attention = spec.layers[layer].attention
+    if not isinstance(attention, GroupedAttention):
+        raise ModelError(f"layer {layer}: attention of kind {type(attention).__name__} is not supported")
+    return attention
+
+
+def rope_of(attention: GroupedAttention) -> Rope:
+    """Its rotary embedding; ModelError where it has none."""
+    if attention.rope is None:
+        raise ModelError("attention without rotary embedding is not supported")
+    return attention.rope

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elmoe.errors import BudgetError, HardwareError
+from elmoe.errors import BudgetError, HardwareError, ModelError
 from elmoe.hw.machine import Machine
+from elmoe.models.load import load_model
+from elmoe.models.sizes import ModelSizes
 from elmoe.processors import processors
-from elmoe.schema.architecture import Architecture, load_architecture
 from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
 from elmoe.sim.rows import row_of, static_watts
@@ -49,12 +50,15 @@ class Grid:
     drafters: Drafters = field(default_factory=load_drafters)
 
 
-def facts_of(model: Architecture, prompts: str, trace: Path | None = None) -> RoutingFacts:
+def facts_of(model: ModelSizes, prompts: str, trace: Path | None = None) -> RoutingFacts:
     """Facts of a trace, or synthetic ones of the model's shape with the locality measured on a prompt set."""
     if trace is not None:
         return read_facts(trace)
-    layers = min(SAMPLED_LAYERS, model.moe_layers)
-    return synthesise(load_locality(prompts), model.experts, model.top_k, layers, SEQUENCES, POSITIONS, SEED, prompt=PROMPT)
+    spec = model.spec
+    if not spec.moe_layers:
+        raise ModelError(f"model '{model.name}' has no layer with experts", "there is no routing to replay")
+    layers = min(SAMPLED_LAYERS, len(spec.moe_layers))
+    return synthesise(load_locality(prompts), spec.experts, spec.top_k, layers, SEQUENCES, POSITIONS, SEED, prompt=PROMPT)
 
 
 def run_grid(
@@ -95,7 +99,7 @@ def check_names(grid: Grid) -> None:
     odds = [item.label for item in grid.odds]
     kinds: tuple[tuple[str, list[Any], str], ...] = (
         ("systems", [system.name for system in grid.systems], "change `name:` in one of the YAML files"),
-        ("models", [load_architecture(name).name for name in grid.models], "rename the folder of one of them"),
+        ("models", [load_model(name).name for name in grid.models], "rename the folder of one of them"),
         ("prompt sets", list(grid.prompts), "give each once"),
         ("batch sizes", list(grid.batches), "give each once"),
         ("forms", list(grid.forms), "give each once"),
@@ -113,7 +117,7 @@ def _run_packed(group: tuple[Grid, str, str]) -> list[dict[str, Any]]:
 
 def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]:
     """Rows of one model and prompt set; what does not fit becomes a row with ``error``."""
-    model = load_architecture(model_name)
+    model = load_model(model_name)
     facts = facts_of(model, prompts, grid.trace)
     simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
     machines = [Machine(hardware) for hardware in grid.systems]

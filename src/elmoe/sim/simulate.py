@@ -10,9 +10,9 @@ import numpy as np
 from elmoe.errors import BudgetError, HardwareError
 from elmoe.hw.cost import Cost
 from elmoe.hw.machine import Machine
+from elmoe.models.sizes import ModelSizes
 from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
 from elmoe.policy.residency import ResidencyParameters
-from elmoe.schema.architecture import Architecture
 from elmoe.schema.drafters import Drafters
 from elmoe.sim.workload import Acceptance, DraftKind, Plan, RoutingReplay, TierPlan, Workload
 from elmoe.systems.forms import FormName, draft_cost, draft_model_bytes, target_cost
@@ -54,17 +54,18 @@ class Simulation:
     """A model and its routing facts on machines; workloads are kept, since many machines share them."""
 
     def __init__(
-        self, model: Architecture, replay: RoutingReplay, drafters: Drafters, context: int = 1024, steps: int = 24
+        self, model: ModelSizes, replay: RoutingReplay, drafters: Drafters, context: int = 1024, steps: int = 24
     ) -> None:
         self.model, self.replay, self.drafters = model, replay, drafters
         self.context, self.steps = context, steps
         self._workloads: dict[Any, Workload] = {}
         self.sampled = replay.facts.ranked.shape[2]
         facts = replay.facts
-        if (facts.experts, facts.top_k) != (model.experts, model.top_k):
+        spec = model.spec
+        if (facts.experts, facts.top_k) != (spec.experts, spec.top_k):
             raise HardwareError(
-                f"the trace routes to {facts.top_k} of {facts.experts} experts, '{model.name}' to {model.top_k} of "
-                f"{model.experts}",
+                f"the trace routes to {facts.top_k} of {facts.experts} experts, '{model.name}' to {spec.top_k} of "
+                f"{spec.experts}",
                 "synthesise a trace for this model: `elmoe trace synthesise`",
             )
 
@@ -114,7 +115,7 @@ class Simulation:
         if form != "elastic" and sizes.fixed <= capacity < sizes.minimum:
             return None  # KV first: what is left would not make a draft, and is left unused
         slots = plan_slots(capacity, sizes, "msb_first" if slices else "whole_experts")
-        picked = np.linspace(0, model.moe_layers - 1, self.sampled).round().astype(int)
+        picked = np.linspace(0, len(model.moe_layers) - 1, self.sampled).round().astype(int)
         sampled = SlotPlan(tuple(slots.msb[i] for i in picked), tuple(slots.lsb[i] for i in picked), slots.bytes)
         policy = (
             ResidencyParameters("static")
@@ -124,19 +125,18 @@ class Simulation:
         return TierPlan(sampled, policy, sizes.msb[0], sizes.lsb[0])
 
     def _sizes(self, machine: Machine, form: FormName, batch: int) -> FastTierSizes:
-        model, layers = self.model, self.model.moe_layers
-        kv = batch * self.context * model.kv_bytes_per_position * model.layers
+        model, layers, spec = self.model, self.model.moe_layers, self.model.spec
+        kv = batch * self.context * spec.kv_bytes_per_position
         dense = model.dense_bytes + draft_model_bytes(form, model, self.drafters)
         if not machine.hardware.features.fast_dense:
             dense = kv = 0
-        lsb = 0 if form == "quant" else int(model.lsb_bytes)
-        return FastTierSizes(
-            int(dense), int(kv), 0, (int(model.msb_bytes),) * layers, (lsb,) * layers, model.experts, model.top_k
-        )
+        msb = tuple(int(layer.msb_bytes) for layer in layers)
+        lsb = tuple(0 if form == "quant" else int(layer.lsb_bytes) for layer in layers)
+        return FastTierSizes(int(dense), kv, 0, msb, lsb, spec.experts, spec.top_k)
 
     def _check_fits(self, machine: Machine, form: FormName, batch: int) -> None:
         hardware, model = machine.hardware, self.model
-        kv = batch * self.context * model.kv_bytes_per_position * model.layers
+        kv = batch * self.context * model.spec.kv_bytes_per_position
         needed = model.total_bytes + kv + draft_model_bytes(form, model, self.drafters)
         if form == "quant":
             needed += model.total_bytes * 4.5 / 8.5

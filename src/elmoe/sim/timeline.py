@@ -7,7 +7,7 @@ from pathlib import Path
 from elmoe.chrome_trace import Span, write_chrome_trace
 from elmoe.hw.cost import Cost
 from elmoe.hw.machine import Machine
-from elmoe.schema.architecture import load_architecture
+from elmoe.models.load import load_model
 from elmoe.sim.grid import Grid, facts_of
 from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import RoutingReplay
@@ -19,7 +19,7 @@ def write_timeline(grid: Grid, path: Path) -> None:
     """The first steps of the grid's last system and form at its largest batch; within a pass a resource's busy time is drawn
     from the pass's start, since a pass sums over layers."""
     hardware, form, batch = grid.systems[-1], grid.forms[-1], grid.batches[-1]
-    model = load_architecture(grid.models[0])
+    model = load_model(grid.models[0])
     simulation = Simulation(
         model, RoutingReplay(facts_of(model, grid.prompts[0], grid.trace)), grid.drafters, grid.context, grid.steps
     )

@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 
 from elmoe.hw.machine import Machine
-from elmoe.schema.architecture import Architecture, load_architecture
+from elmoe.models.load import load_model
+from elmoe.models.sizes import BITS, DEFAULTS, ModelSizes
 from elmoe.schema.constants import Ratio, Seconds
 from elmoe.schema.hardware import Hardware, load_hardware
 from elmoe.schema.validation import Decoding, FusedKernel, load_validation
@@ -37,9 +38,9 @@ class Check:
         return self.predicted / self.measured - 1
 
 
-def passes_of_experts(model: Architecture, tokens: float, active: float, context: float = 0.0, rows: int = 1) -> Passes:
+def passes_of_experts(model: ModelSizes, tokens: float, active: float, context: float = 0.0, rows: int = 1) -> Passes:
     """One pass with so many distinct experts in every layer, tokens spread evenly over them."""
-    pairs = tokens * model.top_k
+    pairs = tokens * model.spec.top_k
     one, layer = np.ones(1), np.ones((1, 1))
     blocks = active * np.ceil(pairs / max(active, 1) / rows)
     return Passes(
@@ -53,13 +54,11 @@ def fused_moe_checks() -> list[Check]:
     memory-bound rows, tested on the others; rows above 64 tokens are predicted too, with the preset's peak throughput."""
     data = load_validation("fused_moe")
     assert isinstance(data, FusedKernel)
-    bits = data.bits_per_weight
-    model = msgspec.structs.replace(
-        load_architecture(data.model), expert_bits=bits, msb_bits=bits, lsb_bits=0.0, dense_bits=bits, router_bits=bits
-    )
+    format = next(name for name, bits in BITS.items() if bits == (data.bits_per_weight,))
+    model = msgspec.structs.replace(load_model(data.model), formats=dict.fromkeys(DEFAULTS, format))
     bare = load_hardware(data.hardware)
     known = [row for row in data.rows if row.experts in FITTED_COLUMNS and row.tokens <= MEMORY_BOUND]
-    expert_seconds = model.expert_bytes / bare.main.bandwidth.value
+    expert_seconds = model.expert.expert_bytes / bare.main.bandwidth.value
     slope, fixed = np.polyfit([row.experts for row in known], [row.microseconds * 1e-6 for row in known], 1)
     hardware = _with(bare, expert_seconds / slope, fixed)
     machine = Machine(hardware)
@@ -78,12 +77,12 @@ def box_checks() -> list[Check]:
     data = load_validation("dgx_spark")
     assert isinstance(data, Decoding)
     ideal = _with(load_hardware(data.hardware), 1.0, 0.0)
-    rates = [1 / _seconds_per_token(load_architecture(row.model), Machine(ideal)) for row in data.rows]
+    rates = [1 / _seconds_per_token(load_model(row.model), Machine(ideal)) for row in data.rows]
     measured = [row.tokens_per_second for row in data.rows]
     efficiency = float(np.exp(np.mean(np.log(np.array(measured) / np.array(rates)))))
     machine = Machine(_with(ideal, efficiency, 0.0))
     return [
-        Check(row.measured, row.tokens_per_second, 1 / _seconds_per_token(load_architecture(row.model), machine), True)
+        Check(row.measured, row.tokens_per_second, 1 / _seconds_per_token(load_model(row.model), machine), True)
         for row in data.rows
     ]
 
@@ -94,13 +93,13 @@ def preset_box_checks() -> list[Check]:
     assert isinstance(data, Decoding)
     machine = Machine(load_hardware(data.hardware))
     return [
-        Check(row.measured, row.tokens_per_second, 1 / _seconds_per_token(load_architecture(row.model), machine), row.fitted)
+        Check(row.measured, row.tokens_per_second, 1 / _seconds_per_token(load_model(row.model), machine), row.fitted)
         for row in data.rows
     ]
 
 
-def _seconds_per_token(model: Architecture, machine: Machine, context: float = 512.0) -> float:
-    passes = passes_of_experts(model, 1, model.top_k, context)
+def _seconds_per_token(model: ModelSizes, machine: Machine, context: float = 512.0) -> float:
+    passes = passes_of_experts(model, 1, model.spec.top_k, context)
     return float(cost_of(machine, operations(model, passes, machine)).latency.sum())
 
 

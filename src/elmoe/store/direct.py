@@ -60,10 +60,10 @@ class DirectReader(MemoryReader):
 
     def extent(self, layer: int, expert: int) -> tuple[int, int]:
         """(file descriptor, offset) of an expert's MSB record; its LSB record lies behind it."""
-        entry = self._layers[layer]
-        if entry.file not in self._handles:
+        file = self._layers[layer].file
+        if file not in self._handles:
             raise StoreError(f"the store '{self.path.name}' is closed", "keep the session open while it is used")
-        return self._handles[entry.file], entry.offset + expert * entry.stride
+        return self._handles[file], self.expert_extent(layer, expert)[0]
 
 
 def _read(handle: int, name: str, size: int) -> NDArray[np.uint8]:

@@ -11,16 +11,19 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from typing import Literal
 
 import msgspec
 
 from elmoe.bitslice.expert import PAGE
 from elmoe.errors import StoreError
-from elmoe.schema.model import ModelSchema
+from elmoe.models.spec import ModelSpec
+from elmoe.models.tensors import Format
 
 FORMAT = "elmoe-store"
-VERSION = 1
+VERSION = 2
+"""Of the manifest."""
+DATA_VERSION = 1
+"""Of the data files."""
 MAGIC = b"ELMOESTR"
 MANIFEST = "manifest.json"
 DENSE_FILE = "dense.bin"
@@ -48,28 +51,25 @@ class TextFile(_Part, frozen=True):
 
 
 class TensorEntry(_Part, frozen=True):
-    """A tensor of ``dense.bin``. ``offsets``: of ``data`` (float32), of ``hi``, ``lo``, ``scales`` (nested), or of ``msb``
-    and ``lsb`` records (expert: a dense FFN). ``checksum``: over the named sections in that order."""
+    """A tensor of ``dense.bin``; kind and shape follow from the model's spec. ``offsets``: of ``data`` (float32), of ``hi``,
+    ``lo``, ``scales`` (nested8), or of ``msb`` and ``lsb`` records (a dense feed-forward). ``checksum``: over these
+    sections."""
 
     name: str
-    kind: Literal["nested", "float32", "expert"]
-    shape: tuple[int, ...]
+    format: Format
     offsets: dict[str, int]
     checksum: str
 
 
 class LayerEntry(_Part, frozen=True):
-    """The experts of a layer. Expert ``e`` has its MSB record at ``offset + e * stride``, its LSB record behind it.
-    ``checksums``: [msb, lsb] of every expert."""
+    """The experts of a layer; sizes of their records follow from spec and format. Expert ``e`` has its MSB record at
+    ``offset`` plus ``e`` times the bytes of an expert, its LSB record behind it. ``checksums``: [msb, lsb] by expert."""
 
     layer: int
     file: str
-    experts: int
+    format: Format
     offset: int
-    stride: int
-    msb_bytes: int
-    lsb_bytes: int
-    checksums: tuple[tuple[str, str], ...]
+    checksums: tuple[tuple[str, ...], ...]
 
 
 class Manifest(_Part, frozen=True):
@@ -77,7 +77,7 @@ class Manifest(_Part, frozen=True):
 
     format: str
     version: int
-    model: ModelSchema
+    model: ModelSpec
     files: tuple[FileEntry, ...]
     tensors: tuple[TensorEntry, ...]
     layers: tuple[LayerEntry, ...]
@@ -93,7 +93,7 @@ def layer_file(layer: int) -> str:
 
 def header_page(role: int, layer: int) -> bytes:
     """The first page of a data file."""
-    return _HEADER.pack(MAGIC, VERSION, role, layer).ljust(PAGE, b"\0")
+    return _HEADER.pack(MAGIC, DATA_VERSION, role, layer).ljust(PAGE, b"\0")
 
 
 def check_header(page: bytes, name: str, role: int, layer: int) -> None:
@@ -101,8 +101,8 @@ def check_header(page: bytes, name: str, role: int, layer: int) -> None:
     if len(page) < _HEADER.size or page[:8] != MAGIC:
         raise StoreError(f"'{name}' does not begin with the magic of an elmoe data file", "the file is damaged or foreign")
     _, version, found_role, found_layer = _HEADER.unpack_from(page)
-    if version > VERSION:
-        raise StoreError(f"'{name}' has version {version}, this elmoe reads up to {VERSION}", "update elmoe")
+    if version > DATA_VERSION:
+        raise StoreError(f"'{name}' has version {version}, this elmoe reads up to {DATA_VERSION}", "update elmoe")
     if (found_role, found_layer) != (role, layer):
         raise StoreError(f"'{name}' is the file of another role or layer", "convert the model anew")
 

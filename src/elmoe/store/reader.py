@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from elmoe.bitslice import ExpertLayout, NestedMatrix
 from elmoe.bitslice.expert import PAGE
 from elmoe.bitslice.nested import BLOCK_ROWS, GROUP, GROUP_BYTES, ceil_div
-from elmoe.errors import StoreError
-from elmoe.schema.model import ModelSchema
+from elmoe.errors import ModelError, StoreError
+from elmoe.models.spec import ModelSpec
+from elmoe.models.support import check_supported
+from elmoe.models.tensors import FeedForward, Tensor, feed_forward, tensors
 from elmoe.store.format import (
     DENSE_FILE,
     DENSE_ROLE,
@@ -31,6 +33,7 @@ from elmoe.store.format import (
     check_name,
     checksum,
 )
+from elmoe.store.layout import ALIGNMENT, record_layout, record_sections, tensor_sections
 
 MANIFEST_LIMIT = 256 << 20
 """Bytes of the largest manifest that is read."""
@@ -64,9 +67,11 @@ def read_manifest(path: Path) -> Manifest:
         raise StoreError(
             f"{MANIFEST}: version {version} is of a newer elmoe, this one reads up to {VERSION}", "update elmoe"
         )
+    if version != VERSION:
+        raise StoreError(f"{MANIFEST}: version {str(version)[:20]} is of an older elmoe", "convert the model anew")
     try:
         return msgspec.json.decode(raw, type=Manifest)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, ModelError, RecursionError) as error:
         raise StoreError(f"{MANIFEST}: {error}", "the store is damaged: convert the model anew") from error
 
 
@@ -78,12 +83,15 @@ class MemoryReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = manifest = read_manifest(path)
-        self.schema: ModelSchema = manifest.model
+        self.spec: ModelSpec = manifest.model
         self._maps: dict[str, NDArray[np.uint8]] = {}
         self._sizes: dict[str, int] = {}
-        self._tensors: dict[str, TensorEntry] = {tensor.name: tensor for tensor in manifest.tensors}
+        self._check_model()
+        self._feed_forwards = [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
+        self._tensors: dict[str, tuple[TensorEntry, Tensor | FeedForward]] = self._match_tensors()
         self._layers: dict[int, LayerEntry] = {layer.layer: layer for layer in manifest.layers}
-        self._check_schema()
+        if tuple(sorted(self._layers)) != self.spec.moe_layers or len(self._layers) != len(manifest.layers):
+            raise StoreError(f"{MANIFEST}: field 'layers' does not name the model's MoE layers")
         roles = {DENSE_FILE: (DENSE_ROLE, 0)} | {layer.file: (EXPERTS_ROLE, layer.layer) for layer in manifest.layers}
         for entry in manifest.files:
             check_name(entry.name, "files.name")
@@ -133,77 +141,79 @@ class MemoryReader:
         self._sizes[name] = size
         self._maps[name] = np.frombuffer(view, np.uint8)
 
-    def _check_schema(self) -> None:
-        schema = self.schema
-        for field in (
-            "vocabulary", "hidden", "layers", "heads", "kv_heads", "head_dim", "experts", "top_k", "expert_width",
-            "max_positions",
-        ):  # fmt: skip
-            value = getattr(schema, field)
-            if not 0 < value < 1 << 31:
-                raise StoreError(f"{MANIFEST}: model.{field} is {value}")
-        if schema.top_k > schema.experts or schema.heads % schema.kv_heads:
-            raise StoreError(f"{MANIFEST}: model.top_k or model.kv_heads does not fit")
-        if set(self._layers) != set(schema.moe_layers) or len(self._layers) != len(self.manifest.layers):
-            raise StoreError(f"{MANIFEST}: field 'layers' does not name the model's MoE layers")
+    def _check_model(self) -> None:
+        try:
+            check_supported(self.spec)
+        except ModelError as error:
+            raise StoreError(f"{MANIFEST}: model: {error}", error.hint) from error
+
+    def _match_tensors(self) -> dict[str, tuple[TensorEntry, Tensor | FeedForward]]:
+        """Each entry beside the tensor of the spec that it is; StoreError lists what is missing, doubled or left over."""
+        expected: dict[str, Tensor | FeedForward] = {tensor.name: tensor for tensor in tensors(self.spec)}
+        expected |= {part.name: part for part in self._feed_forwards if part.kind == "dense"}
+        entries: dict[str, TensorEntry] = {}
+        for entry in self.manifest.tensors:
+            if entry.name in entries:
+                raise StoreError(f"{MANIFEST}: tensor '{entry.name[:80]}' is listed twice", "convert the model anew")
+            entries[entry.name] = entry
+        for what, names in (("lacks", expected.keys() - entries.keys()), ("has unknown", entries.keys() - expected.keys())):
+            if names:
+                listed = ", ".join(f"'{name[:80]}'" for name in sorted(names)[:5])
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                raise StoreError(f"{MANIFEST}: field 'tensors' {what} {listed}{more}", "convert the model anew")
+        for name, tensor in expected.items():
+            try:
+                default = tensor.format({}) if isinstance(tensor, Tensor) else "nested8"
+                if entries[name].format != default:
+                    raise StoreError(f"{MANIFEST}: tensors.{name}.format is '{entries[name].format}', not '{default}'")
+            except ModelError as error:
+                raise StoreError(f"{MANIFEST}: {error}", error.hint) from error
+        return {name: (entries[name], tensor) for name, tensor in expected.items()}
 
     def _check_offsets(self) -> None:
-        for tensor in self.manifest.tensors:
-            for section, offset, size in self._sections(tensor):
-                limit = self._sizes[DENSE_FILE]
-                if not PAGE <= offset <= limit - size or offset % 64:
+        limit = self._sizes[DENSE_FILE]
+        for name in self._tensors:
+            for section, offset, size in self._sections(name):
+                if not PAGE <= offset <= limit - size or offset % ALIGNMENT:
                     raise StoreError(
-                        f"{MANIFEST}: tensors.{tensor.name}.offsets.{section} = {offset} lies outside {DENSE_FILE}",
+                        f"{MANIFEST}: tensors.{name}.offsets.{section} = {offset} lies outside {DENSE_FILE}",
                         "the store is damaged: convert the model anew",
                     )
         for layer in self.manifest.layers:
-            layout = self.expert_layout(layer.layer)
-            expected = (self.schema.experts, layout.msb_bytes, layout.lsb_bytes, layout.msb_bytes + layout.lsb_bytes)
-            if (layer.experts, layer.msb_bytes, layer.lsb_bytes, layer.stride) != expected:
-                raise StoreError(f"{MANIFEST}: layers.{layer.layer} does not have the sizes of the model's experts")
-            end = layer.offset + layer.experts * layer.stride
+            part = self._feed_forwards[layer.layer]
+            if layer.format != "nested8":
+                raise StoreError(f"{MANIFEST}: layers.{layer.layer}.format is '{layer.format}', not 'nested8'")
+            sections = record_sections(part)
+            end = layer.offset + part.count * sum(sections.values())
             if layer.offset < PAGE or layer.offset % PAGE or end > self._sizes[layer.file]:
                 raise StoreError(f"{MANIFEST}: layers.{layer.layer}.offset = {layer.offset} lies outside '{layer.file}'")
-            if len(layer.checksums) != layer.experts:
-                raise StoreError(f"{MANIFEST}: layers.{layer.layer}.checksums has {len(layer.checksums)} entries")
+            if len(layer.checksums) != part.count or any(len(sums) != len(sections) for sums in layer.checksums):
+                raise StoreError(f"{MANIFEST}: layers.{layer.layer}.checksums has not one for each slice of each expert")
 
-    def _sections(self, tensor: TensorEntry) -> list[tuple[str, int, int]]:
-        """(name, offset, bytes) of a tensor's sections; StoreError where shape or offsets are malformed."""
-        shape = tensor.shape
-        if not shape or any(not 0 < side < 1 << 31 for side in shape):
-            raise StoreError(f"{MANIFEST}: tensors.{tensor.name}.shape is {list(shape)}")
-        if tensor.kind == "float32":
-            sizes = {"data": 4 * int(np.prod(shape, dtype=object))}
-        elif len(shape) != 2:
-            raise StoreError(f"{MANIFEST}: tensors.{tensor.name}.shape is not that of a matrix")
-        elif tensor.kind == "nested":
-            cells = ceil_div(shape[0], BLOCK_ROWS) * ceil_div(shape[1], GROUP)
-            sizes = {"hi": cells * GROUP_BYTES, "lo": cells * GROUP_BYTES, "scales": cells * 2 * BLOCK_ROWS}
-        else:
-            layout = ExpertLayout(*shape)
-            sizes = {"msb": layout.msb_bytes, "lsb": layout.lsb_bytes}
-        if tensor.offsets.keys() != sizes.keys():
-            raise StoreError(f"{MANIFEST}: tensors.{tensor.name}.offsets does not have {', '.join(sizes)}")
-        return [(name, tensor.offsets[name], size) for name, size in sizes.items()]
+    def _sections(self, name: str) -> list[tuple[str, int, int]]:
+        """(section, offset, bytes) of a tensor of ``dense.bin``, as spec and format have it."""
+        entry, tensor = self._tensors[name]
+        sizes = record_sections(tensor) if isinstance(tensor, FeedForward) else tensor_sections(tensor, entry.format)
+        if entry.offsets.keys() != sizes.keys():
+            raise StoreError(f"{MANIFEST}: tensors.{name}.offsets does not have {', '.join(sizes)}")
+        return [(section, entry.offsets[section], size) for section, size in sizes.items()]
 
-    def _section(self, tensor: TensorEntry, section: str) -> NDArray[np.uint8]:
-        for name, offset, size in self._sections(tensor):
-            if name == section:
-                return self._file(DENSE_FILE)[offset : offset + size]
-        raise StoreError(f"tensor '{tensor.name}' has no section '{section}'")
+    def _section_bytes(self, name: str) -> list[NDArray[np.uint8]]:
+        """The bytes of a tensor's sections."""
+        data = self._file(DENSE_FILE)
+        return [data[offset : offset + size] for _, offset, size in self._sections(name)]
 
-    def _tensor(self, name: str, kind: str) -> TensorEntry:
-        tensor = self._tensors.get(name)
-        if tensor is None or tensor.kind != kind:
-            raise StoreError(f"{MANIFEST}: there is no {kind} tensor '{name}'", "convert the model anew")
+    def _tensor(self, name: str, kind: str) -> Tensor:
+        tensor = self._tensors[name][1] if name in self._tensors else None
+        if not isinstance(tensor, Tensor) or tensor.kind != kind:
+            raise StoreError(f"the model has no {kind} tensor '{name}'")
         return tensor
 
     def nested(self, name: str) -> NestedMatrix:
         """A nested matrix of the dense parts, without a copy."""
-        tensor = self._tensor(name, "nested")
-        rows, columns = tensor.shape
+        rows, columns = self._tensor(name, "matrix").shape
         grid = ceil_div(rows, BLOCK_ROWS), ceil_div(columns, GROUP)
-        hi, lo, scales = (self._section(tensor, section) for section in ("hi", "lo", "scales"))
+        hi, lo, scales = self._section_bytes(name)
         return NestedMatrix(
             rows,
             columns,
@@ -214,35 +224,39 @@ class MemoryReader:
 
     def array(self, name: str) -> NDArray[np.float32]:
         """A float32 tensor, without a copy."""
-        tensor = self._tensor(name, "float32")
-        return self._section(tensor, "data").view(np.float32).reshape(tensor.shape)
+        shape = self._tensor(name, "floats").shape
+        return self._section_bytes(name)[0].view(np.float32).reshape(shape)
 
     def expert_layout(self, layer: int) -> ExpertLayout:
-        """How an expert of the layer, or its dense FFN, lies in memory."""
-        dense = layer in self.schema.dense_layers
-        return ExpertLayout(self.schema.hidden, self.schema.dense_width if dense else self.schema.expert_width)
+        """How an expert of the layer, or its dense feed-forward, lies in memory."""
+        return record_layout(self._feed_forwards[layer])
 
     def expert_addresses(self, layer: int) -> NDArray[np.int64]:
-        """(experts, 2) addresses of the MSB and LSB records; a dense FFN counts as one expert."""
-        if layer in self.schema.dense_layers:
-            tensor = self._tensor(f"layers.{layer}.dense_ffn", "expert")
-            return np.array([[self._section(tensor, part).ctypes.data for part in ("msb", "lsb")]], np.int64)
-        entry = self._layers[layer]
+        """(experts, 2) addresses of the MSB and LSB records; a dense feed-forward counts as one expert."""
+        part = self._feed_forwards[layer]
+        if part.kind == "dense":
+            return np.array([[section.ctypes.data for section in self._section_bytes(part.name)]], np.int64)
+        entry, layout = self._layers[layer], record_layout(part)
         first = self._file(entry.file).ctypes.data + entry.offset
-        msb = first + entry.stride * np.arange(entry.experts, dtype=np.int64)
-        return np.ascontiguousarray(np.stack([msb, msb + entry.msb_bytes], axis=1))
+        msb = first + (layout.msb_bytes + layout.lsb_bytes) * np.arange(part.count, dtype=np.int64)
+        return np.ascontiguousarray(np.stack([msb, msb + layout.msb_bytes], axis=1))
+
+    def expert_extent(self, layer: int, expert: int) -> tuple[int, int]:
+        """(offset, bytes) of an expert in its layer's file: its MSB record, its LSB record behind it."""
+        size = sum(record_sections(self._feed_forwards[layer]).values())
+        return self._layers[layer].offset + expert * size, size
 
     def expert_records(self, layer: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        """MSB and LSB record of each expert of the layer, or of its dense FFN, without a copy."""
-        if layer in self.schema.dense_layers:
-            tensor = self._tensor(f"layers.{layer}.dense_ffn", "expert")
-            yield self._section(tensor, "msb"), self._section(tensor, "lsb")
+        """MSB and LSB record of each expert of the layer, or of its dense feed-forward, without a copy."""
+        part = self._feed_forwards[layer]
+        if part.kind == "dense":
+            msb, lsb = self._section_bytes(part.name)
+            yield msb, lsb
             return
-        entry = self._layers[layer]
-        for expert in range(entry.experts):
-            start = entry.offset + expert * entry.stride
-            record = self._file(entry.file)[start : start + entry.stride]
-            yield record[: entry.msb_bytes], record[entry.msb_bytes :]
+        data, middle = self._file(self._layers[layer].file), record_layout(part).msb_bytes
+        for expert in range(part.count):
+            start, size = self.expert_extent(layer, expert)
+            yield data[start : start + middle], data[start + middle : start + size]
 
     @property
     def dense_bytes(self) -> int:
@@ -270,20 +284,17 @@ class MemoryReader:
             if progress is not None:
                 progress(done)
 
-        for tensor in self.manifest.tensors:
-            parts = [self._section(tensor, section).data for section, _, _ in self._sections(tensor)]
+        for name, (tensor, _) in self._tensors.items():
+            parts = [section.data for section in self._section_bytes(name)]
             if checksum(*parts) != tensor.checksum:
-                wrong.append(f"{DENSE_FILE}: tensor '{tensor.name}'")
+                wrong.append(f"{DENSE_FILE}: tensor '{name}'")
             report(sum(len(part) for part in parts))
         for layer in self.manifest.layers:
-            data = self._file(layer.file)
-            for expert, sums in enumerate(layer.checksums):
-                start = layer.offset + expert * layer.stride
-                middle, end = start + layer.msb_bytes, start + layer.stride
-                for name, expected, part in (("MSB", sums[0], data[start:middle]), ("LSB", sums[1], data[middle:end])):
-                    if checksum(part.data) != expected:
+            for expert, (sums, records) in enumerate(zip(layer.checksums, self.expert_records(layer.layer), strict=True)):
+                for name, expected, record in zip(("MSB", "LSB"), sums, records, strict=True):
+                    if checksum(record.data) != expected:
                         wrong.append(f"{layer.file}: expert {expert}, {name} slice")
-                report(layer.stride)
+                report(sum(len(record) for record in records))
         for text in filter(None, (self.manifest.tokenizer, self.manifest.chat_template)):
             if checksum((self.path / text.name).read_bytes()) != text.checksum:
                 wrong.append(text.name)

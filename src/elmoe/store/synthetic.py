@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from elmoe.bitslice import ExpertLayout, NestedMatrix
-from elmoe.bitslice.expert import PROJECTIONS
+from elmoe.bitslice import NestedMatrix
 from elmoe.bitslice.nested import BLOCK_ROWS, GROUP, GROUP_BYTES, ceil_div
-from elmoe.schema.model import ModelSchema
-from elmoe.store.writer import DenseFile, StoreWriter
+from elmoe.models.spec import ModelSpec
+from elmoe.models.support import check_supported
+from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor
+from elmoe.store.writer import Progress, StoreWriter
 
 UNIFORM_CODE_DEVIATION = 73.9
 """Standard deviation of codes drawn evenly from -128..127."""
@@ -38,52 +39,43 @@ def byte_tokenizer(vocabulary: int) -> bytes:
     return tokenizer.to_str().encode()
 
 
-def synthesize(path: Path, schema: ModelSchema, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> None:
-    """Write a store with random weights; equal schema and seed give equal bytes. ``progress`` takes (done, total) experts.
+class RandomWeights:
+    """Random contents of a store, each tensor from a generator of its own. See ``store.writer.Weights``."""
 
-    :raises ConvertError: the target exists or the disk has no room.
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._matrix: tuple[str, NestedMatrix] | None = None
+
+    def _generator(self, name: str, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.SFC64([self._seed, crc32(name.encode()), *key]))
+
+    def floats(self, tensor: Tensor) -> NDArray[np.float32]:
+        """Ones; a router's rows are Gaussian, so that some experts are hotter than others."""
+        if len(tensor.shape) == 1:
+            return np.ones(tensor.shape, np.float32)
+        values = self._generator(tensor.name).standard_normal(tensor.shape, np.float32)
+        return values * np.float32(2 / np.sqrt(tensor.shape[1]))
+
+    def matrix(self, tensor: Tensor, first: int, last: int) -> NestedMatrix:
+        """Rows of a random matrix."""
+        if self._matrix is None or self._matrix[0] != tensor.name:
+            rows, columns = tensor.shape
+            self._matrix = tensor.name, random_matrix(self._generator(tensor.name), rows, columns)
+        return self._matrix[1].row_blocks(first, last)
+
+    def projections(self, part: FeedForward, expert: int) -> dict[str, NestedMatrix]:
+        """A random expert."""
+        rng = self._generator(part.name, expert)
+        return {projection: random_matrix(rng, *part.shape(projection)) for projection in PROJECTIONS}
+
+
+def synthesize(path: Path, spec: ModelSpec, seed: int = 0, progress: Progress | None = None) -> None:
+    """Write a store with random weights; equal spec and seed give equal bytes. ``progress`` takes (done, total) tensors and
+    experts.
+
+    :raises ModelError: the engine cannot run such a model. :raises ConvertError: the target exists or the disk has no room.
     """
-    writer = StoreWriter(path, schema, f"random weights, seed {seed}", f"synthetic {seed} {schema}")
-    total, done = len(schema.moe_layers) * schema.experts, 0
-
-    def generator(*key: int) -> np.random.Generator:
-        return np.random.Generator(np.random.SFC64([seed, *key]))
-
-    def expert(layout: ExpertLayout, *key: int) -> tuple[np.ndarray, np.ndarray]:
-        rng = generator(*key)
-        return layout.pack({projection: random_matrix(rng, *layout.shape(projection)) for projection in PROJECTIONS})
-
-    def fill(dense: DenseFile) -> None:
-        rng = generator(1)
-        inner = schema.heads * schema.head_dim
-        dense.matrix("embedding", random_matrix(rng, schema.vocabulary, schema.hidden))
-        if not schema.tied_embeddings:
-            dense.matrix("head", random_matrix(rng, schema.vocabulary, schema.hidden))
-        dense.array("final_norm", np.ones(schema.hidden, np.float32))
-        for layer in range(schema.layers):
-            rng, name = generator(2, layer), f"layers.{layer}."
-            rows = inner + 2 * schema.kv_heads * schema.head_dim
-            dense.array(name + "attention_norm", np.ones(schema.hidden, np.float32))
-            dense.matrix(name + "query_key_value", random_matrix(rng, rows, schema.hidden))
-            dense.array(name + "query_norm", np.ones(schema.head_dim, np.float32))
-            dense.array(name + "key_norm", np.ones(schema.head_dim, np.float32))
-            dense.matrix(name + "attention_output", random_matrix(rng, schema.hidden, inner))
-            dense.array(name + "ffn_norm", np.ones(schema.hidden, np.float32))
-            if layer in schema.dense_layers:
-                layout = ExpertLayout(schema.hidden, schema.dense_width)
-                dense.expert(name + "dense_ffn", layout, *expert(layout, 3, layer))
-            else:
-                router = rng.standard_normal((schema.experts, schema.hidden), np.float32)
-                dense.array(name + "router", router * np.float32(2 / np.sqrt(schema.hidden)))
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    writer.dense_file(fill)
-    layout = ExpertLayout(schema.hidden, schema.expert_width)
-    for layer in schema.moe_layers:
-        writer.layer(layer, layout, partial(expert, layout, 4, layer), step)
-    writer.finish(byte_tokenizer(schema.vocabulary))
+    check_supported(spec)
+    writer = StoreWriter(path, spec, f"random weights, seed {seed}", f"synthetic {seed} {spec}")
+    writer.write(RandomWeights(seed), progress)
+    writer.finish(byte_tokenizer(spec.vocabulary))

@@ -7,16 +7,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import ExpertLayout, NestedMatrix
+from elmoe.bitslice import NestedMatrix
 from elmoe.bitslice.expert import PAGE
-from elmoe.bitslice.nested import BLOCK_ROWS, GROUP, GROUP_BYTES, ceil_div
-from elmoe.errors import ConvertError
-from elmoe.schema.model import ModelSchema
+from elmoe.bitslice.nested import BLOCK_ROWS, ceil_div
+from elmoe.errors import ConvertError, NumericsError
+from elmoe.models.spec import ModelSpec
+from elmoe.models.tensors import FeedForward, Format, Formats, Tensor, check_formats, feed_forward, tensors
 from elmoe.store.format import (
     DENSE_FILE,
     DENSE_ROLE,
@@ -33,14 +35,29 @@ from elmoe.store.format import (
     header_page,
     layer_file,
 )
+from elmoe.store.layout import after_sections, record_layout, record_sections, store_bytes, tensor_sections
 
 JOURNAL = "journal.jsonl"
-Rows = Callable[[int, int], NestedMatrix]
-"""Rows [first, last) of a matrix, nested."""
-ExpertRecords = Callable[[int], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
-"""MSB and LSB record of an expert."""
 ROW_BLOCK = 4096
-"""Rows of a large matrix nested at a time."""
+"""Rows of a large matrix quantised at a time."""
+Progress = Callable[[int, int], None]
+"""Takes tensors and experts written, and all there are."""
+
+
+class Weights(Protocol):
+    """Where the contents of a store come from."""
+
+    def floats(self, tensor: Tensor) -> NDArray[np.float32]:
+        """The values of a tensor that stays float32."""
+        ...
+
+    def matrix(self, tensor: Tensor, first: int, last: int) -> NestedMatrix:
+        """Rows [first, last) of a matrix, quantised; ``first`` is a multiple of ``ROW_BLOCK``."""
+        ...
+
+    def projections(self, part: FeedForward, expert: int) -> dict[str, NestedMatrix]:
+        """Gate, up and down of an expert; a dense feed-forward is expert 0."""
+        ...
 
 
 class JournalLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,19 +70,20 @@ class JournalLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StoreWriter:
-    """Write ``dense.bin`` (``dense_file``), then layers (``layer``), then ``finish``. Files finished by an earlier attempt
-    on the same source (``fingerprint``) are kept.
+    """Write the data files (``write``), then ``finish``. Files finished by an earlier attempt on the same source
+    (``fingerprint``) are kept.
 
     :raises ConvertError: the target exists, the disk has no room, or a write fails.
     """
 
-    def __init__(self, path: Path, schema: ModelSchema, source: str, fingerprint: str) -> None:
-        self.path, self.schema, self._source = Path(path), schema, source
+    def __init__(self, path: Path, spec: ModelSpec, source: str, fingerprint: str, formats: Formats | None = None) -> None:
+        self.path, self.spec, self._source, self._formats = Path(path), spec, source, formats or {}
+        check_formats(spec, self._formats)
         if self.path.exists():
             raise ConvertError(f"'{path}' exists already", "remove it or choose another name")
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._lines = self._resume(fingerprint)
-        needed = store_bytes(schema) - sum(line.file.bytes for line in self._lines if line.file)
+        needed = store_bytes(spec, self._formats) - sum(line.file.bytes for line in self._lines if line.file)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.partial).free
@@ -107,39 +125,56 @@ class StoreWriter:
             os.fsync(journal.fileno())
         self._lines.append(line)
 
-    def dense_file(self, fill: Callable[[DenseFile], None]) -> None:
-        """Write ``dense.bin``: ``fill`` adds its tensors. Nothing happens if it is finished already."""
+    def write(self, weights: Weights, progress: Progress | None = None) -> None:
+        """Write ``dense.bin``, then the experts of layer after layer. NumericsError names a tensor that is not finite."""
+        parts = [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
+        routed = [part for part in parts if part.kind == "expert"]
+        names = list(tensors(self.spec))
+        done, total = 0, len(names) + sum(part.count for part in routed)
+
+        def step(count: int = 1) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+
         if DENSE_FILE in self.finished:
-            return
+            step(len(names))
+        else:
+            self._write_dense(names, [part for part in parts if part.kind == "dense"], weights, step)
+        for part in routed:
+            if layer_file(part.layer) in self.finished:
+                step(part.count)
+            else:
+                self._write_layer(part, weights, step)
+
+    def _write_dense(
+        self, names: list[Tensor], parts: list[FeedForward], weights: Weights, step: Callable[[], None]
+    ) -> None:
         with _guarded(self.path), open(self.partial / DENSE_FILE, "w+b") as handle:
             handle.write(header_page(DENSE_ROLE, 0))
+            handle.flush()
             dense = DenseFile(handle.fileno())
-            fill(dense)
+            for tensor in names:
+                dense.tensor(tensor, self._formats, weights)
+                step()
+            for part in parts:
+                dense.record(part, weights)
             self._append(JournalLine(file=_close(handle.fileno(), DENSE_FILE, dense.end), tensors=tuple(dense.entries)))
 
-    def layer(
-        self, layer: int, layout: ExpertLayout, records: ExpertRecords, step: Callable[[], None] | None = None
-    ) -> None:
-        """Write the experts of a layer. Nothing happens if they are finished already."""
-        name = layer_file(layer)
-        if name in self.finished:
-            return
-        sums = []
+    def _write_layer(self, part: FeedForward, weights: Weights, step: Callable[[], None]) -> None:
+        name, layout, sums = layer_file(part.layer), record_layout(part), []
         with _guarded(self.path), open(self.partial / name, "w+b") as handle:
-            handle.write(header_page(EXPERTS_ROLE, layer))
-            for expert in range(self.schema.experts):
-                msb, lsb = records(expert)
-                handle.write(msb.data)
-                handle.write(lsb.data)
-                sums.append((checksum(msb.data), checksum(lsb.data)))
-                if step is not None:
-                    step()
+            handle.write(header_page(EXPERTS_ROLE, part.layer))
+            for expert in range(part.count):
+                records = layout.pack(weights.projections(part, expert))
+                for record in records:
+                    handle.write(record.data)
+                sums.append(tuple(checksum(record.data) for record in records))
+                step()
             handle.flush()
-            size = PAGE + self.schema.experts * (layout.msb_bytes + layout.lsb_bytes)
-            entry = LayerEntry(
-                layer=layer, file=name, experts=self.schema.experts, offset=PAGE, stride=layout.msb_bytes + layout.lsb_bytes,
-                msb_bytes=layout.msb_bytes, lsb_bytes=layout.lsb_bytes, checksums=tuple(sums),
-            )  # fmt: skip
+            size = PAGE + part.count * sum(record_sections(part).values())
+            entry = LayerEntry(layer=part.layer, file=name, format="nested8", offset=PAGE, checksums=tuple(sums))
             self._append(JournalLine(file=_close(handle.fileno(), name, size), layer=entry))
 
     def finish(self, tokenizer: bytes, chat_template: str | None = None) -> None:
@@ -154,7 +189,7 @@ class StoreWriter:
 
         with _guarded(self.path):
             manifest = Manifest(
-                format=FORMAT, version=VERSION, model=self.schema, source=self._source,
+                format=FORMAT, version=VERSION, model=self.spec, source=self._source,
                 files=tuple(line.file for line in self._lines if line.file),
                 tensors=tuple(tensor for line in self._lines for tensor in line.tensors),
                 layers=tuple(sorted((line.layer for line in self._lines if line.layer), key=lambda entry: entry.layer)),
@@ -169,19 +204,40 @@ class StoreWriter:
 
 
 class DenseFile:
-    """``dense.bin`` while it is written; tensors begin on pages, their sections on 64 bytes."""
+    """``dense.bin`` while it is written."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
         self.entries: list[TensorEntry] = []
         self.end = PAGE
 
-    def _allocate(self, sizes: dict[str, int]) -> dict[str, int]:
-        offsets, self.end = {}, ceil_div(self.end, PAGE) * PAGE
-        for section, size in sizes.items():
-            offsets[section] = self.end
-            self.end = ceil_div(self.end + size, 64) * 64
-        return offsets
+    def tensor(self, tensor: Tensor, formats: Formats, weights: Weights) -> None:
+        """Add a tensor; a matrix is quantised and written ``ROW_BLOCK`` rows at a time."""
+        format = tensor.format(formats)
+        sizes = tensor_sections(tensor, format)
+        offsets, self.end = after_sections(self.end, sizes)
+        if format == "float32":
+            values = np.ascontiguousarray(weights.floats(tensor), np.float32)
+            if not np.isfinite(values).all():
+                raise NumericsError(f"tensor '{tensor.name}' holds NaN or infinite values", "download the checkpoint anew")
+            self._put(values, offsets["data"])
+        else:
+            rows = tensor.shape[0]
+            for first in range(0, rows, ROW_BLOCK):
+                matrix = weights.matrix(tensor, first, min(first + ROW_BLOCK, rows))
+                padded = ceil_div(rows, BLOCK_ROWS) * BLOCK_ROWS
+                for section, plane in (("hi", matrix.hi), ("lo", matrix.lo), ("scales", matrix.scales)):
+                    assert plane is not None
+                    self._put(plane, offsets[section] + sizes[section] * first // padded)
+        self._enter(tensor.name, format, offsets, sizes)
+
+    def record(self, part: FeedForward, weights: Weights) -> None:
+        """Add a dense feed-forward as the records of one expert."""
+        sizes = record_sections(part)
+        offsets, self.end = after_sections(self.end, sizes)
+        for offset, data in zip(offsets.values(), record_layout(part).pack(weights.projections(part, 0)), strict=True):
+            self._put(data, offset)
+        self._enter(part.name, "nested8", offsets, sizes)
 
     def _put(self, data: NDArray, offset: int) -> None:
         view = np.ascontiguousarray(data).data.cast("B")
@@ -189,71 +245,9 @@ class DenseFile:
             written = os.pwrite(self._handle, view, offset)
             view, offset = view[written:], offset + written
 
-    def _enter(self, name: str, kind: str, shape: tuple[int, ...], offsets: dict[str, int], sizes: dict[str, int]) -> None:
+    def _enter(self, name: str, format: Format, offsets: dict[str, int], sizes: dict[str, int]) -> None:
         parts = [os.pread(self._handle, sizes[section], offset) for section, offset in offsets.items()]
-        self.entries.append(
-            TensorEntry(name=name, kind=kind, shape=shape, offsets=offsets, checksum=checksum(*parts))  # type: ignore[arg-type]
-        )
-
-    def nested(self, name: str, shape: tuple[int, int], rows: Rows) -> None:
-        """Add a matrix, ``ROW_BLOCK`` rows at a time."""
-        cells, groups = ceil_div(shape[0], BLOCK_ROWS) * ceil_div(shape[1], GROUP), ceil_div(shape[1], GROUP)
-        sizes = {"hi": cells * GROUP_BYTES, "lo": cells * GROUP_BYTES, "scales": cells * 2 * BLOCK_ROWS}
-        offsets = self._allocate(sizes)
-        for first in range(0, shape[0], ROW_BLOCK):
-            matrix = rows(first, min(first + ROW_BLOCK, shape[0]))
-            before = first // BLOCK_ROWS * groups
-            for section, plane, per_cell in (
-                ("hi", matrix.hi, GROUP_BYTES), ("lo", matrix.lo, GROUP_BYTES), ("scales", matrix.scales, 2 * BLOCK_ROWS)
-            ):  # fmt: skip
-                assert plane is not None
-                self._put(plane, offsets[section] + before * per_cell)
-        self._enter(name, "nested", shape, offsets, sizes)
-
-    def matrix(self, name: str, matrix: NestedMatrix) -> None:
-        """Add a matrix that is nested already."""
-        sections = {"hi": matrix.hi, "lo": matrix.lo, "scales": matrix.scales}
-        sizes = {section: plane.nbytes for section, plane in sections.items() if plane is not None}
-        offsets = self._allocate(sizes)
-        for section, plane in sections.items():
-            assert plane is not None
-            self._put(plane, offsets[section])
-        self._enter(name, "nested", (matrix.rows, matrix.columns), offsets, sizes)
-
-    def array(self, name: str, values: NDArray[np.float32]) -> None:
-        """Add a float32 tensor."""
-        sizes = {"data": values.nbytes}
-        offsets = self._allocate(sizes)
-        self._put(values, offsets["data"])
-        self._enter(name, "float32", values.shape, offsets, sizes)
-
-    def expert(self, name: str, layout: ExpertLayout, msb: NDArray[np.uint8], lsb: NDArray[np.uint8]) -> None:
-        """Add a dense FFN as the records of one expert."""
-        sizes = {"msb": msb.nbytes, "lsb": lsb.nbytes}
-        offsets = self._allocate(sizes)
-        self._put(msb, offsets["msb"])
-        self._put(lsb, offsets["lsb"])
-        self._enter(name, "expert", (layout.hidden, layout.width), offsets, sizes)
-
-
-def store_bytes(schema: ModelSchema) -> int:
-    """About how many bytes of data files a model takes, from above."""
-
-    def nested(rows: int, columns: int) -> int:
-        cells = ceil_div(rows, BLOCK_ROWS) * ceil_div(columns, GROUP)
-        return cells * (2 * GROUP_BYTES + 2 * BLOCK_ROWS) + 2 * PAGE
-
-    def expert(width: int) -> int:
-        layout = ExpertLayout(schema.hidden, width)
-        return layout.msb_bytes + layout.lsb_bytes
-
-    inner = schema.heads * schema.head_dim
-    attention = nested(inner + 2 * schema.kv_heads * schema.head_dim, schema.hidden) + nested(schema.hidden, inner)
-    embeddings = nested(schema.vocabulary, schema.hidden) * (1 if schema.tied_embeddings else 2)
-    small = 4 * (schema.experts + 4) * schema.hidden + 16 * PAGE
-    experts = len(schema.moe_layers) * (PAGE + schema.experts * expert(schema.expert_width))
-    dense = len(schema.dense_layers) * (expert(schema.dense_width) + PAGE)
-    return embeddings + schema.layers * (attention + small) + experts + dense + 4 * PAGE
+        self.entries.append(TensorEntry(name=name, format=format, offsets=offsets, checksum=checksum(*parts)))
 
 
 class _guarded:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from elmoe.hw.cost import Array, Cost, in_order
 from elmoe.hw.machine import Machine
-from elmoe.schema.architecture import Architecture
+from elmoe.models.sizes import ModelSizes
 from elmoe.schema.drafters import Drafters
 from elmoe.systems import elmoe3d, near_memory, xpu
 from elmoe.systems.operations import Operation, dense_model, operations
@@ -39,16 +39,16 @@ def cost_of(machine: Machine, run: list[Operation]) -> Cost:
     return in_order(costs)
 
 
-def target_cost(machine: Machine, model: Architecture, passes: Passes) -> Cost:
+def target_cost(machine: Machine, model: ModelSizes, passes: Passes) -> Cost:
     """(passes,) cost of target passes and of the slices they leave in the fast memory."""
     cost = cost_of(machine, operations(model, passes, machine))
     if machine.hardware.features.expert_cache:
-        scale = model.moe_layers / passes.active.shape[1]
+        scale = len(model.moe_layers) / passes.active.shape[1]
         cost = cost.then(elmoe3d.refill(machine, passes.captured * scale))
     return cost
 
 
-def draft_model_bytes(form: FormName, model: Architecture, drafters: Drafters) -> float:
+def draft_model_bytes(form: FormName, model: ModelSizes, drafters: Drafters) -> float:
     """Bytes of a draft network beside the target."""
     if form == "eagle":
         return _eagle_parameters(model, drafters) * model.dense_bits / 8
@@ -56,7 +56,7 @@ def draft_model_bytes(form: FormName, model: Architecture, drafters: Drafters) -
 
 
 def draft_cost(
-    form: FormName, machine: Machine, model: Architecture, drafters: Drafters, passes: Passes | None, tokens: Array
+    form: FormName, machine: Machine, model: ModelSizes, drafters: Drafters, passes: Passes | None, tokens: Array
 ) -> Cost:
     """(passes,) cost of draft passes of so many ``tokens`` each; ``passes`` where the target's experts draft."""
     if form in ("elastic", "bit_axis"):
@@ -66,15 +66,16 @@ def draft_cost(
     if form == "quant":
         assert passes is not None
         return cost_of(machine, operations(model, passes, machine, draft=True, bits=COPY_BITS))
+    hidden = model.spec.hidden
     if form == "small_lm":
-        return cost_of(machine, [dense_model("draft", model.hidden, drafters.small_lm.parameters.value, tokens, machine)])
-    head = dense_model("head", model.hidden, model.hidden * model.vocabulary, tokens, machine)
-    return cost_of(machine, [dense_model("draft", model.hidden, _eagle_parameters(model, drafters), tokens, machine), head])
+        return cost_of(machine, [dense_model("draft", hidden, drafters.small_lm.parameters.value, tokens, machine)])
+    head = dense_model("head", hidden, model.embedding_parameters, tokens, machine)
+    return cost_of(machine, [dense_model("draft", hidden, _eagle_parameters(model, drafters), tokens, machine), head])
 
 
-def _eagle_parameters(model: Architecture, drafters: Drafters) -> float:
-    """One decoder layer with the target's attention and a feed-forward of four times the hidden width."""
-    return drafters.eagle.layers.value * (model.attention_parameters + 12 * model.hidden * model.hidden)
+def _eagle_parameters(model: ModelSizes, drafters: Drafters) -> float:
+    """One decoder layer with the attention of the target's last one and a feed-forward of four times the hidden width."""
+    return drafters.eagle.layers.value * (model.layers[-1].attention_parameters + 12 * model.spec.hidden**2)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from elmoe.hw.cost import Array
 from elmoe.hw.machine import Machine, Multiply
-from elmoe.schema.architecture import Architecture
+from elmoe.models.sizes import LayerSizes, ModelSizes
 from elmoe.schema.hardware import PeArray
 from elmoe.systems.passes import Passes
 
@@ -41,27 +42,47 @@ class Operation:
 
 
 def operations(
-    model: Architecture, passes: Passes, machine: Machine, draft: bool = False, bits: float = 8.5
+    model: ModelSizes, passes: Passes, machine: Machine, draft: bool = False, bits: float = 8.5
 ) -> list[Operation]:
-    """The operations of passes over the whole model.
+    """The operations of passes over the whole model; layers of equal size are one operation, repeated.
 
     :param draft: expert weights are MSB slices alone. :param bits: of a dense weight with its scales.
     """
-    tokens, rows = passes.tokens, machine.token_rows
-    blocks = np.ceil(tokens / rows)
-    dense_passes = 2 if bits > 4.5 else 1
-    ops = [_attention(model, passes, machine, blocks, bits, dense_passes)]
-    if model.dense_layers:
-        size = model.dense_ffn_parameters
-        ops.append(_plain("feed-forward", model, size, size * bits / 8, tokens, blocks, bits, model.dense_layers))
+    tokens, hidden = passes.tokens, model.spec.hidden
+    blocks = np.ceil(tokens / machine.token_rows)
+    weight_passes = 2 if bits > 4.5 else 1
+    ops = [
+        replace(_attention(hidden, layer, passes, machine, blocks, bits, weight_passes), repeat=count)
+        for layer, count in _alike(model, lambda layer: (layer.attention_parameters, layer.attention_width, layer.kv_bytes))
+    ]
+
+    def plain(name: str, parameters: int, read: float, repeat: int) -> Operation:
+        work = Multiply(parameters / hidden, hidden, tokens, blocks, weight_passes)
+        elementwise = tokens * hidden * ELEMENTWISE
+        return _operation(name, np.full_like(tokens, read), (work,), elementwise, tokens * hidden, repeat)
+
+    for layer, count in _alike(model, lambda layer: layer.dense_parameters):
+        if layer.dense_parameters:
+            ops.append(plain("feed-forward", layer.dense_parameters, layer.dense_parameters * bits / 8, count))
+    for layer, count in _alike(model, lambda layer: (layer.experts, layer.shared_parameters, layer.router_parameters)):
+        if layer.experts:
+            size = layer.shared_parameters + layer.router_parameters
+            read = (layer.shared_parameters * bits + layer.router_parameters * layer.router_bits) / 8
+            ops.append(plain("router and shared", size, read, count))
     if model.moe_layers:
-        size = model.shared_parameters + model.router_parameters
-        read = (model.shared_parameters * bits + model.router_parameters * model.router_bits) / 8
-        ops.append(_plain("router and shared", model, size, read, tokens, blocks, bits, model.moe_layers))
         ops.append(_experts(model, passes, draft, decides=not draft))
     size = model.embedding_parameters
-    ops.append(_plain("head", model, size, size * bits / 8, tokens, blocks, bits, 1))
+    ops.append(plain("head", size, size * bits / 8, 1))
     return ops
+
+
+def _alike(model: ModelSizes, kind: Callable[[LayerSizes], object]) -> list[tuple[LayerSizes, int]]:
+    """(layer, how many are like it) for each kind of layer, in the order of the model."""
+    found: dict[object, tuple[LayerSizes, int]] = {}
+    for layer, count in model.kinds.items():
+        first, before = found.get(kind(layer), (layer, 0))
+        found[kind(layer)] = first, before + count
+    return list(found.values())
 
 
 def dense_model(name: str, hidden: int, parameters: float, tokens: Array, machine: Machine, bits: float = 8.5) -> Operation:
@@ -72,27 +93,18 @@ def dense_model(name: str, hidden: int, parameters: float, tokens: Array, machin
 
 
 def _attention(
-    model: Architecture, passes: Passes, machine: Machine, blocks: Array, bits: float, dense_passes: int
+    hidden: int, layer: LayerSizes, passes: Passes, machine: Machine, blocks: Array, bits: float, weight_passes: int
 ) -> Operation:
-    parameters = model.attention_parameters
-    projections = Multiply(parameters / model.hidden, model.hidden, passes.tokens, blocks, dense_passes)
+    parameters, width = layer.attention_parameters, layer.attention_width
+    projections = Multiply(parameters / hidden, hidden, passes.tokens, blocks, weight_passes)
     # Cached positions lie along the outputs of a PE, so 32 of them make a block of one token row.
     compute = machine.hardware.compute
     lanes = compute.outputs.value if isinstance(compute, PeArray) else 1
-    scores = Multiply(1, model.attention_width, passes.attended, passes.attended / lanes, KV_PASSES)
-    read = parameters * bits / 8 + passes.cached * model.kv_bytes_per_position
-    elementwise = (passes.tokens * model.hidden * 2 + passes.attended * model.attention_width / 128) * ELEMENTWISE
-    attention = _operation("attention", read, (projections, scores), elementwise, passes.tokens * model.hidden, model.layers)
+    scores = Multiply(1, width, passes.attended, passes.attended / lanes, KV_PASSES)
+    read = parameters * bits / 8 + passes.cached * layer.kv_bytes
+    elementwise = (passes.tokens * hidden * 2 + passes.attended * width / 128) * ELEMENTWISE
+    attention = _operation("attention", read, (projections, scores), elementwise, passes.tokens * hidden, 1)
     return replace(attention, starts_layer=True)
-
-
-def _plain(
-    name: str, model: Architecture, parameters: float, read: float, tokens: Array, blocks: Array, bits: float, repeat: int
-) -> Operation:
-    work = Multiply(parameters / model.hidden, model.hidden, tokens, blocks, 2 if bits > 4.5 else 1)
-    return _operation(
-        name, np.full_like(tokens, read), (work,), tokens * model.hidden * ELEMENTWISE, tokens * model.hidden, repeat
-    )
 
 
 def _operation(
@@ -102,18 +114,18 @@ def _operation(
     return Operation(name, read, zero, zero, zero, zero, multiplies, elementwise, 4 * outputs, repeat)
 
 
-def _experts(model: Architecture, passes: Passes, draft: bool, decides: bool) -> Operation:
+def _experts(model: ModelSizes, passes: Passes, draft: bool, decides: bool) -> Operation:
     """All active experts of a layer: every one's weights are read once, whatever the number of its tokens."""
-    sampled = passes.active.shape[1]
-    weight_passes = 1 if draft and model.lsb_bytes else 2
+    sampled, hidden, expert = passes.active.shape[1], model.spec.hidden, model.expert
+    weight_passes = 1 if draft and expert.lsb_bytes else 2
     work = tuple(
         Multiply(outputs, inputs, passes.pairs, passes.blocks, weight_passes)
-        for outputs, inputs in ((2 * model.expert_width, model.hidden), (model.hidden, model.expert_width))
+        for outputs, inputs in ((2 * expert.expert_width, hidden), (hidden, expert.expert_width))
     )
-    lsb = 0.0 if draft else float(model.lsb_bytes)
+    lsb = 0.0 if draft else float(expert.lsb_bytes)
     return Operation(
-        "experts", np.zeros_like(passes.active), passes.active * model.msb_bytes, passes.active * lsb,
-        passes.msb_hits * model.msb_bytes, passes.lsb_hits * lsb, work,
-        passes.pairs * (model.expert_width + model.hidden) * ELEMENTWISE,
-        4 * passes.tokens[:, None] * np.full((1, sampled), float(model.hidden)), model.moe_layers / sampled, decides=decides,
+        "experts", np.zeros_like(passes.active), passes.active * expert.msb_bytes, passes.active * lsb,
+        passes.msb_hits * expert.msb_bytes, passes.lsb_hits * lsb, work,
+        passes.pairs * (expert.expert_width + hidden) * ELEMENTWISE,
+        4 * passes.tokens[:, None] * np.full((1, sampled), float(hidden)), len(model.moe_layers) / sampled, decides=decides,
     )  # fmt: skip

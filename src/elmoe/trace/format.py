@@ -18,7 +18,7 @@ resident           binary or null              condition, on the first row of a 
                                                (layer, expert), packed as ``numpy.packbits``
 =================  ==========================  =====================================================================
 
-The file's metadata key ``elmoe`` holds JSON: ``version``, ``model`` (a ``ModelSchema``), ``ranks`` (2 top-k, or all experts)
+The file's metadata key ``elmoe`` holds JSON: ``version``, ``model`` (a ``TracedModel``), ``ranks`` (2 top-k, or all experts)
 and free-form ``run``.
 """
 
@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
-from elmoe.schema.model import ModelSchema
+from elmoe.models.spec import ModelSpec
 
 TRACE_VERSION = 1
 METADATA_KEY = b"elmoe"
@@ -43,11 +43,38 @@ FACTS_KEY = b"elmoe_facts"
 """Of the other kind of file, ``elmoe.trace.facts``."""
 
 
+class TracedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """The facts about a model that a trace depends on: its vocabulary, its layers and which of them are dense, its routed
+    experts, and the tokens that end a sequence."""
+
+    family: str
+    vocabulary: int
+    layers: int
+    experts: int
+    top_k: int
+    dense_layers: tuple[int, ...] = ()
+    eos_tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> TracedModel:
+        """The facts of a spec."""
+        return cls(
+            family=spec.family, vocabulary=spec.vocabulary, layers=len(spec.layers), experts=spec.experts, top_k=spec.top_k,
+            dense_layers=spec.dense_layers, eos_tokens=spec.eos_tokens,
+        )  # fmt: skip
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts."""
+        dense = set(self.dense_layers)
+        return tuple(layer for layer in range(self.layers) if layer not in dense)
+
+
 class TraceHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What the metadata of a trace holds; ``ranks``: router ids recorded per layer."""
 
     version: int
-    model: ModelSchema
+    model: TracedModel
     ranks: int
     run: dict[str, Any] = {}
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
 from elmoe.files import PartialFile
-from elmoe.schema.model import ModelSchema
-from elmoe.trace.format import TRACE_VERSION, TraceHeader, table_schema
+from elmoe.models.spec import ModelSpec
+from elmoe.trace.format import TRACE_VERSION, TracedModel, TraceHeader, table_schema
 
 ROWS_PER_GROUP = 4096
 
@@ -26,11 +26,13 @@ class TraceRecorder:
     """
 
     def __init__(
-        self, path: str | Path, model: ModelSchema, run: dict[str, Any] | None = None, all_ranks: bool = False
+        self, path: str | Path, model: ModelSpec, run: dict[str, Any] | None = None, all_ranks: bool = False
     ) -> None:
         self._file = PartialFile(path)
         ranks = self._ranks = model.experts if all_ranks else min(2 * model.top_k, model.experts)
-        self._schema = table_schema(TraceHeader(version=TRACE_VERSION, model=model, ranks=ranks, run=run or {}))
+        self._schema = table_schema(
+            TraceHeader(version=TRACE_VERSION, model=TracedModel.of(model), ranks=ranks, run=run or {})
+        )
         self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         self._rows = 0
         try:

@@ -1,0 +1,176 @@
+"""Paged fp16 cache of keys and values: sequences hold pages of one pool, may share them, and give them back.
+
+Capacity is a ceiling: memory is touched as pages are first used and returned to the system where :meth:`PagedCache.shrink`
+is called. A prompt's pages can be shared: full pages are counted, the page that is still written is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.bitslice import KVCache
+from elmoe.errors import BudgetError
+from elmoe.models.spec import GroupedAttention, ModelSpec
+
+PAGE_POSITIONS = 64
+"""Positions per page, a multiple of 16 (the kernels' block)."""
+SYSTEM_PAGE = mmap.PAGESIZE
+
+
+@dataclass(eq=False)
+class CacheEntry:
+    """The pages of one sequence, by stretch of ``PAGE_POSITIONS`` positions, and its row in the kernels' table; -1: none, so
+    that the sequence cannot be computed."""
+
+    pages: list[int] = field(default_factory=list)
+    row: int = -1
+
+
+class PagedCache:
+    """Pages for the layers of one kind of attention.
+
+    :param rows: sequences that can be computed together. :param positions: longest sequence. :param pages: ceiling of pages,
+        at most what all rows can hold.
+    """
+
+    def __init__(self, spec: ModelSpec, rows: int, positions: int, pages: int | None = None) -> None:
+        attention = spec.layers[0].attention
+        assert isinstance(attention, GroupedAttention)
+        per_row = pages_for(positions)
+        count = rows * per_row if pages is None else pages
+        block = (count, len(spec.layers), attention.kv_heads)
+        self._keys_memory, keys = _lazy((*block, PAGE_POSITIONS // 16, attention.head_dim, 16))
+        self._values_memory, values = _lazy((*block, PAGE_POSITIONS, attention.head_dim))
+        self.page_bytes = PAGE_POSITIONS * spec.kv_bytes_per_position
+        self.kernels = KVCache(keys, values, np.full((rows, per_row), -1, np.int32))
+        self._free = list(range(count - 1, -1, -1))
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._holders = [0] * count
+        self._touched = np.zeros(count, bool)
+
+    @property
+    def pages(self) -> int:
+        """Ceiling of pages."""
+        return len(self._holders)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the pages that sequences hold; a shared page counts once."""
+        return (self.pages - len(self._free)) * self.page_bytes
+
+    @property
+    def bytes_touched(self) -> int:
+        """Bytes of the pages that occupy memory: those in use, and free ones that were not given back to the system."""
+        return int(self._touched.sum()) * self.page_bytes
+
+    @property
+    def free_rows(self) -> int:
+        """Sequences that can be bound beside those that are."""
+        return len(self._free_rows)
+
+    def bind(self, entry: CacheEntry) -> None:
+        """Give an entry a row of the kernels' table; BudgetError if all are taken."""
+        if entry.row >= 0:
+            return
+        if not self._free_rows:
+            raise BudgetError("all rows of the KV cache are taken", "lower the number of sequences")
+        entry.row = self._free_rows.pop()
+        self.kernels.table[entry.row, : len(entry.pages)] = entry.pages
+
+    def missing(self, entry: CacheEntry, positions: int) -> int:
+        """Pages that an entry lacks for its first ``positions`` positions."""
+        return max(0, pages_for(positions) - len(entry.pages))
+
+    def reserve(self, entry: CacheEntry, positions: int) -> None:
+        """Give an entry pages for ``positions`` positions; BudgetError, and no page taken, if the pool has too few."""
+        missing = self.missing(entry, positions)
+        if missing > len(self._free) or pages_for(positions) > self.kernels.table.shape[1]:
+            raise BudgetError("the KV cache has no page left", "raise --kv-memory, or lower the batch or the lengths")
+        for _ in range(missing):
+            page = self._free.pop()
+            self._holders[page] = 1
+            self._touched[page] = True
+            if entry.row >= 0:
+                self.kernels.table[entry.row, len(entry.pages)] = page
+            entry.pages.append(page)
+
+    def trim(self, entry: CacheEntry, positions: int) -> None:
+        """Give back the pages behind an entry's first ``positions`` positions."""
+        keep = pages_for(positions)
+        while len(entry.pages) > keep:
+            page = entry.pages.pop()
+            if entry.row >= 0:
+                self.kernels.table[entry.row, len(entry.pages)] = -1
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)
+
+    def release(self, entry: CacheEntry) -> None:
+        """Give back all pages of an entry, and its row."""
+        self.trim(entry, 0)
+        if entry.row >= 0:
+            self._free_rows.append(entry.row)
+            entry.row = -1
+
+    def fork(self, entry: CacheEntry, positions: int) -> CacheEntry:
+        """An entry with the same first ``positions`` positions: full pages are shared, the last one is copied.
+
+        :raises BudgetError: there is no page for the copy.
+        """
+        full = positions // PAGE_POSITIONS
+        copy = CacheEntry(entry.pages[:full])
+        for page in copy.pages:
+            self._holders[page] += 1
+        if positions % PAGE_POSITIONS:
+            try:
+                self.reserve(copy, positions)
+            except BudgetError:
+                self.release(copy)
+                raise
+            for array in (self.kernels.keys, self.kernels.values):
+                array[copy.pages[full]] = array[entry.pages[full]]
+        return copy
+
+    def shrink(self) -> int:
+        """Give the memory of free pages back to the system; returns bytes given back."""
+        freed = 0
+        for page in [page for page in self._free if self._touched[page]]:
+            for memory, array in ((self._keys_memory, self.kernels.keys), (self._values_memory, self.kernels.values)):
+                size = array[page].nbytes
+                first = -(-page * size // SYSTEM_PAGE) * SYSTEM_PAGE
+                length = (page + 1) * size // SYSTEM_PAGE * SYSTEM_PAGE - first
+                if length > 0:  # what shares a system page with neighbours stays
+                    memory.madvise(mmap.MADV_DONTNEED, first, length)
+            self._touched[page] = False
+            freed += self.page_bytes
+        return freed
+
+    def digest(self, entry: CacheEntry, positions: int) -> str:
+        """A hash of the first ``positions`` positions' key and value bytes over all layers; the entry must be bound."""
+        state = hashlib.blake2b(digest_size=16)
+        for layer in range(self.kernels.keys.shape[1]):
+            for array in self.kernels.gather(layer, entry.row, positions):
+                state.update(np.ascontiguousarray(array).tobytes())
+        return state.hexdigest()
+
+
+def pages_for(positions: int) -> int:
+    """Pages that hold ``positions`` positions."""
+    return -(-positions // PAGE_POSITIONS)
+
+
+def _lazy(shape: tuple[int, ...]) -> tuple[mmap.mmap, NDArray[np.float16]]:
+    """An fp16 array of zeros whose memory is taken page by page, at first use, and can be given back."""
+    memory = mmap.mmap(-1, max(1, 2 * prod(shape)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return memory, np.frombuffer(memory, np.float16, prod(shape)).reshape(shape)

@@ -1,0 +1,91 @@
+"""Parts of configurations that several families spell alike: what every model has, grouped and latent attention, experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from elmoe.models.config import Config
+from elmoe.models.spec import Dense, GroupedAttention, LatentAttention, LayerSpec, ModelSpec, Moe, Router
+
+
+def model(config: Config, family: str, layers: Iterable[LayerSpec], epsilon: float, positions: int) -> ModelSpec:
+    """A model of these layers; ``epsilon`` of the norms and ``positions`` are the family's where the keys are absent."""
+    vocabulary = config.integer("vocab_size")
+    return ModelSpec(
+        family=family, vocabulary=vocabulary, hidden=config.integer("hidden_size"), layers=tuple(layers),
+        norm_epsilon=config.number("rms_norm_eps", epsilon),
+        max_positions=config.integer("max_position_embeddings", default=positions),
+        tied_embeddings=config.flag("tie_word_embeddings", False), eos_tokens=config.tokens("eos_token_id", vocabulary),
+    )  # fmt: skip
+
+
+def grouped_attention(config: Config, theta: float = 10000.0, partial: float | None = None, **more: Any) -> GroupedAttention:
+    """Grouped-query attention. ``theta``, ``partial``: see :meth:`Config.rope`; ``more``: what else the family has."""
+    heads, kv_heads, head_dim = config.heads(config.integer("hidden_size"))
+    rope = config.rope(head_dim, theta, partial=partial)
+    return GroupedAttention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=rope, **more)
+
+
+def latent_attention(config: Config) -> LatentAttention:
+    """DeepSeek's attention. The published files rotate neighbours; ``rope_interleave`` is transformers' word for it."""
+    config.must_be("attention_bias", False)
+    heads, rotary = config.integer("num_attention_heads"), config.integer("qk_rope_head_dim")
+    if config.integer("num_key_value_heads", default=heads) != heads:
+        config.fail(
+            f"'num_key_value_heads' is {config.values['num_key_value_heads']}, not the {heads} heads of latent attention"
+        )
+    return LatentAttention(
+        heads=heads, latent_rank=config.integer("kv_lora_rank"), plain_dim=config.integer("qk_nope_head_dim"),
+        value_dim=config.integer("v_head_dim"),
+        rope=config.rope(rotary, interleaved=config.flag("rope_interleave", True)),
+        query_rank=config.integer("q_lora_rank") if config.has("q_lora_rank") else None,
+    )  # fmt: skip
+
+
+def choice(config: Config, *keys: str) -> tuple[int, int]:
+    """The number of experts, by the first of ``keys`` that is present, and how many of them a token uses."""
+    experts = config.integer(*keys)
+    return experts, config.integer("num_experts_per_tok", most=experts)
+
+
+def sparse_layers(config: Config, layers: int) -> list[bool]:
+    """Which layers have experts: by ``mlp_layer_types``, or from ``first_k_dense_replace`` at every ``moe_layer_freq``."""
+    kinds = config.words("mlp_layer_types", layers, ("dense", "sparse"))
+    named = None if kinds is None else [kind == "sparse" for kind in kinds]
+    if named is not None and not config.has("first_k_dense_replace"):
+        return named
+    first, step = config.integer("first_k_dense_replace", least=0), config.integer("moe_layer_freq", default=1)
+    counted = [index >= first and index % step == 0 for index in range(layers)]
+    if named is not None and named != counted:
+        config.fail("'mlp_layer_types' and 'first_k_dense_replace' disagree")
+    return counted
+
+
+def feed_forwards(config: Config, sparse: list[bool], moe: Moe | None) -> list[Moe | Dense]:
+    """The feed-forward of each layer: ``moe`` where it is sparse, else one of ``intermediate_size``."""
+    dense = None if all(sparse) else Dense(width=config.integer("intermediate_size"))
+    found = [moe if is_sparse else dense for is_sparse in sparse]
+    return [one for one in found if one is not None]
+
+
+def experts_with_shared(config: Config, router: Router, shared: int) -> Moe:
+    """Experts of ``moe_intermediate_size`` and shared ones of the same width, ``shared`` of them where the key is absent."""
+    width = config.integer("moe_intermediate_size")
+    return Moe(router=router, width=width, shared_width=width * config.integer("n_shared_experts", default=shared, least=0))
+
+
+def sigmoid_router(config: Config, normalize: bool, groups: int, kept: int, scaling: float) -> Router:
+    """DeepSeek-V3's router, which GLM shares: sigmoid scores, a bias for the choice only, groups by their best two.
+
+    The parameters are the family's values where the keys are absent.
+    """
+    config.must_be("scoring_func", "sigmoid")
+    config.must_be("topk_method", "noaux_tc")
+    experts, top_k = choice(config, "n_routed_experts", "num_local_experts", "num_experts")
+    return Router(
+        experts=experts, top_k=top_k, score="sigmoid", selection_bias=True,
+        normalize=config.flag("norm_topk_prob", normalize), groups=config.integer("n_group", default=groups),
+        kept_groups=config.integer("topk_group", default=kept), group_score="best_two",
+        scaling=config.number("routed_scaling_factor", scaling),
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+"""What one family of models knows: how its configuration becomes a spec, and what its checkpoints call their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from elmoe.models.config import Config
+from elmoe.models.spec import ModelSpec
+
+Names = Mapping[str, str]
+"""Role of a tensor (see ``models.tensors``) -> name template with ``{layer}`` and ``{expert}``."""
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """The family in GGUF files.
+
+    ``keys``: key of config.json -> metadata key behind the architecture's name; ``required`` of them must be there.
+    ``fixed``: metadata that must have one of these values where it is present, the first of which is written on export.
+    ``config``: what config.json would say beside ``keys``. ``names``: see :data:`Names`; experts are stacked in one tensor.
+    ``recognise``: tells families of one architecture apart. ``metadata``: what export writes; it raises ModelError for a
+    spec that GGUF cannot describe.
+    """
+
+    architecture: str
+    keys: Mapping[str, str]
+    required: tuple[str, ...]
+    names: Names
+    metadata: Callable[[ModelSpec], dict[str, int | float]]
+    fixed: Callable[[ModelSpec], Mapping[str, tuple[Any, ...]]] = lambda spec: {}
+    config: Mapping[str, Any] = field(default_factory=dict)
+    recognise: Callable[[Mapping[str, Any]], bool] = lambda metadata: True
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family. ``name``: ``model_type`` in config.json; ``architectures``: its ``architectures``; ``names``: see
+    :data:`Names`; None where no checkpoint can be converted yet, and the simulator alone reads the family. ``formats``:
+    those of its published weights that are not the default ones of ``models.sizes``."""
+
+    name: str
+    architectures: tuple[str, ...]
+    read_config: Callable[[Config], ModelSpec]
+    names: Names | None = None
+    gguf: GgufFamily | None = None
+    formats: Mapping[str, str] = field(default_factory=dict)

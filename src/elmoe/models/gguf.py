@@ -1,0 +1,68 @@
+"""GGUF metadata and the families: whose file it is, the spec it describes, and the metadata that describe a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from elmoe.errors import ModelError
+from elmoe.models.config import Config
+from elmoe.models.family import Family, GgufFamily
+from elmoe.models.spec import MOST, ModelSpec
+
+
+def gguf_family(metadata: Mapping[str, Any], families: Iterable[Family]) -> tuple[Family, GgufFamily]:
+    """The family of a file's metadata; ModelError lists the architectures that can be read."""
+    known = [(family, family.gguf) for family in families if family.gguf is not None]
+    name = metadata.get("general.architecture")
+    for family, gguf in known:
+        if gguf.architecture == name and gguf.recognise(metadata):
+            return family, gguf
+    supported = ", ".join(sorted({gguf.architecture for _, gguf in known}))
+    raise ModelError(f"architecture {name!r} is not supported", f"supported: {supported}")
+
+
+def spec_of_metadata(
+    metadata: Mapping[str, Any], family: Family, vocabulary: int, eos: list[int], has: Callable[[str], bool]
+) -> ModelSpec:
+    """The spec of a GGUF file of the family.
+
+    :param vocabulary: rows of the embedding. :param eos: ids that end a generation.
+    :param has: whether a tensor is in the file: a head, a layer's router.
+    :raises ModelError: a value is not supported or missing; the message names its metadata key.
+    """
+    gguf = family.gguf
+    assert gguf is not None
+    config: dict[str, Any] = {"vocab_size": vocabulary, "eos_token_id": eos, **gguf.config}
+    for ours, theirs in gguf.keys.items():
+        value = metadata.get(f"{gguf.architecture}.{theirs}")
+        if value is not None:
+            config[ours] = value
+        elif ours in gguf.required:
+            raise ModelError(f"metadata '{gguf.architecture}.{theirs}' is missing", "the file is incomplete")
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])  # as llama.cpp takes it
+    layers = config["num_hidden_layers"]
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 0 < layers <= MOST["layers"]:
+        raise ModelError(f"metadata '{gguf.architecture}.block_count' is {layers!r}", f"supported: 1 to {MOST['layers']}")
+    router = gguf.names["router"]
+    config["mlp_only_layers"] = [layer for layer in range(layers) if not has(router.format(layer=layer))]
+    if len(config["mlp_only_layers"]) == layers:
+        raise ModelError(f"tensor '{router.format(layer=0)}' is missing", "the file has no layer with experts")
+    config["tie_word_embeddings"] = not has(gguf.names["head"])
+    try:
+        spec = family.read_config(Config(config, "metadata"))
+    except ModelError as error:
+        message = str(error)
+        for ours, theirs in gguf.keys.items():
+            message = message.replace(f"'{ours}'", f"'{gguf.architecture}.{theirs}'")
+        raise ModelError(message, error.hint or "the file is damaged, or of a model that is not supported") from error
+    for key, allowed in gguf.fixed(spec).items():
+        value = metadata.get(f"{gguf.architecture}.{key}", allowed[0])
+        if value not in allowed:
+            raise ModelError(f"metadata '{gguf.architecture}.{key}' is {value!r}", f"supported: {allowed[0]!r}")
+    return spec
+
+
+def metadata_of_spec(spec: ModelSpec, gguf: GgufFamily) -> dict[str, int | float]:
+    """Metadata of a spec, integers and floats; ModelError if GGUF's architecture cannot say what the model computes."""
+    return {f"{gguf.architecture}.{key}": value for key, value in gguf.metadata(spec).items()}

@@ -1,0 +1,105 @@
+"""Models by name: published configurations that come with the package, ``config.json`` files, checkpoints and stores."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from elmoe.errors import ModelError
+from elmoe.models import family_of, spec_of_config
+from elmoe.models.sizes import ModelSizes
+from elmoe.models.spec import ModelSpec
+from elmoe.untrusted import decode_json, load_object, read_bytes, short
+
+_LARGEST_CONFIG, _LARGEST_MANIFEST = 1 << 20, 256 << 20
+
+
+class _StoredLayer(msgspec.Struct, frozen=True):
+    layer: int
+    format: str
+
+
+class _Stored(msgspec.Struct, frozen=True):
+    """What of a store's manifest says how large the model is."""
+
+    model: ModelSpec
+    layers: tuple[_StoredLayer, ...]
+
+
+def load_model(name_or_path: str | Path) -> ModelSizes:
+    """A preset by name, a ``config.json``, the folder of a checkpoint or of a store, or ``demo``, the store that comes with
+    the package; ModelError names the file and the key."""
+    if str(name_or_path) in model_names():
+        return model_of_config(_preset(str(name_or_path)), str(name_or_path), f"{name_or_path}.json")
+    path = Path(str(files("elmoe.presets") / "demo")) if str(name_or_path) == "demo" else Path(name_or_path)
+    hint = f"a config.json, a checkpoint, a store, or one of {', '.join(model_names())}"
+    try:
+        if path.is_dir() and (path / "manifest.json").is_file():
+            return _model_of_store(path)
+        path = path / "config.json" if path.is_dir() else path
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        found = False
+    if not found:
+        raise ModelError(f"there is no model '{short(name_or_path)}'", hint)
+    config = _object(read_bytes(path, ModelError, _LARGEST_CONFIG, "model's config.json", hint), str(path))
+    if config not in _preset_configs():
+        config.pop("_source", None)  # a preset's source says nothing of a file that was changed
+    return model_of_config(config, name_of_path(path), str(path))
+
+
+def name_of_path(path: Path) -> str:
+    """What a model is called by the path the user wrote, links not followed: the folder of a config.json, else the file.
+    A snapshot in a Hugging Face cache has the name of its repository."""
+    if path.name != "config.json":
+        return path.stem
+    folder = Path(os.path.abspath(path)).parent
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name or "/"
+
+
+@cache
+def _preset_configs() -> tuple[dict[str, Any], ...]:
+    return tuple(_preset(name) for name in model_names())
+
+
+def _preset(name: str) -> dict[str, Any]:
+    return _object((files("elmoe.presets") / "models" / f"{name}.json").read_bytes(), f"{name}.json")
+
+
+def model_of_config(config: dict[str, Any], name: str, where: str) -> ModelSizes:
+    """From a Hugging Face configuration, in the formats of its family's published weights.
+
+    ``where`` is what errors name, and the source if the configuration has no ``_source``.
+    """
+    spec = spec_of_config(config, where)
+    return ModelSizes(
+        spec=spec, name=name, source=str(config.get("_source", where)), formats=dict(family_of(config, where).formats)
+    )
+
+
+def _model_of_store(folder: Path) -> ModelSizes:
+    path = folder / "manifest.json"
+    raw = read_bytes(path, ModelError, _LARGEST_MANIFEST, "manifest of a store")
+    hint = "it is no manifest of a store of this version"
+    stored = decode_json(raw, str(path), _Stored, ModelError, "no manifest of a store", hint)
+    formats = {f"layers.{layer.layer}.experts": layer.format for layer in stored.layers}
+    name = Path(os.path.abspath(folder)).name
+    return ModelSizes(spec=stored.model, name=name, source=str(folder), formats=formats)
+
+
+@cache
+def model_names() -> tuple[str, ...]:
+    """Model presets, alphabetically."""
+    folder = files("elmoe.presets") / "models"
+    return tuple(sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json")))
+
+
+def _object(raw: bytes, where: str) -> dict[str, Any]:
+    return load_object(raw, where, ModelError, "expected a model's config.json", repeated_keys=True)

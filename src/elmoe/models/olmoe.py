@@ -1,0 +1,23 @@
+"""OLMoE (``OlmoeForCausalLM``): norms over the full width of queries and keys, experts of a softmax router."""
+
+from __future__ import annotations
+
+from elmoe.models.common import choice, grouped_attention, model
+from elmoe.models.config import Config
+from elmoe.models.family import Family
+from elmoe.models.spec import LayerSpec, ModelSpec, Moe, Router
+
+
+def read_config(config: Config) -> ModelSpec:
+    """The spec of a configuration; ModelError names any value that is not supported."""
+    config.must_be("hidden_act", "silu")
+    config.must_be("clip_qkv", None)
+    bias = config.flag("attention_bias", False)
+    attention = grouped_attention(config, query_key_norm="full", query_key_value_bias=bias, output_bias=bias)
+    experts, top_k = choice(config, "num_experts", "num_local_experts")
+    router = Router(experts=experts, top_k=top_k, normalize=config.flag("norm_topk_prob", False))
+    layer = LayerSpec(attention=attention, feed_forward=Moe(router=router, width=config.integer("intermediate_size")))
+    return model(config, FAMILY.name, [layer] * config.layers(), epsilon=1e-5, positions=4096)
+
+
+FAMILY = Family(name="olmoe", architectures=("OlmoeForCausalLM",), read_config=read_config)

@@ -1,0 +1,92 @@
+"""What today's engine computes: everything else that a spec can say is refused by name, never run silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from elmoe.errors import ModelError
+from elmoe.models.spec import Activation, Dense, GroupedAttention, LayerSpec, ModelSpec, Moe, Multipliers
+
+HEAD_DIMENSIONS = 16
+"""Divisor of a head's dimensions: the lanes of a block of cached keys."""
+
+
+def check_supported(spec: ModelSpec) -> None:
+    """ModelError naming what the engine cannot compute; nothing where it can run the model."""
+    reasons = list(dict.fromkeys(_unsupported(spec)))
+    if reasons:
+        raise ModelError(
+            f"the engine cannot run a {spec.family} model: {'; '.join(reasons)}",
+            "the simulator prices it: elmoe simulate --model config.json",
+        )
+
+
+def _unsupported(spec: ModelSpec) -> Iterator[str]:
+    if not spec.moe_layers:
+        yield "it has no layer with experts"
+    if spec.multipliers != Multipliers():
+        yield "it has multipliers"
+    attentions = {layer.attention for layer in spec.layers}
+    if len(attentions) > 1:
+        yield "its layers differ in attention"
+    for layer in spec.layers:
+        yield from _of_layer(layer)
+
+
+def _of_layer(layer: LayerSpec) -> Iterator[str]:
+    attention, found = layer.attention, layer.feed_forward
+    if layer.post_norms:
+        yield "norms behind attention and feed-forward"
+    if isinstance(attention, GroupedAttention):
+        yield from _of_grouped(attention)
+    else:
+        yield "latent attention"
+    if found.activation != Activation():
+        yield f"the activation {found.activation.kind}"
+    if found.bias:
+        yield "biases of feed-forwards"
+    if isinstance(found, Moe):
+        yield from _of_experts(found)
+    elif not isinstance(found, Dense):
+        yield f"a feed-forward of kind {type(found).__name__}"
+
+
+def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
+    if attention.head_dim % HEAD_DIMENSIONS:
+        yield f"'head_dim' {attention.head_dim} (supported: multiples of {HEAD_DIMENSIONS})"
+    if attention.query_key_norm == "full":
+        yield "norms over the full width of queries and keys"
+    if attention.query_key_value_bias or attention.output_bias:
+        yield "biases of attention"
+    if attention.window is not None:
+        yield f"a window of {attention.window} positions"
+    if attention.sinks:
+        yield "attention sinks"
+    if attention.score_scale is not None and attention.score_scale != attention.head_dim**-0.5:
+        yield f"a score scale of {attention.score_scale:g}"
+    if attention.gate:
+        yield "gated attention"
+    rope = attention.rope
+    if rope is None:
+        yield "attention without rotary embedding"
+        return
+    if rope.dimensions != attention.head_dim:
+        yield f"rotary embedding of {rope.dimensions} of {attention.head_dim} dimensions"
+    if rope.interleaved:
+        yield "interleaved rotary embedding"
+    if rope.scaling is not None:
+        yield f"the rope scaling '{rope.scaling.__struct_config__.tag}'"
+
+
+def _of_experts(moe: Moe) -> Iterator[str]:
+    router = moe.router
+    if router.score != "softmax":
+        yield f"the router score '{router.score}'"
+    if router.logit_bias or router.selection_bias:
+        yield "biases of the router"
+    if router.groups > 1:
+        yield f"{router.groups} groups of experts"
+    if router.scaling != 1:
+        yield f"a router scaling of {router.scaling:g}"
+    if moe.shared_width:
+        yield "shared experts"

@@ -1,0 +1,129 @@
+"""The one list of a spec's tensors: what a store calls them, their shapes, and the checkpoint's tensors they are made of.
+
+Reader, writer, synthetic stores, sizes, conversion, export and tests iterate this list; a family only maps roles to names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from elmoe.errors import ModelError
+from elmoe.models.spec import Dense, GroupedAttention, LayerSpec, ModelSpec, Moe
+
+PROJECTIONS = ("gate", "up", "down")
+"""Matrices of a feed-forward, in the order of a record."""
+Format = Literal["nested8", "float32"]
+"""How the values of a tensor are stored."""
+Formats = Mapping[str, Format]
+"""Store name of a tensor or of a feed-forward -> format, where it is not the default one of its kind."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a checkpoint. ``role``: key of a family's names; ``shape``: outermost dimension first."""
+
+    role: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the store, all but feed-forwards. ``kind``: a ``matrix`` has a quantised format, ``floats`` stay float32.
+    ``parts`` lie one below the other; ``layer`` is None outside the layers."""
+
+    name: str
+    kind: Literal["matrix", "floats"]
+    parts: tuple[Part, ...]
+    layer: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows of all parts, then the columns."""
+        return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
+
+    def format(self, formats: Formats) -> Format:
+        """The format in which a store with these ``formats`` holds the tensor; ModelError for one that it cannot have."""
+        default: Format = "nested8" if self.kind == "matrix" else "float32"
+        found = formats.get(self.name, default)
+        if found != default:
+            raise ModelError(f"tensor '{self.name}' cannot have the format '{found}'", f"supported: {default}")
+        return found
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Gate, up and down projection of ``count`` experts, or of one dense feed-forward, from ``hidden`` to ``width`` inner
+    units and back. Each of them is one record, or one record a slice, in the store."""
+
+    name: str
+    kind: Literal["expert", "dense"]
+    layer: int
+    count: int
+    hidden: int
+    width: int
+
+    def shape(self, projection: str) -> tuple[int, int]:
+        """(rows, columns) of a projection."""
+        return (self.hidden, self.width) if projection == "down" else (self.width, self.hidden)
+
+    def part(self, projection: str) -> Part:
+        """The checkpoint's tensor of a projection, of one expert."""
+        return Part(f"{self.kind}_{projection}", self.shape(projection))
+
+
+def tensors(spec: ModelSpec) -> Iterator[Tensor]:
+    """All tensors but feed-forwards, in the order of the store."""
+    embedding = (spec.vocabulary, spec.hidden)
+    yield Tensor("embedding", "matrix", (Part("embedding", embedding),))
+    if not spec.tied_embeddings:
+        yield Tensor("head", "matrix", (Part("head", embedding),))
+    yield Tensor("final_norm", "floats", (Part("final_norm", (spec.hidden,)),))
+    for index, layer in enumerate(spec.layers):
+        yield from _layer_tensors(spec, index, layer)
+
+
+def _layer_tensors(spec: ModelSpec, index: int, layer: LayerSpec) -> Iterator[Tensor]:
+    attention, hidden = layer.attention, spec.hidden
+    if not isinstance(attention, GroupedAttention):
+        raise ModelError(f"layer {index}: tensors of latent attention are not known yet")
+
+    def floats(name: str, *shape: int) -> Tensor:
+        return Tensor(f"layers.{index}.{name}", "floats", (Part(name, shape),), index)
+
+    def matrix(name: str, *parts: Part) -> Tensor:
+        return Tensor(f"layers.{index}.{name}", "matrix", parts, index)
+
+    query, kv = attention.query_width, attention.kv_width
+    yield floats("attention_norm", hidden)
+    yield matrix("query_key_value", Part("query", (query, hidden)), Part("key", (kv, hidden)), Part("value", (kv, hidden)))
+    if attention.query_key_norm != "none":
+        per_head = attention.query_key_norm == "head"
+        yield floats("query_norm", attention.head_dim if per_head else query)
+        yield floats("key_norm", attention.head_dim if per_head else kv)
+    yield matrix("attention_output", Part("attention_output", (hidden, query)))
+    yield floats("ffn_norm", hidden)
+    if isinstance(layer.feed_forward, Moe):
+        yield floats("router", layer.feed_forward.router.experts, hidden)
+
+
+def feed_forward(spec: ModelSpec, layer: int) -> FeedForward:
+    """The feed-forward of a layer: its routed experts, or the one dense network."""
+    found = spec.layers[layer].feed_forward
+    if isinstance(found, Dense):
+        return FeedForward(f"layers.{layer}.dense_ffn", "dense", layer, 1, spec.hidden, found.width)
+    return FeedForward(f"layers.{layer}.experts", "expert", layer, found.router.experts, spec.hidden, found.width)
+
+
+def check_formats(spec: ModelSpec, formats: Formats) -> None:
+    """ModelError where a map of formats names what the spec does not have, or a format that cannot be."""
+    known = {tensor.name: tensor for tensor in tensors(spec)}
+    parts = {feed_forward(spec, layer).name for layer in range(len(spec.layers))}
+    for name, one in formats.items():
+        if name in known:
+            known[name].format(formats)
+        elif name not in parts:
+            raise ModelError(f"a format is given for '{name}', which the model does not have")
+        elif one != "nested8":
+            raise ModelError(f"'{name}' cannot have the format '{one}'", "supported: nested8")
