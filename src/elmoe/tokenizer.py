@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from elmoe.errors import ElmoeError, RequestError, StoreError
-from elmoe.untrusted import load_object, short
+from elmoe.untrusted import load_object, short, text_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,10 +21,12 @@ def load_tokenizer(raw: bytes, where: str, error: type[ElmoeError] = StoreError)
     from tokenizers import Tokenizer
 
     hint = "download the tokenizer.json of the model anew"
-    load_object(raw, where, error, hint, repeated_keys=True)
     try:
-        tokenizer = Tokenizer.from_str(raw.decode("utf-8-sig"))
+        tokenizer = Tokenizer.from_str(text_of(raw, where, error, hint))
+    except ElmoeError:
+        raise
     except Exception as reason:  # tokenizers raises bare Exception
+        load_object(raw, where, error, hint, repeated_keys=True)  # says more, where it is no JSON at all
         raise error(f"'{where}' is not a readable tokenizer: {short(reason)}", hint) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
