@@ -62,7 +62,7 @@ def command(
         click.echo(session.reader_note, err=True)
         sampling = SamplingParameters(temperature, top_k, top_p, min_p, seed)
         texts = [session.chat_prompt([{"role": "user", "content": text}]) if chat else text for text in prompt]
-        requests = [Request(session.encode(text), max_tokens, sampling, stop, ignore_eos) for text in texts]
+        requests = [Request(session.encode(text, rendered=chat), max_tokens, sampling, stop, ignore_eos) for text in texts]
         recorder: Any = nullcontext()
         if trace_path is not None:
             from elmoe.trace import TraceRecorder

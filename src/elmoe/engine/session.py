@@ -7,9 +7,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Literal, cast
 
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.engine import Engine, EngineOptions
@@ -20,13 +18,17 @@ from elmoe.engine.tier import ExpertTier
 from elmoe.errors import RequestError, StoreError
 from elmoe.processors import processors
 from elmoe.store import available_memory, open_direct, open_store, read_manifest, resolve_store
+from elmoe.tokenizer import answer_text, encode, load_tokenizer
 from elmoe.units import format_bytes
+from elmoe.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from elmoe.trace import TraceRecorder
 
 Backend = Literal["native", "reference"]
 Reader = Literal["auto", "memory", "direct"]
+TOKENIZER_LIMIT = 256 << 20
+"""Largest tokenizer.json, bytes."""
 HEADROOM = 512 << 20
 """Bytes left to everything else when a budget is derived from the memory available."""
 MOST_THREADS = 64
@@ -80,10 +82,8 @@ class Session:
             self.tier += " (through the page cache: this file system refuses O_DIRECT)"
         if options.slow_bandwidth is not None:
             self.tier += f", throttled to {options.slow_bandwidth / 1e9:g} GB/s"
-        try:
-            self.tokenizer = Tokenizer.from_file(str(self.reader.tokenizer_path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise StoreError(f"'{self.reader.tokenizer_path}' is not a readable tokenizer: {error}") from error
+        tokenizer = self.reader.tokenizer_path
+        self.tokenizer = load_tokenizer(read_bytes(tokenizer, StoreError, TOKENIZER_LIMIT, "tokenizer"), str(tokenizer))
         self.backend = module
         if kind == "memory" and backend == "native":
             from elmoe.engine.prefetch_distance import choose_prefetch_distance  # needs the native kernels
@@ -104,39 +104,27 @@ class Session:
         self.engine = Engine(self.reader, self.backend, options)
         return self
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Text to token ids; RequestError if there is none."""
-        ids = tuple(self.tokenizer.encode(text).ids)
-        if not ids:
-            raise RequestError("the prompt is empty", "give some text")
-        return ids
+    def encode(self, text: str, rendered: bool = False) -> tuple[int, ...]:
+        """Text to token ids; RequestError if there is none. ``rendered``: a chat that holds its own special tokens."""
+        return encode(self.tokenizer, text, special_tokens=not rendered)
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
         """Token ids to text, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> str:
-        """Apply the store's chat template (sandboxed); RequestError if it has none or refuses the messages."""
-        import jinja2  # here, because loading it delays a first token that needs no template
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        """Apply the store's chat template, in a process with limits; RequestError if it has none, or it fails. Encode the
+        text as ``rendered``: it has its own special tokens."""
+        from elmoe.chat import render  # here, because loading it delays a first token that needs no template
 
         template = self.reader.chat_template()
         if template is None:
             raise RequestError(f"'{self.path.name}' has no chat template", "give a plain prompt")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-        def refuse(message: Any) -> None:
-            raise jinja2.TemplateError(str(message))
-
-        environment.globals["raise_exception"] = refuse
-        try:
-            return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the chat template refuses the messages: {error}") from error
+        return render(template, messages)
 
     def text_of(self, request: Request, result: Result) -> str:
         """The generated text, cut before the stop string that ended it."""
-        text = self.decode(result.tokens)
+        text = answer_text(self.tokenizer, request.prompt, result.tokens)
         if result.finish == "stop":
             cuts = [text.find(stop) for stop in request.stop if stop in text]
             text = text[: min(cuts)] if cuts else text
