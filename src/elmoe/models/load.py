@@ -14,7 +14,7 @@ from elmoe.errors import ModelError
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.sizes import ModelSizes
 from elmoe.models.spec import ModelSpec
-from elmoe.untrusted import decode_json, load_object, read_bytes, short
+from elmoe.untrusted import load_object, read_bytes, short
 
 _LARGEST_CONFIG, _LARGEST_MANIFEST = 1 << 20, 256 << 20
 
@@ -87,11 +87,13 @@ def model_of_config(config: dict[str, Any], name: str, where: str) -> ModelSizes
 def _model_of_store(folder: Path) -> ModelSizes:
     path = folder / "manifest.json"
     raw = read_bytes(path, ModelError, _LARGEST_MANIFEST, "manifest of a store")
-    hint = "it is no manifest of a store of this version"
-    stored = decode_json(raw, str(path), _Stored, ModelError, "no manifest of a store", hint)
-    formats = {f"layers.{layer.layer}.experts": layer.format for layer in stored.layers}
     name = Path(os.path.abspath(folder)).name
-    return ModelSizes(spec=stored.model, name=name, source=str(folder), formats=formats)
+    try:
+        stored = msgspec.json.decode(raw, type=_Stored)
+        formats = {f"layers.{layer.layer}.experts": layer.format for layer in stored.layers}
+        return ModelSizes(spec=stored.model, name=name, source=str(folder), formats=formats)
+    except (msgspec.MsgspecError, ModelError, ValueError, RecursionError) as error:
+        raise ModelError(f"'{path}': {short(error)}", "it is no manifest of a store of this version") from None
 
 
 @cache
