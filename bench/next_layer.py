@@ -11,38 +11,41 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from bench.prompts import prompts_of
-from elmoe import kernels
-from elmoe.bitslice import SamplingParameters
+from elmoe import bitslice, kernels
+from elmoe.bitslice import LayerStack, Routings, SamplingParameters
 from elmoe.engine.engine import Engine, EngineOptions
+from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
 
 
-class Prophet(SimpleNamespace):
+class Prophet(ObservedBackend):
     """A backend that also asks each layer's successor router."""
 
     def __init__(self, session: Session) -> None:
-        super().__init__(**{name: getattr(kernels, name) for name in kernels.__all__ if name != "route"})
-        self.routers = list(session.engine._decoder._routers.values())
-        self.layer, self.guess = 0, None
+        super().__init__(kernels, lambda name, began, ended: None)
+        self.routers = session.engine._decoder.routers
+        self.guess: set[int] | None = None
         shape = (len(self.routers), session.reader.spec.experts)
         self.used = np.full(shape, -1)
         self.time, self.cached = 0, shape[1] // 2
         self.right, self.missed, self.foreseen, self.read, self.total = (np.zeros(shape[0]) for _ in range(5))
 
-    def route(self, weights: Any, x: np.ndarray, *rest: Any) -> Any:
-        routing = kernels.route(weights, x, *rest)
-        layer, self.layer = self.layer, (self.layer + 1) % len(self.routers)
+    def forward(self, stack: LayerStack, x: np.ndarray, *rest: Any, **named: Any) -> Routings:
+        return kernels.forward(stack, x, *rest, routed=partial(self.routed, x), **named)
+
+    def routed(self, x: np.ndarray, layer: int, routings: Routings) -> None:
+        experts = routings.experts[layer]
         self.time += 1
         if len(x) == 1:
-            actual = set(routing.experts[0].tolist())
+            actual = set(experts[0].tolist())
             resident = set(np.argsort(-self.used[layer], kind="stable")[: self.cached].tolist())
             if layer and self.guess is not None:
                 self.right[layer] += len(actual & self.guess)
@@ -51,9 +54,9 @@ class Prophet(SimpleNamespace):
                 self.foreseen[layer] += len((actual & self.guess) - resident)
                 self.read[layer] += len(self.guess - resident)
             following = self.routers[layer + 1] if layer + 1 < len(self.routers) else None
-            self.guess = None if following is None else set(kernels.route(following, x).experts[0].tolist())
-        self.used[layer, routing.experts.ravel()] = self.time
-        return routing
+            # In NumPy: the kernels are in use until the hook returns.
+            self.guess = None if following is None else set(bitslice.route(following, x).experts[0].tolist())
+        self.used[layer, experts.ravel()] = self.time
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with Session("demo") as session:
         prophet = Prophet(session)
-        engine = Engine(session.reader, prophet, EngineOptions("plain"))  # type: ignore[arg-type]
+        engine = Engine(session.reader, prophet, EngineOptions("plain"))
         prompts = prompts_of(arguments.prompts, 16)
         engine.generate(
             [Request(session.encode(p)[:64], 64, SamplingParameters(0.8, seed=i)) for i, p in enumerate(prompts)]

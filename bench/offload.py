@@ -116,9 +116,9 @@ class System:
         sequences = window(len(self.runs), self.batch)
         self.runs.append(steady_rate(self.engine, self.requests(sequences, self.tokens)))
         self.outcomes.append(self.outcome())
-        planner = self.engine.planner
-        point = None if planner is None or self.name == "lru" else planner.point
-        self.slices.append(None if point is None else [point.msb, point.lsb])
+        plan = self.engine.planner.chosen
+        slots = None if plan is None or self.name == "lru" else plan.slots
+        self.slices.append(None if slots is None else [slots.msb[0], slots.lsb[0]])
 
     def over(self, other: System) -> float:
         """Median over rounds of the ratio of rates: what drifts from round to round cancels."""
@@ -129,7 +129,6 @@ class System:
         rate = median(run[0] for run in self.runs)
         facts = min(self.runs, key=lambda run: abs(run[0] - rate))[1]
         phases = [facts["phases"][name] for name in ("plain", "draft", "verify")]
-        planner = self.engine.planner
         return {
             "system": self.name, "batch": self.batch, "budget": self.budget, "tokens_per_second": rate,
             "runs": [run[0] for run in self.runs], "acceptance_rate": facts["acceptance_rate"],
@@ -137,7 +136,7 @@ class System:
             "lsb_hit_rate": facts["lsb_hit_rate"], "slow_bytes_per_token": facts["slow_bytes_per_token"],
             "waited_share": sum(p["waited_seconds"] for p in phases) / sum(p["seconds"] for p in phases),
             "draft_share": phases[1]["seconds"] / sum(p["seconds"] for p in phases),
-            "slices": self.slices, "slow_bandwidth": None if planner is None else planner.bandwidth,
+            "slices": self.slices, "slow_bandwidth": self.engine.planner.costs.bandwidth,
         }  # fmt: skip
 
 
@@ -225,7 +224,7 @@ def compare(
                         bar(sum(len(row["runs"]) for row in rows) + sum(len(s.runs) for s in systems))
                 ideal: dict[str, float] = {}
                 if ceilings is not None:  # at the fastest reads that any system of the cell saw
-                    fastest = max(system.engine.planner.bandwidth for system in systems if system.engine.planner is not None)
+                    fastest = max(system.engine.planner.costs.bandwidth for system in systems)
                     bounds = ceilings(systems[0].engine, batch, rounds)
                     rates = fastest / bounds.clairvoyant_bytes(), bounds.policy_rate(fastest, memory)
                     naive = bounds.naive_rate(fastest, memory)

@@ -12,31 +12,29 @@ import argparse
 import json
 from collections import Counter
 from statistics import median
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine, EngineOptions
-from elmoe.engine.observe import ObservedBackend
+from elmoe.engine.observe import Timeline
 from elmoe.engine.session import Session
 from elmoe.measure.benchmark import random_prompts
 from elmoe.terminal import print_table
 
-SHOWN = ("attention_block", "route", "expert_ffn", "logits", "sample")
+SHOWN = ("attention", "routing", "experts", "logits")
 
 
 def run(session: Session, batch: int, prompt: int, steps: int) -> dict[str, Any]:
     """One run: seconds of the phase of interest (prefill if there is one step only) and the kernels' shares of it."""
-    spent: Counter[str] = Counter()
-
-    def report(name: str, began: float, ended: float) -> None:
-        spent[name] += ended - began
-
-    backend = cast(ModuleType, ObservedBackend(session.backend, report))
-    engine = Engine(session.reader, backend, EngineOptions(mode="plain", batch=batch))
+    timeline = Timeline()
+    engine = Engine(session.reader, session.backend, EngineOptions(mode="plain", batch=batch))
     requests = random_prompts(session, batch, prompt, steps, SamplingParameters(0.0))
-    _, statistics = engine.generate(requests)
+    _, statistics = engine.generate(requests, timeline=timeline)
+    spent: Counter[str] = Counter()
+    for track, name, began, ended in timeline.spans:
+        if track == "kernels":
+            spent[name.split()[0]] += ended - began
     phase = statistics.phases["prefill" if steps == 1 else "plain"]
     shares = {name: spent[name] / statistics.engine_seconds for name in SHOWN}
     shares["outside"] = 1 - sum(spent.values()) / statistics.engine_seconds

@@ -156,9 +156,9 @@ def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) 
     """Decoding, prefill, load time and memory."""
     variants = list(REPACK)
     bench.go_over(reader.path)
-    backend = RandomTokens(kernels, reader.spec)  # type: ignore[arg-type]
+    backend = RandomTokens(kernels, reader.spec)
     for batch in BATCHES:
-        engine = Engine(reader, backend, EngineOptions("plain", batch=batch))  # type: ignore[arg-type]
+        engine = Engine(reader, backend, EngineOptions("plain", batch=batch))
 
         def ours(engine: Engine = engine, batch: int = batch) -> float:
             return steady_rate(engine, backend.requests(batch, PROMPT, bench.tokens))[0]
@@ -173,7 +173,7 @@ def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) 
             "peer_share_of_bandwidth": None if row["variant"] is None else cell.over(row["variant"], "read") * per_token,
             "read_bytes_per_second": median(cell.values["read"]), "experts_per_layer": experts,
         }  # fmt: skip
-    engine = Engine(reader, backend, EngineOptions("plain"))  # type: ignore[arg-type]
+    engine = Engine(reader, backend, EngineOptions("plain"))
     peers = {name: lambda name=name: llama.bench(name, PREFILL, 0)[0] for name in variants}
     cell = bench.alternate({"ours": partial(prefill_rate, engine, backend), **peers})
     yield cell.row(f"prefill, {PREFILL} tokens", "tokens/s", PREFILL_TARGET, "llama.cpp", variants)
@@ -224,7 +224,7 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
     for batch in BATCHES:
         replays = {name: ReplayBackend(kernels, reader.spec, facts_of_traces) for name in ("ours", "plain")}
         engines = {
-            name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)  # type: ignore[arg-type]
+            name: Engine(reader, replay, EngineOptions(mode, batch=batch), replay)
             for (name, replay), mode in zip(replays.items(), ("elastic", "plain"), strict=True)
         }
         digests: dict[str, Any] = {}
@@ -258,7 +258,7 @@ def against_transformers(bench: Bench, reader: MemoryReader, file: Path) -> Iter
     try:
         with Transformers(file) as peer:
             backend = RandomTokens(kernels, reader.spec)
-            engine = Engine(reader, backend, EngineOptions("plain"))  # type: ignore[arg-type]
+            engine = Engine(reader, backend, EngineOptions("plain"))
             pairs: list[tuple[Runner, Runner]] = [
                 (lambda: steady_rate(engine, backend.requests(1, PROMPT, bench.tokens))[0],
                  lambda: peer.decode(bench.tokens)),

@@ -3,42 +3,34 @@ how many experts a layer runs per step."""
 
 from __future__ import annotations
 
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import RouterWeights, Routing, SamplingParameters
-from elmoe.bitslice.sampling import Sample
+from elmoe.bitslice import Backend, Routings, Sample, SamplingParameters
+from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.request import Request
 from elmoe.models.spec import ModelSpec
 
 PROMPT = 4
 
 
-class RandomTokens(SimpleNamespace):
-    """The kernels with random samples; ``routed`` holds the (layers, tokens, k) experts of every call."""
+class RandomTokens(ObservedBackend):
+    """The kernels with random samples; ``routed`` holds the (layers, tokens, k) experts of every pass."""
 
-    def __init__(self, backend: ModuleType, spec: ModelSpec) -> None:
-        names = ("embed", "attention_block", "expert_ffn", "rms_norm", "logits", "LayerStack")
-        super().__init__(**{name: getattr(backend, name) for name in names})
-        self._backend, self._vocabulary = backend, spec.vocabulary
+    def __init__(self, backend: Backend, spec: ModelSpec) -> None:
+        super().__init__(backend, lambda name, began, ended: None)
+        self._vocabulary = spec.vocabulary
         self._rng = np.random.default_rng(0)
         self._tokens: list[int] = []
         self.routed: list[NDArray[np.int32]] = []
 
-    def route(self, router: RouterWeights, x: NDArray[np.float32], *more: Any) -> Routing:
-        """Route for real, and count."""
-        routing: Routing = self._backend.route(router, x, *more)
-        self.routed.append(routing.experts[None])
-        return routing
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
+    def forward(self, *arguments: Any, **named: Any) -> Routings:
         """Compute layers for real, and count."""
-        facts = self._backend.forward(*arguments, **named)
-        self.routed.append(facts[2])
-        return facts
+        routings = self._backend.forward(*arguments, **named)
+        self.routed.append(routings.experts)
+        return routings
 
     def sample(self, logits: NDArray[np.float32], parameters: SamplingParameters, position: int) -> Sample:
         """Sample for real, then take any token."""

@@ -19,8 +19,8 @@ from elmoe.store import open_direct
 from elmoe.trace import draft_facts_of_trace, read_trace
 
 COLOURS = {
-    "prefill": "#9aa5b1", "plain": "#7b8794", "draft": "#f0b429", "verify": "#2186eb", "expert_ffn": "#3ebd93",
-    "attention_block": "#8662c7", "logits": "#c99a2e", "read ahead": "#fadb5f", "read": "#e8590c", "expert": "#cf1124",
+    "prefill": "#9aa5b1", "plain": "#7b8794", "draft": "#f0b429", "verify": "#2186eb", "experts": "#3ebd93",
+    "attention": "#8662c7", "logits": "#c99a2e", "read ahead": "#fadb5f", "read": "#e8590c", "expert": "#cf1124",
 }  # fmt: skip
 """By the longest prefix of a span's name; the rest is grey."""
 
@@ -40,9 +40,8 @@ def main() -> None:
     facts = [draft_facts_of_trace(read_trace(path)) for path in recorded_traces(arguments.folder, None)]
     with open_direct(synthetic_store(arguments.folder, arguments.layers)) as reader:
         replay = ReplayBackend(kernels, reader.spec, facts)
-        backend = timeline.backend(replay)
         options = EngineOptions(batch=arguments.batch, fast_memory=arguments.share)
-        engine = Engine(reader, backend, options, replay)  # type: ignore[arg-type]
+        engine = Engine(reader, replay, options, replay)
         requests = replay.requests(list(range(arguments.batch)), 48)
         engine.generate(requests)
         timeline.spans.clear()

@@ -1,4 +1,12 @@
-// Attention over the paged fp16 cache: norm, projections, q and k norms, rotary embedding, cache write, softmax, output.
+// Attention over the paged fp16 cache.
+//
+// For a token with residual stream x: h = rms_norm(x); (q, k, v) = projection * h, a nested matmul whose integers kernels.inl
+// bounds; q and k are normed per head and rotated; k and v are rounded to fp16, nearest even, and written to the cache. Then per
+// query head, over the positions p = 0 .. the token's own:
+//     s[p] = (sum over i ascending of q[i] * k[p][i]) / sqrt(head_dim)         one fp32 chain
+//     e[p] = exp(s[p] - max s),  z = sum of e[p] as 16 lane sums (p mod 16) and the fixed tree
+//     o[i] = (sum over p ascending of e[p] * v[p][i]) / z                      one fp32 chain, one division
+// and x = x + output * o. No sum depends on what else is in the batch. All but the two projections is fp32.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -19,101 +27,148 @@ void rotate(float* x, int head_dim, const float* cosine, const float* sine) {
     }
 }
 
-}  // namespace
+// One call: `projected` (tokens, stride) holds the heads of q, then k, then v.
+struct Call {
+    const AttentionLayer& layer;
+    const Places& places;
+    const Cache& cache;
+    int layer_index;
+    float* projected;
+    int64_t stride;
 
-void attention_block(const AttentionLayer& layer, float* x, int tokens, const Cache& cache, int layer_index,
-                     const int32_t* slots, const int32_t* positions, const float* cosine, const float* sine) {
-    const Kernels& k = kernels();
-    Pool& pool = Pool::instance();
-    const int hidden = layer.query_key_value.columns, head_dim = layer.head_dim, heads = layer.heads;
-    const int kv_heads = layer.kv_heads, repeat = heads / kv_heads, inner = heads * head_dim;
-    const int64_t stride = static_cast<int64_t>(layer.query_key_value.blocks()) * kBlockRows;
-    const int64_t per_head = static_cast<int64_t>(cache.page_positions) * head_dim;
-    auto* normed = scratch().get<float>(static_cast<size_t>(tokens) * hidden);
-    for (int t = 0; t < tokens; ++t)
-        k.rms_norm(x + static_cast<int64_t>(t) * hidden, layer.norm, normed + static_cast<int64_t>(t) * hidden, hidden,
-                   layer.epsilon);
-    auto* projected = scratch().get<float>(tokens * stride);
-    matmul_all(layer.query_key_value, false, quantize_rows(normed, tokens, hidden, -128), projected, stride);
-
-    // Element (layer, kv head) of a page, in halves.
-    auto page_at = [&](int slot, int page, int head) {
+    // Of a page's (layer, kv head), in halves.
+    int64_t page_at(int slot, int page, int head) const {
         const int64_t index = cache.table[static_cast<int64_t>(slot) * cache.slot_pages + page];
+        const int64_t per_head = static_cast<int64_t>(cache.page_positions) * layer.head_dim;
         return ((index * cache.layers + layer_index) * cache.kv_heads + head) * per_head;
-    };
+    }
+};
+
+// (tokens, rows rounded up to a block) = matrix * rms_norm(x).
+float* normed_projection(const AttentionLayer& layer, const float* x, int tokens) {
+    const int64_t hidden = layer.query_key_value.columns;
+    const int64_t stride = static_cast<int64_t>(layer.query_key_value.blocks()) * kBlockRows;
+    auto* normed = scratch().get<float>(static_cast<size_t>(tokens) * hidden);
+    for (int64_t t = 0; t < tokens; ++t)
+        kernels().rms_norm(x + t * hidden, layer.norm, normed + t * hidden, static_cast<int>(hidden), layer.epsilon);
+    auto* projected = scratch().get<float>(tokens * stride);
+    matmul_all(layer.query_key_value, false, quantize_rows(normed, tokens, static_cast<int>(hidden), -128), projected, stride);
+    return projected;
+}
+
+// Norms and rotates the heads of a token, writes its keys and values; false if one is not finite in fp16.
+bool prepare_token(const Call& call, int t) {
+    const Kernels& k = kernels();
+    const AttentionLayer& layer = call.layer;
+    const Cache& cache = call.cache;
+    const int heads = layer.heads, kv_heads = layer.kv_heads, head_dim = layer.head_dim;
+    const int slot = call.places.slots[t], position = call.places.positions[t];
+    float* row = call.projected + t * call.stride;
+    const int64_t table = static_cast<int64_t>(position) * (head_dim / 2);
+    for (int h = 0; h < heads + kv_heads; ++h) {
+        float* head = row + h * head_dim;
+        const float* norm = h < heads ? layer.query_norm : layer.key_norm;
+        if (norm) k.rms_norm(head, norm, head, head_dim, layer.epsilon);
+        rotate(head, head_dim, call.places.cosine + table, call.places.sine + table);
+    }
+    uint16_t key[1024], value[1024];
+    const int page = position / cache.page_positions, within = position % cache.page_positions;
+    bool finite = true;
+    for (int h = 0; h < kv_heads; ++h) {
+        finite &= k.to_half(row + (heads + h) * head_dim, key, head_dim);
+        finite &= k.to_half(row + (heads + kv_heads + h) * head_dim, value, head_dim);
+        const int64_t at = call.page_at(slot, page, h);
+        uint16_t* keys = cache.keys + at + static_cast<int64_t>(within / 16) * 16 * head_dim + within % 16;
+        for (int i = 0; i < head_dim; ++i) keys[16 * i] = key[i];
+        std::memcpy(cache.values + at + static_cast<int64_t>(within) * head_dim, value, 2 * head_dim);
+    }
+    return finite;
+}
+
+void prepare(const Call& call) {
+    const int tokens = call.places.tokens;
     std::atomic<bool> finite{true};
-    auto prepare = [&](int t, int) {
-        float* row = projected + t * stride;
-        const int64_t table = static_cast<int64_t>(positions[t]) * (head_dim / 2);
-        for (int h = 0; h < heads + kv_heads; ++h) {
-            float* head = row + h * head_dim;
-            const float* norm = h < heads ? layer.query_norm : layer.key_norm;
-            if (norm) k.rms_norm(head, norm, head, head_dim, layer.epsilon);
-            rotate(head, head_dim, cosine + table, sine + table);
-        }
-        uint16_t key[1024], value[1024];
-        const int page = positions[t] / cache.page_positions, within = positions[t] % cache.page_positions;
-        for (int h = 0; h < kv_heads; ++h) {
-            bool good = k.to_half(row + (heads + h) * head_dim, key, head_dim);
-            good &= k.to_half(row + (heads + kv_heads + h) * head_dim, value, head_dim);
-            if (!good) finite = false;
-            const int64_t at = page_at(slots[t], page, h);
-            uint16_t* keys = cache.keys + at + static_cast<int64_t>(within / 16) * 16 * head_dim + within % 16;
-            for (int i = 0; i < head_dim; ++i) keys[16 * i] = key[i];
-            std::memcpy(cache.values + at + static_cast<int64_t>(within) * head_dim, value, 2 * head_dim);
-        }
+    auto one = [&](int t, int) {
+        if (!prepare_token(call, t)) finite = false;
     };
     if (tokens < 4)
-        for (int t = 0; t < tokens; ++t) prepare(t, 0);
+        for (int t = 0; t < tokens; ++t) one(t, 0);
     else
-        pool.run(tokens, prepare);
-    if (!finite) throw NumericsFailure("layer " + std::to_string(layer_index) + ": a key or value is not finite in fp16");
+        Pool::instance().run(tokens, one);
+    if (!finite) throw NumericsFailure("layer " + std::to_string(call.layer_index) + ": a key or value is not finite in fp16");
+}
 
+// The first tokens of runs of at most kQueries neighbours of one sequence, and the end.
+std::vector<int> runs_of(const Places& places) {
+    std::vector<int> runs{0};
+    for (int t = 1; t < places.tokens; ++t)
+        if (places.slots[t] != places.slots[t - 1] || t - runs.back() == kQueries) runs.push_back(t);
+    runs.push_back(places.tokens);
+    return runs;
+}
+
+// (tokens, heads * head_dim) outputs of all heads. A task is one kv head of a run: its queries read the same pages.
+float* attend(const Call& call) {
+    const Kernels& k = kernels();
+    Pool& pool = Pool::instance();
+    const Places& places = call.places;
+    const Cache& cache = call.cache;
+    const int heads = call.layer.heads, kv_heads = call.layer.kv_heads, head_dim = call.layer.head_dim;
+    const int repeat = heads / kv_heads, tokens = places.tokens;
+    const int64_t inner = static_cast<int64_t>(heads) * head_dim;
     int longest = 0;
-    for (int t = 0; t < tokens; ++t) longest = std::max(longest, positions[t] + 1);
+    for (int t = 0; t < tokens; ++t) longest = std::max(longest, places.positions[t] + 1);
     const size_t padded = static_cast<size_t>(ceil_div(longest, 16)) * 16, pages = ceil_div(longest, cache.page_positions);
     auto* scores = scratch().get<float>(pool.threads() * kQueries * padded);
     auto* pointers = scratch().get<const uint16_t*>(pool.threads() * 2 * pages);
     auto* all_queries = scratch().get<Query>(static_cast<size_t>(pool.threads()) * kQueries * repeat);
     auto* attended = scratch().get<float>(static_cast<size_t>(tokens) * inner);
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    // Neighbours of one sequence and the query heads of one key head read the same pages.
-    std::vector<int> runs{0};
-    for (int t = 1; t < tokens; ++t)
-        if (slots[t] != slots[t - 1] || t - runs.back() == kQueries) runs.push_back(t);
-    const int count = static_cast<int>(runs.size());
-    runs.push_back(tokens);
-    auto attend = [&](int task, int thread) {
+    const std::vector<int> runs = runs_of(places);
+    const int tasks = (static_cast<int>(runs.size()) - 1) * kv_heads;
+    auto one = [&](int task, int thread) {
         const int run = task / kv_heads, kv = task % kv_heads;
         Query* queries = all_queries + static_cast<size_t>(thread) * kQueries * repeat;
         int length = 0, many = 0;
         for (int t = runs[run]; t < runs[run + 1]; ++t) {
-            length = std::max(length, positions[t] + 1);
+            length = std::max(length, places.positions[t] + 1);
             for (int h = kv * repeat; h < (kv + 1) * repeat; ++h)
-                queries[many++] = {projected + t * stride + h * head_dim,
-                                   attended + static_cast<int64_t>(t) * inner + h * head_dim, positions[t] + 1};
+                queries[many++] = {call.projected + t * call.stride + h * head_dim, attended + t * inner + h * head_dim,
+                                   places.positions[t] + 1};
         }
         const uint16_t** keys = pointers + thread * 2 * pages;
         const uint16_t** values = keys + pages;
         for (int page = 0; page * cache.page_positions < length; ++page) {
-            const int64_t at = page_at(slots[runs[run]], page, kv);
+            const int64_t at = call.page_at(places.slots[runs[run]], page, kv);
             keys[page] = cache.keys + at;
             values[page] = cache.values + at;
         }
         k.attend(queries, many, {keys, values, cache.page_positions}, head_dim, scale, scores + thread * kQueries * padded,
                  static_cast<int64_t>(padded));
     };
-    const int64_t work = static_cast<int64_t>(tokens) * heads * head_dim * longest;
+    const int64_t work = tokens * inner * longest;
     if (work < 40000)  // below some 10 us a fork costs more than it saves
-        for (int task = 0; task < count * kv_heads; ++task) attend(task, 0);
+        for (int task = 0; task < tasks; ++task) one(task, 0);
     else
-        pool.run(count * kv_heads, attend);
+        pool.run(tasks, one);
+    return attended;
+}
 
-    const int64_t out_stride = static_cast<int64_t>(layer.output.blocks()) * kBlockRows;
-    auto* out = scratch().get<float>(tokens * out_stride);
-    matmul_all(layer.output, false, quantize_rows(attended, tokens, inner, -128), out, out_stride);
-    for (int t = 0; t < tokens; ++t)
-        for (int i = 0; i < hidden; ++i) x[static_cast<int64_t>(t) * hidden + i] += out[t * out_stride + i];
+void add_output(const AttentionLayer& layer, const float* attended, int tokens, float* x) {
+    const int64_t stride = static_cast<int64_t>(layer.output.blocks()) * kBlockRows, hidden = layer.output.rows;
+    auto* out = scratch().get<float>(tokens * stride);
+    matmul_all(layer.output, false, quantize_rows(attended, tokens, layer.output.columns, -128), out, stride);
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < hidden; ++i) x[t * hidden + i] += out[t * stride + i];
+}
+
+}  // namespace
+
+void attention_block(const AttentionLayer& layer, float* x, const Places& places, const Cache& cache, int layer_index) {
+    const int64_t stride = static_cast<int64_t>(layer.query_key_value.blocks()) * kBlockRows;
+    const Call call{layer, places, cache, layer_index, normed_projection(layer, x, places.tokens), stride};
+    prepare(call);
+    add_output(layer, attend(call), places.tokens, x);
 }
 
 }  // namespace elmoe

@@ -13,24 +13,35 @@ namespace {
 constexpr int64_t kDemand = 0, kPlanned = 1;  // what a row waits for goes before what a later one will need
 
 constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kAddresses = int64_t{1} << 46;  // bytes that a process can reserve
 
 int64_t align(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 }  // namespace
 
-ExpertArena::ExpertArena(int64_t msb_bytes, int64_t lsb_bytes, int slots) {
-    const int64_t end = align(msb_bytes * slots);  // of the MSB slots; no huge page holds slots of both kinds
-    reserved_ = end + align(lsb_bytes * slots) + kHugePage;
+ExpertArena::ExpertArena(const std::vector<int64_t>& bytes, const std::vector<int64_t>& slots) : reserved_(kHugePage) {
+    for (size_t kind = 0; kind < bytes.size(); ++kind) {
+        int64_t all;
+        if (slots[kind] > INT32_MAX || __builtin_mul_overflow(bytes[kind], slots[kind], &all) || all > kAddresses - reserved_)
+            throw std::length_error("the slots do not fit the address space");
+        kinds_.push_back({bytes[kind], reserved_ - kHugePage, 0, std::vector<uint8_t>(slots[kind]), {}});
+        reserved_ += align(all);  // no huge page holds slots of two kinds
+    }
     memory_ = mmap(nullptr, reserved_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
     madvise(memory_, reserved_, MADV_HUGEPAGE);
     const int64_t start = align(reinterpret_cast<int64_t>(memory_));
-    kinds_[kMsb] = {msb_bytes, start, 0, std::vector<uint8_t>(slots), {}};
-    kinds_[kLsb] = {lsb_bytes, start + end, 0, std::vector<uint8_t>(slots), {}};
+    for (Kind& kind : kinds_) kind.start += start;
 }
 
 ExpertArena::~ExpertArena() { munmap(memory_, reserved_); }
+
+int64_t ExpertArena::capacity() const {
+    int64_t bytes = 0;
+    for (const auto& kind : kinds_) bytes += kind.bytes * kind.limit;
+    return bytes;
+}
 
 int64_t ExpertArena::used() const {
     int64_t bytes = 0;
@@ -57,9 +68,9 @@ void ExpertArena::move(int kind, int from, int to) {
     kinds_[kind].used[to] = 1;
 }
 
-void ExpertArena::resize(int kind, int slots) {
+void ExpertArena::resize(int kind, int64_t wanted) {
     Kind& one = kinds_[kind];
-    slots = std::min(slots, static_cast<int>(one.used.size()));
+    const int slots = static_cast<int>(std::min<int64_t>(wanted, one.used.size()));
     if (std::count(one.used.begin() + slots, one.used.end(), 1)) throw std::logic_error("used slots do not fit the new limit");
     if (slots < one.limit)
         madvise(reinterpret_cast<void*>(address(kind, slots)), (one.limit - slots) * one.bytes, MADV_DONTNEED);
@@ -69,42 +80,54 @@ void ExpertArena::resize(int kind, int slots) {
         if (!one.used[slot]) one.free.push_back(slot);
 }
 
-ExpertSlices::ExpertSlices(ReadPool& pool, int64_t msb_bytes, int64_t lsb_bytes, int experts, std::vector<std::string> names,
-                           std::vector<int> files, std::vector<uint64_t> offsets, std::vector<int64_t*> addresses,
-                           int reserve)
-    : arena(msb_bytes, lsb_bytes, static_cast<int>(files.size()) * experts), pool_(pool), rows_(static_cast<int>(files.size())),
-      experts_(experts), names_(std::move(names)), files_(std::move(files)), offsets_(std::move(offsets)),
-      addresses_(std::move(addresses)), reserve_(reserve), slices_(static_cast<size_t>(rows_) * experts * 2), plans_(2 * static_cast<size_t>(rows_)),
-      active_(experts) {}
+namespace {
+ExpertArena arena_of(const std::vector<SizeClass>& classes, int experts, const std::vector<SliceRow>& rows) {
+    std::vector<int64_t> bytes, slots;
+    for (size_t index = 0; index < classes.size(); ++index) {
+        const auto of_class = [&](const SliceRow& row) { return row.size_class == static_cast<int>(index); };
+        const int64_t most = std::count_if(rows.begin(), rows.end(), of_class) * experts;
+        for (int64_t size : classes[index].bytes) {
+            bytes.push_back(size);
+            slots.push_back(size > 0 ? most : 0);
+        }
+    }
+    return {bytes, slots};
+}
+}  // namespace
 
-void ExpertSlices::resize(int msb, int lsb) {
-    const int slots[] = {msb, lsb};
+ExpertSlices::ExpertSlices(ReadPool& pool, std::vector<SizeClass> classes, int experts, std::vector<SliceRow> rows, int reserve)
+    : arena(arena_of(classes, experts, rows)), pool_(pool), table_(std::move(rows)), rows_(static_cast<int>(table_.size())),
+      experts_(experts), reserve_(reserve), slices_(static_cast<size_t>(rows_) * experts * 2),
+      plans_(2 * static_cast<size_t>(rows_)), active_(experts) {}
+
+void ExpertSlices::resize(const std::vector<int64_t>& slots) {
     for (int row = 0; row < rows_; ++row)
         for (int expert = 0; expert < experts_; ++expert) {
             arrive(row, expert);
             let_go(row, expert);
         }
-    for (int kind : {kMsb, kLsb}) {
-        std::vector<int> homes;  // of slices whose slots go, lowest last
-        for (int slot = std::min(slots[kind], arena.limit(kind)) - 1; slot >= 0; --slot)
-            if (!arena.is_used(kind, slot)) homes.push_back(slot);
-        for (int row = 0; row < rows_; ++row)
-            for (int expert = 0; expert < experts_; ++expert) {
+    std::vector<std::vector<int>> homes(arena.kinds());  // of slices whose slots go, lowest last
+    for (int kind = 0; kind < arena.kinds(); ++kind)
+        for (int slot = static_cast<int>(std::min<int64_t>(slots[kind], arena.limit(kind))) - 1; slot >= 0; --slot)
+            if (!arena.is_used(kind, slot)) homes[kind].push_back(slot);
+    for (int row = 0; row < rows_; ++row)
+        for (int expert = 0; expert < experts_; ++expert)
+            for (int kind = 0; kind < kinds(row); ++kind) {
                 Slice& one = slice(row, expert, kind);
-                if (one.slot < slots[kind]) continue;
-                if (homes.empty()) throw std::logic_error("residents do not fit the new limit");
-                arena.move(kind, one.slot, homes.back());
-                one.slot = homes.back();
-                addresses_[row][2 * expert + kind] = arena.address(kind, one.slot);
-                homes.pop_back();
+                const int place = slots_of(row, kind);
+                if (one.slot < slots[place]) continue;
+                if (homes[place].empty()) throw std::logic_error("residents do not fit the new limit");
+                arena.move(place, one.slot, homes[place].back());
+                one.slot = homes[place].back();
+                table_[row].addresses[2 * expert + kind] = arena.address(place, one.slot);
+                homes[place].pop_back();
             }
-        arena.resize(kind, slots[kind]);
-    }
+    for (int kind = 0; kind < arena.kinds(); ++kind) arena.resize(kind, slots[kind]);
 }
 
 void ExpertSlices::foresee(int row, const std::vector<int>& experts) {
     for (int expert : experts)
-        for (int kind : {kMsb, kLsb}) {
+        for (int kind = 0; kind < kinds(row); ++kind) {
             Slice& one = slice(row, expert, kind);
             if (one.slot >= 0 || one.planned) continue;
             one.planned = true;
@@ -123,7 +146,7 @@ void ExpertSlices::begin(int row, const std::vector<int>& active) {
     std::vector<uint64_t> late;
     for (int expert : active) {
         active_[expert] = 1;
-        for (int kind : {kMsb, kLsb}) {
+        for (int kind = 0; kind < kinds(row); ++kind) {
             const Slice& one = slice(row, expert, kind);
             if (one.slot < 0) demands_.push_back({expert, kind});
             if (one.ticket) late.push_back(one.ticket);
@@ -135,7 +158,7 @@ void ExpertSlices::begin(int row, const std::vector<int>& active) {
 
 void ExpertSlices::keep(int row, const uint8_t* msb, const uint8_t* lsb) {
     for (int expert = 0; expert < experts_; ++expert)
-        for (int kind : {kMsb, kLsb}) {
+        for (int kind = 0; kind < kinds(row); ++kind) {
             Slice& one = slice(row, expert, kind);
             const bool stays = kind == kMsb ? msb[expert] : lsb[expert], goes = one.resident && !stays;
             one.resident = stays;
@@ -190,34 +213,38 @@ void ExpertSlices::finish() {
 
 void ExpertSlices::read(int row, Key key, int64_t priority) {
     Slice& one = slice(row, key.expert, key.kind);
-    one.slot = arena.take(key.kind);
-    const uint64_t offset = offsets_[static_cast<size_t>(row) * experts_ + key.expert] + (key.kind == kLsb ? arena.size(kMsb) : 0);
-    one.ticket = pool_.submit(files_[row], offset, arena.size(key.kind), arena.address(key.kind, one.slot), priority);
+    const int place = slots_of(row, key.kind);
+    one.slot = arena.take(place);
+    const uint64_t offset = table_[row].offsets[key.expert] + (key.kind == kLsb ? arena.size(slots_of(row, kMsb)) : 0);
+    one.ticket = pool_.submit(table_[row].file, offset, arena.size(place), arena.address(place, one.slot), priority);
     ++reads;
 }
 
 void ExpertSlices::issue() {
-    for (; !demands_.empty() && arena.has_room(demands_.front().kind); demands_.pop_front())
+    for (; !demands_.empty() && arena.has_room(slots_of(row_, demands_.front().kind)); demands_.pop_front())
         if (slice(row_, demands_.front().expert, demands_.front().kind).slot < 0) read(row_, demands_.front(), kDemand);
 }
 
 void ExpertSlices::pump() {
-    bool full[] = {false, false};
-    for (int row = 0; row < rows_ && !(full[kMsb] && full[kLsb]); ++row)
-        for (int kind : {kMsb, kLsb})
-            for (auto& plan = plans_[2 * row + kind]; !plan.empty(); plan.pop_front()) {
-                full[kind] = !arena.has_room(kind, reserve_);
-                if (full[kind]) break;
-                read(row, {plan.front(), kind}, kPlanned);
-            }
+    int open = 0;  // kinds of slots with room
+    for (int kind = 0; kind < arena.kinds(); ++kind) open += arena.has_room(kind, reserve_);
+    for (int row = 0; row < rows_ && open > 0; ++row)
+        for (int kind = 0; kind < kinds(row); ++kind) {
+            const int place = slots_of(row, kind);
+            auto& plan = plans_[2 * row + kind];
+            if (plan.empty() || !arena.has_room(place, reserve_)) continue;
+            for (; !plan.empty() && arena.has_room(place, reserve_); plan.pop_front()) read(row, {plan.front(), kind}, kPlanned);
+            open -= !arena.has_room(place, reserve_);
+        }
 }
 
 // Drops the staged slice of a kind that is needed last, not of the wanted expert; if this row needs it, it is read again in turn.
 void ExpertSlices::make_room(Key wanted) {
-    const int kind = wanted.kind;
+    const int kind = wanted.kind, place = slots_of(row_, kind);
     for (int row = rows_ - 1; row >= 0; --row)
         for (int other = experts_ - 1; other >= 0; --other) {
             const Slice& one = slice(row, other, kind);
+            if (slots_of(row, kind) != place) break;
             if (one.slot < 0 || one.resident || (row == row_ && other == wanted.expert)) continue;
             arrive(row, other);
             release(row, other, kind);
@@ -232,7 +259,7 @@ void ExpertSlices::make_room(Key wanted) {
 }
 
 bool ExpertSlices::readable(int expert) {
-    for (int kind : {kMsb, kLsb}) {
+    for (int kind = 0; kind < kinds(row_); ++kind) {
         const Slice& one = slice(row_, expert, kind);
         if (one.slot < 0 || (one.ticket && !pool_.done(one.ticket))) return false;
     }
@@ -254,10 +281,10 @@ void ExpertSlices::arrive(int row, int expert) {
         Slice& one = slice(row, expert, kind);
         if (!one.ticket) continue;
         one.ticket = 0;
-        if (failures.empty()) addresses_[row][2 * expert + kind] = arena.address(kind, one.slot);
+        if (failures.empty()) table_[row].addresses[2 * expert + kind] = arena.address(slots_of(row, kind), one.slot);
     }
     if (!failures.empty())
-        throw SliceReadFailure("'" + names_[row] + "': expert " + std::to_string(expert) + " cannot be read: " +
+        throw SliceReadFailure("'" + table_[row].name + "': expert " + std::to_string(expert) + " cannot be read: " +
                                std::strerror(failures.front().error));
 }
 
@@ -270,53 +297,9 @@ void ExpertSlices::let_go(int row, int expert) {
 
 void ExpertSlices::release(int row, int expert, int kind) {
     Slice& one = slice(row, expert, kind);
-    arena.give(kind, one.slot);
+    arena.give(slots_of(row, kind), one.slot);
     one.slot = -1;
-    addresses_[row][2 * expert + kind] = 0;
-}
-
-namespace {
-// The hottest `slots` of residents (favoured by the hysteresis) and the best few candidates; ties go to the lower expert.
-void keep_hottest(uint8_t* resident, const double* hotness, const std::vector<uint8_t>& candidates, int slots,
-                  const RefillRule& rule) {
-    const int experts = static_cast<int>(candidates.size());
-    std::vector<int> order;
-    int held = 0;
-    for (int e = 0; e < experts; ++e) {
-        held += resident[e];
-        if (candidates[e]) order.push_back(e);
-    }
-    if (order.empty() || slots == 0) return;
-    std::vector<double> score(experts, -1.0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return hotness[a] > hotness[b]; });
-    if (held + static_cast<int>(order.size()) > slots) {
-        const int64_t newcomers = std::min<int64_t>(slots - held + rule.swap_cap, slots);
-        if (static_cast<int64_t>(order.size()) > newcomers) order.resize(std::max<int64_t>(newcomers, 0));
-    }
-    for (int e : order) score[e] = hotness[e];
-    for (int e = 0; e < experts; ++e)
-        if (resident[e]) {
-            score[e] = hotness[e] * (1 + rule.hysteresis);
-            order.push_back(e);
-        }
-    std::sort(order.begin(), order.end());
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return score[a] > score[b]; });
-    if (static_cast<int>(order.size()) > slots) order.resize(slots);
-    std::fill(resident, resident + experts, 0);
-    for (int e : order) resident[e] = 1;
-}
-}  // namespace
-
-void refill(uint8_t* msb, uint8_t* lsb, const double* hotness, const uint8_t* streamed, int experts, int msb_slots, int lsb_slots,
-            const RefillRule& rule) {
-    std::vector<uint8_t> candidates(experts);
-    for (int e = 0; e < experts; ++e) candidates[e] = streamed[e] && !msb[e];
-    keep_hottest(msb, hotness, candidates, msb_slots, rule);
-    for (int e = 0; e < experts; ++e) {
-        lsb[e] = lsb[e] && msb[e];
-        candidates[e] = streamed[e] && msb[e] && !lsb[e];
-    }
-    keep_hottest(lsb, hotness, candidates, lsb_slots, rule);
+    table_[row].addresses[2 * expert + kind] = 0;
 }
 
 }  // namespace elmoe

@@ -2,7 +2,8 @@
 // layer's experts can be computed next. What stays resident is decided elsewhere (elmoe.policy) and handed in.
 //
 // Every (row, expert, kind) slice is in one of four states: absent, in flight, staged (readable until its layer is computed)
-// or resident. One thread at a time.
+// or resident. A row is a layer with routed experts. Its experts have one slice or two (MSB and LSB), whose bytes are those of
+// its size class. One thread at a time.
 #pragma once
 
 #include <cstdint>
@@ -17,37 +18,40 @@ namespace elmoe {
 
 enum SliceKind { kMsb = 0, kLsb = 1 };
 
-// Page-aligned slots of two sizes. Addresses are reserved for every slot; those below a kind's limit may be used, and keep their
-// memory when they are given back. Memory goes back to the system only at the end of a kind's slots: what lies in huge pages
+// Page-aligned slots of several kinds, each of its own size. Addresses are reserved for every slot; those below a kind's limit
+// may be used, and keep their memory when they are given back. Memory goes back to the system only at the end of a kind's slots: what lies in huge pages
 // stays in them, into which a disk reads 1.3 to 1.5 times as fast as into small ones (bench/reads.py).
 class ExpertArena {
   public:
-    ExpertArena(int64_t msb_bytes, int64_t lsb_bytes, int slots);  // `slots` of each kind, none of which may be used yet
+    // Bytes of a slot and number of slots, by kind; none may be used yet. Throws std::length_error where addresses overflow.
+    ExpertArena(const std::vector<int64_t>& bytes, const std::vector<int64_t>& slots);
     ~ExpertArena();
     ExpertArena(const ExpertArena&) = delete;
     ExpertArena& operator=(const ExpertArena&) = delete;
 
+    int kinds() const { return static_cast<int>(kinds_.size()); }
     int64_t size(int kind) const { return kinds_[kind].bytes; }
     int limit(int kind) const { return kinds_[kind].limit; }
-    int64_t capacity() const { return limit(kMsb) * size(kMsb) + limit(kLsb) * size(kLsb); }
+    int slots(int kind) const { return static_cast<int>(kinds_[kind].used.size()); }
+    int64_t capacity() const;
     int64_t used() const;
     bool has_room(int kind, int reserve = 0) const { return static_cast<int>(kinds_[kind].free.size()) > reserve; }
     bool is_used(int kind, int slot) const { return kinds_[kind].used[slot]; }
     int take(int kind);  // only while there is room
     void give(int kind, int slot);
     void move(int kind, int from, int to);  // to an unused slot
-    void resize(int kind, int slots);       // used slots must lie below
+    void resize(int kind, int64_t slots);   // used slots must lie below
     int64_t address(int kind, int slot) const { return kinds_[kind].start + slot * kinds_[kind].bytes; }
 
   private:
     struct Kind {
-        int64_t bytes, start;
+        int64_t bytes, start = 0;
         int limit = 0;
         std::vector<uint8_t> used;
         std::vector<int> free;  // below the limit
     };
 
-    Kind kinds_[2];
+    std::vector<Kind> kinds_;
     void* memory_;
     int64_t reserved_;
 };
@@ -62,19 +66,30 @@ struct SliceWait {  // compute waited for an expert, seconds on the steady clock
     double began, ended;
 };
 
+struct SizeClass {
+    int64_t bytes[2];  // of an MSB and an LSB slice; 0: experts are one slice
+};
+
+// Where the slices of a row's experts lie in the store and in memory.
+struct SliceRow {
+    int size_class;
+    std::string name;  // of the file, for errors
+    int file;
+    std::vector<uint64_t> offsets;  // of MSB records; an LSB record lies behind its MSB record
+    int64_t* addresses;             // (experts, 2), kept up to date: 0 where a slice is not readable
+};
+
 class ExpertSlices {
   public:
-    // `names` and `files` by row, `offsets` (rows, experts) of MSB records with the LSB records behind them; `addresses` by row, (experts,
-    // 2), kept up to date: 0 where a slice is not readable. `reserve`: slots of each kind that planned reads leave free, so that
-    // demands never wait for a planned slice to be used.
-    ExpertSlices(ReadPool& pool, int64_t msb_bytes, int64_t lsb_bytes, int experts, std::vector<std::string> names,
-                 std::vector<int> files, std::vector<uint64_t> offsets, std::vector<int64_t*> addresses, int reserve);
+    // `reserve`: slots of each kind that planned reads leave free, so that demands never wait for a planned slice to be used.
+    // The arena's kind of slots 2 * size class + kind holds slices of that class and kind.
+    ExpertSlices(ReadPool& pool, std::vector<SizeClass> classes, int experts, std::vector<SliceRow> rows, int reserve);
     ~ExpertSlices() { finish(); }  // reads in flight fill the arena
 
     ExpertArena arena;
 
-    // Between passes: how many slices of each kind may be held. Residents move to slots that stay; all others go.
-    void resize(int msb, int lsb);
+    // Between passes: how many slices may be held, by kind of slots. Residents move to slots that stay; all others go.
+    void resize(const std::vector<int64_t>& slots);
     // Plan reads of what a later pass will need of a row.
     void foresee(int row, const std::vector<int>& experts);
     void pump();  // start planned reads, earliest row first, while there is room
@@ -105,6 +120,8 @@ class ExpertSlices {
     };
 
     Slice& slice(int row, int expert, int kind) { return slices_[(static_cast<size_t>(row) * experts_ + expert) * 2 + kind]; }
+    int kinds(int row) const { return arena.size(slots_of(row, kLsb)) > 0 ? 2 : 1; }
+    int slots_of(int row, int kind) const { return 2 * table_[row].size_class + kind; }
     bool is_active(int row, int expert) const { return row == row_ && active_[expert]; }
     void read(int row, Key key, int64_t priority);
     void issue();  // start demanded reads while there is room
@@ -115,12 +132,8 @@ class ExpertSlices {
     void let_go(int row, int expert);
 
     ReadPool& pool_;
-    int rows_, experts_;
-    std::vector<std::string> names_;
-    std::vector<int> files_;
-    std::vector<uint64_t> offsets_;
-    std::vector<int64_t*> addresses_;
-    int reserve_;
+    std::vector<SliceRow> table_;
+    int rows_, experts_, reserve_;
     std::vector<Slice> slices_;
     std::vector<std::deque<int>> plans_;  // experts, by row and kind
     int planned_ = 0;  // slices with a plan since the plans were forgotten
@@ -130,13 +143,5 @@ class ExpertSlices {
     std::deque<Key> demands_;
     std::vector<int> ready_;
 };
-
-// elmoe.policy.residency.refill of one layer, in place on `msb` and `lsb` (experts); `streamed` marks what the step reads.
-struct RefillRule {
-    double hysteresis;
-    int64_t swap_cap;
-};
-void refill(uint8_t* msb, uint8_t* lsb, const double* hotness, const uint8_t* streamed, int experts, int msb_slots, int lsb_slots,
-            const RefillRule& rule);
 
 }  // namespace elmoe

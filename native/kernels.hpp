@@ -15,7 +15,7 @@ constexpr int kQueries = 4;       // attended to together
 // How many bytes ahead weights are asked for; changed between operations only, and no result depends on it.
 extern int prefetch_ahead;
 
-inline int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+inline int ceil_div(int value, int divisor) { return value / divisor + (value % divisor != 0); }
 
 // Planes as they lie in a store: hi, lo (blocks, groups, 256), scales (blocks, groups, 16) fp16 bits.
 struct Matrix {

@@ -1,4 +1,15 @@
 // The kernels, written once on 16 lanes; included by each instruction set after its `Lanes` and `block_product`.
+//
+// Nested matmul of a row with scales s and a token with scales sx, over groups g of 32 inputs:
+//     y = ((0 + t[0]) + t[1]) + ...,  t[g] = float(d[g]) * (s[g] * sx[g])        one fp32 chain, multiply then add
+//     d[g] = sum of q * x, exact in int32, whatever the order
+// `block_product` reads unsigned bytes u instead of the signed weights q: u = q + 128 (16 * hi + lo), or 16 * hi in a draft,
+// whose weight is 16 * (hi - 8) + offset. So d = dot(u, x) + c, where c = -128 * sum(x), or (offset - 128) * sum(x) in a draft,
+// is computed once per token and group, by `quantize`.
+// Bound: u <= 255, |x| <= 127, 0 <= offset <= 16. |dot(u, x)| <= 32 * 255 * 127 = 1,036,320 and |c| <= 32 * 128 * 127 = 520,192,
+// so every partial sum is below 2^21: int32 does not overflow, and float(d) is exact.
+// Sums of fp32 (norms, dot products of routers, softmax): lane i % 16 adds in ascending i, then the tree of `tree_sum`. Scores
+// are chains over ascending dimensions, outputs of attention chains over ascending positions.
 
 // exp of elmoe.bitslice.arithmetic: Cody-Waite reduction, Cephes polynomial, 0 below -87.
 inline Lanes exp(Lanes x) {

@@ -3,6 +3,9 @@
 // A tile of codes holds one token of a group per row, 32 bytes; a tile of weights the 8 quads of a group, 16 rows side by side,
 // which is the order in which the planes interleave them. Dots go through memory to the fp32 chains, which are those of all
 // variants: ascending groups, multiply, then add.
+//
+// The full product multiplies signed weights: |d| <= 32 * 128 * 127 = 520,192. The draft multiplies u = 16 * hi and adds c (see
+// kernels.inl): below 2^21. Both fit the tiles' int32, and float(d) is exact.
 #include "kernels.hpp"
 
 #if defined(__x86_64__) && defined(__linux__)

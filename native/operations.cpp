@@ -1,4 +1,7 @@
 // What all operations share: the choice of kernels, rounding mode, scratch, quantised rows, matmul over the pool.
+//
+// Work is split over rows of a matrix, never over its groups, so that a chain of kernels.inl is one thread's. `embed` multiplies
+// a code by its scale: both are exact in fp32, and so is the product.
 #include "operations.hpp"
 
 #include <algorithm>

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -82,8 +83,15 @@ struct Cache {
     int pages, layers, kv_heads, head_dim, page_positions, slots, slot_pages;
 };
 
-void attention_block(const AttentionLayer& layer, float* x, int tokens, const Cache& cache, int layer_index,
-                     const int32_t* slots, const int32_t* positions, const float* cosine, const float* sine);
+// Where the tokens of a call sit, and the rotary tables (positions, head_dim / 2).
+struct Places {
+    int tokens;
+    const int32_t *slots, *positions;
+    const float *cosine, *sine;
+};
+
+// `layer_index` is the layer of the cache.
+void attention_block(const AttentionLayer& layer, float* x, const Places& places, const Cache& cache, int layer_index);
 
 struct RouterLayer {
     const float *norm, *router;
@@ -92,6 +100,7 @@ struct RouterLayer {
     bool normalize;
 };
 
+// `size` experts are chosen for a token; there is room for `stride` of them, the rest is set to -1 and weight 0.
 struct RoutingOut {
     float* hidden;
     int32_t* ranked;
@@ -99,7 +108,7 @@ struct RoutingOut {
     int ranks;
     int32_t* experts;
     float* weights;
-    int size;
+    int size, stride;
 };
 
 void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* allowed, bool rescale, const RoutingOut& out);
@@ -110,33 +119,60 @@ struct ExpertShape {
     int64_t gate_lo, up_lo, down_lo;                                      // offsets in the LSB record
 };
 
-void expert_ffn(const ExpertShape& shape, const int64_t* addresses, int experts, const float* hidden, const int32_t* ids,
-                const float* weights, int tokens, int k, float* x, bool draft, int offset, bool chain);
+// Which experts run on which tokens.
+struct ExpertCall {
+    const ExpertShape& shape;
+    const int64_t* addresses;  // (experts, 2): MSB and LSB records
+    int experts;
+    const float* hidden;     // (tokens, shape.hidden)
+    const int32_t* ids;      // (tokens, k), -1 is none
+    const float* weights;    // (tokens, k)
+    int tokens, k;
+    bool draft;
+    int offset;
+    bool chain;  // x is the sum over lower ids so far, and is continued
+};
+void expert_ffn(const ExpertCall& call, float* x);
 
-// A layer whose experts lie at `addresses`.
+// A layer whose experts lie at `addresses` (experts, 2), which are read anew in every call. A dense layer has one expert and no
+// router but for the norm, the hidden size and epsilon.
 struct Layer {
     AttentionLayer attention;
     RouterLayer router;
+    bool dense;
     ExpertShape expert;
-    const int64_t* addresses;  // (router.experts, 2)
+    const int64_t* addresses;
+    int experts() const { return dense ? 1 : router.experts; }
 };
 
-// Where experts come from that do not all lie in memory: told that a layer is routed, then asked for one stretch of experts
-// after the other, until there is none.
+// Experts that come and go: asked for one stretch of a row's experts after the other, until there is none.
 struct ExpertFeed {
-    virtual void routed(int layer) = 0;
     virtual const std::vector<int>& next() = 0;
 
   protected:
     ~ExpertFeed() = default;
 };
 
-// Attention, routing and experts of consecutive layers: what the three operations do one after the other. `allowed` (layers,
-// experts) may be null; the arrays of `out` have a leading axis of layers, its `hidden` is not used. `feed` is null where all
-// experts lie in memory.
-void forward(const std::vector<Layer>& layers, float* x, int tokens, const Cache& cache, int first_layer, const int32_t* slots,
-             const int32_t* positions, const float* cosine, const float* sine, const uint8_t* allowed, bool rescale, bool draft,
-             int offset, const RoutingOut& out, ExpertFeed* feed);
+// What a draft changes: `allowed` (rows, experts) is null in a target pass; `coarse` reads MSB slices only.
+struct DraftChoice {
+    const uint8_t* allowed;
+    bool rescale, coarse;
+    int offset;
+};
+
+constexpr int kTimes = 5;  // attention begins, routing begins, routing ends, experts begin, experts end
+
+// Who takes part in a pass beside its tokens; all may be null.
+struct Company {
+    std::function<void(int)> routed;  // told of a row when it is routed; may change its routing
+    ExpertFeed* feed;
+    double* times;  // (layers, kTimes), seconds on the steady clock
+};
+
+// Attention, routing and experts of all layers: what the operations do one after the other. The arrays of `out` have a leading
+// axis of rows, the layers with a router; its `hidden` and `size` are not used.
+void forward(const std::vector<Layer>& layers, float* x, const Places& places, const Cache& cache, const DraftChoice& draft,
+             const RoutingOut& out, const Company& company);
 
 void embed(const Matrix& matrix, const int32_t* tokens, int count, float* out);
 

@@ -1,4 +1,8 @@
 // Sampling: processors, Philox4x64-10, Gumbel noise; float64 in plain C++, one rounding per operation.
+//
+// z[i] = logit[i] / temperature - largest / temperature, weight[i] = exp32(float(z[i])). Sums of weights go over ascending ids in 16 float64
+// lanes (id mod 16) and the fixed tree; that of top-p is one chain in descending order of logits. The token is the argmax of
+// z[i] - log(-log u[i]), ties to the lower id, u from 52 bits of Philox. There is no integer accumulator.
 #include <algorithm>
 #include <cstring>
 

@@ -1,4 +1,7 @@
 // 16 lanes in two 256-bit registers, and the group dot product by maddubs on each nibble plane.
+//
+// d = 16 * dot(hi, x) + dot(lo, x) + c (see kernels.inl), or 16 * dot(hi, x) + c in a draft. A plane's dot is summed in 16 bits,
+// 16 products per lane of at most 15 * 127: 30,480 < 2^15. It is widened to 32 bits before it is multiplied by 16.
 
 struct Lanes {
     __m256 a, b;

@@ -1,4 +1,7 @@
 // 16 lanes in one 512-bit register, and the group dot product on VNNI.
+//
+// d = c + dot(u, x) (see kernels.inl): nibbles are joined to the bytes u, and dpbusd adds four products of an unsigned and a
+// signed byte to an int32 without saturation, from c on: below 2^21 throughout.
 
 struct Lanes {
     __m512 v;

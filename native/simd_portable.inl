@@ -1,4 +1,6 @@
 // 16 lanes in an array: plain C++ that a compiler may vectorise as it likes; fp16 conversion in software.
+//
+// d = c + dot(u, x) (see kernels.inl) in int32, below 2^21 throughout.
 
 struct Lanes {
     float v[16];

@@ -35,32 +35,39 @@ class Cache:
     def __init__(self, keys: NDArray[np.uint16], values: NDArray[np.uint16], table: NDArray[np.int32]) -> None: ...
 
 class Expert:
-    def __init__(self, hidden: int, width: int, msb: list[int], lsb: list[int]) -> None: ...
+    def __init__(self, hidden: int, width: int, msb: list[int], lsb: list[int], msb_bytes: int, lsb_bytes: int) -> None: ...
+
+class Norm:
+    def __init__(self, norm: NDArray[np.float32], epsilon: float) -> None: ...
+
+class Layer:
+    def __init__(
+        self, attention: Attention, router: Router | None, norm: Norm | None, expert: Expert, addresses: NDArray[np.int64]
+    ) -> None: ...
 
 class Stack:
-    def __init__(
-        self, attention: list[Attention], routers: list[Router], expert: Expert, addresses: list[NDArray[np.int64]]
-    ) -> None: ...
+    def __init__(self, layers: list[Layer]) -> None: ...
 
 def forward(
     stack: Stack,
     x: NDArray[np.float32],
     cache: Cache,
-    first_layer: int,
     slots: NDArray[np.int32],
     positions: NDArray[np.int32],
     cosine: NDArray[np.float32],
     sine: NDArray[np.float32],
     allowed: NDArray[np.uint8] | None,
     rescale: bool,
-    draft: bool,
+    coarse: bool,
     offset: float,
     ranked: NDArray[np.int32],
     scores: NDArray[np.float32],
     experts: NDArray[np.int32],
     weights: NDArray[np.float32],
     slices: ExpertSlices | None,
-    decide: Callable[[int], None] | None,
+    ready: Callable[[], list[int]] | None,
+    routed: Callable[[int], None] | None,
+    times: NDArray[np.float64] | None,
 ) -> None: ...
 def nested_matmul(matrix: Matrix, x: NDArray[np.float32], y: NDArray[np.float32], draft: bool, offset: float) -> None: ...
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], y: NDArray[np.float32], epsilon: float) -> None: ...
@@ -148,9 +155,9 @@ def refill(
 class SliceReadFailure(RuntimeError): ...
 
 class ExpertArena:
-    """Slots of two sizes, each kind with a limit; see native/expert_slices.hpp."""
+    """Slots of several kinds, each with its size and a limit; see native/expert_slices.hpp."""
 
-    def __init__(self, msb_bytes: int, lsb_bytes: int, slots: int) -> None: ...
+    def __init__(self, bytes: list[int], slots: list[int]) -> None: ...
     @property
     def capacity(self) -> int: ...
     @property
@@ -169,8 +176,8 @@ class ExpertSlices:
     def __init__(
         self,
         pool: ReadPool,
-        msb_bytes: int,
-        lsb_bytes: int,
+        sizes: list[tuple[int, int]],
+        classes: list[int],
         names: list[str],
         files: list[int],
         offsets: list[list[int]],
@@ -185,9 +192,21 @@ class ExpertSlices:
     def reads(self) -> int: ...
     @property
     def foreseen_hits(self) -> int: ...
-    def resize(self, msb: int, lsb: int) -> None: ...
+    def resize(self, slots: list[tuple[int, int]]) -> None: ...
     def foresee(self, row: int, ranked: NDArray[np.int32], top_k: int) -> None: ...
-    def begin(self, row: int, active: NDArray[np.int32]) -> None: ...
+    def begin(self, row: int, experts: NDArray[np.int32]) -> None: ...
+    def begin_and_refill(
+        self,
+        row: int,
+        experts: NDArray[np.int32],
+        msb: NDArray[np.bool_],
+        lsb: NDArray[np.bool_],
+        scores: NDArray[np.float64],
+        msb_slots: int,
+        lsb_slots: int,
+        hysteresis: float,
+        swap_cap: int,
+    ) -> None: ...
     def keep(self, row: int, msb: NDArray[np.bool_], lsb: NDArray[np.bool_]) -> None: ...
     def next(self) -> list[int]: ...
     def forget_plans(self) -> None: ...

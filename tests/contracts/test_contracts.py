@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -36,6 +37,27 @@ def test_native_kernels_are_present():
     from elmoe import kernels
 
     assert "portable" in kernels.variants() and kernels.variant() in kernels.variants()
+
+
+def test_both_backends_have_the_signatures_of_the_protocol():
+    """mypy checks the types; this checks that a call by the protocol's names and order reaches both."""
+    from elmoe import bitslice, kernels
+
+    methods = [name for name in vars(bitslice.Backend) if not name.startswith("_")]
+    assert methods == ["embed", "forward", "logits", "sample"]
+    for name in methods:
+        stated = inspect.signature(getattr(bitslice.Backend, name)).parameters
+        wanted = [(one.name, one.kind, one.default) for one in stated.values()][1:]
+        for backend in (bitslice, kernels):
+            found = inspect.signature(getattr(backend, name)).parameters
+            given = [(one.name, one.kind, one.default) for one in found.values() if one.name != "operations"]
+            assert given == wanted, f"{backend.__name__}.{name}"
+
+
+def test_backends_are_typed_not_probed():
+    for path in (ROOT / "src" / "elmoe").rglob("*.py"):
+        text = path.read_text()
+        assert "hasattr(" not in text and "cast(ModuleType" not in text, path
 
 
 def test_the_package_version_is_the_metadata_version():

@@ -21,25 +21,9 @@ from elmoe.bitslice import (
     SamplingParameters,
     rotary_tables,
 )
-from elmoe.engine.kv import KVPool
-from elmoe.engine.tier import ExpertTier
 from elmoe.errors import KernelError, NumericsError
-from elmoe.models.decoder import Decoder, Draft, Tokens
-from elmoe.policy.budget import SlotPlan
-from elmoe.policy.residency import ResidencyParameters
-from tests.tiny import TinyReader, tiny_spec
 
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33)
-
-
-@pytest.fixture(params=[(v, t) for v in kernels.variants() for t in (1, 2, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
-def machine(request):
-    variant, threads = request.param
-    kernels.set_variant(variant)
-    kernels.set_threads(threads)
-    yield variant
-    kernels.set_variant(None)
-    kernels.set_threads(2)
 
 
 def same_bits(ours: np.ndarray, theirs: np.ndarray) -> bool:
@@ -348,67 +332,6 @@ def test_sample(machine, vocabulary):
         )  # fmt: skip
         position = int(rng.integers(0, 5000))
         assert kernels.sample(logits, parameters, position) == bitslice.sample(logits, parameters, position)
-
-
-@pytest.mark.parametrize("dense", [(), (0,)], ids=["all layers MoE", "first layer dense"])
-def test_layers_in_one_call(machine, dense):
-    """Prompt, target and draft passes with all MoE layers in one call: logits, routings and cache of the NumPy decoder."""
-    spec = tiny_spec(dense_layers=dense)
-    reader = TinyReader(spec)
-    allowed = np.zeros((len(spec.moe_layers), spec.experts), np.uint8)
-    allowed[:, 1::2] = 1
-    few = allowed.copy()
-    few[0, 3:] = 0  # fewer than top-k: the layers of such a draft run one by one
-    passes = [(list(range(20)), None), ([20], None), ([21], allowed), ([22], few), ([21, 22, 23], None)]
-    outcomes = []
-    for backend in (kernels, bitslice):
-        tier = ExpertTier(reader, ResidencyParameters())
-        tier.replan(SlotPlan((spec.experts,) * len(allowed), (0,) * len(allowed), 0), 0)
-        decoder, pool = Decoder(reader, backend), KVPool(spec, 1, 64)
-        decoder.reserve_positions(64)
-        pool.reserve(0, 30)
-        outcome = []
-        for positions, mask in passes:
-            ids = np.array([7 * position % spec.vocabulary for position in positions], np.int32)
-            tokens = Tokens(ids, np.zeros(len(ids), np.int32), np.array(positions, np.int32))
-            tier.begin_step([0])
-            if mask is not None:
-                tier.allowed = mask
-            draft = None if mask is None else Draft(mask, spec.top_k)
-            logits, routings = decoder.forward(tokens, pool.cache, tier, draft)
-            assert (decoder._stack is not None) == (backend is kernels)
-            outcome += [
-                logits,
-                *routings.ranked,
-                *routings.scores,
-                *routings.experts,
-                tier._active.copy(),
-                *tier._sure_routing,
-            ]
-        outcomes.append([*outcome, pool.cache.keys, pool.cache.values])
-    assert len(outcomes[0]) == len(outcomes[1])
-    assert all(same_bits(ours, theirs) for ours, theirs in zip(*outcomes, strict=True))
-
-
-def test_layers_in_one_call_report_failures():
-    """A NaN in the last layer's weights is named, and arrays that do not fit are refused."""
-    spec = tiny_spec()
-    reader = TinyReader(spec)
-    reader.array("layers.2.router")[0, 0] = np.nan
-    decoder, pool = Decoder(reader, kernels), KVPool(spec, 1, 16)
-    decoder.reserve_positions(16)
-    pool.reserve(0, 4)
-    tier, zero = ExpertTier(reader, ResidencyParameters()), np.zeros(1, np.int32)
-    with pytest.raises(NumericsError, match="router logit"):
-        decoder.forward(Tokens(zero, zero, zero), pool.cache, tier)
-    stack, x = decoder._stack, np.zeros((1, spec.hidden), np.float32)
-    tables = decoder._cosine, decoder._sine
-    with pytest.raises(ValueError, match="slot or position"):
-        kernels.forward(stack, x, pool.cache, zero + 1, zero, *tables)
-    with pytest.raises(ValueError, match="mask does not fit"):
-        kernels.forward(stack, x, pool.cache, zero, zero, *tables, np.ones((2, spec.experts), np.uint8))
-    with pytest.raises(ValueError, match="the cache does not fit"):
-        kernels.forward(replace(stack, first=1), x, pool.cache, zero, zero, *tables)
 
 
 def test_half_precision_rounds_alike():

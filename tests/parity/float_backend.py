@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -30,6 +31,7 @@ from elmoe.bitslice import (
     SamplingParameters,
     quantize_activations,
 )
+from elmoe.bitslice.backend import Operations
 from elmoe.bitslice.moe import expert_matrices
 
 Float = NDArray[np.float64]
@@ -170,6 +172,9 @@ def expert_ffn(
         up = nested_matmul(matrices["up"], hidden[tokens], draft, offset=offset)
         down = nested_matmul(matrices["down"], gate / (1 + np.exp(-gate)) * up, draft, offset=offset)
         x[tokens] += weights[tokens, place][:, None] * down
+
+
+forward = partial(bitslice.forward, operations=Operations(attention_block, rms_norm, route, expert_ffn))
 
 
 def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> Float:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from elmoe.bitslice import Routing, SamplingParameters
+from elmoe.bitslice import Backend, SamplingParameters
 from elmoe.bitslice.moe import expert_matrices
 from elmoe.convert import convert_checkpoint
+from elmoe.engine.decoder import AllExperts, Decoder, Draft, Tokens, WeightReader
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.kv import KVPool
 from elmoe.engine.request import Request, Result
+from elmoe.engine.session import load_backend
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import KernelError, StoreError
 from elmoe.models import FAMILIES
-from elmoe.models.decoder import Decoder, Draft, Stretch, Tokens, WeightReader
 from elmoe.models.tensors import feed_forward, tensors
 from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
@@ -29,13 +28,12 @@ from tests.parity.bounds import Measured
 from tests.parity.tiny_checkpoints import Dtype, Recipe, bfloat16_bits, write_checkpoint
 
 
-def native_kernels() -> ModuleType | None:
+def native_kernels() -> Backend | None:
     """elmoe.kernels, or None where the package is installed without them."""
     try:
-        module = import_module("elmoe.kernels")
+        return load_backend("native")
     except (ImportError, KernelError):
         return None
-    return module if hasattr(module, "expert_ffn") else None
 
 
 def convert(source: Path, store: Path) -> Any:
@@ -49,18 +47,8 @@ def convert_recipe(recipe: Recipe, folder: Path) -> Any:
     return convert(write_checkpoint(recipe, folder / "checkpoint"), folder / "store")
 
 
-class AllExperts:
-    """An expert source for a store that is wholly readable."""
-
-    def __init__(self, reader: WeightReader) -> None:
-        self._addresses = {layer: reader.expert_addresses(layer) for layer in reader.spec.moe_layers}
-
-    def stretches(self, layer: int, routing: Routing, draft: bool) -> list[Stretch]:
-        return [Stretch(routing.experts, self._addresses[layer], whole=True)]
-
-
 def decoder_logits(
-    reader: WeightReader, backend: ModuleType, ids: NDArray[np.int32], chunk: int = 32, draft: Draft | None = None
+    reader: WeightReader, backend: Backend, ids: NDArray[np.int32], chunk: int = 32, draft: Draft | None = None
 ) -> NDArray:
     """Logits (tokens, vocabulary) of every position of one sequence, computed ``chunk`` tokens at a time."""
     decoder, pool = Decoder(reader, backend), KVPool(reader.spec, 1, len(ids))
@@ -75,7 +63,7 @@ def decoder_logits(
 
 
 def greedy(
-    reader: Any, backend: ModuleType, prompts: list[NDArray[np.int32]], count: int, **options: Any
+    reader: Any, backend: Backend, prompts: list[NDArray[np.int32]], count: int, **options: Any
 ) -> tuple[list[Result], Statistics]:
     """Greedy generation through the engine; the end of a text does not end it."""
     requests = [Request(tuple(int(i) for i in prompt), count, ignore_eos=True) for prompt in prompts]
@@ -174,7 +162,7 @@ def weights_digest(reader: WeightReader) -> str:
     return state.hexdigest()
 
 
-def demo_result(prompt: str, sampling: dict[str, Any], count: int, backend: ModuleType, **options: Any) -> dict[str, Any]:
+def demo_result(prompt: str, sampling: dict[str, Any], count: int, backend: Backend, **options: Any) -> dict[str, Any]:
     """What the embedded demo model answers, down to the bytes of its cache, in JSON's types."""
     reader = open_store(resolve_store("demo"))
     try:

@@ -18,9 +18,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from elmoe import bitslice  # noqa: E402
+from elmoe.engine.decoder import Draft  # noqa: E402
 from elmoe.engine.session import Session  # noqa: E402
 from elmoe.measure.perplexity import evaluate  # noqa: E402
-from elmoe.models.decoder import Draft  # noqa: E402
 from tests.parity import float_backend, harness  # noqa: E402
 from tests.parity import transformers_reference as reference  # noqa: E402
 from tests.parity.bounds import FLOAT_BOUND, MEASURED  # noqa: E402

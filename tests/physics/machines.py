@@ -48,7 +48,7 @@ def hardware(features: Features = NOTHING, fast: bool = False, **changes: Any) -
         ),
         sram=Sram(energy=known(EnergyPerByte, 0.5e-12)),
         links=Links(
-            aggregation=known(Bandwidth, 32e9), stream=known(Bandwidth, 128e9), energy=known(EnergyPerBit, 0.1e-12)
+            aggregation=known(Bandwidth, 32e9), energy=known(EnergyPerBit, 0.1e-12)
         ),
         vector=VectorUnit(throughput=known(Throughput, 1e12), energy=known(EnergyPerOperation, 1e-12)),
         static_share=Ratio(0.2, "made up for a test", "assumed", 0.05, 0.5), features=features,

@@ -217,12 +217,20 @@ def test_a_timeline_shows_passes_kernels_waits_and_reads(reader, tmp_path):
     import json
 
     timeline = Timeline()
-    engine = Engine(reader, timeline.backend(kernels), EngineOptions(fast_memory=0.4, draft_length=2))  # type: ignore
+    engine = Engine(reader, kernels, EngineOptions(fast_memory=0.4, draft_length=2))
+    engine.generate(requests(count=1))
+    warm = engine.tier
     _, statistics = engine.generate(requests(count=1), timeline=timeline)
+    assert engine.tier is warm  # what a run left warm stays
     timeline.write(tmp_path / "run.json")
     events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert {"passes", "kernels", "waits", "read 0"} <= names
+    passes = sum(phase.steps for phase in statistics.phases.values())
+    for layer in range(len(SPEC.layers)):  # of every pass, the dense layer's too
+        for part in ("attention", "routing", "experts"):
+            assert sum(event["name"] == f"{part} {layer}" for event in events) == passes
+    assert sum(event["name"] == "logits" for event in events) == passes - statistics.phases["prefill"].steps
     assert sum(event["name"].startswith("read") for event in events if event["ph"] == "X") == statistics.slow_reads
     assert 0 <= timeline.hidden_share() <= 1
 
@@ -241,16 +249,15 @@ def test_a_replay_drives_other_weights_by_the_trace(store, reader, tmp_path):
     facts = draft_facts_of_trace(read_trace(path))
     with open_direct(tmp_path / "wide") as wide:
         replay = ReplayBackend(kernels, target, [facts])
-        begin, route = replay.begin, replay.route
+        begin, overrule = replay.begin, replay.routed
         passes: list[tuple[str, list[tuple[int, int, int]], list[np.ndarray]]] = []
         replay.begin = lambda phase, rows, resident: (passes.append((phase, rows, [])), begin(phase, rows, resident))[1]
 
-        def routed(*arguments):
-            routing = route(*arguments)
-            passes[-1][2].append(routing.experts)
-            return routing
+        def routed(row, routings, draft):
+            overrule(row, routings, draft)
+            passes[-1][2].append(routings.experts[row].copy())
 
-        replay.route = routed
+        replay.routed = routed
         digests = []
         for options in (
             PLAIN, replace(PLAIN, mode="cache", fast_memory=0.5), EngineOptions(fast_memory=0.4, draft_length=4, batch=4),
@@ -284,7 +291,7 @@ def test_a_trace_without_a_draft_from_every_position_is_refused(reader, tmp_path
 
 
 def test_the_arena_gives_back_its_last_slots_and_keeps_what_is_used():
-    arena = ExpertArena(8192, 4096, 6)
+    arena = ExpertArena([8192, 4096], [6, 6])
     assert not arena.has_room(MSB) and not arena.has_room(LSB)
     arena.resize(MSB, 3)
     arena.resize(LSB, 2)

@@ -206,13 +206,13 @@ def test_a_recording_of_all_ranks_tells_what_drafts_ran(tmp_path):
     """The masked choice of a draft is a function of two facts: the whole ranking and the resident set."""
     ran: list[np.ndarray] = []
 
-    def route(weights, x, allowed=None, *rest):
-        routing = bitslice.route(weights, x, allowed, *rest)
-        if allowed is not None:
-            ran.append(routing.experts)
-        return routing
+    def forward(*arguments, draft=None, **named):
+        routings = bitslice.forward(*arguments, draft=draft, **named)
+        if draft is not None:
+            ran.extend(routings.experts)
+        return routings
 
-    backend = SimpleNamespace(**(vars(bitslice) | {"route": route}))
+    backend = SimpleNamespace(**(vars(bitslice) | {"forward": forward}))
     options = EngineOptions(mode="elastic", fast_memory=0.3, draft_length=3, batch=3)
     reference, _ = Engine(READER, bitslice, options).generate(requests(0.8))
     with TraceRecorder(tmp_path / "t", READER.spec, all_ranks=True) as recorder:

@@ -86,6 +86,16 @@ def test_features_and_near_memory_of_the_rivals():
     assert near is not None and near.placement == "fast" and near.bandwidth.value == pytest.approx(32 * 51.2e9)
 
 
+def test_keys_that_nothing_reads_are_refused_by_name(tmp_path):
+    """Keys of older descriptions: what they said never changed a result."""
+    path = tmp_path / "old.yaml"
+    for old, new in (("links:\n", "links:\n  stream: {value: 1 GB/s, source: me, status: assumed}\n"),
+                     ("refill: true", "refill: true, lsb_augmentation: true")):  # fmt: skip
+        path.write_text(preset_text("elmoe3d_8gb").replace(old, new))
+        with pytest.raises(HardwareError, match=r"old\.yaml.*(stream|lsb_augmentation)"):
+            load_hardware(path)
+
+
 def test_a_preset_saved_to_a_file_loads_the_same(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(preset_text("elmoe3d_8gb"))

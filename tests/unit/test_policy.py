@@ -1,16 +1,15 @@
-"""Policies: budgets, residency and draft length, each against what it promises."""
+"""Policies: budgets and residency, each against what it promises."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elmoe.errors import BudgetError
-from elmoe.kernels.slices import refill_layer
+from elmoe.kernels.slices import Refill, refill_layer
 from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots, prefill_chunk
-from elmoe.policy.draft_length import Calibration, DraftLengthController, LinearCost, confidence_bin
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, refill, updated_hotness
 
 SIZES = FastTierSizes(dense=1000, kv=100, staging=50, msb=(9, 9, 12), lsb=(8, 8, 11), experts=16, top_k=2)
@@ -75,23 +74,28 @@ def test_refill_takes_only_what_was_streamed(seed):
         resident = after
 
 
-@pytest.mark.parametrize("seed", range(50))
-def test_the_native_refill_of_a_layer_is_the_definition(seed):
-    rng = np.random.default_rng(seed)
-    experts = int(rng.integers(1, 40))
-    msb_slots = int(rng.integers(0, experts + 1))
-    slots = SlotPlan((msb_slots,), (int(rng.integers(0, msb_slots + 1)),), 0)
-    parameters = ResidencyParameters(hysteresis=float(rng.choice([0.0, 0.1])), swap_cap=int(rng.choice([0, 1, 3, 1 << 30])))
-    native = ResidentSet.empty(1, experts)
-    for _ in range(8):
-        hotness = rng.integers(0, 5, (1, experts)) / 2  # with ties
-        streamed = rng.random((1, experts)) < 0.4
-        expected = refill(native, hotness, streamed, slots, parameters)
-        refill_layer(
-            (native.msb[0], native.lsb[0]), hotness[0], streamed[0], (slots.msb[0], slots.lsb[0]), parameters.hysteresis,
-            parameters.swap_cap,
-        )  # fmt: skip
-        assert (native.msb == expected.msb).all() and (native.lsb == expected.lsb).all()
+@st.composite
+def refills(draw):
+    """A layer before a refill: residents (LSB slices without MSB slices too), scores with ties, streamed experts, a rule."""
+    experts = draw(st.integers(1, 24))
+    flags = st.lists(st.booleans(), min_size=experts, max_size=experts)
+    scores = st.lists(st.one_of(st.integers(0, 4).map(float), st.floats(0, 1e6)), min_size=experts, max_size=experts)
+    slots = draw(st.tuples(st.integers(0, experts + 1), st.integers(0, experts + 1)))
+    hysteresis = draw(st.sampled_from([0.0, 0.1, 0.25, 1.0]))
+    swap_cap = draw(st.sampled_from([0, 1, 2, 3, 8, 1 << 30]))
+    return [np.array(draw(flags)) for _ in range(3)], np.array(draw(scores)), slots, hysteresis, swap_cap
+
+
+@given(refills())
+@settings(max_examples=600)
+def test_the_native_refill_of_a_layer_is_the_definition(case):
+    (msb, lsb, streamed), scores, slots, hysteresis, swap_cap = case
+    plan = SlotPlan((slots[0],), (slots[1],), 0)
+    parameters = ResidencyParameters(hysteresis=hysteresis, swap_cap=swap_cap)
+    expected = refill(ResidentSet(msb[None], lsb[None]), scores[None], streamed[None], plan, parameters)
+    change = Refill((msb.copy(), lsb.copy()), scores, slots, hysteresis, swap_cap)
+    refill_layer(change, streamed)
+    assert (change.resident[0] == expected.msb[0]).all() and (change.resident[1] == expected.lsb[0]).all()
 
 
 @pytest.mark.parametrize("policy", ["decayed", "lru", "lfu", "random"])
@@ -117,103 +121,6 @@ def test_hysteresis_and_swap_cap():
     assert swap([1.0, 0.9, 1.05, 0], hysteresis=0.1) == [True, False, True, False]
     assert swap([1.0, 1.0, 5, 6], swap_cap=1) == [True, False, False, True]
     assert swap([1.0, 1.0, 5, 6], swap_cap=2) == [False, False, True, True]
-
-
-def test_calibration_learns_each_bin():
-    calibration = Calibration()
-    for _ in range(400):
-        calibration.observe(0.95, True)
-        calibration.observe(0.1, False)
-    assert calibration.acceptance(0.92) > 0.95 and calibration.acceptance(0.2) < 0.05
-    assert confidence_bin(0.0) == 0 and confidence_bin(1.0) == 5
-
-
-def test_a_calibration_begins_between_the_confidence_and_certainty():
-    calibration = Calibration()
-    expected = [calibration.acceptance(confidence) for confidence in (0.1, 0.4, 0.6, 0.8, 0.95, 0.99)]
-    assert expected == sorted(expected) and expected[0] > 0.7 and expected[-1] < 1
-
-
-def test_linear_cost():
-    cost = LinearCost()
-    assert not cost.known
-    for tokens in (1, 4, 2, 8, 3) * 5:
-        cost.observe(tokens, 2.0 + 0.5 * tokens)
-    assert cost.seconds(6) == pytest.approx(5.0)
-    flat = LinearCost()
-    flat.observe(3, 1.0)
-    assert flat.seconds(100) == 1.0
-    late = LinearCost(skip=1)
-    late.observe(1, 20.0)  # sets things up
-    assert not late.known
-    late.observe(1, 1.0)
-    assert late.seconds(1) == 1.0
-
-
-def simulate(accept: float, draft: float, plain: float, per_token: float, steps: int = 600) -> tuple[float, float]:
-    """(rate of the controller, rate of plain decoding) for one sequence with constant costs and acceptance."""
-    rng = np.random.default_rng(0)
-    controller = DraftLengthController()
-    clock = tokens = 0.0
-    for _ in range(steps):
-        limit, confidences = controller.limit(), []
-        while len(confidences) < limit:
-            confidences.append(0.8)
-            controller.draft_cost.observe(1, draft)
-            if not controller.proceed([confidences], limit)[0]:
-                break
-        verify = plain + per_token * len(confidences)
-        controller.verify_cost.observe(1 + len(confidences), verify)
-        committed = 1
-        for confidence in confidences:
-            accepted = rng.random() < accept
-            controller.calibration.observe(confidence, accepted)
-            if not accepted:
-                break
-            committed += 1
-        seconds = verify + draft * len(confidences)
-        controller.observe(bool(confidences), 1, committed, seconds)
-        clock, tokens = clock + seconds, tokens + committed
-    return tokens / clock, 1 / plain
-
-
-def test_the_controller_drafts_where_it_pays():
-    elastic, plain = simulate(accept=0.9, draft=0.1, plain=1.0, per_token=0.05)
-    assert elastic > 2 * plain
-
-
-def test_the_controller_gives_up_where_it_does_not_pay():
-    for accept, draft in ((0.1, 0.8), (0.5, 1.0), (0.0, 0.3)):
-        elastic, plain = simulate(accept, draft, plain=1.0, per_token=0.5)
-        assert elastic > 0.95 * plain
-
-
-@pytest.mark.parametrize(("accept", "draft"), [(0.1, 0.8), (0.5, 1.0), (0.7, 0.9)])
-def test_finding_out_that_drafts_do_not_pay_costs_little(accept, draft):
-    """From the first token on, trials included."""
-    elastic, plain = simulate(accept, draft, plain=1.0, per_token=0.5, steps=200)
-    assert elastic > 0.97 * plain
-
-
-def test_a_fixed_length_is_kept():
-    controller = DraftLengthController(fixed=3)
-    assert controller.limit() == 3
-    assert controller.proceed([[0.1], [0.1, 0.1, 0.1]], 3) == [True, False]
-    assert DraftLengthController(fixed=0).limit() == 0
-
-
-def test_a_draft_goes_on_where_only_several_more_tokens_pay():
-    """A verification whose first extra token reads most of what all would read."""
-    controller = DraftLengthController()
-    controller.draft_cost.observe(1, 0.1)
-    controller.verify_cost.observe(1, 1.0)
-    verify = {1: 1.0, 2: 3.0, 3: 3.2, 4: 3.3, 5: 3.4, 6: 3.5, 7: 3.6, 8: 3.7, 9: 3.8}
-    controller.step_seconds = lambda depth, tokens, _: 0.1 * depth + verify[tokens]
-    controller.acceptance = lambda: 0.95
-    assert controller.proceed([[]], 8) == [True]
-    assert controller.proceed([[]], 1) == [False]
-    controller.acceptance = lambda: 0.3
-    assert controller.proceed([[]], 8) == [False]
 
 
 @pytest.mark.parametrize(

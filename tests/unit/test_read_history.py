@@ -8,7 +8,8 @@ import pytest
 from elmoe.policy.read_history import ReadHistory
 from elmoe.policy.residency import ResidentSet
 
-LAYERS, EXPERTS, TOP_K, MSB, LSB = 2, 16, 3, 10, 7
+LAYERS, EXPERTS, TOP_K = 2, 13, 3
+MSB, LSB = (10, 12), (7, 0)
 LENGTHS = (0, 1, 2, 4, 9)
 FLAT = np.full(len(LENGTHS), 100.0)
 
@@ -29,7 +30,7 @@ def missing(streams: list[np.ndarray], first: int, length: int, found: ResidentS
     read = 0
     for layer in range(LAYERS):
         used = {int(e) for one in streams for e in one[layer, first : first + 1 + length].ravel()}
-        read += sum(MSB * (not found.msb[layer, e]) + LSB * (not found.lsb[layer, e]) for e in used)
+        read += sum(MSB[layer] * (not found.msb[layer, e]) + LSB[layer] * (not found.lsb[layer, e]) for e in used)
     return read
 
 
@@ -79,7 +80,10 @@ def test_a_fixed_length_is_measured_over_all_its_tokens():
     history, tokens, found = ReadHistory((9,), MSB, LSB), stream(12, 8), residents(9)
     for token in range(12):
         history.observe({0: 1}, tokens[:, token : token + 1], found, np.array([100.0]))
-    assert history.ratios[0] > missing([tokens], 0, 4, found) / 100
+    measured, weight = 200.0, 2.0
+    for first in range(3):
+        measured, weight = 0.95 * measured + missing([tokens], first, 9, found), 0.95 * weight + 1
+    assert history.ratios[0] == pytest.approx(measured / weight / 100)
 
 
 @pytest.mark.parametrize("settled", [True, False])

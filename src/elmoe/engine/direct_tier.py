@@ -8,19 +8,16 @@ depends on the completion of reads, its bits do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import Routing
+from elmoe.bitslice import ExpertFeed, Routings
+from elmoe.engine.decoder import AddressTables, WeightReader
 from elmoe.engine.observe import Timeline
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.engine.tier import ExpertTier
-from elmoe.kernels import ExpertFeed
 from elmoe.kernels.reads import ReadPool
-from elmoe.kernels.slices import LSB, MSB, ExpertArena, ExpertSlices, SliceReadFailure, read_failed, refill_layer
-from elmoe.models.decoder import Stretch, WeightReader
+from elmoe.kernels.slices import ExpertArena, ExpertSlices, Refill, SlicesFeed
 from elmoe.policy.budget import SlotPlan
 from elmoe.policy.residency import ResidencyParameters, ResidentSet
 from elmoe.store.direct import DirectReader
@@ -33,6 +30,7 @@ class DirectTier(ExpertTier):
     """An ``ExpertTier`` over a ``direct`` reader. It holds nothing until :meth:`replan` gives it slots and memory."""
 
     label = "enforced budget, direct reads"
+    enforced = True
 
     def __init__(
         self,
@@ -43,30 +41,34 @@ class DirectTier(ExpertTier):
     ) -> None:
         super().__init__(reader, parameters)
         self._reader, self._pool, self._prefetch = reader, pool, prefetch
-        layout = reader.expert_layout(self._layers[0])
+        sizes = list(zip(self._msb_bytes.tolist(), self._lsb_bytes.tolist(), strict=True))
+        self._classes = sorted(set(sizes))
+        self._class_of_row = np.array([self._classes.index(size) for size in sizes], np.int64)
+        self._one_slice = self._lsb_bytes == 0
         files = {entry.layer: entry.file for entry in reader.manifest.layers}
         extents = [[reader.extent(layer, e) for e in range(reader.spec.experts)] for layer in self._layers]
         self._slices = ExpertSlices(
-            pool, layout.msb_bytes, layout.lsb_bytes, [files[layer] for layer in self._layers],
+            pool, self._classes, self._class_of_row.tolist(), [files[layer] for layer in self._layers],
             [row[0][0] for row in extents],
             [[offset for _, offset in row] for row in extents], list(self._addresses),
             RESERVE,
         )  # fmt: skip
+        self._feed = SlicesFeed(self._slices, self._begin)
         self._counted = 0, 0
-        self.found = self.resident
-        """What the last target pass found resident."""
 
-    def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
+    def _address_tables(self, reader: WeightReader) -> AddressTables:
         return tuple(np.zeros((reader.spec.experts, 2), np.int64) for _ in reader.spec.moe_layers)
 
     def feed(self, draft: bool) -> ExpertFeed | None:
         """See ``ExpertSource``: a draft uses what is resident; a target pass's slices come and go."""
-        return None if draft else (self._slices, self._begin)
+        return None if draft else self._feed
 
-    def note(self, ranked: NDArray[np.int32], experts: NDArray[np.int32], draft: bool) -> None:
-        """See ``ExpertTier.note``; a draft's natural routing tells what verification will need."""
-        super().note(ranked, experts, draft)
-        self._foresee(0, ranked)
+    def note(self, routings: Routings, draft: bool) -> None:
+        """See ``ExpertTier.note``; a draft's natural routing tells what verification will need: reads are planned, and those
+        that fit are started."""
+        super().note(routings, draft)
+        if self._prefetch:
+            self._slices.foresee(0, np.ascontiguousarray(routings.ranked), self._reader.spec.top_k)
 
     @property
     def waited(self) -> float:
@@ -100,38 +102,15 @@ class DirectTier(ExpertTier):
         super().begin_step(sure)
         self.found = ResidentSet(self.resident.msb.copy(), self.resident.lsb.copy())
 
-    def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterator[Stretch]:
-        """See ``ExpertTier.stretches``; a draft never waits and never reads what it computes with. StoreError where a read
-        fails, with the file, the expert and the reason."""
-        row, experts = self._rows[layer], routing.experts
-        if draft:
-            self._note(row, experts[None], draft)
-            self._foresee(row, routing.ranked[None])
-            yield Stretch(experts, self._addresses[row], whole=True)
-            return
-        self._begin(row, experts)
-        active = np.count_nonzero(self._active[row])
-        while ready := self._next():
-            if len(ready) == active:
-                yield Stretch(experts, self._addresses[row], whole=True)
-            else:
-                readable = np.zeros(self._active.shape[1], bool)
-                readable[ready] = True
-                yield Stretch(np.where(readable[experts], experts, np.int32(-1)), self._addresses[row], whole=False)
-
-    def _next(self) -> list[int]:
-        """The next readable experts of the layer, none at its end."""
-        try:
-            return self._slices.next()
-        except SliceReadFailure as failure:
-            raise read_failed(failure) from None
-
-    def _begin(self, row: int, experts: NDArray[np.int32]) -> None:
-        """A layer of a target pass is routed: demand what it needs, decide what stays."""
+    def _begin(self, row: int, experts: NDArray[np.int32]) -> Refill | None:
+        """A layer of a target pass is routed: what it needs is demanded, what stays is decided before it is read."""
         self._note(row, experts[None], draft=False)
-        active = np.flatnonzero(self._active[row]).astype(np.int32)
-        self._slices.begin(row, active)
-        self._choose_residents(row, active)
+        msb, lsb = self.resident.msb[row], self.resident.lsb[row]
+        if self._slots is None or (msb[experts].all() and (self._one_slice[row] or lsb[experts].all())):
+            return None  # what stays changes only by what is read
+        scores = self._residency.layer_scores(row, self._sure_routing[row])
+        slots = self._slots.msb[row], self._slots.lsb[row]
+        return Refill((msb, lsb), scores, slots, self._parameters.hysteresis, self._parameters.swap_cap)
 
     def end_step(self, phase: Phase, committed: NDArray[np.int32] | None) -> None:
         """Account the pass and learn; residency has changed layer by layer already."""
@@ -143,31 +122,6 @@ class DirectTier(ExpertTier):
                 self.allowed = self.resident.msb.astype(np.uint8)
         self._active[:] = False
 
-    def _choose_residents(self, row: int, active: NDArray[np.int32]) -> None:
-        """Decide which of the layer's slices stay, before they are read; evicted ones that are not needed go at once."""
-        if self._slots is None or (self.resident.msb[row, active] & self.resident.lsb[row, active]).all():
-            return  # what stays changes only by what is read
-        resident = self.resident.msb[row], self.resident.lsb[row]
-        scores = self._residency.layer_scores(row, self._sure_routing[row])
-        refill_layer(
-            resident, scores, self._active[row], (self._slots.msb[row], self._slots.lsb[row]), self._parameters.hysteresis,
-            self._parameters.swap_cap,
-        )  # fmt: skip
-        self._slices.keep(row, *resident)
-
-    @property
-    def popularity(self) -> NDArray[np.float64]:
-        """(layers, experts) counts of verified routing."""
-        return self._residency.popularity
-
-    @property
-    def filled(self) -> float:
-        """Share of the slots of the kind with more of them free that residents take."""
-        if self._slots is None:
-            return 1.0
-        kinds = ((self._slots.msb, self.resident.msb), (self._slots.lsb, self.resident.lsb))
-        return min((float(resident.sum()) / sum(slots) for slots, resident in kinds if any(slots)), default=1.0)
-
     @property
     def bytes_read(self) -> int:
         """See ``ExpertTier.bytes_read``."""
@@ -175,28 +129,51 @@ class DirectTier(ExpertTier):
 
     @property
     def reading_seconds(self) -> float:
-        """Seconds with a read in flight since the tier began."""
+        """See ``ExpertTier.reading_seconds``."""
         return self._pool.busy_seconds()
+
+    @property
+    def missed_bytes(self) -> int:
+        """See ``ExpertTier.missed_bytes``."""
+        return self._statistics.phases["plain"].slow_bytes + self._statistics.phases["verify"].slow_bytes
 
     def replan(self, slots: SlotPlan | None, capacity: int) -> None:
         """See ``ExpertTier.replan``."""
         super().replan(slots, capacity)
         for row, (msb, lsb) in enumerate(zip(self.resident.msb, self.resident.lsb, strict=True)):
             self._slices.keep(row, msb, lsb)
-        self._slices.resize(*self._slots_held(capacity))
+        kept = [(0, 0)] * len(self._layers) if slots is None else list(zip(slots.msb, slots.lsb, strict=True))
+        self._slices.resize(slots_held(capacity, self._classes, self._class_of_row, kept, self._active.shape[1]))
 
-    def _slots_held(self, capacity: int) -> tuple[int, int]:
-        """(MSB, LSB) slices that fit ``capacity``: residents, and of either kind as many on their way as may be missing, so
-        that no kind waits for memory of the other."""
-        kept = (0, 0) if self._slots is None else (sum(self._slots.msb), sum(self._slots.lsb))
-        msb_bytes, lsb_bytes = self.arena.size(MSB), self.arena.size(LSB)
-        room = capacity - kept[0] * msb_bytes - kept[1] * lsb_bytes
-        missing = self._active.size - kept[0], self._active.size - kept[1]  # ever fewer MSB slices than LSB slices
-        msb = min(missing[0], max(1, room // (msb_bytes + lsb_bytes) * missing[0] // max(1, missing[1])))
-        return kept[0] + msb, kept[1] + min(missing[1], (room - msb * msb_bytes) // lsb_bytes)
 
-    def _foresee(self, row: int, ranked: NDArray[np.int32]) -> None:
-        """Plan reads of what verification will need by the (layers, tokens, ranks) routing of layers from ``row`` on; start
-        what fits."""
-        if self._prefetch:
-            self._slices.foresee(row, np.ascontiguousarray(ranked), self._reader.spec.top_k)
+def slots_held(
+    capacity: int, classes: list[tuple[int, int]], class_of_row: NDArray[np.int64], kept: list[tuple[int, int]], experts: int
+) -> list[tuple[int, int]]:
+    """(MSB, LSB) slots of each size class that fit ``capacity`` bytes: those of residents, and room for slices on their way.
+
+    :param classes: (MSB, LSB) bytes of a slice, 0 LSB bytes where an expert is one slice.
+    :param class_of_row: (rows,) the size class of each layer's experts. :param kept: (MSB, LSB) residents of each layer.
+
+    Each class gets room for one whole expert and a share of the rest by the bytes that may be missing. Within a class the
+    slots of either kind are as many as may be missing, so that no kind waits for memory of the other.
+    """
+    rows = [np.flatnonzero(class_of_row == index).tolist() for index in range(len(classes))]
+    held = [tuple(sum(kept[row][kind] for row in of_class) for kind in (0, 1)) for of_class in rows]
+    missing = [
+        tuple(len(of_class) * experts - slots if size else 0 for slots, size in zip(one, sizes, strict=True))
+        for of_class, one, sizes in zip(rows, held, classes, strict=True)
+    ]
+    weights = [m * a + x * b for (m, x), (a, b) in zip(missing, classes, strict=True)]
+    rest = capacity - sum(map(sum, classes)) - sum(m * a + x * b for (m, x), (a, b) in zip(held, classes, strict=True))
+    result = []
+    for (msb, lsb), (msb_bytes, lsb_bytes), (msb_missing, lsb_missing), weight in zip(
+        held, classes, missing, weights, strict=True
+    ):
+        room = msb_bytes + lsb_bytes + rest * weight // max(1, sum(weights))
+        if lsb_bytes == 0:
+            result.append((msb + min(msb_missing, room // msb_bytes), 0))
+            continue
+        pairs = room // (msb_bytes + lsb_bytes)  # ever fewer MSB slices than LSB slices are missing
+        coming = min(msb_missing, max(1, pairs * msb_missing // max(1, lsb_missing)))
+        result.append((msb + coming, lsb + min(lsb_missing, (room - coming * msb_bytes) // lsb_bytes)))
+    return result

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from time import perf_counter
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from elmoe.bitslice.sampling import Sample
+from elmoe.bitslice import Backend, Sample
+from elmoe.engine.decoder import Decoder, Draft, Routings, Tokens, WeightReader
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.kv import KVPool, pages_for
 from elmoe.engine.observe import Timeline
@@ -22,17 +22,15 @@ from elmoe.engine.tier import ExpertTier, tier_sizes
 from elmoe.engine.tier_manager import TierManager
 from elmoe.errors import RequestError
 from elmoe.kernels.reads import ReadPool
-from elmoe.models.decoder import Decoder, Draft, Routings, Tokens, WeightReader
-from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, check_budget, plan_slots, prefill_chunk
-from elmoe.policy.draft_length import DraftLengthController, LinearCost
-from elmoe.policy.operating_point import DRAFT_LENGTHS, Planner, TierShape
+from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, TierShape, check_budget, plan_slots, prefill_chunk
+from elmoe.policy.planner import Mode as Mode
+from elmoe.policy.planner import Plan, Planner
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store.direct import DirectReader
 
 if TYPE_CHECKING:  # pyarrow loads only when a trace is wanted
     from elmoe.trace import TraceRecorder
 
-Mode = Literal["plain", "cache", "elastic"]
 MAX_BATCH = 64
 READ_THREADS = 4
 """Reads in flight: 1 or 2 saturate an NVMe disk with slices of megabytes; small slices want more."""
@@ -53,7 +51,7 @@ class EngineOptions:
 
     ``fast_memory``: budget in bytes, a share of the expert bytes (float in 0..1), or None for all of them. ``split``: how
     slices share the budget; ``auto`` is chosen and changed by modelled tokens/s where the tier is enforced, else all MSB
-    slices first. ``draft_length``: tokens to draft, None lets the controller choose. ``draft_bits`` 8 is an ablation (expert
+    slices first. ``draft_length``: tokens to draft, None lets the planner choose. ``draft_bits`` 8 is an ablation (expert
     axis alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once. ``staging_experts``:
     experts in flight or waiting to be computed. ``slow_bandwidth``: throttle of the slow tier, bytes per second.
     ``commit_limit``: tokens kept per sequence and step; 1 records a draft from every position, for a replay. ``all_ranks``:
@@ -93,7 +91,7 @@ class Engine:
     def __init__(
         self,
         reader: StoreReader,
-        backend: ModuleType,
+        backend: Backend,
         options: EngineOptions | None = None,
         script: Script | None = None,
     ) -> None:
@@ -112,10 +110,11 @@ class Engine:
         self._script = script
         self._decoder = Decoder(reader, backend, self.spec.experts if options.all_ranks else None)
         self._tier: ExpertTier | None = None
-        self.controller = DraftLengthController(
-            fixed=options.draft_length if options.mode == "elastic" else 0, draft_cost=LinearCost(skip=1)
-        )
-        self.planner: Planner | None = None
+        enforced = isinstance(reader, DirectReader)
+        self.planner = Planner(
+            TierShape.of(tier_sizes(reader, reader.dense_bytes, 0)), options.mode,
+            options.split if enforced else self._fixed_split, options.draft_length, reads=enforced,
+        )  # fmt: skip
 
     def sizes(self, requests: Items[Request]) -> FastTierSizes:
         """What competes for the fast tier while these requests are served."""
@@ -136,7 +135,12 @@ class Engine:
             if isinstance(self._reader, DirectReader):
                 check_budget(self.budget(sizes), sizes, sizes.fixed)
             return None
-        return plan_slots(self.budget(sizes), sizes, self.options.split if self.options.split != "auto" else "msb_first")
+        return plan_slots(self.budget(sizes), sizes, self._fixed_split)
+
+    @property
+    def _fixed_split(self) -> Split:
+        """The split of a budget whose slices are not chosen by rate."""
+        return self.options.split if self.options.split != "auto" else "msb_first"
 
     @property
     def tier(self) -> ExpertTier:
@@ -167,7 +171,7 @@ class Engine:
 
         :param decode: output ids to text, needed where a request has stop strings.
         :param on_commit: called with (request index, new token ids) after every step.
-        :param timeline: takes the spans of passes, waits and reads.
+        :param timeline: takes the spans of passes, kernels, waits and reads.
         :raises RequestError: a request cannot be served. :raises BudgetError: the budget is below the minimum.
         """
         for request in requests:
@@ -200,30 +204,21 @@ class _Run:
         self.widest = max(self.spec.moe(layer).width for layer in self.spec.moe_layers)
         self.requests, self.decode, self.recorder, self.on_commit = requests, decode, recorder, on_commit
         self.statistics = Statistics(dense_bytes=engine._reader.dense_bytes)
-        self.controller = engine.controller
+        self.planner = engine.planner
         longest = max((engine._positions(request) for request in requests), default=1)
         self.decoder.reserve_positions(longest)
         self.pool = KVPool(self.spec, min(self.options.batch, max(1, len(requests))), longest)
         sizes = engine.sizes(requests)
-        slots = engine.slots(sizes)
+        engine.slots(sizes)  # refuses a budget that is too small
         self.tier = engine.tier
         self.tier.begin_run(self.statistics, timeline)
-        self.manager = None
-        if isinstance(self.tier, DirectTier):
-            fixed = self.controller.fixed
-            lengths = DRAFT_LENGTHS if fixed is None else (fixed,)
-            engine.planner = engine.planner or Planner(TierShape.of(sizes), lengths)
-            self.manager = TierManager(
-                self.options, sizes, engine.budget(sizes), self.tier, engine.planner, self.controller, self.pool.page_bytes
-            )
-        else:
-            self.tier.replan(slots, 0)
+        self.manager = TierManager(self.planner, self.tier, sizes, engine.budget(sizes), self.pool.page_bytes)
         self.free_slots = list(range(self.pool.cache.table.shape[0]))
         self.waiting = deque(enumerate(requests))
         self.running: list[Sequence] = []
         self.results: dict[int, Result] = {}
         self.step_index = 0
-        self._routings = Routings((), (), ())
+        self._routings: Routings  # of the last pass
 
     def serve(self) -> list[Result]:
         started, read = perf_counter(), self.tier.bytes_read
@@ -240,21 +235,12 @@ class _Run:
 
     def step(self) -> None:
         """Draft, verify, commit."""
-        limit = (
-            self.controller.limit(len(self.running))
-            if self.manager is None
-            else self.manager.plan(len(self.running), self.pool.bytes_touched)
-        )
+        plan = self.manager.plan(len(self.running), self.pool.bytes_touched)
         began = perf_counter()
-        self.draft(limit if limit and self.tier.can_draft else 0)
+        self.draft(plan)
         drafted = sum(len(sequence.draft) for sequence in self.running)
-        before = (0, 0, 0) if self.manager is None else self.statistics.outcome
-        committed = self.verify("verify" if drafted else "plain")
-        seconds = perf_counter() - began
-        self.controller.observe(drafted > 0, len(self.running), committed, seconds)
-        if self.manager is not None:
-            accepted, rejected, slow_bytes = (now - then for now, then in zip(self.statistics.outcome, before, strict=True))
-            self.manager.observe(len(self.running), drafted, accepted, accepted + rejected, slow_bytes, seconds)
+        self.verify("verify" if drafted else "plain")
+        self.manager.observe_step(len(self.running), drafted, perf_counter() - began)
         self.step_index += 1
 
     def admit(self) -> None:
@@ -267,21 +253,23 @@ class _Run:
             self.pool.reserve(sequence.slot, len(request.prompt))
             rows += [(sequence, position, token) for position, token in enumerate(request.prompt[:-1])]
             self.running.append(sequence)
-        size = prefill_chunk(self.spec.top_k, self.widest, reads=self.manager is not None)
+        size = prefill_chunk(self.spec.top_k, self.widest, reads=self.tier.enforced)
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
-            if self.manager is not None:
-                self.manager.plan(len(self.running), self.pool.bytes_touched)
+            self.manager.plan(len(self.running), self.pool.bytes_touched)
             everything = list(range(len(chunk)))
             self.tier.begin_step(everything)
             self.compute("prefill", [row[0] for row in chunk], _tokens(chunk), committed=everything, rows=[])
 
-    def draft(self, limit: int) -> None:
-        """Draft up to ``limit`` tokens for each running sequence with resident MSB slices only."""
+    def draft(self, plan: Plan) -> None:
+        """Draft as many tokens for each running sequence as the plan says, with resident MSB slices only."""
         for sequence in self.running:
             sequence.draft, sequence.confidences = [], []
+        limit = plan.draft_length
+        if limit == 0 or not self.tier.can_draft:
+            return
         options = self.options
-        plan = Draft(
+        means = Draft(
             self.tier.allowed,
             options.draft_top_k or self.spec.top_k,
             options.draft_rescale,
@@ -296,19 +284,19 @@ class _Run:
                 position = len(sequence.tokens) - 1 + len(sequence.draft)
                 self.pool.reserve(sequence.slot, position + 1)
                 rows.append((sequence, position, sequence.draft[-1] if sequence.draft else sequence.tokens[-1]))
-            samples = self.compute("draft", active, _tokens(rows), draft=plan)
+            samples = self.compute("draft", active, _tokens(rows), draft=means)
             for sequence, sample in zip(active, samples, strict=True):
                 sequence.draft.append(sample.token)
                 sequence.confidences.append(sample.confidence)
             self.statistics.drafted += len(active)
-            more = self.controller.proceed([sequence.confidences for sequence in active], limit)
+            more = self.planner.proceed([sequence.confidences for sequence in active], plan)
             active = [
                 sequence
                 for sequence, proceed in zip(active, more, strict=True)
                 if proceed and len(sequence.draft) < min(limit, sequence.room - 1)
             ]
 
-    def verify(self, phase: Phase) -> int:
+    def verify(self, phase: Phase) -> None:
         """Compute every drafted position and one more with the target; commit the agreeing prefix and its successor."""
         rows = []
         for sequence in self.running:
@@ -332,7 +320,7 @@ class _Run:
                 if draft_token is not None:
                     accepted = sample.token == draft_token
                     confidence = sequence.confidences[len(sequence.tokens) - 1 - before]
-                    self.controller.calibration.observe(confidence, accepted)
+                    self.planner.observe_judged(confidence, accepted)
                     self.statistics.accepted += accepted
                     self.statistics.rejected += not accepted
                     judged = not accepted or len(sequence.tokens) - before == self.options.commit_limit
@@ -342,13 +330,11 @@ class _Run:
                 self.statistics.verified += committed[sequence.index]
             if self.on_commit is not None:
                 self.on_commit(sequence.index, sequence.tokens[before:])
-        total = sum(committed.values())
-        self.statistics.committed += total
+        self.statistics.committed += sum(committed.values())
         routing = self._routings.of(kept) if self.tier.learns else None
-        if self.manager is not None and routing is not None:
+        if routing is not None:
             self.manager.observe_routing(committed, routing)
         self.tier.end_step(phase, routing)
-        return total
 
     def compute(
         self,
@@ -367,7 +353,8 @@ class _Run:
             positions = tokens.positions.tolist()
             script_rows = [(s.index, len(s.tokens) - 1, at) for s, at in zip(sequences, positions, strict=True)]
             self.script.begin(phase, script_rows, float(self.tier.resident.msb.mean()))
-        logits, self._routings = self.decoder.forward(tokens, self.pool.cache, self.tier, draft, wanted)
+        report = None if self.timeline is None else self.timeline.kernel
+        logits, self._routings = self.decoder.forward(tokens, self.pool.cache, self.tier, draft, wanted, report)
         owners = sequences if rows is None else [sequences[row] for row in rows]
         samples = [
             self.backend.sample(logits[i], owner.request.sampling, int(tokens.positions[i]) + 1)
@@ -382,13 +369,9 @@ class _Run:
         counters.seconds += seconds
         counters.waited_seconds += self.tier.waited - waited
         if phase == "draft":
-            self.controller.draft_cost.observe(len(sequences), seconds)
+            self.planner.observe_draft(len(sequences), seconds)
         else:
-            computing = seconds - (self.tier.waited - waited)
-            if phase != "prefill":
-                self.controller.verify_cost.observe(len(sequences), computing)
-            if self.manager is not None:
-                self.manager.observe_pass(len(sequences), computing)
+            self.manager.observe_target(len(sequences), seconds, self.tier.waited - waited)
         if self.recorder is not None:
             self.record(self.recorder, phase, sequences, tokens, samples)
         if end:

@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 
 from elmoe.bitslice import KVCache
+from elmoe.engine.decoder import grouped_attention
 from elmoe.errors import BudgetError
-from elmoe.models.decoder import grouped_attention
 from elmoe.models.spec import ModelSpec
 
 PAGE_POSITIONS = 64

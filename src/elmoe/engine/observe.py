@@ -1,38 +1,44 @@
-"""Watching a run: seconds in kernel calls, and a timeline of passes, kernels, waits and reads for Chrome or Perfetto."""
+"""Watching a run: seconds in a backend's calls; a timeline of passes, kernels, waits and reads for Chrome or Perfetto."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from numpy.typing import NDArray
+
+from elmoe.bitslice import Backend, Report, Routings, Sample
 from elmoe.chrome_trace import Span, write_chrome_trace
 
-KERNELS = ("embed", "attention_block", "route", "expert_ffn", "rms_norm", "logits", "sample")
 
+class ObservedBackend:
+    """A backend that reports each call as (name, begin, end)."""
 
-class ObservedBackend(SimpleNamespace):
-    """A backend that reports each call as (kernel, begin, end). ``fused``: where the backend can compute all layers in one
-    call, so be it; otherwise each kernel is seen."""
+    def __init__(self, backend: Backend, report: Report) -> None:
+        self._backend, self._report = backend, report
 
-    def __init__(
-        self, backend: ModuleType | SimpleNamespace, report: Callable[[str, float, float], None], fused: bool = False
-    ) -> None:
-        super().__init__(**{name: _observed(name, getattr(backend, name), report) for name in KERNELS})
-        if fused and hasattr(backend, "forward"):
-            self.forward, self.LayerStack = _observed("forward", backend.forward, report), backend.LayerStack
-
-
-def _observed(name: str, function: Callable[..., Any], report: Callable[[str, float, float], None]) -> Callable[..., Any]:
-    def call(*arguments: Any, **named: Any) -> Any:
+    def _call(self, name: str, *arguments: Any, **named: Any) -> Any:
         began = perf_counter()
-        result = function(*arguments, **named)
-        report(name, began, perf_counter())
+        result = getattr(self._backend, name)(*arguments, **named)
+        self._report(name, began, perf_counter())
         return result
 
-    return call
+    def embed(self, *arguments: Any, **named: Any) -> NDArray:
+        """See ``Backend``."""
+        return self._call("embed", *arguments, **named)
+
+    def forward(self, *arguments: Any, **named: Any) -> Routings:
+        """See ``Backend``."""
+        return self._call("forward", *arguments, **named)
+
+    def logits(self, *arguments: Any, **named: Any) -> NDArray:
+        """See ``Backend``."""
+        return self._call("logits", *arguments, **named)
+
+    def sample(self, *arguments: Any, **named: Any) -> Sample:
+        """See ``Backend``."""
+        return self._call("sample", *arguments, **named)
 
 
 class Timeline:
@@ -45,9 +51,9 @@ class Timeline:
         """Note one span, seconds on the steady clock."""
         self.spans.append(Span(track, name, began, ended))
 
-    def backend(self, backend: ModuleType | SimpleNamespace) -> ObservedBackend:
-        """The backend to run with, so that its calls appear."""
-        return ObservedBackend(backend, lambda name, began, ended: self.add("kernels", name, began, ended))
+    def kernel(self, name: str, began: float, ended: float) -> None:
+        """Note a span of computation."""
+        self.add("kernels", name, began, ended)
 
     def add_reads(self, events: list[tuple[float, float, float, int, int]]) -> None:
         """Events of the read pool, (submitted, started, finished, bytes, priority), on as few tracks as they need."""

@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 
 from elmoe import kernels
-from elmoe.models.decoder import WeightReader
+from elmoe.engine.decoder import WeightReader
 
 DISTANCES = (1024, 2048, 4096, 8192)
 ROUNDS = 6
@@ -26,9 +26,9 @@ def choose_prefetch_distance(reader: WeightReader) -> dict[int, float]:
     Each measurement runs other experts, so that their weights come from memory; a hidden state of zeros costs what any does.
     """
     spec = reader.spec
-    layout = reader.expert_layout(spec.moe_layers[0])
-    expert_bytes = layout.msb_bytes + layout.lsb_bytes
-    if kernels.PREFETCH_PINNED or len(spec.moe_layers) * spec.experts * expert_bytes < LEAST_BYTES:
+    layouts = {layer: reader.expert_layout(layer) for layer in spec.moe_layers}
+    expert_bytes = {layer: layout.msb_bytes + layout.lsb_bytes for layer, layout in layouts.items()}
+    if kernels.PREFETCH_PINNED or spec.experts * sum(expert_bytes.values()) < LEAST_BYTES:
         return {}
     groups = [
         (layer, np.arange(first, first + spec.top_k, dtype=np.int32)[None])
@@ -42,9 +42,9 @@ def choose_prefetch_distance(reader: WeightReader) -> dict[int, float]:
         distance = DISTANCES[(turn + turn // len(DISTANCES)) % len(DISTANCES)]
         kernels.set_prefetch(distance)
         began = perf_counter()
-        kernels.expert_ffn(reader.expert_layout(layer), reader.expert_addresses(layer), x, experts, weights, x.copy())
+        kernels.expert_ffn(layouts[layer], reader.expert_addresses(layer), x, experts, weights, x.copy())
         seconds[distance].append(perf_counter() - began)
-        if spec.top_k * expert_bytes < LEAST_RATE * seconds[distance][-1]:
+        if spec.top_k * expert_bytes[layer] < LEAST_RATE * seconds[distance][-1]:
             kernels.set_prefetch(default)
             return {}
     medians = {distance: median(values) for distance, values in seconds.items() if values}

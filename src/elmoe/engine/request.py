@@ -14,7 +14,7 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. ``stop``: strings that end the text (not included in it); ``stop_text`` decodes output ids for them."""
+    """One prompt. ``stop``: strings that end the text (not included in it)."""
 
     prompt: tuple[int, ...]
     max_tokens: int = 128

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Literal, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
 
+from elmoe.bitslice import Backend
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.engine import Engine, EngineOptions
 from elmoe.engine.observe import Timeline
@@ -25,7 +25,7 @@ from elmoe.untrusted import read_bytes
 if TYPE_CHECKING:
     from elmoe.trace import TraceRecorder
 
-Backend = Literal["native", "reference"]
+BackendName = Literal["native", "reference"]
 Reader = Literal["auto", "memory", "direct"]
 TOKENIZER_LIMIT = 256 << 20
 """Largest tokenizer.json, bytes."""
@@ -35,12 +35,18 @@ MOST_THREADS = 64
 """The largest thread pool of the kernels."""
 
 
-def load_backend(name: Backend) -> ModuleType:
+def load_backend(name: BackendName) -> Backend:
     """``native`` kernels, or ``reference``: the NumPy definition (same bits, slow). KernelError without native kernels."""
-    return import_module("elmoe.kernels" if name == "native" else "elmoe.bitslice")
+    if name == "native":
+        from elmoe import kernels
+
+        return kernels
+    from elmoe import bitslice
+
+    return bitslice
 
 
-def use_threads(backend: Backend, threads: int | None = None) -> None:
+def use_threads(backend: BackendName, threads: int | None = None) -> None:
     """Set the native kernels' thread count: by default all cores of this process, at most ``MOST_THREADS``."""
     if backend == "native":
         from elmoe import kernels
@@ -60,10 +66,10 @@ class Session:
         self,
         store: str | Path,
         options: EngineOptions | None = None,
-        backend: Backend = "native",
+        backend: BackendName = "native",
         reader: Reader = "auto",
     ) -> None:
-        module, options = load_backend(backend), options or EngineOptions()
+        self.backend, options = load_backend(backend), options or EngineOptions()
         self.path = resolve_store(store)
         store_bytes, available = sum(file.bytes for file in read_manifest(self.path).files), available_memory()
         kind = reader if reader != "auto" else _choose_reader(options, store_bytes, available)
@@ -84,12 +90,11 @@ class Session:
             self.tier += f", throttled to {options.slow_bandwidth / 1e9:g} GB/s"
         tokenizer = self.reader.tokenizer_path
         self.tokenizer = load_tokenizer(read_bytes(tokenizer, StoreError, TOKENIZER_LIMIT, "tokenizer"), str(tokenizer))
-        self.backend = module
         if kind == "memory" and backend == "native":
             from elmoe.engine.prefetch_distance import choose_prefetch_distance  # needs the native kernels
 
             choose_prefetch_distance(self.reader)
-        self.engine = Engine(self.reader, module, options)
+        self.engine = Engine(self.reader, self.backend, options)
 
     def __enter__(self) -> Session:
         return self
@@ -137,10 +142,7 @@ class Session:
         on_commit: Callable[[int, list[int]], None] | None = None,
         timeline: Timeline | None = None,
     ) -> tuple[list[Result], Statistics]:
-        """Serve requests as ``Engine.generate`` does, with this store's tokenizer for stop strings. A ``timeline`` gets the
-        kernel calls too."""
-        if timeline is not None:
-            self.engine = Engine(self.reader, cast(ModuleType, timeline.backend(self.backend)), self.engine.options)
+        """Serve requests as ``Engine.generate`` does, with this store's tokenizer for stop strings."""
         return self.engine.generate(requests, self.decode, recorder, on_commit, timeline)
 
 

@@ -95,11 +95,6 @@ class Statistics:
         return sum(self.phases[phase].seconds for phase in PHASES if phase != "prefill")
 
     @property
-    def outcome(self) -> tuple[int, int, int]:
-        """Draft tokens accepted and rejected, and the expert bytes that decoding's target passes did not find resident."""
-        return self.accepted, self.rejected, self.phases["plain"].slow_bytes + self.phases["verify"].slow_bytes
-
-    @property
     def acceptance_rate(self) -> float | None:
         """Share of judged draft tokens that were accepted; None where none were judged."""
         return _ratio(self.accepted, self.accepted + self.rejected)

@@ -7,17 +7,14 @@ facts, so they count the same hits and bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import Routing
+from elmoe.bitslice import ExpertFeed, Routings
+from elmoe.engine.decoder import AddressTables, WeightReader
 from elmoe.engine.observe import Timeline
 from elmoe.engine.statistics import Phase, Statistics
 from elmoe.errors import NumericsError
-from elmoe.models.decoder import Stretch, WeightReader
 from elmoe.policy.budget import FastTierSizes, SlotPlan
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, trimmed
 
@@ -33,17 +30,19 @@ class ExpertTier:
     Holds nothing until :meth:`replan` gives it slots; ``begin_run`` says where a run's counters are. ``everything``: no
     budget, so with slots all slices are resident from the start and nothing is learned.
 
-    Per pass: ``begin_step`` (which token rows are sure to stay), the decoder's ``stretches`` layer by layer, ``end_step``.
+    Per pass: ``begin_step`` (which token rows are sure to stay), the decoder's pass, which ``note``s its routing or takes it
+    to a ``feed`` layer by layer, ``end_step``.
     Newcomers are judged by the hotness up to the step before plus the step's sure rows, so that a layer can decide as soon
     as it is routed, before acceptance is known.
     """
 
     label = "simulated tier: budget accounted, not enforced"
+    enforced = False
+    """Whether slices that are not resident have to be read."""
 
     def __init__(self, reader: WeightReader, parameters: ResidencyParameters, everything: bool = False) -> None:
         spec = reader.spec
         self._layers = spec.moe_layers
-        self._rows = {layer: row for row, layer in enumerate(self._layers)}
         layouts = [reader.expert_layout(layer) for layer in spec.moe_layers]
         self._msb_bytes = np.array([layout.msb_bytes for layout in layouts], np.int64)
         self._lsb_bytes = np.array([layout.lsb_bytes for layout in layouts], np.int64)
@@ -60,18 +59,19 @@ class ExpertTier:
         self._timeline: Timeline | None = None
         self._sure = np.zeros(0, np.int64)
         self._sure_routing: list[NDArray[np.int32]] = []
-        self.resident = ResidentSet.empty(*shape)
+        self.resident = self.found = ResidentSet.empty(*shape)
+        """What is resident, and what the last target pass of an enforced tier found so."""
         self.allowed = np.zeros(shape, np.uint8)
 
-    def _address_tables(self, reader: WeightReader) -> tuple[NDArray[np.int64], ...]:
+    def _address_tables(self, reader: WeightReader) -> AddressTables:
         return tuple(reader.expert_addresses(layer) for layer in reader.spec.moe_layers)
 
     @property
-    def tables(self) -> tuple[NDArray[np.int64], ...]:
+    def tables(self) -> AddressTables:
         """See ``ExpertSource``."""
         return self._addresses
 
-    def feed(self, draft: bool) -> Any:
+    def feed(self, draft: bool) -> ExpertFeed | None:
         """See ``ExpertSource``: every expert stays where it is."""
         return None
 
@@ -101,6 +101,29 @@ class ExpertTier:
         return 0
 
     @property
+    def reading_seconds(self) -> float:
+        """Seconds with a read in flight since the tier began."""
+        return 0.0
+
+    @property
+    def missed_bytes(self) -> int:
+        """Bytes of slices that decoding's target passes of this run had to read."""
+        return 0
+
+    @property
+    def counts(self) -> NDArray[np.float64]:
+        """(layers, experts) counts of verified routing."""
+        return self._residency.popularity
+
+    @property
+    def filled(self) -> float:
+        """Share of the slots of the kind with more of them free that residents take."""
+        if self._slots is None:
+            return 1.0
+        kinds = ((self._slots.msb, self.resident.msb), (self._slots.lsb, self.resident.lsb))
+        return min((float(resident.sum()) / sum(slots) for slots, resident in kinds if any(slots)), default=1.0)
+
+    @property
     def waited(self) -> float:
         """Seconds spent waiting for reads since the tier began."""
         return 0.0
@@ -120,26 +143,22 @@ class ExpertTier:
         if self.learns:
             self._sure, self._sure_routing = np.array(sure, np.int64), []
 
-    def stretches(self, layer: int, routing: Routing, draft: bool) -> Iterator[Stretch]:
-        """The experts of a layer in ascending stretches as they become readable; what a stretch needed may go after it."""
-        row, experts = self._rows[layer], routing.experts
-        self._note(row, experts[None], draft)
-        yield Stretch(experts, self._addresses[row], whole=True)
-
-    def note(self, ranked: NDArray[np.int32], experts: NDArray[np.int32], draft: bool) -> None:
+    def note(self, routings: Routings, draft: bool) -> None:
         """See ``ExpertSource``."""
         if self.learns:
-            self._note(0, experts, draft)
+            self._note(0, routings.experts, draft)
         else:
-            self._routed = experts
+            self._routed = routings.experts
 
     def _note(self, row: int, experts: NDArray[np.int32], draft: bool) -> None:
-        """Remember which experts the layers from ``row`` on used, (layers, tokens, k)."""
+        """Remember which experts the layers from ``row`` on used, (layers, tokens, k); -1 is none."""
         layers = self._layer_column[row : row + len(experts)]
         used = experts.reshape(len(experts), -1)
-        if draft and not self.allowed[layers, used].all():
-            self._statistics.draft_slow_reads += 1
-            raise NumericsError("a draft asked for an expert that is not resident")
+        if draft:
+            if not (self.allowed[layers, used] | (used < 0)).all():
+                self._statistics.draft_slow_reads += 1
+                raise NumericsError("a draft asked for an expert that is not resident")
+            layers, used = _present(layers, used)
         self._active[layers, used] = True
         if not draft and self.learns:
             self._sure_routing.extend(experts[:, self._sure])
@@ -175,7 +194,7 @@ class ExpertTier:
             passes = [experts for other, experts in self._unaccounted if other == phase]
             active = np.zeros((len(passes), *self._active.shape), bool)
             for one, experts in zip(active, passes, strict=True):
-                one[self._layer_column, experts.reshape(len(experts), -1)] = True
+                one[_present(self._layer_column, experts.reshape(len(experts), -1))] = True
             used = active.sum(axis=(0, 2))
             self._count(phase, used, *[np.zeros_like(used) if self._slots is None else used] * 2)
         self._unaccounted.clear()
@@ -190,11 +209,21 @@ class ExpertTier:
             counters.count("lsb", lsb_hits, used - lsb_hits, self._lsb_bytes)
 
 
+def _present(layers: NDArray[np.int64], used: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Index arrays of used experts, (layers, 1) and (layers, n), without the entries that are -1."""
+    if used.size == 0 or used.min() >= 0:
+        return layers, used
+    present = used >= 0
+    return np.broadcast_to(layers, used.shape)[present], used[present]
+
+
 def tier_sizes(reader: WeightReader, dense_bytes: int, kv_bytes: int, staging_experts: int = 2) -> FastTierSizes:
-    """What competes for the fast tier; staging is room for ``staging_experts`` whole experts of the largest layer."""
+    """What competes for the fast tier; staging is room for ``staging_experts`` whole experts of the largest layer, and for
+    one of every size at least."""
     spec = reader.spec
     layouts = [reader.expert_layout(layer) for layer in spec.moe_layers]
     msb = tuple(layout.msb_bytes for layout in layouts)
     lsb = tuple(layout.lsb_bytes for layout in layouts)
-    staging = staging_experts * max((m + x for m, x in zip(msb, lsb, strict=True)), default=0)
+    sizes = set(zip(msb, lsb, strict=True))
+    staging = max(staging_experts * max((m + x for m, x in sizes), default=0), sum(m + x for m, x in sizes))
     return FastTierSizes(dense_bytes, kv_bytes, staging, msb, lsb, spec.experts, spec.top_k)

@@ -6,8 +6,6 @@ Native objects made of weights are kept on the weights themselves, so a call on 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,21 +13,28 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import (
     AttentionWeights,
+    DenseWeights,
+    Draft,
+    ExpertFeed,
     ExpertLayout,
     KVCache,
+    LayerStack,
+    LayerWeights,
     NestedMatrix,
+    Report,
+    Routed,
     RouterWeights,
     Routing,
+    Routings,
     Sample,
     SamplingParameters,
-    rotary_tables,
 )
 from elmoe.bitslice.expert import PROJECTIONS
 from elmoe.errors import KernelError, NumericsError
 
 try:
     from elmoe import _native  # noqa: TID251 - this module is the door
-    from elmoe.kernels.slices import ExpertSlices, read_failed
+    from elmoe.kernels.slices import SlicesFeed, read_failed
 except ImportError as error:
     raise KernelError(
         f"the native kernels are missing ({error})",
@@ -37,15 +42,6 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    "AttentionWeights",
-    "ExpertLayout",
-    "KVCache",
-    "LayerStack",
-    "NestedMatrix",
-    "RouterWeights",
-    "Routing",
-    "Sample",
-    "SamplingParameters",
     "attention_block",
     "embed",
     "expert_ffn",
@@ -54,7 +50,6 @@ __all__ = [
     "nested_matmul",
     "prefetch",
     "rms_norm",
-    "rotary_tables",
     "route",
     "sample",
     "set_prefetch",
@@ -158,13 +153,23 @@ def _cache(cache: KVCache) -> Any:
 
 def _expert(layout: ExpertLayout) -> Any:
     msb = [layout.msb[0][f"{projection}_{kind}"] for kind in ("hi", "scales") for projection in PROJECTIONS]
-    return _native.Expert(layout.hidden, layout.width, msb, [layout.lsb[0][f"{name}_lo"] for name in PROJECTIONS])
+    lsb = [layout.lsb[0][f"{name}_lo"] for name in PROJECTIONS]
+    return _native.Expert(layout.hidden, layout.width, msb, lsb, layout.msb_bytes, layout.lsb_bytes)
+
+
+def _norm(weights: DenseWeights) -> Any:
+    return _native.Norm(weights.norm, weights.epsilon)
+
+
+def _layer(layer: LayerWeights) -> Any:
+    weights = layer.feed_forward
+    router = None if isinstance(weights, DenseWeights) else _handle(weights, _router)
+    norm = _handle(weights, _norm) if isinstance(weights, DenseWeights) else None
+    return _native.Layer(_handle(layer.attention, _attention), router, norm, _handle(layer.layout, _expert), layer.addresses)
 
 
 def _stack(stack: LayerStack) -> Any:
-    attention = [_handle(weights, _attention) for weights in stack.attention]
-    routers = [_handle(weights, _router) for weights in stack.routers]
-    return _native.Stack(attention, routers, _handle(stack.layout, _expert), list(stack.addresses))
+    return _native.Stack([_layer(layer) for layer in stack.layers])
 
 
 def nested_matmul(
@@ -260,20 +265,8 @@ def expert_ffn(
         raise NumericsError(str(error), "check the checkpoint's weights") from None
 
 
-@dataclass(frozen=True)
-class LayerStack:
-    """Consecutive MoE layers, the first of them layer ``first`` of the cache, whose experts all lie in memory, at the
-    (experts, 2) ``addresses``."""
-
-    first: int
-    attention: tuple[AttentionWeights, ...]
-    routers: tuple[RouterWeights, ...]
-    layout: ExpertLayout
-    addresses: tuple[NDArray[np.int64], ...]
-
-
-ExpertFeed = tuple[ExpertSlices, Callable[[int, NDArray[np.int32]], None]]
-"""Expert slices, and who is told a layer's index in the stack and (tokens, k) experts and begins the layer with them."""
+TIMES = 5
+"""Moments that native code notes for each layer: attention begins, routing begins, routing ends, experts begin, they end."""
 
 
 def forward(
@@ -284,42 +277,46 @@ def forward(
     positions: NDArray[np.int32],
     cosine: NDArray[np.float32],
     sine: NDArray[np.float32],
-    allowed: NDArray[np.uint8] | None = None,
-    draft_top_k: int | None = None,
-    rescale: bool = True,
-    draft: bool = False,
-    offset: float = 8.0,
+    *,
+    draft: Draft | None = None,
     feed: ExpertFeed | None = None,
-) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
-    """``attention_block``, ``route`` and ``expert_ffn`` of layer after layer in one call, in place on ``x``.
+    routed: Routed | None = None,
+    report: Report | None = None,
+) -> Routings:
+    """Run all layers in place on ``x`` in one call; see ``bitslice.forward``. Python is called once per row where there is a
+    hook or a feed, else never; a feed of ``SlicesFeed`` hands out its stretches in native code."""
+    offset, coarse, allowed, rescale = 8.0, False, None, False
+    if draft is not None:
+        offset, coarse, allowed, rescale = draft.offset, draft.bits == 4, draft.allowed, draft.rescale
+        _check_offset(offset)
+    native = _handle(stack, _stack)  # which checks the sizes
+    routings = Routings.empty(stack, len(x), draft)
+    times = None if report is None else np.empty((len(stack.layers), TIMES))
 
-    :param allowed: (layers, experts), see ``route``; at least the wanted number of experts in every layer.
-    :param feed: where experts come from that do not all lie in memory.
-    :returns: ranked, scores, experts and weights of the layers' routings, with a leading axis of layers.
-    """
-    _check_offset(offset)
-    router = stack.routers[0]
-    shape = (len(stack.routers), x.shape[0])
-    size = router.top_k if allowed is None else min(draft_top_k or router.top_k, router.top_k)
-    ranked = np.empty((*shape, router.ranks), np.int32)
-    scores = np.empty((*shape, router.ranks), np.float32)
-    experts, weights = np.empty((*shape, size), np.int32), np.empty((*shape, size), np.float32)
-    slices, begin = (None, None) if feed is None else feed
+    def decide(row: int) -> None:
+        if routed is not None:
+            routed(row, routings)
+        if feed is not None:
+            feed.begin(row, routings.experts[row])
 
-    def decide(layer: int) -> None:
-        if begin is not None:
-            begin(layer, experts[layer])
-
+    slices = feed.slices if isinstance(feed, SlicesFeed) else None
+    ready = None if feed is None or slices is not None else feed.next
     try:
         _native.forward(
-            _handle(stack, _stack), x, _handle(cache, _cache), stack.first, slots, positions, cosine, sine, allowed, rescale,
-            draft, offset, ranked, scores, experts, weights, slices, decide,
+            native, x, _handle(cache, _cache), slots, positions, cosine, sine, allowed, rescale, coarse,
+            offset, routings.ranked, routings.scores, routings.experts, routings.weights, slices, ready,
+            None if feed is None and routed is None else decide, times,
         )  # fmt: skip
     except _native.SliceReadFailure as error:
         raise read_failed(error) from None
     except _native.NumericsFailure as error:
         raise NumericsError(str(error), "check the checkpoint's weights") from None
-    return ranked, scores, experts, weights
+    if report is not None and times is not None and len(x):
+        for layer, (attention, routing, chosen, experts, end) in enumerate(times.tolist()):
+            report(f"attention {layer}", attention, routing)
+            report(f"routing {layer}", routing, chosen)
+            report(f"experts {layer}", experts, end)
+    return routings
 
 
 def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

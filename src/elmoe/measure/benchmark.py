@@ -6,44 +6,43 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
-from types import ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import SamplingParameters
+from elmoe.bitslice import Backend, Routings, SamplingParameters
 from elmoe.engine.engine import Engine, Mode
 from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.request import Request, Result
 from elmoe.engine.session import Session
-from elmoe.kernels import ExpertFeed
+from elmoe.kernels.slices import Refill, SlicesFeed
 from elmoe.measure.replay import ReplayBackend
 
 
 class TimedBackend(ObservedBackend):
     """A backend that adds up the seconds spent inside its calls, but for waits and decisions of an enforced tier."""
 
-    def __init__(self, backend: ModuleType | SimpleNamespace) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.seconds = 0.0
-        super().__init__(backend, self._add, fused=True)
-        if hasattr(self, "forward"):
-            self._all, self.forward = self.forward, self._forward
+        super().__init__(backend, self._add)
 
-    def _forward(self, *arguments: Any, feed: ExpertFeed | None = None) -> Any:
-        if feed is None:
-            return self._all(*arguments)
-        slices, decide = feed
-        before, deciding = slices.waited, 0.0
+    def forward(self, *arguments: Any, **named: Any) -> Routings:
+        """See ``Backend``."""
+        feed = named.get("feed")
+        if not isinstance(feed, SlicesFeed):
+            return super().forward(*arguments, **named)
+        before, deciding = feed.slices.waited, 0.0
 
-        def timed(layer: int, experts: NDArray[np.int32]) -> None:
+        def timed(row: int, experts: NDArray[np.int32]) -> Refill | None:
             nonlocal deciding
             began = perf_counter()
-            decide(layer, experts)
+            change = feed.decide(row, experts)
             deciding += perf_counter() - began
+            return change
 
-        result = self._all(*arguments, feed=(slices, timed))
-        self.seconds -= deciding + slices.waited - before
+        result = super().forward(*arguments, **{**named, "feed": SlicesFeed(feed.slices, timed)})
+        self.seconds -= deciding + feed.slices.waited - before
         return result
 
     def _add(self, name: str, began: float, ended: float) -> None:
@@ -74,7 +73,7 @@ def benchmark(
             mode, batch = case
             timed = TimedBackend(replay or session.backend)
             options = replace(session.engine.options, mode=mode, batch=batch)
-            engine = Engine(session.reader, cast(ModuleType, timed), options, replay)
+            engine = Engine(session.reader, timed, options, replay)
             if session.reader.kind == "direct":
                 engine.generate(requests, session.decode)
             timed.seconds = 0.0

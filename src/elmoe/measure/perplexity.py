@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import Routing
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
+from elmoe.engine.decoder import AllExperts, Draft, Tokens
 from elmoe.engine.kv import KVPool
 from elmoe.engine.session import Session
 from elmoe.errors import RequestError
-from elmoe.models.decoder import Draft, Stretch, Tokens
 
 CHUNK = 128
 """Tokens computed in one pass."""
@@ -52,22 +51,19 @@ class TeacherForcing:
         self._decoder.reserve_positions(window)
         self._pool = KVPool(spec, 1, window)
         self._pool.reserve(0, window)
-        self._rows = {layer: row for row, layer in enumerate(spec.moe_layers)}
-        self._addresses = {layer: session.reader.expert_addresses(layer) for layer in spec.moe_layers}
-        self.counts = np.zeros((len(self._rows), spec.experts), np.int64)
-
-    def stretches(self, layer: int, routing: Routing, draft: bool) -> list[Stretch]:
-        """See ``elmoe.models.decoder.ExpertSource``: all experts are there; the target's are counted."""
-        if not draft:
-            self.counts[self._rows[layer]] += np.bincount(routing.experts.ravel(), minlength=self.counts.shape[1])
-        return [Stretch(routing.experts, self._addresses[layer], whole=True)]
+        self._source = AllExperts(session.reader)
+        self.counts = np.zeros((len(spec.moe_layers), spec.experts), np.int64)
 
     def logits(self, tokens: NDArray[np.int32], draft: Draft | None = None) -> Iterator[NDArray[np.float32]]:
         """(up to ``CHUNK``, vocabulary) logits behind each of at most ``window`` tokens, which start at position 0."""
         for start in range(0, len(tokens), CHUNK):
             positions = np.arange(start, min(start + CHUNK, len(tokens)), dtype=np.int32)
             batch = Tokens(tokens[positions], np.zeros_like(positions), positions)
-            yield self._decoder.forward(batch, self._pool.cache, self, draft)[0]
+            logits, routings = self._decoder.forward(batch, self._pool.cache, self._source, draft)
+            if draft is None:
+                for counts, experts in zip(self.counts, routings.experts, strict=True):
+                    counts += np.bincount(experts.ravel(), minlength=len(counts))
+            yield logits
 
 
 def evaluate(
@@ -98,7 +94,7 @@ def evaluate(
     agreed = scored = 0
     for index in range(count):
         tokens = ids[index * window : (index + 1) * window]
-        source.counts[:] = 0
+        counts = np.zeros((len(spec.moe_layers), spec.experts), np.int64)
         best = []
         for which, draft in enumerate((None, Draft(allowed, spec.top_k))):
             parts = []
@@ -111,7 +107,7 @@ def evaluate(
             best.append(np.concatenate(parts))
         agreed += int((best[0] == best[1]).sum())
         scored += window - 1
-        order = np.argsort(-source.counts, axis=1, kind="stable")[:, :keep]
+        order = np.argsort(-counts, axis=1, kind="stable")[:, :keep]
         allowed = np.zeros_like(allowed)
         np.put_along_axis(allowed, order, 1, axis=1)
         if progress is not None:

@@ -7,15 +7,12 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import RouterWeights, Routing, SamplingParameters
-from elmoe.bitslice.sampling import Sample
+from elmoe.bitslice import Backend, Draft, Routings, Sample, SamplingParameters
 from elmoe.engine.request import Request
 from elmoe.engine.statistics import Phase
 from elmoe.errors import TraceError
@@ -26,7 +23,7 @@ PERMUTATION_SEED = 20260414
 """Of the fixed permutation of experts under which an odd layer repeats the even layer before it."""
 
 
-class ReplayBackend(SimpleNamespace):
+class ReplayBackend:
     """A kernel backend, and the engine's ``script``, that computes everything and then says what the trace says.
 
     Layers 2l and 2l+1 replay the trace's layer l (modulo its layers), the second under a fixed permutation of experts; each
@@ -35,7 +32,7 @@ class ReplayBackend(SimpleNamespace):
     with different shares of resident MSB slices, a step replays the nearest: acceptance depends on what was resident.
     """
 
-    def __init__(self, backend: ModuleType, spec: ModelSpec, traces: Sequence[DraftFacts]) -> None:
+    def __init__(self, backend: Backend, spec: ModelSpec, traces: Sequence[DraftFacts]) -> None:
         facts = traces[0]
         ranks = facts.target_routes.shape[-1]
         if facts.experts != spec.experts or ranks < spec.top_k:
@@ -45,13 +42,11 @@ class ReplayBackend(SimpleNamespace):
             )
         if int(facts.tokens.max()) >= spec.vocabulary:
             raise TraceError(f"the trace has token {int(facts.tokens.max())}, the store's vocabulary is {spec.vocabulary}")
-        super().__init__(**{name: getattr(backend, name) for name in ("embed", "attention_block", "expert_ffn", "rms_norm")})
         self._backend, self._facts, self._top_k = backend, facts, spec.top_k
         self._traces = {trace.resident: trace for trace in traces}
         rng = np.random.Generator(np.random.PCG64(PERMUTATION_SEED))
         self._permutation = rng.permutation(spec.experts).astype(np.int32)
-        self._layers = len(spec.moe_layers)
-        self._layer, self._phase = 0, ""
+        self._phase = ""
         self._routes = np.empty((0, 0, 0), np.int32)
         self._scores = np.empty((0, 0, 0), np.float32)
         self._samples: deque[tuple[tuple[int, int], int, float]] = deque()
@@ -79,7 +74,7 @@ class ReplayBackend(SimpleNamespace):
         sequences = np.array(self._sequences)[requests]
         start = positions if phase == "prefill" else last
         index = (sequences, start, positions - start)
-        self._layer, self._phase, draft = 0, phase, phase == "draft"
+        self._phase, draft = phase, phase == "draft"
         if int(index[2].max()) >= facts.depths + (not draft):
             raise TraceError(f"the trace holds drafts of {facts.depths} tokens", "lower --draft-length, or record it anew")
         self._routes = (facts.draft_routes if draft else facts.target_routes)[index].astype(np.int32)
@@ -89,40 +84,54 @@ class ReplayBackend(SimpleNamespace):
         where = zip(sequences.tolist(), positions.tolist(), strict=True)
         self._samples = deque() if phase == "prefill" else deque(zip(where, tokens, confidences, strict=True))
 
-    def route(
-        self, router: RouterWeights, x: NDArray[np.float32], allowed: NDArray[np.uint8] | None = None,
-        top_k: int | None = None, rescale: bool = True,
-    ) -> Routing:  # fmt: skip
-        """Route for real, then say what the trace says."""
-        layer, self._layer = self._layer, self._layer + 1
-        real = self._backend.route(router, x) if allowed is None else self._backend.route(router, x, allowed, top_k, rescale)
-        source = layer // 2 % self._routes.shape[1]
+    def embed(self, *arguments: Any, **named: Any) -> NDArray[np.float32]:
+        """See ``Backend``."""
+        return self._backend.embed(*arguments, **named)
+
+    def forward(self, *arguments: Any, draft: Draft | None = None, **named: Any) -> Routings:
+        """The real layers, whose routers are overruled: see ``Backend``."""
+
+        def routed(row: int, routings: Routings) -> None:
+            self.routed(row, routings, draft)
+
+        return self._backend.forward(*arguments, draft=draft, routed=routed, **named)
+
+    def routed(self, row: int, routings: Routings, draft: Draft | None) -> None:
+        """Overwrite a row's real routing by what the trace says; ranks beyond the trace's are -1."""
+        source = row // 2 % self._routes.shape[1]
         ranked, scores = self._routes[:, source], self._scores[:, source]
-        if layer % 2:
+        if row % 2:
             ranked = self._permutation[ranked]
-        if allowed is None:
-            chosen = ranked[:, : self._top_k]
+        tokens, wanted = routings.experts[row].shape
+        if draft is None:
+            chosen = ranked[:, :wanted]
         else:
-            preference = np.zeros((len(x), len(allowed)), np.float32)
+            allowed = draft.allowed[row]
+            preference = np.zeros((tokens, len(allowed)), np.float32)
             np.put_along_axis(preference, ranked, 1 + scores, axis=1)
             preference[:, allowed == 0] = -1
-            count = min(top_k or self._top_k, int(allowed.sum()))
+            count = min(wanted, int(np.count_nonzero(allowed)))
             chosen = np.argsort(-preference, axis=1, kind="stable")[:, :count].astype(np.int32)
-        weights = np.full((len(x), self._permutation.size), 1e-6, np.float32)
+        weights = np.full((tokens, self._permutation.size), 1e-6, np.float32)
         np.put_along_axis(weights, ranked, scores, axis=1)
-        experts = np.ascontiguousarray(np.sort(chosen, axis=1))
+        experts = np.sort(chosen, axis=1)
         values = np.take_along_axis(weights, experts, axis=1)
         values /= values.sum(axis=1, keepdims=True)
-        return replace(real, ranked=ranked, scores=scores, experts=experts, weights=values)
+        for target, said, rest in (
+            (routings.ranked, ranked, -1), (routings.scores, scores, 0),
+            (routings.experts, experts, -1), (routings.weights, values, 0),
+        ):  # fmt: skip
+            width = min(said.shape[1], target.shape[2])
+            target[row, :, :width], target[row, :, width:] = said[:, :width], rest
 
     def committed_digests(self) -> dict[tuple[int, int], bytes]:
         """Hashes of the logits by (sequence, position), and forget them: what runs of the same trace must agree on."""
         digests, self.digests = self.digests, {}
         return digests
 
-    def logits(self, *arguments: Any) -> NDArray[np.float32]:
+    def logits(self, *arguments: Any, **named: Any) -> NDArray[np.float32]:
         """The real logits; their hash at a position stands until the position is computed again."""
-        logits: NDArray[np.float32] = self._backend.logits(*arguments)
+        logits: NDArray[np.float32] = self._backend.logits(*arguments, **named)
         if self._phase not in ("draft", "prefill"):
             for row, (where, _, _) in zip(logits, self._samples, strict=True):
                 self.digests[where] = hashlib.blake2b(row.tobytes(), digest_size=16).digest()

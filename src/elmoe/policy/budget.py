@@ -47,6 +47,33 @@ class FastTierSizes:
 
 
 @dataclass(frozen=True)
+class TierShape:
+    """A model as a planner sees it. ``msb``, ``lsb``: bytes of one expert's slices in each MoE layer; an LSB slice has 0
+    bytes where a format has one slice. ``dense``: bytes of everything but routed experts."""
+
+    msb: tuple[int, ...]
+    lsb: tuple[int, ...]
+    experts: int
+    top_k: int
+    dense: int = 0
+
+    @classmethod
+    def of(cls, sizes: FastTierSizes) -> TierShape:
+        """The shape behind a budget's sizes."""
+        return cls(sizes.msb, sizes.lsb, sizes.experts, sizes.top_k, sizes.dense)
+
+    @property
+    def layers(self) -> int:
+        """How many layers have routed experts."""
+        return len(self.msb)
+
+    @property
+    def one_expert(self) -> int:
+        """Bytes of one whole expert in every layer."""
+        return sum(self.msb) + sum(self.lsb)
+
+
+@dataclass(frozen=True)
 class SlotPlan:
     """How many MSB and LSB slices each MoE layer may keep resident; every LSB slice lies beside its MSB slice."""
 

@@ -13,25 +13,26 @@ from numpy.typing import NDArray
 
 from elmoe.policy.residency import ResidentSet
 
-REMEMBERED = 0.95
-"""What a pass leaves of older ones."""
+DECAY = 0.95
+"""Decay of the measured bytes per pass."""
 PRIOR = 2.0
-"""Weight, in passes, of the belief that bytes are as modelled."""
+"""Weight of the modelled bytes, in passes."""
 LONGEST = 6
-"""Draft length up to which reads are measured; those of longer ones stand to their model as those of this one."""
+"""Longest draft whose reads are measured. Those of longer ones stand to their model as those of this one."""
 
 _Pass = tuple[list[int], NDArray[np.uint8], NDArray[np.float64]]
-"""Each sequence's first token in a pass, bits of the slices found resident, and modelled bytes by draft length."""
+"""Each sequence's first token in a pass, bits of the slices found resident by kind and layer, and modelled bytes by draft
+length."""
 
 
 class ReadHistory:
     """Measured over modelled bytes of target passes, by draft length.
 
-    :param lengths: draft lengths, ascending. :param msb, lsb: bytes of a slice.
+    :param lengths: draft lengths, ascending. :param msb, lsb: bytes of a slice in each layer.
     """
 
-    def __init__(self, lengths: Sequence[int], msb: int, lsb: int) -> None:
-        self._bytes = msb, lsb
+    def __init__(self, lengths: Sequence[int], msb: Sequence[int], lsb: Sequence[int]) -> None:
+        self._bytes = np.array([msb, lsb], np.int64)
         self._lengths = np.array([length for length in lengths if length <= max(LONGEST, lengths[0])])
         self._horizon = int(self._lengths[-1]) + 1
         self._measured, self._modelled = np.zeros(len(lengths)), np.zeros(len(lengths))
@@ -44,7 +45,7 @@ class ReadHistory:
 
     def _begin(self, sequences: tuple[int, ...]) -> None:
         self._sequences = sequences
-        self._touched: list[NDArray[np.uint8]] = []  # bits of the experts that a committed token touched
+        self._touched: list[NDArray[np.uint8]] = []  # bits of the experts that a committed token touched, by layer
         self._tokens: list[list[int]] = [[] for _ in sequences]  # of each sequence, among those touched
         self._passes: list[_Pass] = []
 
@@ -61,13 +62,13 @@ class ReadHistory:
             self._learn()
             self._begin(tuple(sequences))
         if modelled is not None:
-            residents = np.packbits([found.msb.ravel(), found.lsb.ravel()], axis=1)
+            residents = np.packbits([found.msb, found.lsb], axis=2)
             self._passes.append(([len(tokens) for tokens in self._tokens], residents, modelled))
         layers, count, _ = experts.shape
         used = np.zeros((count, *found.msb.shape), bool)
         used[np.arange(count)[:, None], np.arange(layers)[:, None, None], experts] = True
         at = len(self._touched)
-        self._touched.extend(np.packbits(used.reshape(count, -1), axis=1))
+        self._touched.extend(np.packbits(used, axis=2))
         for tokens, committed in zip(self._tokens, sequences.values(), strict=True):
             tokens.extend(range(at, at + committed))
             at += committed
@@ -98,17 +99,17 @@ class ReadHistory:
             for row in firsts
         ]
         touched = np.bitwise_or.accumulate(np.bitwise_or.reduce(np.stack(self._touched)[windows], axis=1), axis=1)
-        missing = np.bitwise_count(touched[:, :, None] & ~np.stack(residents)[:, None]).sum(axis=3, dtype=np.int64)
+        missing = np.bitwise_count(touched[:, :, None] & ~np.stack(residents)[:, None]).sum(axis=4, dtype=np.int64)
         expected = np.stack(modelled)
         measured = expected.copy()
-        measured[:, : len(self._lengths)] = (missing @ self._bytes)[:, self._lengths]
+        measured[:, : len(self._lengths)] = (missing * self._bytes).sum(axis=(2, 3))[:, self._lengths]
         last = len(self._lengths) - 1
         measured[:, last + 1 :] *= (measured[:, last] / np.maximum(expected[:, last], 1.0))[:, None]
         if not self._modelled.any():
             self._measured = self._modelled = PRIOR * expected[0]
-        weights = REMEMBERED ** np.arange(len(known))[::-1]
-        self._measured = REMEMBERED ** len(known) * self._measured + weights @ measured
-        self._modelled = REMEMBERED ** len(known) * self._modelled + weights @ expected
+        weights = DECAY ** np.arange(len(known))[::-1]
+        self._measured = DECAY ** len(known) * self._measured + weights @ measured
+        self._modelled = DECAY ** len(known) * self._modelled + weights @ expected
 
     def _forget(self) -> None:
         """Drop tokens before the first pass that is not counted."""

@@ -1,0 +1,153 @@
+// Weights as Python objects: shapes are checked once, in 64 bits, and their arrays are kept alive.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <climits>
+#include <optional>
+#include <vector>
+
+#include "operations.hpp"
+
+namespace elmoe {
+
+namespace nb = nanobind;
+
+template <class T, int N>
+using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+template <class T, int N>
+using Input = Array<const T, N>;
+
+inline void require(bool condition, const char* what) {
+    if (!condition) throw nb::value_error(what);
+}
+
+// A side of an array as a signed number: comparisons and products are made in 64 bits.
+template <class A>
+int64_t side(const A& array, int axis) {
+    return static_cast<int64_t>(array.shape(axis));
+}
+
+// For the int fields of the operations.
+inline int narrow(int64_t value, const char* what) {
+    require(value >= 0 && value <= INT_MAX, what);
+    return static_cast<int>(value);
+}
+constexpr const char* kTooLarge = "a size does not fit 31 bits";
+
+// (blocks, groups) of a matrix, 64 bits.
+inline int64_t groups_of(int64_t length, int64_t group) { return (length + group - 1) / group; }
+
+struct MatrixHolder {
+    Matrix matrix;
+    Input<uint8_t, 3> hi;
+    std::optional<Input<uint8_t, 3>> lo;
+    Input<uint16_t, 3> scales;
+
+    MatrixHolder(int64_t rows, int64_t columns, Input<uint8_t, 3> hi_, std::optional<Input<uint8_t, 3>> lo_,
+                 Input<uint16_t, 3> scales_)
+        : hi(hi_), lo(lo_), scales(scales_) {
+        require(rows > 0 && columns > 0, "a matrix has rows and columns");
+        matrix = {narrow(rows, kTooLarge), narrow(columns, kTooLarge), hi.data(), lo ? lo->data() : nullptr, scales.data()};
+        const int64_t blocks = groups_of(rows, kBlockRows), groups = groups_of(columns, kGroup);
+        auto plane = [&](const auto& a, int64_t last) { return side(a, 0) == blocks && side(a, 1) == groups && side(a, 2) == last; };
+        require(plane(hi, kGroupBytes) && (!lo || plane(*lo, kGroupBytes)) && plane(scales, kBlockRows), "planes do not fit");
+    }
+};
+
+struct AttentionHolder {
+    AttentionLayer layer;
+    std::vector<nb::object> keep;
+
+    AttentionHolder(Input<float, 1> norm, nb::object query_key_value, std::optional<Input<float, 1>> query_norm,
+                    std::optional<Input<float, 1>> key_norm, nb::object output, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                    float epsilon) {
+        const Matrix& in = nb::cast<MatrixHolder&>(query_key_value).matrix;
+        const Matrix& out = nb::cast<MatrixHolder&>(output).matrix;
+        require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
+        require(heads <= INT_MAX && head_dim > 0 && head_dim % 16 == 0 && head_dim <= 1024,
+                "head_dim must be a multiple of 16, at most 1024");
+        require(in.rows == (heads + 2 * kv_heads) * head_dim && out.columns == heads * head_dim, "projections do not fit heads");
+        require(in.lo && out.lo && side(norm, 0) == in.columns && out.rows == in.columns, "hidden sizes differ");
+        require(query_norm.has_value() == key_norm.has_value(), "give both head norms or none");
+        require(!query_norm || (side(*query_norm, 0) == head_dim && side(*key_norm, 0) == head_dim),
+                "head norms do not fit head_dim");
+        layer = {norm.data(), query_norm ? query_norm->data() : nullptr, key_norm ? key_norm->data() : nullptr, in, out,
+                 narrow(heads, kTooLarge), narrow(kv_heads, kTooLarge), narrow(head_dim, kTooLarge), epsilon};
+        keep = {nb::cast(norm), query_key_value, output};
+        if (query_norm) keep.insert(keep.end(), {nb::cast(*query_norm), nb::cast(*key_norm)});
+    }
+};
+
+struct RouterHolder {
+    RouterLayer layer;
+    Input<float, 1> norm;
+    Input<float, 2> router;
+
+    RouterHolder(Input<float, 1> norm_, Input<float, 2> router_, int64_t top_k, float epsilon, bool normalize)
+        : norm(norm_), router(router_) {
+        require(side(norm, 0) == side(router, 1) && top_k > 0 && top_k <= side(router, 0), "router does not fit");
+        layer = {norm.data(), router.data(), narrow(side(router, 0), kTooLarge), narrow(side(router, 1), kTooLarge),
+                 narrow(top_k, kTooLarge), epsilon, normalize};
+    }
+};
+
+// The norm of a dense feed-forward layer.
+struct NormHolder {
+    Input<float, 1> norm;
+    float epsilon;
+};
+
+struct CacheHolder {
+    Cache cache;
+    Array<uint16_t, 6> keys;
+    Array<uint16_t, 5> values;
+    Input<int32_t, 2> table;
+
+    CacheHolder(Array<uint16_t, 6> keys_, Array<uint16_t, 5> values_, Input<int32_t, 2> table_)
+        : keys(keys_), values(values_), table(table_) {
+        auto of = [](const auto& array, int axis) { return narrow(side(array, axis), kTooLarge); };
+        cache = {keys.data(), values.data(), table.data(), of(values, 0), of(values, 1), of(values, 2),
+                 of(values, 4), of(values, 3), of(table, 0), of(table, 1)};
+        require(keys.shape(0) == values.shape(0) && keys.shape(1) == values.shape(1) && keys.shape(2) == values.shape(2) &&
+                    keys.shape(3) * 16 == values.shape(3) && keys.shape(4) == values.shape(4) && keys.shape(5) == 16 &&
+                    values.shape(3) > 0,
+                "keys and values do not fit");
+    }
+};
+
+// `msb`, `lsb`: offsets of the sections in the records of so many bytes.
+struct ExpertHolder {
+    ExpertShape shape;
+    ExpertHolder(int64_t hidden, int64_t width, std::vector<int64_t> msb, std::vector<int64_t> lsb, int64_t msb_bytes,
+                 int64_t lsb_bytes) {
+        require(hidden > 0 && width > 0 && msb.size() == 6 && lsb.size() == 3, "an expert has 6 MSB and 3 LSB sections");
+        shape = {narrow(hidden, kTooLarge), narrow(width, kTooLarge), msb[0], msb[1], msb[2], msb[3], msb[4], msb[5],
+                 lsb[0], lsb[1], lsb[2]};
+        for (int section = 0; section < 3; ++section) {
+            const int64_t rows = section < 2 ? width : hidden, columns = section < 2 ? hidden : width;
+            const int64_t cells = groups_of(rows, kBlockRows) * groups_of(columns, kGroup);
+            auto lies = [](int64_t at, int64_t bytes, int64_t end) { return at >= 0 && bytes <= end && at <= end - bytes; };
+            require(lies(msb[section], cells * kGroupBytes, msb_bytes) && lies(lsb[section], cells * kGroupBytes, lsb_bytes) &&
+                        lies(msb[3 + section], cells * 2 * kBlockRows, msb_bytes),
+                    "a section of an expert lies outside its record");
+        }
+    }
+};
+
+inline int integral_offset(double offset) {
+    require(offset >= 0 && offset <= 16 && offset == static_cast<int>(offset),
+            "native kernels draft with an integral offset within 0..16; use the reference backend");
+    return static_cast<int>(offset);
+}
+
+// Throws where a call's places or cache do not fit `layers` layers from `first_layer` of the cache.
+void check_attention(const AttentionLayer& a, const Cache& c, int64_t first_layer, int64_t layers, const Array<float, 2>& x,
+                     const Input<int32_t, 1>& slots, const Input<int32_t, 1>& positions, const Input<float, 2>& cosine,
+                     const Input<float, 2>& sine);
+
+// Whether `size` experts per token can be chosen of those that a router ranks; `allowed` may be null.
+void check_choice(const RouterLayer& r, const uint8_t* allowed, int64_t size, int64_t ranks);
+
+}  // namespace elmoe

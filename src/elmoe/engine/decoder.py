@@ -1,0 +1,219 @@
+"""The forward pass of a model: embedding, layers, vocabulary projection, on any backend.
+
+Knows nothing of budgets, sampling or sequences: it is told where each token sits and asks an expert source for the bytes of
+the experts it needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.bitslice import (
+    AttentionWeights,
+    Backend,
+    DenseWeights,
+    Draft,
+    ExpertFeed,
+    ExpertLayout,
+    KVCache,
+    LayerStack,
+    LayerWeights,
+    NestedMatrix,
+    Report,
+    RouterWeights,
+    Routings,
+    rotary_tables,
+)
+from elmoe.errors import ModelError
+from elmoe.models.spec import GroupedAttention, ModelSpec, Rope
+
+__all__ = ["AllExperts", "Decoder", "Draft", "ExpertSource", "Routings", "Tokens", "WeightReader"]
+
+AddressTables = tuple[NDArray[np.int64], ...]
+"""The (experts, 2) addresses of the MSB and LSB records of each MoE layer."""
+
+
+class WeightReader(Protocol):
+    """What the decoder needs of a store."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is."""
+        ...
+
+    def nested(self, name: str) -> NestedMatrix:
+        """A nested matrix by its store name."""
+        ...
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """A float32 tensor by its store name."""
+        ...
+
+    def expert_layout(self, layer: int) -> ExpertLayout:
+        """How an expert (or the dense FFN) of a layer lies in memory."""
+        ...
+
+    def expert_addresses(self, layer: int) -> NDArray[np.int64]:
+        """(experts, 2) addresses of the MSB and LSB records of a layer."""
+        ...
+
+
+class ExpertSource(Protocol):
+    """Where the bytes of routed experts come from."""
+
+    @property
+    def tables(self) -> AddressTables:
+        """Where the experts lie; always the same arrays."""
+        ...
+
+    def feed(self, draft: bool) -> ExpertFeed | None:
+        """The feed of a pass; None where the experts that it may use stay where they are."""
+        ...
+
+    def note(self, routings: Routings, draft: bool) -> None:
+        """Told the routings of a pass that had no feed, after it."""
+        ...
+
+
+class AllExperts:
+    """The source of a model that is wholly in memory."""
+
+    def __init__(self, reader: WeightReader) -> None:
+        self.tables: AddressTables = tuple(reader.expert_addresses(layer) for layer in reader.spec.moe_layers)
+
+    def feed(self, draft: bool) -> None:
+        """See ``ExpertSource``."""
+
+    def note(self, routings: Routings, draft: bool) -> None:
+        """See ``ExpertSource``."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One token per row: its id, the cache slot of its sequence and its absolute position, int32 each."""
+
+    ids: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    positions: NDArray[np.int32]
+
+
+class Decoder:
+    """A model on a backend. ``forward`` may be called from one thread at a time. ``ranks``: experts that its routings rank;
+    None is ``2 * top_k``."""
+
+    def __init__(self, reader: WeightReader, backend: Backend, ranks: int | None = None) -> None:
+        self.spec = spec = reader.spec
+        self._backend = backend
+        self._embedding = reader.nested("embedding")
+        self._head = self._embedding if spec.tied_embeddings else reader.nested("head")
+        self._final_norm = reader.array("final_norm")
+        self._layers = [self._layer_weights(reader, layer, ranks) for layer in range(len(spec.layers))]
+        attention = grouped_attention(spec)
+        self._rotary = attention.head_dim, rope_of(attention).theta
+        self._cosine, self._sine = rotary_tables(0, *self._rotary)
+        self._stack: tuple[AddressTables, LayerStack] | None = None
+
+    def _layer_weights(self, reader: WeightReader, layer: int, ranks: int | None) -> LayerWeights:
+        """A layer's weights; its experts' addresses are the source's."""
+        spec, name = self.spec, f"layers.{layer}."
+        grouped = grouped_attention(spec, layer)
+        normed = grouped.query_key_norm != "none"
+        norm, dense = reader.array(f"{name}ffn_norm"), layer in spec.dense_layers
+        attention = AttentionWeights(
+            norm=reader.array(f"{name}attention_norm"),
+            query_key_value=reader.nested(f"{name}query_key_value"),
+            query_norm=reader.array(f"{name}query_norm") if normed else None,
+            key_norm=reader.array(f"{name}key_norm") if normed else None,
+            output=reader.nested(f"{name}attention_output"),
+            heads=grouped.heads,
+            kv_heads=grouped.kv_heads,
+            head_dim=grouped.head_dim,
+            epsilon=spec.norm_epsilon,
+        )
+        if dense:
+            addresses = reader.expert_addresses(layer)
+            return LayerWeights(
+                attention, DenseWeights(norm, spec.norm_epsilon), reader.expert_layout(layer), addresses
+            )  # fmt: skip
+        router = RouterWeights(
+            norm, reader.array(f"{name}router"), spec.norm_epsilon, spec.top_k, spec.moe(layer).router.normalize, ranks
+        )
+        return LayerWeights(attention, router, reader.expert_layout(layer), np.zeros((spec.experts, 2), np.int64))
+
+    @property
+    def routers(self) -> tuple[RouterWeights, ...]:
+        """The routers of the MoE layers."""
+        return LayerStack(tuple(self._layers)).routers
+
+    def stack(self, tables: AddressTables) -> LayerStack:
+        """All layers, the experts of MoE layers at the addresses ``tables``; made once for a source."""
+        if self._stack is None or self._stack[0] is not tables:
+            rows = iter(tables)
+            layers = [
+                one if isinstance(one.feed_forward, DenseWeights)
+                else LayerWeights(one.attention, one.feed_forward, one.layout, next(rows))
+                for one in self._layers
+            ]  # fmt: skip
+            self._stack = tables, LayerStack(tuple(layers))
+        return self._stack[1]
+
+    def reserve_positions(self, positions: int) -> None:
+        """Extend the rotary tables to ``positions``; a row depends on its position only, so no result changes."""
+        if positions > self._cosine.shape[0]:
+            self._cosine, self._sine = rotary_tables(positions, *self._rotary)
+
+    def forward(
+        self,
+        tokens: Tokens,
+        cache: KVCache,
+        source: ExpertSource,
+        draft: Draft | None = None,
+        rows: NDArray[np.int64] | None = None,
+        report: Report | None = None,
+    ) -> tuple[NDArray[np.float32], Routings]:
+        """Compute the tokens and store their keys and values.
+
+        :param draft: None computes the target.
+        :param rows: the tokens whose logits are wanted; None is all.
+        :param report: takes the spans of the layers and of "logits".
+        :returns: logits (rows, vocabulary) float32 and the routings of the MoE layers.
+        :raises NumericsError: a non-finite value appeared, or an expert's slice was not readable.
+        """
+        backend, spec = self._backend, self.spec
+        x = backend.embed(self._embedding, tokens.ids)
+        feed = source.feed(draft is not None)
+        routings = backend.forward(
+            self.stack(source.tables), x, cache, tokens.slots, tokens.positions, self._cosine, self._sine, draft=draft,
+            feed=feed, report=report,
+        )  # fmt: skip
+        if feed is None:
+            source.note(routings, draft is not None)
+        if rows is not None:
+            x = np.ascontiguousarray(x[rows])
+        if x.shape[0] == 0:
+            return np.empty((0, spec.vocabulary), np.float32), routings
+        began = perf_counter()
+        logits = backend.logits(self._final_norm, spec.norm_epsilon, self._head, x)
+        if report is not None:
+            report("logits", began, perf_counter())
+        return logits, routings
+
+
+def grouped_attention(spec: ModelSpec, layer: int = 0) -> GroupedAttention:
+    """The attention of a layer; ModelError where it is of another kind."""
+    attention = spec.layers[layer].attention
+    if not isinstance(attention, GroupedAttention):
+        raise ModelError(f"layer {layer}: attention of kind {type(attention).__name__} is not supported")
+    return attention
+
+
+def rope_of(attention: GroupedAttention) -> Rope:
+    """Its rotary embedding; ModelError where it has none."""
+    if attention.rope is None:
+        raise ModelError("attention without rotary embedding is not supported")
+    return attention.rope
