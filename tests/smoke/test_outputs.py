@@ -159,7 +159,7 @@ def test_a_text_says_why_it_ended(tmp_path):
 
 
 def interrupted(*arguments, ready, cwd=None):
-    """Exit code, output and seconds to the end of a run that gets Ctrl-C, as a terminal sends it: a second after ``ready`` is
+    """Exit code, output and seconds to the end of a run that gets Ctrl-C as from a terminal: a second after ``ready`` is
     written on stderr, or
     after some seconds."""
     process = subprocess.Popen(
