@@ -17,8 +17,12 @@ check: .venv/.check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-parity: .venv/.parity
+parity: .venv/.parity build/templates
 	$(BIN)/python -m pytest tests/parity -s
+
+# Real chat templates of other projects, to render as transformers does.
+build/templates:
+	$(BIN)/python tests/parity/fetch_templates.py $@
 
 # The whole losslessness grid; `make test` runs a sample of it.
 full-grid: .venv/.test

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from elmoe.errors import ElmoeError
-from elmoe.files import write_whole
+from elmoe.files import json_text, write_whole
 
 
 class Span(NamedTuple):
@@ -39,4 +38,4 @@ def write_chrome_trace(spans: Iterable[Span], path: Path, order: Callable[[str],
         }
         for span in spans
     ]  # fmt: skip
-    write_whole(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode(), ElmoeError)
+    write_whole(path, json_text({"traceEvents": events, "displayTimeUnit": "ms"}).encode(), ElmoeError)

@@ -1,4 +1,8 @@
-"""Tables, progress bars and numbers for people, on a terminal or in a log. Loads rich when something is shown."""
+"""Tables, progress bars and numbers for people, on a terminal or in a log. Loads rich when something is shown.
+
+Names are shown as they are: text in brackets is no markup. A table too wide for the terminal is written as a list, so that
+no number is ever cut.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,43 @@ from typing import Any
 
 from elmoe.units import format_bytes
 
+PLAIN_WIDTH = 140
+"""Columns of a table that goes to a pipe or a file."""
+
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table to stdout; numbers right-aligned."""
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    cells = [[Text("-" if cell is None else shown(cell)) for cell in row] for row in rows]
+    table = Table(title=Text(shown(title)), title_justify="left", title_style="italic")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*("-" if cell is None else str(cell) for cell in row))
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=140).print(table)
+        # The first column holds names, which may wrap; numbers stay whole.
+        table.add_column(Text(column), justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH, highlight=False)
+    if Measurement.get(console, console.options.update(max_width=10_000), table).minimum <= console.width:
+        console.print(table)
+        return
+    console.print(Text(shown(title)), soft_wrap=True)
+    for row in cells:
+        for column, cell in zip(columns, row, strict=True):
+            console.print(Text(f"  {column}: " if column else "") + cell, soft_wrap=True)
+        console.print()
+
+
+def shown(text: object) -> str:
+    """Text that a terminal can show: control characters and halves of surrogate pairs as escapes."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape", "backslashreplace").decode()
+        for char in str(text)
+    )
 
 
 def percent(value: float | None) -> str | None:
@@ -45,8 +73,7 @@ def progress_bar(description: str, total: float | None, bytes_: bool = False) ->
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     done = DownloadColumn() if bytes_ else MofNCompleteColumn()
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn(), console=Console(stderr=True)
-    ) as progress:  # fmt: skip
-        task = progress.add_task(description, total=total)
+    label = TextColumn("{task.description}", markup=False)
+    with Progress(label, BarColumn(), done, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(shown(description), total=total)
         yield lambda completed, total=None: progress.update(task, completed=completed, total=total)

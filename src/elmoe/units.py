@@ -6,11 +6,14 @@ import math
 import re
 
 from elmoe.errors import RequestError
+from elmoe.untrusted import short
 
 BYTE_UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+MAX_BYTES = 1 << 60
+"""Largest amount of memory that is taken."""
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -19,15 +22,20 @@ def parse_bytes(text: str) -> int:
     match = _QUANTITY.fullmatch(text)
     unit = match.group(2).upper() if match else ""
     if match is None or (unit and unit not in BYTE_UNITS):
-        raise RequestError(f"'{text}' is not an amount of memory", "write for example 2GiB, 512MiB or 1.5GB")
-    return int(float(match.group(1)) * BYTE_UNITS.get(unit, 1))
+        raise RequestError(f"'{short(text, 60)}' is not an amount of memory", "write for example 2GiB, 512MiB or 1.5GB")
+    # Whole numbers stay exact; a float of more than 2^53 bytes is no amount of this world anyway.
+    digits, scale = match.group(1), BYTE_UNITS.get(unit, 1)
+    count = float(digits) * scale if len(digits) > 18 or "." in digits else int(digits) * scale
+    if count > MAX_BYTES:
+        raise RequestError(f"'{short(text, 60)}' is more than {format_bytes(MAX_BYTES)}", "write for example 2GiB")
+    return int(count)
 
 
 def parse_bandwidth(text: str) -> float:
     """``1.7GB/s`` to bytes per second; RequestError names what is wrong."""
     amount, slash, second = text.strip().rpartition("/")
     if slash == "" or second.strip().lower() != "s":
-        raise RequestError(f"'{text}' is not a bandwidth", "write for example 1.7GB/s or 800MiB/s")
+        raise RequestError(f"'{short(text, 60)}' is not a bandwidth", "write for example 1.7GB/s or 800MiB/s")
     rate = float(parse_bytes(amount))
     if rate <= 0:
         raise RequestError(f"the bandwidth '{text}' is not positive", "write for example 1.7GB/s")
@@ -42,9 +50,16 @@ def parse_fast_memory(text: str) -> int | float:
         except ValueError:
             share = -1.0
         if not 0 <= share <= 1:
-            raise RequestError(f"'{text}' is not a share of the experts", "write for example 25%, between 0% and 100%")
+            raise RequestError(
+                f"'{short(text, 60)}' is not a share of the experts", "write for example 25%, between 0% and 100%"
+            )
         return share
-    return parse_bytes(text)
+    count = parse_bytes(text)
+    if count <= 100 and text.strip().isdigit():
+        raise RequestError(
+            f"'{text.strip()}' is {count} bytes", f"write {count}% for a share of the experts, or an amount such as 2GiB"
+        )
+    return count
 
 
 def format_bytes(count: float) -> str:
@@ -69,27 +84,36 @@ DIMENSIONS: dict[str, dict[str, float]] = {
     "operations per byte": {"op/B": 1},
 }  # fmt: skip
 """Units by dimension, as factors to SI (bytes, bytes/s, s, Hz, op/s, J/bit, J/B, J); one is SI itself."""
-_WITH_UNIT = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")
+LEAST, MOST = 1e-30, 1e30
+"""Least and greatest value that is taken, SI: wider than any hardware, and no product of a few values overflows."""
+_WITH_UNIT = re.compile(r"\s*((?:0|[1-9][0-9]*)?(?:\.[0-9]+|(?<=[0-9]))(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")
 
 
 def parse_quantity(text: str, dimension: str) -> float:
     """``102.4 GB/s`` as a bandwidth to SI; positive. RequestError for a missing unit, or one of another dimension."""
     units = DIMENSIONS[dimension]
     known = ", ".join(unit for unit in units if unit) or "none"
-    match = _WITH_UNIT.fullmatch(text)
+    match, shown = _WITH_UNIT.fullmatch(text), short(text, 60)
     if match is None:
         raise RequestError(
-            f"'{text[:60]}' is not a positive number with a unit of {dimension}", f"units of {dimension}: {known}"
+            f"'{shown}' is not a positive number with a unit of {dimension}", f"units of {dimension}: {known}"
         )
     number, unit = float(match.group(1)), match.group(2)
     if unit not in units:
         other = next((name for name, table in DIMENSIONS.items() if unit in table and unit), None)
-        problem = "has no unit" if not unit else f"has a unit of {other}" if other else f"has the unknown unit '{unit}'"
-        raise RequestError(f"'{text}' {problem}, expected {dimension}", f"units of {dimension}: {known}")
+        problem = (
+            "has no unit" if not unit else f"has a unit of {other}" if other else f"has the unknown unit '{short(unit, 20)}'"
+        )
+        raise RequestError(f"'{shown}' {problem}, expected {dimension}", f"units of {dimension}: {known}")
+    value = number * units[unit]
     if not 0 < number < math.inf:
         problem = "is not finite" if number else "is not positive"
-        raise RequestError(f"'{text}' {problem}", f"a {dimension} must be above zero and finite")
-    return number * units[unit]
+        raise RequestError(f"'{shown}' {problem}", f"a {dimension} must be above zero and finite")
+    if not LEAST <= value <= MOST:
+        size, end, bound = ("small", "least", LEAST) if value < LEAST else ("large", "most", MOST)
+        told = f"'{shown}' is too {size} for a {dimension}"
+        raise RequestError(told, f"the {end} is {format_quantity(bound, dimension)}")
+    return value
 
 
 def format_quantity(value: float, dimension: str) -> str:

@@ -142,16 +142,18 @@ def test_fit_synthesise_import_and_profile(tmp_path):
     assert made["shape"] == [4, 40, 2, 4] and made["source"].startswith("synthetic") and made["statistics"]["reuse at 1"] > 0
     found = elmoe_json("trace", "fit", str(facts), str(fitted))
     assert {row["name"] for row in found["statistics"]} >= {"reuse at 4", "distinct in 4", "LRU hits at 25%"}
-    assert "measured" in elmoe("trace", "fit", str(facts), str(fitted)).stdout
+    assert "measured" in elmoe("trace", "fit", str(facts), str(fitted), "--force").stdout
     assert elmoe_json("trace", "policies", str(facts))["hit_rates"]["belady"] > 0
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps({"layers": [0], "models": {"m": {"expert_counts": {"c4": [list(range(1, 17))]}}}}))
     told = elmoe_json("trace", "import", str(counts), str(tmp_path / "p.json"), "--format", "olmoe")
     assert told["experts"] == 16 and told["domains"] == ["c4"]
     popular = ("--popularity", str(tmp_path / "p.json"), "--domain", "c4")
-    assert "of m, c4" in elmoe("trace", "synthesise", str(fitted), str(facts), *sizes, *popular).stdout.replace("\n", " ")
+    assert "of m, c4" in elmoe("trace", "synthesise", str(fitted), str(facts), *sizes, *popular, "--force").stdout.replace(
+        "\n", " "
+    )
     log.write_text('{"n_layers": 1, "n_experts": 4, "top_k": 2}\n[0, 3, 1]\n[0, 2, 1]\n')
-    assert elmoe_json("trace", "import", str(log), str(facts), "--format", "ndjson")["shape"] == [1, 2, 1, 2]
+    assert elmoe_json("trace", "import", str(log), str(facts), "--format", "ndjson", "--force")["shape"] == [1, 2, 1, 2]
     (tmp_path / "prompts.txt").write_text("The whale was\n")
     profiled = elmoe_json("trace", "profile", "demo", str(tmp_path / "a.json"), "--prompts", str(tmp_path / "prompts.txt"),
                           "--max-tokens", "8", "--depth", "2")  # fmt: skip

@@ -173,7 +173,7 @@ def test_files(tmp_path):
     with pytest.raises(TraceError, match="no locality"):
         load_locality(path)
     path.write_bytes(b" " * (FILE_LIMIT + 1))
-    with pytest.raises(TraceError, match="more than"):
+    with pytest.raises(TraceError, match="larger than"):
         load_locality(path)
     with pytest.raises(TraceError, match="there is no locality 'nothing'"):
         load_locality("nothing")

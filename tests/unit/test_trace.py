@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 
 import msgspec
@@ -148,3 +149,52 @@ def test_belady_is_the_least(seed):
     assert belady_misses(uses, slots) == least(0, frozenset())
     best = min(least(0, frozenset(c)) for c in combinations(range(experts), slots))
     assert belady_misses(uses, slots, warm=True) == best
+
+
+def damaged(path, column=None, value=None, **header):
+    """A small trace with one number changed: in a column's first row, or in the header."""
+    table = pq.read_table(path)
+    told = json.loads(table.schema.metadata[b"elmoe"])
+    for key, change in header.items():
+        (told if key in told else told["model"])[key] = change
+    if column is not None:
+        index = table.schema.get_field_index(column)
+        values = [value, *table.column(column).to_pylist()[1:]]
+        table = table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type))
+    changed = path.with_name("changed.trace")
+    pq.write_table(table.replace_schema_metadata({b"elmoe": json.dumps(told).encode()}), changed)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("sequence", -1, "a sequence outside"), ("sequence", 2**31 - 1, "a sequence outside"),
+        ("sequence", None, "a sequence"),
+        ("position", -1, "a position outside"), ("position", 2**31 - 1, "a position outside"),
+        ("step", -5, "a step outside"),
+        ("draft_length", 1 << 20, "a draft_length outside"), ("experts", None, "lacks experts"),
+        ("scores", None, "lacks scores"),
+        ("resident", b"x", "resident sets"), ("phase", "warm-up", "a phase that is none of"),
+    ],
+)  # fmt: skip
+def test_a_number_of_a_row_out_of_bounds_is_told(tmp_path, column, value, told):
+    record(tmp_path / "a.trace")
+    with pytest.raises(TraceError, match=told):
+        read_trace(damaged(tmp_path / "a.trace", column, value))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"layers": 2**31 - 1}, {"layers": -1}, {"ranks": 10**30}, {"ranks": 1000}, {"experts": 2**31}, {"top_k": 99},
+     {"vocabulary": -1}, {"layers": "2"}, {"dense_layers": [0] * 5000}, {"run": []}],
+)  # fmt: skip
+def test_a_number_of_the_header_out_of_bounds_is_told(tmp_path, header):
+    record(tmp_path / "a.trace")
+    with pytest.raises(TraceError, match="damaged header"):
+        read_trace(damaged(tmp_path / "a.trace", **header))
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path):
+    with pytest.raises(TraceError):
+        read_trace(str(tmp_path / "x\udce9"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import IntegerList, Serving, json_option, print_json, serving_options
+from elmoe.cli.common import IntegerList, Serving, json_option, print_json, seed_type, serving_options
 from elmoe.terminal import number, percent, print_table, progress_bar, size
 
 
@@ -18,7 +18,7 @@ from elmoe.terminal import number, percent, print_table, progress_bar, size
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs per row; medians are shown.")
 @click.option("--temperature", type=float, default=0.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompt tokens and of sampling.")
+@click.option("--seed", type=seed_type, default=0, show_default=True, help="Of the random prompt tokens and of sampling.")
 @click.option("--replay", "traces", multiple=True, type=click.Path(exists=True, dir_okay=False),
               help="Take prompts, tokens, routing and acceptance from a trace of `elmoe trace record --every-position`; may "
               "be repeated for traces of other resident shares.")  # fmt: skip

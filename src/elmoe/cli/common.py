@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -12,6 +11,7 @@ import click
 
 from elmoe.errors import ElmoeError
 from elmoe.units import parse_bandwidth, parse_fast_memory
+from elmoe.untrusted import short
 
 if TYPE_CHECKING:
     from elmoe.engine.options import EngineOptions
@@ -34,6 +34,18 @@ class Quantity(click.ParamType):
             self.fail(f"{error} (hint: {error.hint})", param, ctx)
 
 
+class PromptText(click.ParamType):
+    """Text that is Unicode: bytes on the command line that are no UTF-8 are refused."""
+
+    name = "TEXT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text as it is."""
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            self.fail(f"'{short(value, 40)}' is not UTF-8: convert it, for example with iconv -t utf-8", param, ctx)
+        return str(value)
+
+
 class IntegerList(click.ParamType):
     """Comma-separated integers."""
 
@@ -43,12 +55,14 @@ class IntegerList(click.ParamType):
         """Text to a tuple."""
         if isinstance(value, tuple):
             return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"'{value}' is not a list of integers such as 1,4,16", param, ctx)
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isascii() and part.isdigit() and len(part) <= 7 for part in parts):
+            self.fail(f"'{short(value, 60)}' is not a list of whole numbers below 10 million such as 1,4,16", param, ctx)
+        return tuple(int(part) for part in parts)
 
 
+force_option = click.option("--force", is_flag=True, help="Replace output files that exist.")
+seed_type = click.IntRange(0, (1 << 63) - 1)
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 threads_option = click.option("--threads", type=click.IntRange(1, 64), help="Kernel threads [default: all cores].")
 backend_option = click.option(
@@ -135,5 +149,7 @@ def serving_options(command: Callable) -> Callable:
 
 
 def print_json(data: Any) -> None:
-    """JSON to stdout."""
-    click.echo(json.dumps(data, indent=1))
+    """Strict JSON to stdout."""
+    from elmoe.files import json_text
+
+    click.echo(json_text(data, indent=1))

@@ -24,7 +24,9 @@ def command(source: Path, store: Path, tokenizer: Path | None, as_json: bool) ->
     Resumes where a killed conversion stopped.
     """
     from elmoe.convert import convert_checkpoint
+    from elmoe.files import check_new_folder
 
+    check_new_folder(store, "store")
     with progress_bar("tensors and experts", None) as bar:
         convert_checkpoint(source, store, lambda done, total: bar(done, total), tokenizer)
     if as_json:

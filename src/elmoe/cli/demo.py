@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import budget, json_option, print_json, threads_option
+from elmoe.cli.common import budget, force_option, json_option, print_json, threads_option
 from elmoe.terminal import number, percent, print_table, size
 
 PROMPTS = (
@@ -17,22 +17,34 @@ PROMPTS = (
     "SELECT name FROM",
 )
 
+NEXT = """
+go on, from the folder of the checkout:
+  . .venv/bin/activate
+  elmoe generate demo --prompt "The whale"
+  elmoe doctor
+  elmoe simulate --hardware xpu --hardware elmoe3d_8gb --model qwen3-30b-a3b --out result.json"""
+"""What to try after the demo."""
+
 
 @click.command("demo")
 @click.option("--max-tokens", type=click.IntRange(1, 1024), default=64, show_default=True)
 @click.option("--draft-length", type=click.IntRange(1, 16), default=4, show_default=True)
 @click.option("--fast-memory", type=budget, default="50%", show_default=True, help="Budget of the fast tier.")
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the projection as an HTML page too.")
+@force_option
 @threads_option
 @json_option
 def command(
-    max_tokens: int, draft_length: int, fast_memory: int | float, report: Path | None, threads: int | None, as_json: bool
-) -> None:
+    max_tokens: int, draft_length: int, fast_memory: int | float, report: Path | None, force: bool, threads: int | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Write text with the embedded model, plainly and elastically; then what hybrid-bonded hardware would give."""
     from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
     from elmoe.engine.session import Session, use_threads
+    from elmoe.files import check_output
 
+    check_output(report, force, "page")
     with Session("demo", EngineOptions(fast_memory=fast_memory), reader="memory") as session:
         use_threads("native", threads)
         requests = [Request(session.encode(prompt), max_tokens, ignore_eos=True) for prompt in PROMPTS]
@@ -77,6 +89,7 @@ def command(
         print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in rows])
         click.echo(f"identical output: {'yes' if identical else 'NO'}\n")
         _show(projection, report)
+        click.echo(NEXT)
     if not identical:
         raise SystemExit(1)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import Quantity, json_option, print_json
+from elmoe.cli.common import Quantity, force_option, json_option, print_json
 from elmoe.terminal import print_table
 from elmoe.units import format_bytes, parse_bandwidth
 
@@ -20,15 +20,21 @@ from elmoe.units import format_bytes, parse_bandwidth
 @click.option("--hardware", type=click.Path(dir_okay=False, path_type=Path),
               help="Write this machine, measured on the store, for `elmoe simulate --hardware`.")  # fmt: skip
 @click.option("--slow-bandwidth", type=Quantity("BYTES/S", parse_bandwidth), help="With --hardware: the throttle in force.")
+@force_option
 @json_option
-def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: float | None, as_json: bool) -> None:
+def command(
+    store: str, quick: bool, hardware: Path | None, slow_bandwidth: float | None, force: bool, as_json: bool
+) -> None:  # fmt: skip
     """What this machine can do: instruction set, threads, memory and disk bandwidth, native kernels."""
     from elmoe import __version__, kernels
     from elmoe.engine.prefetch_distance import choose_prefetch_distance
+    from elmoe.files import check_output
     from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
+    from elmoe.processors import processors
     from elmoe.store import available_memory, open_direct, open_store
 
-    cores, available = len(os.sched_getaffinity(0)), available_memory()
+    check_output(hardware, force, "hardware description")
+    cores, available = processors(), available_memory()
     data: dict[str, object] = {
         "elmoe": __version__,
         "native_kernels": True,  # importing elmoe.kernels fails without them
@@ -62,13 +68,51 @@ def command(store: str, quick: bool, hardware: Path | None, slow_bandwidth: floa
     if as_json:
         print_json(data)
         return
-    print_table("this machine", ("", "value"), [(key.replace("_", " "), _shown(key, value)) for key, value in data.items()])
+    print_table("this machine", ("", "value"), _lines(data))
+    for advice in _advice(data):
+        click.echo(advice)
 
 
-def _shown(key: str, value: Any) -> str:
-    """A value with the unit its key ends in."""
-    if "bytes_per_second" in key:
-        return f"{value / 1e9:.1f} GB/s"
-    if key.endswith("bytes"):
-        return format_bytes(value)
-    return ", ".join(value) if isinstance(value, list) else str(value)
+def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was found, in words and units."""
+    cores = data["cores"]
+    others = [name for name in data["variants"] if name != data["variant"]]
+    lines = [
+        ("elmoe", data["elmoe"]),
+        ("kernels for this processor", data["variant"] + (f" (also {', '.join(others)})" if others else "")),
+        ("processors to use", f"{cores}" + (f" of {os.cpu_count()}" if os.cpu_count() != cores else "")),
+        ("memory available", format_bytes(data["available_memory_bytes"])),
+        ("size of the store", format_bytes(data["store_bytes"])),
+    ]
+    for threads in sorted({1, cores}):
+        rate = data.get(f"memory_read_bytes_per_second_{threads}_threads")
+        if rate is not None:
+            lines.append((f"memory read by {threads} thread{'s' * (threads > 1)}", f"{rate / 1e9:.1f} GB/s"))
+    if "prefetch_bytes" in data:
+        ahead = data["prefetch_bytes"]
+        lines.append(("software prefetch", f"{format_bytes(ahead)} ahead" if ahead else "off: it does not help here"))
+    if "disk_read_bytes_per_second" in data:
+        lines.append(("disk read, past the page cache", f"{data['disk_read_bytes_per_second'] / 1e9:.2f} GB/s"))
+    if "hardware" in data:
+        lines.append(("hardware description", data["hardware"]))
+        lines.append(("mean error of its pass times", f"{data['pass_cost_fit_error']:.1%}"))
+    return lines
+
+
+def _advice(data: dict[str, Any]) -> list[str]:
+    """What to do with it."""
+    store, available = data["store_bytes"], data["available_memory_bytes"]
+    advice = []
+    if data["variant"] == "portable":
+        advice.append("This processor has no AVX2: the portable kernels are used, which are several times slower.")
+    if store <= 0.9 * available:
+        advice.append("The store fits in memory: no --fast-memory is needed.")
+    else:
+        budget = format_bytes(0.8 * available).replace(" ", "")
+        advice.append(f"The store is larger than the memory available: try --fast-memory {budget}.")
+        rate = data.get("disk_read_bytes_per_second")
+        if rate is not None and rate < 1e9:
+            advice.append(f"Its disk reads {rate / 1e9:.2f} GB/s: experts that are not in memory will be slow to come.")
+    if data["cores"] < (os.cpu_count() or 1):
+        advice.append(f"This process may use {data['cores']} of {os.cpu_count()} processors (affinity or a quota).")
+    return advice

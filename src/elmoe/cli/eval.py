@@ -11,6 +11,9 @@ import click
 from elmoe.cli.common import backend_option, json_option, print_json, threads_option
 from elmoe.terminal import percent, print_table, progress_bar
 
+TEXT_LIMIT = 1 << 30
+"""Largest text to score, bytes."""
+
 
 @click.command("eval")
 @click.argument("store")
@@ -30,11 +33,9 @@ def command(
     from elmoe.engine.session import Session, use_threads
     from elmoe.errors import RequestError
     from elmoe.measure.perplexity import evaluate
+    from elmoe.untrusted import read_text
 
-    try:
-        text = text_path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"'{text_path}' is not UTF-8 text: {error}") from error
+    text = read_text(text_path, RequestError, TEXT_LIMIT, "text", "convert it, for example with iconv -t utf-8")
     with Session(store, backend=backend) as session, progress_bar("windows", windows) as bar:
         use_threads(backend, threads)
         result = evaluate(session, text, window, windows, draft_experts, lambda done, total: bar(done))

@@ -17,8 +17,11 @@ from elmoe.terminal import progress_bar
 def command(store: str, out: Path, as_json: bool) -> None:
     """Write STORE as the GGUF file OUT (qwen3moe, Q8_0), bit for bit: what llama.cpp and its kin read."""
     from elmoe.convert.gguf_export import export_store
+    from elmoe.files import check_output
     from elmoe.store import open_store
 
+    if not out.exists():  # one that exists is refused by the export itself
+        check_output(out, what="file", folders=True)
     with open_store(store) as reader, progress_bar("writing", None, bytes_=True) as bar:
         export_store(reader, out, lambda done, total: bar(done, total))
     if as_json:

@@ -2,51 +2,70 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from elmoe.cli.common import Serving, json_option, print_json, serving_options
+from elmoe.cli.common import PromptText, Serving, force_option, json_option, print_json, seed_type, serving_options
 from elmoe.units import format_bytes
+
+if TYPE_CHECKING:
+    from elmoe.engine.request import Output, Request, Result
+    from elmoe.engine.session import Session
+
+ENDED = {"eos": "the model ended it", "stop": "a stop string", "length": "--max-tokens"}
+"""Why a text ended, in words."""
 
 
 @click.command("generate")
 @click.argument("store")
-@click.option("--prompt", required=True, multiple=True, help="Text to continue; give it several times for a batch.")
+@click.option(
+    "--prompt", required=True, multiple=True, type=PromptText(), help="Text to continue; give it several times for a batch."
+)
 @click.option("--chat", is_flag=True, help="Put each prompt through the store's chat template as a user message.")
 @click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1, 1 << 24), default=128, show_default=True)
 @click.option("--batch", type=click.IntRange(1, 64), help="Sequences served at once [default: all prompts, up to 16].")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
+@click.option("--top-k", type=click.IntRange(0, 1 << 24), default=0, show_default=True, help="0 is off.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--min-p", type=float, default=0.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--stop", multiple=True, help="End the text before this string; may be repeated.")
+@click.option("--seed", type=seed_type, default=0, show_default=True)
+@click.option("--stop", multiple=True, type=PromptText(), help="End the text before this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Do not stop at the end-of-sequence token.")
 @click.option("--trace", "trace_path", type=click.Path(dir_okay=False), help="Record the run's routing facts (Parquet).")
 @click.option("--timeline", "timeline_path", type=click.Path(dir_okay=False, path_type=Path),
               help="Write when passes, waits and reads happened (Chrome trace events, for Perfetto).")  # fmt: skip
+@force_option
 @serving_options
 @json_option
 def command(
     store: str, prompt: tuple[str, ...], chat: bool, mode: Any, max_tokens: int, batch: int | None, temperature: float,
     top_k: int, top_p: float, min_p: float, seed: int, stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None,
-    timeline_path: Path | None, serving: Serving, as_json: bool,
+    timeline_path: Path | None, force: bool, serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from STORE (a path, or ``demo``). The output is the target model's in every mode."""
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.request import Request
+    from elmoe.files import check_output
     from elmoe.store import peak_memory
 
+    check_output(trace_path, force, "trace")
+    check_output(timeline_path, force, "timeline")
     options = serving.options(mode, batch or min(len(prompt), 16))
     with serving.session(store, options) as session:
         click.echo(session.reader_note, err=True)
         sampling = SamplingParameters(temperature, top_k, top_p, min_p, seed)
         texts = [session.chat_prompt([{"role": "user", "content": text}]) if chat else text for text in prompt]
-        requests = [Request(session.encode(text), max_tokens, sampling, stop, ignore_eos) for text in texts]
+        requests = [
+            Request(session.encode(text, rendered=chat), max_tokens, sampling, stop, ignore_eos, text=not as_json)
+            for text in texts
+        ]
         recorder: Any = nullcontext()
         if trace_path is not None:
             from elmoe.trace import TraceRecorder
@@ -57,33 +76,103 @@ def command(
             from elmoe.engine.observe import Timeline
 
             timeline = Timeline()
+        writer = _Writer(prompt, quiet=as_json)
+        results: list[Result | None] = [None] * len(requests)
         with recorder:
-            results, statistics = session.generate(requests, recorder if trace_path else None, timeline=timeline)
+            try:
+                for outputs in session.engine.run(requests, recorder if trace_path else None, timeline):
+                    for output in outputs:
+                        writer.take(output)
+                        results[output.request] = output.result
+                        if output.result is not None and output.result.error is not None:
+                            raise output.result.error
+            finally:
+                writer.close()  # the text comes first: what else is written may fail
+            statistics, finished = session.engine.statistics, [result for result in results if result is not None]
+            facts = statistics.as_dict()
+            if as_json:
+                answers = _answers(session, prompt, requests, finished)
+                told = {"mode": mode, "tier": session.tier, "peak_memory_bytes": peak_memory(), "statistics": facts}
+                print_json({**answers[0], "results": answers, **told})
         if timeline_path is not None and timeline is not None:
             timeline.write(timeline_path)
-        answers = [
-            {
-                "prompt": text,
-                "text": session.text_of(request, result),
-                "token_ids": list(result.tokens),
-                "logprobs": list(result.logprobs),
-                "finish_reason": result.finish,
-            }
-            for text, request, result in zip(prompt, requests, results, strict=True)
-        ]
-    facts = statistics.as_dict()
-    tier = session.tier
     if as_json:
-        first = answers[0] if len(answers) == 1 else {"results": answers}
-        print_json({**first, "mode": mode, "tier": tier, "peak_memory_bytes": peak_memory(), "statistics": facts})
         return
-    for answer in answers:
-        click.echo(f"{answer['prompt']}{answer['text']}")
     rate = facts["tokens_per_second"]
     click.echo(
-        f"[{mode}; {tier}] {statistics.committed} tokens"
+        f"[{mode}; {session.tier}] {statistics.committed} tokens"
         + (f", {rate:.0f} tokens/s" if isinstance(rate, float) else "")
         + (f", acceptance {facts['acceptance_rate']:.1%}" if facts["acceptance_rate"] is not None else "")
-        + f", peak memory {format_bytes(peak_memory())}",
+        + f", peak memory {format_bytes(peak_memory())}; ended by: {_ends(requests, finished)}",
         err=True,
     )
+
+
+def _answers(
+    session: Session, prompts: Sequence[str], requests: Sequence[Request], results: Sequence[Result]
+) -> list[dict[str, Any]]:  # fmt: skip
+    return [
+        {
+            "prompt": text,
+            "text": session.text_of(request, result),
+            "token_ids": list(result.tokens),
+            "logprobs": list(result.logprobs),
+            "finish_reason": result.finish,
+        }
+        for text, request, result in zip(prompts, requests, results, strict=True)
+    ]
+
+
+class _Writer:
+    """Prints texts in the order of their prompts, each as it is made; texts behind the one being printed wait."""
+
+    def __init__(self, prompts: Sequence[str], quiet: bool) -> None:
+        self._prompts, self._quiet = prompts, quiet
+        self._waiting, self._ended = ["" for _ in prompts], [False for _ in prompts]
+        self._current, self._begun = 0, False
+
+    def take(self, output: Output) -> None:
+        """Print what can be printed of an output."""
+        self._waiting[output.request] += output.text
+        self._ended[output.request] |= output.result is not None
+        while not self._quiet and self._current < len(self._prompts):
+            text, self._waiting[self._current] = self._waiting[self._current], ""
+            if text or self._ended[self._current]:
+                self._print(text)
+            if not self._ended[self._current]:
+                break
+            self._end()
+
+    def close(self) -> None:
+        """Print what is left of texts that did not end; of those that did not begin, nothing."""
+        while not self._quiet and self._current < len(self._prompts):
+            if self._begun or self._waiting[self._current]:
+                self._print(self._waiting[self._current])
+                self._end()
+            else:
+                self._current += 1
+
+    def _print(self, text: str) -> None:
+        click.echo(text if self._begun else f"{self._prompts[self._current]}{text}", nl=False)
+        self._begun = True
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+    def _end(self) -> None:
+        click.echo()
+        self._current, self._begun = self._current + 1, False
+
+
+def _ends(requests: Sequence[Request], results: Sequence[Result]) -> str:
+    """Why the texts ended: ``--max-tokens``, or with several texts ``2 x --max-tokens, 1 x a stop string``."""
+    reasons: Counter[str] = Counter()
+    for request, result in zip(requests, results, strict=True):
+        reason = ENDED.get(result.finish, result.finish)
+        if result.finish == "length" and len(result.tokens) < request.max_tokens:
+            reason = "the context is full"
+        if result.finish == "eos" and len(result.tokens) <= 1:
+            reason = "the model ended it at once"
+        reasons[reason] += 1
+    if len(results) == 1:
+        return next(iter(reasons))
+    return ", ".join(f"{count} x {reason}" for reason, count in reasons.items())

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
+from typing import NoReturn
 
 import click
 
+from elmoe.cli.suggesting import SuggestingGroup
 from elmoe.errors import ElmoeError
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 VERBS = {
     "demo": "The whole story on the embedded model: plain and elastic decoding side by side.",
     "convert": "Convert a Hugging Face folder or a GGUF file to a store.",
@@ -25,7 +33,7 @@ VERBS = {
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(SuggestingGroup):
     """Imports ``elmoe.cli.<verb>`` when the verb is used; help texts of the list come from ``VERBS``."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -52,14 +60,46 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: errors raised on purpose become two lines on stderr and exit code 1."""
+    """Entry point: errors raised on purpose become two lines on stderr and exit code 1, Ctrl-C exit code 130."""
+    _accept_any_text()
     try:
-        cli(standalone_mode=True)
+        status = cli.main(prog_name="elmoe", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ElmoeError as error:
-        click.echo(f"error: {error}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
-        sys.exit(1)
+        _end(f"error: {error}", error.hint)
+    except click.Abort:
+        _end("interrupted", None, INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MemoryError:
+        _end("error: out of memory", "give a smaller --fast-memory or --batch, or shorter prompts")
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        # Nobody reads, or the disk behind a file is full: what is buffered cannot be written either.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if error.errno == errno.EPIPE:
+            sys.exit(1)
+        _end(f"error: cannot write the output: {error.strerror}", "free some disk, or write elsewhere")
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _accept_any_text() -> None:
+    """Names and texts that the terminal's encoding does not hold are shown as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _end(message: str, hint: str | None, status: int = 1) -> NoReturn:
+    with suppress(OSError, ValueError):
+        click.echo(message, err=True)
+        if hint:
+            click.echo(f"hint: {hint}", err=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from elmoe.cli.common import IntegerList, json_option, print_json
+from elmoe.cli.common import IntegerList, force_option, json_option, print_json
 from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
 from elmoe.terminal import number, print_table, progress_bar
 
@@ -32,16 +35,18 @@ from elmoe.terminal import number, print_table, progress_bar
 @click.option(
     "--timeline", type=click.Path(dir_okay=False, path_type=Path), help="Write the last system's steps for Perfetto."
 )
+@force_option
 @click.option("--show-preset", metavar="NAME", help="Print a hardware preset to copy, and stop.")
 @json_option
 def command(
     hardware: tuple[str, ...], model: tuple[str, ...], prompts: tuple[str, ...], trace: Path | None, batch: tuple[int, ...],
     forms: tuple[Any, ...], acceptance: tuple[str, ...], context: int, out: Path | None, timeline: Path | None,
-    show_preset: str | None, as_json: bool,
+    force: bool, show_preset: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Price serving on described hardware: tokens/s, joules per token, bytes and utilisation."""
+    from elmoe.files import check_output
     from elmoe.schema.hardware import load_hardware, preset_names, preset_text
-    from elmoe.sim.grid import PAPER_ODDS, Grid, run_grid
+    from elmoe.sim.grid import PAPER_ODDS, Grid, check_names, run_grid
     from elmoe.sim.result import SimulationResult, odds_of, write_result
     from elmoe.systems.forms import FORMS
 
@@ -52,13 +57,18 @@ def command(
         return
     if not batch or min(batch) < 1:
         raise click.BadParameter("batch sizes start at 1", param_hint="--batch")
+    for path, what in ((out, "result"), (timeline, "timeline")):
+        check_output(path, force, what)
     grid = Grid(
         tuple(load_hardware(name) for name in hardware), tuple(model), ("trace",) if trace else tuple(prompts), batch,
         tuple(forms) or FORMS, tuple(odds_of(text) for text in acceptance) or PAPER_ODDS, context=context, trace=trace,
     )  # fmt: skip
+    check_names(grid)
     with progress_bar("models x prompts", len(grid.models) * len(grid.prompts)) as bar:
         rows = run_grid(grid, lambda done, total: bar(done, total))
-    result = SimulationResult.of(grid, rows)
+    result = SimulationResult.of(
+        grid, rows, shlex.join(["elmoe", *sys.argv[1:]]), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    )
     if out is not None:
         write_result(result, out)
     if timeline is not None:

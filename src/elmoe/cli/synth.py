@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -15,18 +14,19 @@ from elmoe.terminal import progress_bar
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--layers", type=click.IntRange(1), help="Write only this many layers.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True)
 @json_option
 def command(config: Path, store: Path, layers: int | None, seed: int, as_json: bool) -> None:
     """Write STORE with the shapes of a Hugging Face CONFIG (config.json) and deterministic random weights."""
     from elmoe.errors import ConvertError
+    from elmoe.files import check_new_folder
     from elmoe.models import spec_of_config
     from elmoe.store.synthetic import synthesize
+    from elmoe.untrusted import load_object, read_bytes
 
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvertError(f"'{config}' is not JSON: {error}") from error
+    check_new_folder(store, "store")
+    raw = read_bytes(config, ConvertError, 1 << 20, "config.json")
+    values = load_object(raw, str(config), ConvertError, "expected a model's config.json", repeated_keys=True)
     if layers is not None:
         values["num_hidden_layers"] = layers
     spec = spec_of_config(values, config.name)

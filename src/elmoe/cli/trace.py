@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import Serving, json_option, print_json, serving_options
+from elmoe.cli.common import Serving, force_option, json_option, print_json, seed_type, serving_options
+from elmoe.cli.suggesting import SuggestingGroup
 from elmoe.cli.trace_facts import fit, import_, synthesise
 from elmoe.cli.trace_profile import profile, read_prompts
 from elmoe.terminal import percent, print_table, progress_bar
 
 
-@click.group("trace")
+@click.group("trace", cls=SuggestingGroup)
 def command() -> None:
     """Record the facts of a run (routing, draft agreement), and look at them. Every subcommand has --json."""
 
@@ -27,19 +28,23 @@ def command() -> None:
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts after this many tokens.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.8, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
+@click.option("--seed", type=seed_type, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
 @click.option("--batch", type=click.IntRange(1, 64), default=8, show_default=True)
 @click.option("--every-position", is_flag=True,
               help="Draft anew from every position, as a replay needs [--draft-length is 16 then].")  # fmt: skip
 @click.option("--all-ranks", is_flag=True,
               help="Rank every expert, so that the trace tells what a draft runs whatever is resident.")  # fmt: skip
 @serving_options
+@force_option
 @json_option
 def record(
     store: str, out: Path, prompts_path: Path, prompt_tokens: int | None, max_tokens: int, temperature: float, seed: int,
-    batch: int, every_position: bool, all_ranks: bool, serving: Serving, as_json: bool,
+    batch: int, every_position: bool, all_ranks: bool, serving: Serving, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve the prompts elastically and write the trace OUT (Parquet)."""
+    from elmoe.files import check_output
+
+    check_output(out, force, "trace")
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.request import Request
     from elmoe.trace import TraceRecorder

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import json_option, print_json
+from elmoe.cli.common import force_option, json_option, print_json
 from elmoe.terminal import number, print_table
 
 input_path = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -22,9 +22,13 @@ output_path = click.Path(dir_okay=False, path_type=Path)
               help="ndjson: steps logged by tools around llama.cpp, to routing facts. Others: published statistics, to a "
               "popularity for `synthesise`: ESFT scores (a file or a folder), OLMoE counts, Fiddler's order.")  # fmt: skip
 @click.option("--model", help="Which model of a file that holds several.")
+@force_option
 @json_option
-def import_(source: Path, out: Path, kind: Any, model: str | None, as_json: bool) -> None:
+def import_(source: Path, out: Path, kind: Any, model: str | None, force: bool, as_json: bool) -> None:
     """Import the routing of others: SRC to OUT."""
+    from elmoe.files import check_output
+
+    check_output(out, force, "")
     from elmoe.trace import import_ndjson, import_popularity, save_popularity, write_facts
 
     if kind == "ndjson":
@@ -51,9 +55,13 @@ def _brief(value: Any) -> str:
 @click.command("fit")
 @click.argument("path", metavar="TRACE", type=input_path)
 @click.argument("out", type=output_path)
+@force_option
 @json_option
-def fit(path: Path, out: Path, as_json: bool) -> None:
+def fit(path: Path, out: Path, force: bool, as_json: bool) -> None:
     """Fit how local the routing of TRACE is (a recording or a facts file), for `synthesise`; write OUT (JSON)."""
+    from elmoe.files import check_output
+
+    check_output(out, force, "locality")
     from msgspec import to_builtins
 
     from elmoe.trace import fit_locality, read_facts, save_locality
@@ -103,12 +111,16 @@ def fit(path: Path, out: Path, as_json: bool) -> None:
 @click.option("--popularity", "popularity_path", type=input_path, help="Of `elmoe trace import`, in place of the fit's own.")
 @click.option("--domain", help="Of the popularity [default: the mean of all].")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@force_option
 @json_option
 def synthesise(
     source: str, out: Path, experts: int, top_k: int, layers: int, sequences: int, positions: int, prompt: int,
-    ranks: int | None, popularity_path: Path | None, domain: str | None, seed: int, as_json: bool,
+    ranks: int | None, popularity_path: Path | None, domain: str | None, seed: int, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write synthetic routing facts OUT with the locality FIT: a file, or mt_bench, gsm8k, alpaca or humaneval."""
+    from elmoe.files import check_output
+
+    check_output(out, force, "facts file")
     from elmoe.trace import load_locality, load_popularity, write_facts
     from elmoe.trace import synthesise as make
     from elmoe.trace.locality import measured

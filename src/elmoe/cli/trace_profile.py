@@ -7,20 +7,20 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import backend_option, json_option, print_json, threads_option
+from elmoe.cli.common import backend_option, force_option, json_option, print_json, seed_type, threads_option
 from elmoe.terminal import percent, print_table, progress_bar
 
+PROMPTS_LIMIT = 1 << 30
 SHOWN = (1, 2, 4, 8, 16)
 
 
 def read_prompts(path: Path) -> list[str]:
     """Lines of a text file that are not empty; RequestError if there is none."""
     from elmoe.errors import RequestError
+    from elmoe.untrusted import read_text
 
-    try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise RequestError(f"'{path}' is not UTF-8 text: {error}") from error
+    text = read_text(path, RequestError, PROMPTS_LIMIT, "prompt file", "convert it, for example with iconv -t utf-8")
+    prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise RequestError(f"'{path}' holds no prompt", "write one per line")
     return prompts
@@ -34,17 +34,21 @@ def read_prompts(path: Path) -> list[str]:
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts after this many tokens.")
 @click.option("--max-tokens", type=click.IntRange(2), default=96, show_default=True)
 @click.option("--temperature", type=float, default=0.8, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
+@click.option("--seed", type=seed_type, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
 @click.option("--batch", type=click.IntRange(1, 64), default=16, show_default=True)
 @click.option("--depth", type=click.IntRange(1, 64), default=16, show_default=True, help="Tokens per draft.")
 @threads_option
 @backend_option
+@force_option
 @json_option
 def profile(
     store: str, out: Path, prompts_path: Path, prompt_tokens: int | None, max_tokens: int, temperature: float, seed: int,
-    batch: int, depth: int, threads: int | None, backend: Any, as_json: bool,
+    batch: int, depth: int, threads: int | None, backend: Any, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure how often drafts are accepted on STORE, by bits, resident share, depth and confidence; write OUT (JSON)."""
+    from elmoe.files import check_output
+
+    check_output(out, force, "acceptance table")
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request

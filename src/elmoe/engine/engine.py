@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -113,9 +114,8 @@ class Engine:
     def run(
         self, requests: Items[Request], recorder: TraceRecorder | None = None, timeline: Timeline | None = None
     ) -> Iterator[list[Output]]:
-        """Serve a closed set of requests, ``options.batch`` at a time, and yield what each step brought.
-
-        ``statistics`` count this run alone. Closing the iterator aborts what is left.
+        """Serve a closed set of requests, ``options.batch`` at a time, and yield what each step brought; ``request`` of an
+        output is its index among them. ``statistics`` count this run alone. Closing the iterator aborts what is left.
 
         :raises RequestError: a request cannot be served, or others are being served.
         """
@@ -132,7 +132,7 @@ class Engine:
         try:
             numbers += [self.add(request) for request in requests]
             while self.has_work:
-                yield self.step()
+                yield [replace(output, request=output.request - numbers[0]) for output in self.step()]
         finally:
             self._abandon(numbers)
             self.scheduler.together = False

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Literal
 
 from elmoe.bitslice import Backend
 from elmoe.engine.direct_tier import DirectTier
@@ -19,15 +16,20 @@ from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.engine.tier import ExpertTier
 from elmoe.errors import RequestError, StoreError
+from elmoe.processors import processors
 from elmoe.store import available_memory, open_direct, open_store, read_manifest, resolve_store
 from elmoe.text import TextStream
+from elmoe.tokenizer import encode, load_tokenizer
 from elmoe.units import format_bytes
+from elmoe.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from elmoe.trace import TraceRecorder
 
 BackendName = Literal["native", "reference"]
 Reader = Literal["auto", "memory", "direct"]
+TOKENIZER_LIMIT = 256 << 20
+"""Largest tokenizer.json, bytes."""
 HEADROOM = 512 << 20
 """Bytes left to everything else when a budget is derived from the memory available."""
 MOST_THREADS = 64
@@ -50,7 +52,7 @@ def use_threads(backend: BackendName, threads: int | None = None) -> None:
     if backend == "native":
         from elmoe import kernels
 
-        kernels.set_threads(threads or min(MOST_THREADS, len(os.sched_getaffinity(0))))
+        kernels.set_threads(threads or min(MOST_THREADS, processors()))
 
 
 class Session:
@@ -87,10 +89,8 @@ class Session:
             self.tier += " (through the page cache: this file system refuses O_DIRECT)"
         if options.slow_bandwidth is not None:
             self.tier += f", throttled to {options.slow_bandwidth / 1e9:g} GB/s"
-        try:
-            self.tokenizer = Tokenizer.from_file(str(self.reader.tokenizer_path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise StoreError(f"'{self.reader.tokenizer_path}' is not a readable tokenizer: {error}") from error
+        tokenizer = self.reader.tokenizer_path
+        self.tokenizer = load_tokenizer(read_bytes(tokenizer, StoreError, TOKENIZER_LIMIT, "tokenizer"), str(tokenizer))
         if kind == "memory" and backend == "native":
             from elmoe.engine.prefetch_distance import choose_prefetch_distance  # needs the native kernels
 
@@ -110,35 +110,23 @@ class Session:
         self.engine = Engine(self.reader, self.backend, options, text=self.text_stream)
         return self
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Text to token ids; RequestError if there is none."""
-        ids = tuple(self.tokenizer.encode(text).ids)
-        if not ids:
-            raise RequestError("the prompt is empty", "give some text")
-        return ids
+    def encode(self, text: str, rendered: bool = False) -> tuple[int, ...]:
+        """Text to token ids; RequestError if there is none. ``rendered``: a chat that holds its own special tokens."""
+        return encode(self.tokenizer, text, special_tokens=not rendered)
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
         """Token ids to text, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> str:
-        """Apply the store's chat template (sandboxed); RequestError if it has none or refuses the messages."""
-        import jinja2  # here, because loading it delays a first token that needs no template
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        """Apply the store's chat template, in a process with limits; RequestError if it has none, or it fails. Encode the
+        text as ``rendered``: it has its own special tokens."""
+        from elmoe.chat import render  # here, because loading it delays a first token that needs no template
 
         template = self.reader.chat_template()
         if template is None:
             raise RequestError(f"'{self.path.name}' has no chat template", "give a plain prompt")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-        def refuse(message: Any) -> None:
-            raise jinja2.TemplateError(str(message))
-
-        environment.globals["raise_exception"] = refuse
-        try:
-            return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the chat template refuses the messages: {error}") from error
+        return render(template, messages)
 
     def text_stream(self, prompt: tuple[int, ...], stop: tuple[str, ...]) -> TextStream:
         """The text of a sequence behind a prompt, as its tokens come."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +14,7 @@ from elmoe.errors import ModelError
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.sizes import ModelSizes
 from elmoe.models.spec import ModelSpec
+from elmoe.untrusted import load_object, read_bytes, short
 
 _LARGEST_CONFIG, _LARGEST_MANIFEST = 1 << 20, 256 << 20
 
@@ -34,23 +35,42 @@ def load_model(name_or_path: str | Path) -> ModelSizes:
     """A preset by name, a ``config.json``, the folder of a checkpoint or of a store, or ``demo``, the store that comes with
     the package; ModelError names the file and the key."""
     if str(name_or_path) in model_names():
-        text = (files("elmoe.presets") / "models" / f"{name_or_path}.json").read_text(encoding="utf-8")
-        return model_of_config(_object(text, f"{name_or_path}.json"), str(name_or_path), f"{name_or_path}.json")
+        return model_of_config(_preset(str(name_or_path)), str(name_or_path), f"{name_or_path}.json")
     path = Path(str(files("elmoe.presets") / "demo")) if str(name_or_path) == "demo" else Path(name_or_path)
-    if path.is_dir() and (path / "manifest.json").is_file():
-        return _model_of_store(path)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        names = ", ".join(model_names())
-        raise ModelError(f"there is no model '{name_or_path}'", f"a config.json, a checkpoint, a store, or one of {names}")
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise ModelError(f"'{path}' is larger than 1 MiB", "a model's config.json is a few KB")
+    hint = f"a config.json, a checkpoint, a store, or one of {', '.join(model_names())}"
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ModelError(f"'{path}' is not text: {error}", "expected a model's config.json") from None
-    name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return model_of_config(_object(text, str(path)), name, str(path))
+        if path.is_dir() and (path / "manifest.json").is_file():
+            return _model_of_store(path)
+        path = path / "config.json" if path.is_dir() else path
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        found = False
+    if not found:
+        raise ModelError(f"there is no model '{short(name_or_path)}'", hint)
+    config = _object(read_bytes(path, ModelError, _LARGEST_CONFIG, "model's config.json", hint), str(path))
+    if config not in _preset_configs():
+        config.pop("_source", None)  # a preset's source says nothing of a file that was changed
+    return model_of_config(config, name_of_path(path), str(path))
+
+
+def name_of_path(path: Path) -> str:
+    """What a model is called by the path the user wrote, links not followed: the folder of a config.json, else the file.
+    A snapshot in a Hugging Face cache has the name of its repository."""
+    if path.name != "config.json":
+        return path.stem
+    folder = Path(os.path.abspath(path)).parent
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name or "/"
+
+
+@cache
+def _preset_configs() -> tuple[dict[str, Any], ...]:
+    return tuple(_preset(name) for name in model_names())
+
+
+def _preset(name: str) -> dict[str, Any]:
+    return _object((files("elmoe.presets") / "models" / f"{name}.json").read_bytes(), f"{name}.json")
 
 
 def model_of_config(config: dict[str, Any], name: str, where: str) -> ModelSizes:
@@ -66,14 +86,14 @@ def model_of_config(config: dict[str, Any], name: str, where: str) -> ModelSizes
 
 def _model_of_store(folder: Path) -> ModelSizes:
     path = folder / "manifest.json"
-    if path.stat().st_size > _LARGEST_MANIFEST:
-        raise ModelError(f"'{path}' is larger than {_LARGEST_MANIFEST >> 20} MiB", "it is no manifest of a store")
+    raw = read_bytes(path, ModelError, _LARGEST_MANIFEST, "manifest of a store")
+    name = Path(os.path.abspath(folder)).name
     try:
-        stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
+        stored = msgspec.json.decode(raw, type=_Stored)
         formats = {f"layers.{layer.layer}.experts": layer.format for layer in stored.layers}
-        return ModelSizes(spec=stored.model, name=folder.resolve().name, source=str(folder), formats=formats)
-    except (msgspec.MsgspecError, ModelError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"'{path}': {error}", "it is no manifest of a store of this version") from None
+        return ModelSizes(spec=stored.model, name=name, source=str(folder), formats=formats)
+    except (msgspec.MsgspecError, ModelError, ValueError, RecursionError) as error:
+        raise ModelError(f"'{path}': {short(error)}", "it is no manifest of a store of this version") from None
 
 
 @cache
@@ -83,11 +103,5 @@ def model_names() -> tuple[str, ...]:
     return tuple(sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json")))
 
 
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"'{where}' is not JSON: {error}", "expected a model's config.json") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"'{where}' is not a JSON object", "expected a model's config.json")
-    return data
+def _object(raw: bytes, where: str) -> dict[str, Any]:
+    return load_object(raw, where, ModelError, "expected a model's config.json", repeated_keys=True)

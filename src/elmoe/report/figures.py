@@ -11,17 +11,25 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8f7f00", "#7f7f7f"]
+"""Colours that stay apart for colour-blind readers, on white and on dark (Okabe and Ito)."""
+
+
 def bars(
     title: str, categories: Sequence[Any], series: Mapping[str, Sequence[float | None]], value: str, stacked: bool = False,
     logarithmic: bool = False,
 ) -> Figure:  # fmt: skip
-    """Grouped or stacked bars over categories; ``value`` names the axis with its unit."""
+    """Grouped or stacked bars over categories, from 0; on a logarithmic axis, which has no 0, dots. ``value`` names the axis
+    with its unit."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(
-        [go.Bar(name=name, x=[str(c) for c in categories], y=list(values)) for name, values in series.items()]
-    )
+    names = [str(c) for c in categories]
+    if logarithmic:
+        dots = [go.Scatter(name=name, x=names, y=list(values), mode="markers") for name, values in series.items()]
+        return _finished(go.Figure(dots).update_traces(marker_size=11), title, "", value, True)
+    figure = go.Figure([go.Bar(name=name, x=names, y=list(values)) for name, values in series.items()])
     figure.update_layout(barmode="stack" if stacked else "group")
+    figure.update_yaxes(rangemode="tozero")
     return _finished(figure, title, "", value, logarithmic)
 
 
@@ -41,7 +49,7 @@ def lines(
 def tornado(
     title: str, names: Sequence[str], low: Sequence[float], high: Sequence[float], base: float, value: str
 ) -> Figure:
-    """How far a result moves when each constant goes to its least and greatest value."""
+    """How far a result moves from ``base`` when each constant goes to its least and greatest value."""
     import plotly.graph_objects as go
 
     order = sorted(range(len(names)), key=lambda i: abs(high[i] - low[i]))
@@ -49,15 +57,15 @@ def tornado(
     figure = go.Figure(
         [
             go.Bar(
-                name=label, y=labels, x=[values[i] - base for i in order], base=base, orientation="h",
+                name=label, y=labels, x=[values[i] - base for i in order], orientation="h",
                 hovertext=[f"{values[i]:.3f}" for i in order],
             )
             for label, values in (("at its least", low), ("at its greatest", high))
         ]
     )  # fmt: skip
-    figure.update_layout(barmode="overlay", height=120 + 28 * len(names), margin={"l": 260})
-    figure.add_vline(x=base, line_dash="dot")
-    return _finished(figure, title, value, "", False)
+    figure.update_layout(barmode="overlay", height=120 + 28 * len(names))
+    figure.update_yaxes(automargin=True)
+    return _finished(figure, title, f"{value}: change from {base:.3g}", "", False)
 
 
 def _finished(figure: go.Figure, title: str, horizontal: str, vertical: str, logarithmic: bool) -> Figure:
@@ -70,6 +78,7 @@ def _finished(figure: go.Figure, title: str, horizontal: str, vertical: str, log
         template="plotly_white",
         legend_orientation="h",
         legend_y=-0.2,
+        colorway=PALETTE,
     )
     if logarithmic:
         figure.update_yaxes(type="log")

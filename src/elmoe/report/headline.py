@@ -15,6 +15,8 @@ PAPER = {
     "energy over xPU": (4.4, 7.2), "energy over best prior": (1.4, 4.9),
 }  # fmt: skip
 """(mean, maximum) over models, prompts and batch 1-16 with 8 GB; the abstract (means) and second-hand notes (maxima)."""
+PAPER_BATCHES = (1, 16)
+"""Least and greatest batch size of the paper's means."""
 Condition = tuple[str, str, int]
 
 
@@ -94,6 +96,12 @@ def _ratios(group: list[Comparison], share: str = "middle") -> dict[str, list[fl
 
 def _mean_max(values: list[float]) -> tuple[float, float]:
     return fmean(values), max(values)
+
+
+def missing_rivals(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Prior systems of the paper that the result does not hold: without them a claim over the best prior is not judged."""
+    found = {row["system"] for row in rows if "error" not in row}
+    return [name for name in RIVALS if name not in found]
 
 
 def verdict(name: str, by_label: dict[str, dict[str, tuple[float, float]]]) -> str:

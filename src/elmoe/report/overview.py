@@ -5,40 +5,92 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+from elmoe.errors import HardwareError
 from elmoe.report.figures import bars
-from elmoe.report.headline import PAPER, SHARES, Comparison, compare, summary, verdict
+from elmoe.report.headline import PAPER, PAPER_BATCHES, SHARES, Comparison, compare, missing_rivals, summary, verdict
 from elmoe.report.section import Figure, Section, Table
+from elmoe.report.systems import (
+    all_rows,
+    best_forms,
+    changed_words,
+    constants_table,
+    energy_figure,
+    energy_table,
+    names_of,
+    simulated,
+    summary_table,
+    system_words,
+)  # fmt: skip
 
 
-def overview(rows: list[dict[str, Any]], conditions: dict[str, Any], command: str, system: str = "elmoe3d_8gb") -> Section:
-    """One section of a result that holds ``system`` and the xPU; without them just the rates."""
+def overview(
+    rows: list[dict[str, Any]], conditions: dict[str, Any], command: str, system: str = "elmoe3d_8gb", file: str = "",
+) -> Section:  # fmt: skip
+    """One section of a result: what its systems do, and the paper's claims as far as the result holds their systems.
+
+    :raises HardwareError: no row was simulated.
+    """
+    if not simulated(rows):
+        raise HardwareError(
+            f"{file or 'the result'} holds no simulated row", "every model was left out: see `elmoe simulate`"
+        )
+    reference = str(conditions.get("reference", names_of(rows)[0]))
     comparisons = compare(rows, system)
-    tables, figures = [_rates(rows)], [_speed_figure(rows, conditions)]
+    tables = [summary_table(rows, reference)]
+    figures = [_speed_figure(rows, reference), energy_figure(rows)]
+    details = [energy_table(rows), all_rows(rows)]
+    constants = constants_table(conditions)
+    words = [system_words(rows, reference), changed_words(conditions)]
+    common = {"command": str(conditions.get("command", command)), "date": str(conditions.get("date", "")), "file": file}
+    if constants is not None:
+        details.append(constants)
     if not comparisons:
         return Section(
-            name="rates", title="Rates", claim="Tokens per second by system, form and batch; means over prompts.",
-            verdict=f"No comparison with the paper: the result lacks '{system}' with elastic drafts, or the xPU.",
-            command=command, tables=tuple(tables), figures=tuple(figures),
+            name="rates", title=f"Systems over plain {reference}", claim=_conditions(conditions),
+            verdict="\n".join(filter(None, words)), tables=(*tables, *details), figures=tuple(figures), **common,
         )  # fmt: skip
-    by_label = summary(comparisons)
-    words = "\n".join(verdict(name, by_label) for name in PAPER)
+    by_label, missing = summary(comparisons), missing_rivals(rows)
+    judged = [name for name in PAPER if not missing or "prior" not in name]
+    words = [verdict(name, by_label) for name in judged]
+    batches = [c.batch for c in comparisons]
+    if (min(batches), max(batches)) != PAPER_BATCHES:
+        words.append(
+            f"Other conditions: the paper's means are over batch {PAPER_BATCHES[0]} to {PAPER_BATCHES[1]}, this result has "
+            f"{min(batches)} to {max(batches)}."
+        )
+    if missing:
+        words.append(f"The claims over the best prior system are not judged: the result lacks {', '.join(missing)}.")
+    else:
+        words.append(_assumption(comparisons))
+        details = [*_by_model(comparisons), _rivals(comparisons), _priors(comparisons), *details]
+    words += [system_words(rows, reference), changed_words(conditions)]
     return Section(
-        name="headline", title=f"Headline: {system} against the paper",
+        name="headline", title=f"{system} against the paper",
         claim="The paper: 6.6x the speed and 4.4x the energy efficiency of an LPDDR xPU, 2.2x and 1.4x over the best prior "
         "accelerator in each condition; means over models, prompts and batch 1-16, 8 GB of hybrid-bonded DRAM. Acceptance "
-        "of these models cannot be measured here, so every number stands for three acceptances, the paper's range.",
-        verdict=f"{words}\n{_assumption(comparisons)}", command=command,
-        tables=(
-            _against_paper(by_label), *_by_model(comparisons), _rivals(comparisons), _energy(comparisons),
-            _priors(comparisons), *tables,
-        ),
-        figures=(*_headline_figures(comparisons), *figures),
+        f"of these models cannot be measured here, so numbers are given for several acceptances. {_conditions(conditions)}",
+        verdict="\n".join(filter(None, words)),
+        tables=(_against_paper(by_label, judged), *tables, _energy(comparisons, bool(missing)), *details),
+        figures=(*_headline_figures(comparisons, bool(missing)), *figures), **common,
     )  # fmt: skip
 
 
-def _against_paper(by_label: dict[str, dict[str, tuple[float, float]]]) -> Table:
+def _conditions(conditions: dict[str, Any]) -> str:
+    """What was simulated, in a sentence."""
+    said = [
+        f"{name}: {', '.join(map(str, values))}"
+        for name in ("models", "prompts", "batches")
+        if isinstance(values := conditions.get(name), list)
+    ]
+    if "context" in conditions:
+        said.append(f"context: {conditions['context']} positions")
+    return f"Simulated: {'; '.join(said)}." if said else "Simulated."
+
+
+def _against_paper(by_label: dict[str, dict[str, tuple[float, float]]], judged: list[str]) -> Table:
     rows = []
-    for name, (mean, most) in PAPER.items():
+    for name in judged:
+        mean, most = PAPER[name]
         for label, ratios in by_label.items():
             ours = ratios[name]
             rows.append(
@@ -103,7 +155,8 @@ def _rivals(comparisons: list[Comparison]) -> Table:
     )  # fmt: skip
 
 
-def _energy(comparisons: list[Comparison]) -> Table:
+def _energy(comparisons: list[Comparison], only_xpu: bool) -> Table:
+    rivals = "xPU (plain)" if only_xpu else "xPU (plain) and the thriftiest prior system"
     rows = []
     for label in dict.fromkeys(c.acceptance for c in comparisons):
         mine = [c for c in comparisons if c.acceptance == label]
@@ -115,9 +168,10 @@ def _energy(comparisons: list[Comparison]) -> Table:
                 )
             )  # fmt: skip
     return Table(
-        title="Energy per token: xPU (plain) and the thriftiest prior system over ours, by static-power share",
+        title=f"Energy per token, by static-power share: {rivals} over ours",
         status="simulated; static power is assumed, the same watts in every system",
-        columns=("acceptance", "static share", "over xPU, mean", "max", "over prior, mean", "max"), rows=tuple(rows),
+        columns=("acceptance", "static share", "over xPU, mean", "max", "over prior, mean", "max")[: 4 if only_xpu else 6],
+        rows=tuple(row[: 4 if only_xpu else 6] for row in rows),
     )  # fmt: skip
 
 
@@ -134,13 +188,12 @@ def _priors(comparisons: list[Comparison]) -> Table:
     )  # fmt: skip
 
 
-def _headline_figures(comparisons: list[Comparison]) -> list[Figure]:
+def _headline_figures(comparisons: list[Comparison], only_xpu: bool) -> list[Figure]:
     batches = sorted({c.batch for c in comparisons})
     labels = list(dict.fromkeys(c.acceptance for c in comparisons))
     figures = []
-    for name, title in (
-        ("speed_over_xpu", "Speed-up over the xPU"), ("speed_over_prior", "Speed-up over the best prior system"),
-    ):  # fmt: skip
+    shown = (("speed_over_xpu", "Speed-up over the xPU"), ("speed_over_prior", "Speed-up over the best prior system"))
+    for name, title in shown[: 1 if only_xpu else 2]:
         series = {
             f"acceptance {label}": [
                 fmean(getattr(c, name) for c in comparisons if (c.acceptance, c.batch) == (label, batch))
@@ -152,47 +205,13 @@ def _headline_figures(comparisons: list[Comparison]) -> list[Figure]:
     return figures
 
 
-def _speed_figure(rows: list[dict[str, Any]], conditions: dict[str, Any]) -> Figure:
-    """Tokens/s of every system in its best form, mean over models and prompts, relative to the reference."""
-    batches = sorted({row["batch"] for row in rows})
+def _speed_figure(rows: list[dict[str, Any]], reference: str) -> Figure:
+    """Every system in its fastest form, mean over models and prompts, relative to the reference."""
+    batches = sorted({row["batch"] for row in simulated(rows)})
     series: dict[str, list[float | None]] = {}
-    for system in dict.fromkeys(row["system"] for row in rows):
-        series[system] = [_best_mean(rows, system, batch) for batch in batches]
-    reference = conditions.get("reference", "the first system")
-    return bars(
-        f"Every system in its best form, over plain {reference}",
-        [f"batch {b}" for b in batches],
-        series,
-        "x",
-        logarithmic=True,
-    )
-
-
-def _best_mean(rows: list[dict[str, Any]], system: str, batch: int) -> float | None:
-    best: dict[tuple[str, str], float] = {}
-    for row in rows:
-        if row["system"] == system and row["batch"] == batch and "error" not in row:
-            key = row["model"], row["prompts"]
-            best[key] = max(best.get(key, 0.0), row["speedup"])
-    return fmean(best.values()) if best else None
-
-
-def _rates(rows: list[dict[str, Any]]) -> Table:
-    shown = [row for row in rows if "error" not in row]
-    keys = dict.fromkeys((r["model"], r["system"], r["form"], r["acceptance"], r["batch"]) for r in shown)
-    table = []
-    for key in keys:
-        group = [r for r in shown if (r["model"], r["system"], r["form"], r["acceptance"], r["batch"]) == key]
-        table.append(
-            (
-                *key, fmean(r["tokens_per_second"] for r in group), fmean(r["speedup"] for r in group),
-                fmean(r["joules_per_token"]["middle"] for r in group), group[0]["draft_length"],
-                None if group[0]["msb_hit_rate"] is None else fmean(r["msb_hit_rate"] for r in group),
-            )
-        )  # fmt: skip
-    return Table(
-        title="All rows, mean over prompts", status="simulated",
-        columns=("model", "system", "form", "acceptance", "batch", "tokens/s", "x reference", "J/token", "draft length",
-                 "MSB hits"),
-        rows=tuple(table),
-    )  # fmt: skip
+    for name in names_of(rows):
+        group = best_forms(rows, name)
+        values = [[row["speedup"] for row in group if row["batch"] == batch] for batch in batches]
+        series[name] = [fmean(some) if some else None for some in values]
+    title = f"Speed of every system in its fastest form, over plain {reference}"
+    return bars(title, [f"batch {b}" for b in batches], series, f"x plain {reference}", logarithmic=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def write_page(sections: Sequence[Section], path: Path, title: str = "elmoe: wha
     environment.filters["script"] = lambda data: Markup(json.dumps(data).replace("<", "\\u003c"))
     template = environment.from_string((files("elmoe.report") / "page.html.jinja").read_text(encoding="utf-8"))
     plots = any(section.figures for section in sections)
-    html = template.render(title=title, sections=sections, plotly=Markup(get_plotlyjs()) if plots else "")
+    made = {"plotly": Markup(get_plotlyjs()) if plots else "", "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
+    html = template.render(title=title, sections=sections, **made)
     write_whole(path, html.encode())
 
 

@@ -9,17 +9,20 @@ import msgspec
 
 from elmoe.errors import HardwareError
 from elmoe.files import write_whole
+from elmoe.untrusted import decode_json, read_bytes
 
 SIZE_LIMIT = 64 << 20
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
-    """``status``: whether the numbers are simulated, measured, published, or which column is which."""
+    """``status``: whether the numbers are simulated, measured, published, or which column is which. ``folded``: shown
+    when it is opened, left out in print."""
 
     title: str
     status: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
+    folded: bool = False
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +33,8 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
-    """``claim``: what is tested, ``verdict``: what came out, in words. ``command`` makes the section anew."""
+    """``claim``: what is tested, ``verdict``: what came out, in words. ``command`` makes the section anew; ``date``: when it
+    was made, ``file``: the result it was read from."""
 
     name: str
     title: str
@@ -40,6 +44,8 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     kind: str = "section"
+    date: str = ""
+    file: str = ""
 
 
 def write_section(section: Section, path: Path) -> None:
@@ -49,11 +55,7 @@ def write_section(section: Section, path: Path) -> None:
 
 def read_section(path: Path) -> Section:
     """Read a section file; HardwareError names what is wrong with it."""
-    try:
-        if path.stat().st_size > SIZE_LIMIT:
-            raise HardwareError(f"'{path}' is larger than {SIZE_LIMIT >> 20} MiB")
-        return msgspec.json.decode(path.read_bytes(), type=Section)
-    except OSError as error:
-        raise HardwareError(f"cannot read '{path}': {error.strerror or error}") from error
-    except msgspec.DecodeError as error:
-        raise HardwareError(f"'{path}' is not a section of a report: {error}", "run the study that made it anew") from error
+    raw = read_bytes(path, HardwareError, SIZE_LIMIT, "section of a report")
+    return decode_json(
+        raw, str(path), Section, HardwareError, "not a section of a report", "run the study that made it anew"
+    )

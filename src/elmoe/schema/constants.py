@@ -6,21 +6,23 @@ greatest value that sources give, for sweeps. Values are held in SI units (bytes
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 import msgspec
 import yaml
 
 from elmoe.errors import ElmoeError, HardwareError
 from elmoe.units import format_quantity, parse_quantity
+from elmoe.untrusted import load_yaml, short
 
 Described = TypeVar("Described", bound=msgspec.Struct)
-Status = Literal["published", "derived", "measured", "assumed"]
+Status = Literal["published", "derived", "measured", "assumed", "user"]
+"""``user``: a preset's constant that the user changed, so the preset's source says nothing of it."""
 
 
 def _short(data: Any) -> str:
     """Scalars as they are; of anything else only the kind, as aliases make YAML lists of any printed size."""
-    return f"'{data}'" if isinstance(data, str | int | float) else f"a {type(data).__name__}"
+    return f"'{short(data, 60)}'" if isinstance(data, str | int | float) else f"a {type(data).__name__}"
 
 
 class Constant:
@@ -70,8 +72,9 @@ class Constant:
             raise ValueError(
                 f"unknown key {min(map(_short, unknown))}" if unknown else f"the constant has no '{min(missing)}'",
             )
-        if data["status"] not in ("published", "derived", "measured", "assumed"):
-            raise ValueError(f"status is {_short(data['status'])}, allowed: published, derived, measured, assumed")
+        status: Any = data["status"]
+        if not isinstance(status, str) or status not in get_args(Status):
+            raise ValueError(f"status is {_short(status)}, allowed: {', '.join(get_args(Status))}")
         if not isinstance(data["source"], str) or not data["source"].strip():
             raise ValueError("the source is empty: name where the value comes from, or say that nobody states it")
         span = data.get("range")
@@ -87,7 +90,7 @@ class Constant:
         low, high = (value, value) if span is None else (number(span[0]), number(span[1]))
         if not low <= value <= high:
             raise ValueError(f"value {data['value']} lies outside its range {span}")
-        return cls(value, data["source"], data["status"], low, high)
+        return cls(value, data["source"], cast(Status, status), low, high)
 
 
 class Capacity(Constant):
@@ -164,17 +167,11 @@ def _decode(kind: type, data: Any) -> Any:
 
 
 def load_described(text: str, where: str, kind: type[Described]) -> Described:
-    """YAML text of described constants as a typed structure; ``where`` is what errors name."""
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise HardwareError(f"'{where}' is not YAML: {error}", "a hardware description is a YAML mapping") from error
-    try:
-        return msgspec.convert(data, kind, dec_hook=_decode)
-    except msgspec.ValidationError as error:
-        raise HardwareError(
-            f"'{where}': {error}", "compare with a preset: `elmoe simulate --show-preset elmoe3d_8gb`"
-        ) from error
+    """YAML text of described constants as a typed structure; errors name ``where``, the line and the path."""
+    described = load_yaml(text, where, HardwareError, "a hardware description is a YAML mapping")
+    return described.convert(
+        kind, HardwareError, "compare with a preset: `elmoe simulate --show-preset elmoe3d_8gb`", _decode
+    )
 
 
 class _OnOneLine(dict[str, Any]):

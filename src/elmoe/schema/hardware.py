@@ -26,6 +26,8 @@ from elmoe.schema.constants import (
     described_text,
     load_described,
 )  # fmt: skip
+from elmoe.schema.provenance import mark_changes
+from elmoe.untrusted import MAX_YAML_BYTES, read_text, short
 
 
 class Refresh(Struct, frozen=True, kw_only=True):
@@ -153,7 +155,8 @@ class Hardware(Struct, frozen=True, kw_only=True):
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
     """A preset by name, or a YAML file; HardwareError names the file, the path in it and the mend."""
-    return load_described(*_read(name_or_path), Hardware)
+    hardware = load_described(*_read(name_or_path), Hardware)
+    return hardware if str(name_or_path) in preset_names() else mark_changes(hardware, _presets(), Path(name_or_path).name)
 
 
 def write_hardware(hardware: Hardware, path: str | Path) -> None:
@@ -171,6 +174,11 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml")))
 
 
+@cache
+def _presets() -> tuple[Hardware, ...]:
+    return tuple(load_hardware(name) for name in preset_names())
+
+
 def preset_text(name: str) -> str:
     """A preset's YAML, to copy and change."""
     return (files("elmoe.presets") / "hardware" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -179,12 +187,7 @@ def preset_text(name: str) -> str:
 def _read(name_or_path: str | Path) -> tuple[str, str]:
     if str(name_or_path) in preset_names():
         return preset_text(str(name_or_path)), f"{name_or_path}.yaml"
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise HardwareError(f"there is no hardware '{name_or_path}'", f"a YAML file, or one of {', '.join(preset_names())}")
-    if path.stat().st_size > 1 << 20:
-        raise HardwareError(f"'{path}' is larger than 1 MiB", "a hardware description is a few KB of YAML")
-    try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except UnicodeDecodeError as error:
-        raise HardwareError(f"'{path}' is not text: {error}", "a hardware description is YAML") from None
+    hint = f"a YAML file, or one of {', '.join(preset_names())}"
+    if not Path(name_or_path).exists():
+        raise HardwareError(f"there is no hardware '{short(name_or_path)}'", hint)
+    return read_text(name_or_path, HardwareError, MAX_YAML_BYTES, "hardware description", hint), str(name_or_path)

@@ -7,10 +7,10 @@ from importlib.resources import files
 from typing import Annotated, Literal
 
 import msgspec
-import yaml
 
 from elmoe.errors import HardwareError
 from elmoe.schema.constants import Status
+from elmoe.untrusted import load_yaml
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -116,10 +116,8 @@ def load_validation(name: str) -> Validation:
 
 def validation_of_text(text: str, where: str) -> Validation:
     """From YAML; HardwareError names ``where`` and the path in it."""
-    try:
-        data: Validation = msgspec.convert(yaml.safe_load(text), Validation)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise HardwareError(f"'{where}': {error}", f"compare with one of {', '.join(validation_names())}") from error
+    hint = f"compare with one of {', '.join(validation_names())}"
+    data: Validation = load_yaml(text, where, HardwareError, hint).convert(Validation, HardwareError, hint)  # type: ignore[arg-type]
     return data
 
 

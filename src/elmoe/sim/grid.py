@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from elmoe.errors import BudgetError, HardwareError, ModelError
 from elmoe.hw.machine import Machine
 from elmoe.models.load import load_model
 from elmoe.models.sizes import ModelSizes
+from elmoe.processors import processors
 from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
 from elmoe.sim.rows import row_of, static_watts
@@ -21,6 +23,7 @@ from elmoe.systems.forms import FORMS, FormName, Odds, TableOdds, rival_odds
 from elmoe.trace.facts import RoutingFacts, read_facts
 from elmoe.trace.locality import load_locality
 from elmoe.trace.synthesis import synthesise
+from elmoe.untrusted import short
 
 SAMPLED_LAYERS = 8
 """Layers replayed of a synthetic trace, whose layers are alike; their counts stand for the others."""
@@ -63,6 +66,7 @@ def run_grid(
 ) -> list[dict[str, Any]]:
     """All rows; (model, prompts) groups run side by side on ``workers`` processes (all cores by default)."""
     groups = [(grid, model, prompts) for model in grid.models for prompts in grid.prompts]
+    check_names(grid)
     rows: list[dict[str, Any]] = []
     if workers == 1 or len(groups) == 1:
         for index, group in enumerate(groups):
@@ -70,12 +74,41 @@ def run_grid(
             if progress is not None:
                 progress(index + 1, len(groups))
         return rows
-    with ProcessPoolExecutor(workers) as pool:
+    pool = ProcessPoolExecutor(min(workers or processors(), len(groups)), initializer=_ignore_interrupts)
+    try:
         for index, result in enumerate(pool.map(_run_packed, groups)):
             rows += result
             if progress is not None:
                 progress(index + 1, len(groups))
+    except BaseException:  # Ctrl-C too: what runs is not waited for
+        for process in list(pool._processes.values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
     return rows
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches the whole process group; the parent ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def check_names(grid: Grid) -> None:
+    """HardwareError where two things of a kind have one name: their rows could not be told apart."""
+    odds = [item.label for item in grid.odds]
+    kinds: tuple[tuple[str, list[Any], str], ...] = (
+        ("systems", [system.name for system in grid.systems], "change `name:` in one of the YAML files"),
+        ("models", [load_model(name).name for name in grid.models], "rename the folder of one of them"),
+        ("prompt sets", list(grid.prompts), "give each once"),
+        ("batch sizes", list(grid.batches), "give each once"),
+        ("forms", list(grid.forms), "give each once"),
+        ("acceptances", odds, "give each once, in files of different names"),
+    )
+    for kind, names, hint in kinds:
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise HardwareError(f"two {kind} have the name '{short(twice)}'", hint)
 
 
 def _run_packed(group: tuple[Grid, str, str]) -> list[dict[str, Any]]:

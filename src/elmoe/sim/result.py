@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elmoe.errors import HardwareError
-from elmoe.files import write_whole
+from elmoe.files import json_text, write_whole
+from elmoe.schema.provenance import constants
 from elmoe.sim.grid import Grid
+from elmoe.sim.rows import check_row
 from elmoe.systems.forms import Odds, TableOdds
 from elmoe.trace.acceptance import load_acceptance
+from elmoe.units import format_quantity
+from elmoe.untrusted import load_object, read_bytes, short
 
 RESULT_VERSION = 1
+SIZE_LIMIT = 64 << 20
 LABEL = "simulated"
 
 
@@ -25,7 +29,7 @@ def odds_of(text: str) -> Odds | TableOdds:
     except ValueError:
         return TableOdds(Path(text).stem, load_acceptance(text))
     if not 0 <= value < 1:
-        raise HardwareError(f"the acceptance {text} is no probability below 1", "give for example 0.6, or `demo`")
+        raise HardwareError(f"the acceptance {short(text, 60)} is no probability below 1", "give for example 0.6, or `demo`")
     return Odds(f"{value:g}", value, "assumed")
 
 
@@ -37,15 +41,25 @@ class SimulationResult:
     rows: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, grid: Grid, rows: list[dict[str, Any]]) -> SimulationResult:
-        """With the grid's conditions and every system's constants that are not published."""
+    def of(cls, grid: Grid, rows: list[dict[str, Any]], command: str = "", date: str = "") -> SimulationResult:
+        """With the grid's conditions and every system's constants. ``command``: what the user typed; ``date``: when."""
+        told = {name: text for name, text in (("command", command), ("date", date)) if text}
         return cls(
-            {
+            told
+            | {
                 "systems": [hardware.name for hardware in grid.systems], "models": list(grid.models),
                 "prompts": list(grid.prompts), "batches": list(grid.batches), "forms": list(grid.forms),
                 "acceptances": [{"label": odds.label, "status": odds.status} for odds in grid.odds],
                 "context": grid.context, "draft_lengths": list(grid.lengths), "steps": grid.steps,
                 "reference": grid.systems[0].name,
+                "constants": [
+                    {
+                        "system": hardware.name, "constant": path, "value": format_quantity(item.value, item.dimension),
+                        "low": format_quantity(item.low, item.dimension),
+                        "high": format_quantity(item.high, item.dimension), "status": item.status, "source": item.source,
+                    }
+                    for hardware in grid.systems for path, item in constants(hardware)
+                ],
             },
             rows,
         )  # fmt: skip
@@ -57,20 +71,28 @@ class SimulationResult:
 
 def write_result(result: SimulationResult, path: Path) -> None:
     """Write a result file; it appears when it is whole."""
-    write_whole(path, json.dumps(result.as_dict()).encode())
+    write_whole(path, json_text(result.as_dict()).encode())
 
 
 def read_result(path: Path) -> SimulationResult:
     """Read a result file; HardwareError names what is wrong with it."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HardwareError(f"cannot read '{path}': {error.strerror or error}") from error
-    except ValueError as error:
-        raise HardwareError(f"'{path}' is not a result file: {error}", "write one with `elmoe simulate --out`") from error
-    if not isinstance(data, dict) or data.get("version") != RESULT_VERSION or not isinstance(data.get("rows"), list):
-        raise HardwareError(f"'{path}' is not a result file of version {RESULT_VERSION}", "write it anew")
-    return SimulationResult(data.get("conditions", {}), data["rows"])
+    hint = "write one with `elmoe simulate --out`"
+    data = load_object(read_bytes(path, HardwareError, SIZE_LIMIT, "result file", hint), str(path), HardwareError, hint)
+    return result_of(data, str(path))
+
+
+def result_of(data: dict[str, Any], where: str) -> SimulationResult:
+    """A decoded result file; HardwareError names ``where``, the row and the key that is wrong."""
+    hint = "write it anew with `elmoe simulate --out`"
+    conditions, rows = data.get("conditions", {}), data.get("rows")
+    if data.get("version") != RESULT_VERSION or not isinstance(rows, list) or not isinstance(conditions, dict):
+        raise HardwareError(f"'{where}' is not a result file of version {RESULT_VERSION}", hint)
+    for index, row in enumerate(rows):
+        try:
+            check_row(row)
+        except ValueError as error:
+            raise HardwareError(f"'{where}', row {index + 1}: {short(error)}", hint) from None
+    return SimulationResult(conditions, rows)
 
 
 Key = tuple[str, str, str | None]

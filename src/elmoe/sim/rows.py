@@ -2,10 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from elmoe.hw.machine import Machine
 from elmoe.sim.simulate import Priced
+
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
+
+
+class Shares(TypedDict):
+    """A value at each share of static power."""
+
+    low: Positive
+    middle: Positive
+    high: Positive
+
+
+class Labels(TypedDict):
+    """What a row stands for."""
+
+    system: str
+    form: str
+    model: str
+    prompts: str
+    batch: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    acceptance: str | None
+
+
+class Row(Labels):
+    """What tables and reports take from a row that was simulated."""
+
+    tokens_per_second: Positive
+    speedup: Positive
+    draft_length: int
+    msb_hit_rate: float | None
+    busy: dict[str, NotNegative]
+    bytes_per_token: dict[str, NotNegative]
+    dynamic_joules_per_token: dict[str, NotNegative]
+    joules_per_token: Shares
+    efficiency: Shares
+
+
+class LeftOut(Labels):
+    """A row that could not be simulated, and why."""
+
+    error: str
+
+
+def check_row(row: Any) -> None:
+    """ValueError names the key of a row, read from a file, that is missing or of another kind."""
+    msgspec.convert(row, LeftOut if isinstance(row, dict) and "error" in row else Row)
 
 
 def row_of(priced: Priced, machine: Machine, labels: dict[str, Any], static_watts: dict[str, float]) -> dict[str, Any]:

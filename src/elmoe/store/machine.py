@@ -46,8 +46,19 @@ def parse_groups(cgroup: str) -> list[tuple[str, str]]:
     return groups
 
 
+def reclaimable(stat: str, controller: str) -> int:
+    """Bytes of a group's use that the kernel gives back at once, from its memory.stat: file pages not used lately."""
+    name = "inactive_file" if controller == "" else "total_inactive_file"
+    for line in stat.splitlines():
+        key, _, value = line.partition(" ")
+        if key == name and value.strip().isdigit():
+            return int(value)
+    return 0
+
+
 def group_headroom(root: Path, controller: str, path: str) -> int | None:
-    """The least limit minus use of a group and its ancestors, bytes; None where nothing limits."""
+    """The least limit minus use of a group and its ancestors, bytes; None where nothing limits. Page cache that the kernel
+    gives back is not counted as used."""
     if controller == "":
         base, limit_name, usage_name = root, "memory.max", "memory.current"
     else:
@@ -58,10 +69,12 @@ def group_headroom(root: Path, controller: str, path: str) -> int | None:
         try:
             limit = (folder / limit_name).read_text().strip()
             usage = int((folder / usage_name).read_text())
+            if limit == "max" or int(limit) > UNLIMITED:
+                continue
         except (OSError, ValueError):
             continue
-        if limit == "max" or int(limit) > UNLIMITED:
-            continue
+        with suppress(OSError):
+            usage = max(0, usage - reclaimable((folder / "memory.stat").read_text(), controller))
         headroom = max(0, int(limit) - usage)
         least = headroom if least is None else min(least, headroom)
     return least

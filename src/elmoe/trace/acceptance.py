@@ -15,6 +15,7 @@ from elmoe.errors import TraceError
 from elmoe.trace.draft_facts import mean_resident
 from elmoe.trace.format import Trace
 from elmoe.trace.locality import read_json, write_json
+from elmoe.untrusted import decode_json
 
 ACCEPTANCE_VERSION = 1
 CONFIDENCE_EDGES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -138,10 +139,8 @@ def load_acceptance(name_or_path: str | Path) -> AcceptanceTable:
     :raises TraceError: there is none, or it is no acceptance table.
     """
     path, raw = read_json(name_or_path, PRESETS, "acceptance table", "write one with `elmoe trace profile`")
-    try:
-        table = msgspec.json.decode(raw, type=AcceptanceTable)
-    except (msgspec.DecodeError, TraceError) as error:
-        raise TraceError(f"'{path}' is no acceptance table: {error}", "write it anew with `elmoe trace profile`") from error
+    hint = "write it anew with `elmoe trace profile`"
+    table = decode_json(raw, str(path), AcceptanceTable, TraceError, "no acceptance table", hint)
     if not 1 <= table.version <= ACCEPTANCE_VERSION:
         raise TraceError(
             f"'{path}' has version {table.version}, this elmoe reads up to {ACCEPTANCE_VERSION}", "update elmoe"

@@ -19,6 +19,7 @@ from elmoe.errors import TraceError
 from elmoe.files import whole_file
 from elmoe.trace.format import FACTS_KEY, METADATA_KEY, Trace, read_trace
 from elmoe.trace.summary import committed_rows
+from elmoe.untrusted import decode_json, load_object
 
 FACTS_VERSION = 1
 MAX_IDS = 1 << 30
@@ -181,13 +182,10 @@ def read_facts(path: str | Path) -> RoutingFacts:
 
 
 def _header(path: str | Path, metadata: bytes) -> FactsHeader:
-    try:
-        version = msgspec.json.decode(metadata, type=dict)["version"]
-        if isinstance(version, int) and version > FACTS_VERSION:
-            raise TraceError(f"'{path}' has version {version}, this elmoe reads up to {FACTS_VERSION}", "update elmoe")
-        header = msgspec.json.decode(metadata, type=FactsHeader)
-    except (msgspec.DecodeError, KeyError) as error:
-        raise TraceError(f"'{path}' has a damaged header: {error}") from error
+    version = load_object(metadata, f"{path}: header", TraceError).get("version")
+    if isinstance(version, int) and version > FACTS_VERSION:
+        raise TraceError(f"'{path}' has version {version}, this elmoe reads up to {FACTS_VERSION}", "update elmoe")
+    header = decode_json(metadata, str(path), FactsHeader, TraceError, "no facts file: it has a damaged header")
     if not header.lengths or min(*header.lengths, header.layers, header.ranks) < 1:
         raise TraceError(f"'{path}' has a damaged header: it holds no sequence, layer or rank")
     return header

@@ -36,9 +36,13 @@ from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
 from elmoe.models.spec import ModelSpec
+from elmoe.untrusted import decode_json, short
 
 TRACE_VERSION = 1
 METADATA_KEY = b"elmoe"
+PHASES = ("prefill", "plain", "draft", "verify")
+MAX_TRACE_IDS = 1 << 31
+"""Most router ids of a trace: 12 GB with their scores."""
 FACTS_KEY = b"elmoe_facts"
 """Of the other kind of file, ``elmoe.trace.facts``."""
 
@@ -130,27 +134,67 @@ class Trace:
 def read_trace(path: str | Path) -> Trace:
     """Read and check a trace; TraceError if it is no trace, from the future, or damaged."""
     try:
-        table = pq.read_table(path, memory_map=False)
+        with pq.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+            header = _checked_header(path, schema)
+            width = len(header.model.moe_layers) * header.ranks
+            if rows * max(1, width) > MAX_TRACE_IDS:
+                raise TraceError(f"'{path}' holds {rows} rows of {width} ids, more than {MAX_TRACE_IDS} ids", "record less")
+            table = file.read()
     except FileNotFoundError:
         raise TraceError(f"there is no trace '{path}'") from None
-    except (pa.ArrowException, OSError) as error:
-        raise TraceError(f"'{path}' is not a readable Parquet file: {error}", "record it anew") from error
-    metadata = (table.schema.metadata or {}).get(METADATA_KEY)
-    if FACTS_KEY in (table.schema.metadata or {}):
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
+        raise TraceError(f"'{path}' is not a readable Parquet file: {short(error)}", "record it anew") from error
+    trace = Trace(header, table)
+    try:
+        _check_rows(trace)
+    except TraceError as error:
+        raise TraceError(f"'{path}' {error}", "the file is damaged: record it anew") from None
+    return trace
+
+
+def _checked_header(path: str | Path, schema: pa.Schema) -> TraceHeader:
+    """The header of a trace, its numbers within bounds and its columns as they say."""
+    metadata = (schema.metadata or {}).get(METADATA_KEY)
+    if FACTS_KEY in (schema.metadata or {}):
         raise TraceError(f"'{path}' holds routing facts, this needs a recording", "record one with `elmoe trace record`")
     if metadata is None:
         raise TraceError(f"'{path}' has no elmoe header", "only traces written by elmoe can be read here")
-    try:
-        header = msgspec.json.decode(metadata, type=TraceHeader)
-    except msgspec.DecodeError as error:
-        raise TraceError(f"'{path}' has a damaged header: {error}") from error
+    header = decode_json(metadata, str(path), TraceHeader, TraceError, "no trace: it has a damaged header")
     if header.version > TRACE_VERSION:
         raise TraceError(f"'{path}' has version {header.version}, this elmoe reads up to {TRACE_VERSION}", "update elmoe")
-    expected = table_schema(header)
-    if not table.schema.equals(expected):
+    model = header.model
+    for name, value, most in (
+        ("layers", model.layers, 1 << 12), ("experts", model.experts, 1 << 16), ("top_k", model.top_k, model.experts),
+        ("ranks", header.ranks, model.experts), ("vocabulary", model.vocabulary, 1 << 24),
+        ("dense layers", len(model.dense_layers), model.layers),
+    ):  # fmt: skip
+        if not 0 <= value <= most:
+            raise TraceError(f"'{path}' has a damaged header: {name} is {value}, allowed are 0 to {most}")
+    if not schema.equals(table_schema(header)):
         raise TraceError(f"'{path}' does not have the columns of a version {header.version} trace")
-    trace = Trace(header, table)
+    return header
+
+
+def _check_rows(trace: Trace) -> None:
+    """TraceError where a number of a row is out of bounds, or missing."""
+    rows, model = trace.table.num_rows, trace.header.model
+    for name, most in (
+        ("step", 1 << 31), ("sequence", rows), ("position", 1 << 24), ("token", 1 << 31), ("draft_length", 1 << 16),
+    ):  # fmt: skip
+        values = trace.column(name)
+        if rows and not (int(values.min()) >= 0 and int(values.max()) < most):
+            raise TraceError(f"has a {name} outside 0 to {most - 1}")
+    for name in ("experts", "scores"):
+        column = trace.table.column(name)
+        if column.null_count or any(chunk.flatten().null_count for chunk in column.chunks):
+            raise TraceError(f"lacks {name}")
     experts = trace.routing()
-    if experts.size and int(experts.max()) >= header.model.experts:
-        raise TraceError(f"'{path}' names expert {int(np.max(experts))}, the model has {header.model.experts}")
-    return trace
+    if experts.size and int(experts.max()) >= model.experts:
+        raise TraceError(f"names expert {int(experts.max())}, the model has {model.experts}")
+    if not set(trace.table.column("phase").cast(pa.string()).unique().to_pylist()) <= set(PHASES):
+        raise TraceError(f"has a phase that is none of {', '.join(PHASES)}")
+    packed = (len(model.moe_layers) * model.experts + 7) // 8
+    lengths = {len(value) for value in trace.table.column("resident").drop_null().to_pylist()}
+    if not lengths <= {packed}:
+        raise TraceError(f"has resident sets that are not of {packed} bytes")

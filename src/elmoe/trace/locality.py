@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from elmoe.errors import TraceError
 from elmoe.files import whole_file
 from elmoe.trace.facts import RoutingFacts
+from elmoe.untrusted import decode_json, read_bytes, short
 
 LOCALITY_VERSION = 1
 FILE_LIMIT, MAX_MARKS = 1 << 20, 1 << 28
@@ -92,10 +94,7 @@ def load_locality(name_or_path: str | Path) -> Locality:
     :raises TraceError: there is none, or it is no locality.
     """
     path, raw = read_json(name_or_path, PRESETS, "locality", "write one with `elmoe trace fit`")
-    try:
-        locality = msgspec.json.decode(raw, type=Locality)
-    except (msgspec.DecodeError, TraceError) as error:
-        raise TraceError(f"'{path}' is no locality: {error}", "write it anew with `elmoe trace fit`") from error
+    locality = decode_json(raw, str(path), Locality, TraceError, "no locality", "write it anew with `elmoe trace fit`")
     if not 1 <= locality.version <= LOCALITY_VERSION:
         raise TraceError(
             f"'{path}' has version {locality.version}, this elmoe reads up to {LOCALITY_VERSION}", "update elmoe"
@@ -107,16 +106,11 @@ def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str, lim
     """The bytes of a preset, if one has this name, or else of a file; TraceError without one or above ``limit`` bytes."""
     preset = presets / f"{name_or_path}.json"
     path = preset if preset.parent == presets and preset.is_file() else Path(name_or_path)
-    try:
-        if path.stat().st_size > limit:
-            raise TraceError(f"'{path}' has more than {limit} bytes: it is no {kind}")
-        return path, path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
         hint += f", or take a preset: {names}" if names else ""
-        raise TraceError(f"there is no {kind} '{name_or_path}'", hint) from None
-    except OSError as error:
-        raise TraceError(f"cannot read '{path}': {error.strerror or error}") from error
+        raise TraceError(f"there is no {kind} '{short(name_or_path)}'", hint)
+    return path, read_bytes(path, TraceError, limit, kind, hint)
 
 
 def write_json(path: str | Path, data: bytes) -> None:

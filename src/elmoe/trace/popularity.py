@@ -5,7 +5,6 @@ Only frequencies: none of these sources says which token follows which.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from elmoe.errors import TraceError
 from elmoe.trace.facts import MAX_EXPERTS
 from elmoe.trace.locality import read_json, write_json
+from elmoe.untrusted import decode_json, load_object
 
 POPULARITY_VERSION = 1
 SOURCE_LIMIT = 16 << 20
@@ -83,10 +83,7 @@ def save_popularity(popularity: Popularity, path: str | Path) -> None:
 def load_popularity(path: str | Path) -> Popularity:
     """A file of ``elmoe trace import``; TraceError if it is none."""
     raw = _read(path)
-    try:
-        popularity = msgspec.json.decode(raw, type=Popularity)
-    except (msgspec.DecodeError, TraceError) as error:
-        raise TraceError(f"'{path}' is no popularity: {error}", "write it with `elmoe trace import`") from error
+    popularity = decode_json(raw, str(path), Popularity, TraceError, "no popularity", "write it with `elmoe trace import`")
     if not 1 <= popularity.version <= POPULARITY_VERSION:
         raise TraceError(f"'{path}' has version {popularity.version}, this elmoe reads {POPULARITY_VERSION}", "update elmoe")
     return popularity
@@ -214,21 +211,7 @@ def _member(path: Path, data: dict[str, Any], key: str, kind: type) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(_read(path), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise TraceError(f"'{path}' is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise TraceError(f"'{path}' holds no JSON object")
-    return data
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"'{next(key for key in keys if keys.count(key) > 1)}' is there twice")
-    return data
+    return load_object(_read(path), str(path), TraceError)
 
 
 def _read(path: str | Path) -> bytes:

@@ -37,8 +37,8 @@ class TraceRecorder:
         self._rows = 0
         try:
             self._writer = pq.ParquetWriter(self._file.partial, self._schema, compression="zstd")
-        except OSError as error:
-            raise TraceError(f"cannot write trace '{path}': {error.strerror or error}") from error
+        except (OSError, ValueError) as error:
+            raise TraceError(f"cannot write trace '{path}': {getattr(error, 'strerror', None) or error}") from error
 
     def record(
         self,

@@ -1,0 +1,56 @@
+"""Text to token ids and back, as a prompt needs it: the whole text, and an answer that continues its prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from elmoe.errors import ElmoeError, RequestError, StoreError
+from elmoe.untrusted import load_object, short, text_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def load_tokenizer(raw: bytes, where: str, error: type[ElmoeError] = StoreError) -> Tokenizer:
+    """A tokenizer.json; its truncation and padding, which a training run left there, are switched off.
+
+    :raises ElmoeError: an ``error`` for a Git LFS pointer, a file that was cut off, or one that is no tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    hint = "download the tokenizer.json of the model anew"
+    try:
+        tokenizer = Tokenizer.from_str(text_of(raw, where, error, hint))
+    except ElmoeError:
+        raise
+    except Exception as reason:  # tokenizers raises bare Exception
+        load_object(raw, where, error, hint, repeated_keys=True)  # says more, where it is no JSON at all
+        raise error(f"'{where}' is not a readable tokenizer: {short(reason)}", hint) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> tuple[int, ...]:
+    """Ids of a whole text; RequestError if there are none, or the text is no Unicode.
+
+    :param special_tokens: add those that the tokenizer begins a text with; off for a rendered chat, which has its own.
+    """
+    if re.search("[\ud800-\udfff]", text):
+        raise RequestError(f"the text '{short(text, 40)}' is not UTF-8", "convert it, for example with iconv -t utf-8")
+    ids = tuple(tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+    if not ids:
+        raise RequestError("the prompt is empty", "give some text")
+    return ids
+
+
+def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """The text that ``answer`` adds to its prompt. Both are decoded together, since some decoders strip the space before the
+    first word."""
+    before = tokenizer.decode(list(prompt), skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *answer], skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(list(answer), skip_special_tokens=True)

@@ -1,0 +1,237 @@
+"""Outputs, signals and scripts: what a shell user expects of every verb."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+QUICK = ("--hardware", "xpu", "--model", "gpt-oss-20b", "--prompts", "gsm8k", "--batch", "1", "--form", "ar")
+
+
+def elmoe(*arguments, cwd=None, module="elmoe", timeout=300, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, cwd=cwd, timeout=timeout,
+        env=os.environ | environment,
+    )  # fmt: skip
+
+
+def told(done):
+    """Standard error of a run that was refused in two lines."""
+    text = done.stderr.decode("utf-8", "replace")
+    assert done.returncode in (1, 2) and "Traceback" not in text, text
+    return text
+
+
+def test_the_package_is_a_command():
+    assert elmoe("--help").stdout == elmoe("--help", module="elmoe.cli.main").stdout != b""
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [(("simulat",), "simulate"), (("trace", "shw"), "show"), (("genrate",), "generate"), (("xyzzy",), "demo")],
+)
+def test_a_mistyped_verb_is_answered_with_the_nearest(words, near):
+    assert near in told(elmoe(*words))
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["", "demo", "convert", "export", "inspect", "generate", "eval", "bench", "trace", "trace record", "trace profile",
+     "trace synthesise", "synth", "simulate", "report", "doctor"],
+)  # fmt: skip
+def test_help_fits_in_eighty_columns(verb):
+    done = elmoe(*verb.split(), "--help", COLUMNS="80")
+    assert done.returncode == 0 and max(map(len, done.stdout.decode().splitlines())) <= 80
+
+
+def test_an_output_that_exists_is_kept_without_force(tmp_path):
+    result = tmp_path / "r.json"
+    assert elmoe("simulate", *QUICK, "--out", str(result)).returncode == 0
+    before = result.read_bytes()
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    for arguments in (
+        ("simulate", *QUICK, "--out", str(result)),
+        ("simulate", *QUICK, "--timeline", str(result)),
+        ("report", str(result), "--out", str(page)),
+        ("generate", "demo", "--prompt", "x", "--trace", str(result)),
+        ("generate", "demo", "--prompt", "x", "--timeline", str(result)),
+        ("trace", "record", "demo", str(result), "--prompts", str(page)),
+        ("trace", "synthesise", "mt_bench", str(result), "--experts", "8", "--top-k", "2", "--layers", "2"),
+        ("trace", "profile", "demo", str(result), "--prompts", str(page)),
+        ("doctor", "--quick", "--hardware", str(result)),
+        ("demo", "--report", str(page)),
+        ("export", "demo", str(result)),
+    ):
+        assert "exists already" in told(elmoe(*arguments)), arguments
+    assert result.read_bytes() == before and page.read_text() == "old"
+    assert elmoe("report", str(result), "--out", str(page), "--force").returncode == 0 and b"<html" in page.read_bytes()
+
+
+def test_outputs_that_cannot_be_written_are_told_before_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "config.json").write_text("{}")
+    for place in (tmp_path / "file" / "x", tmp_path / "no" / "x"):
+        for arguments in (
+            ("simulate", *QUICK, "--out", str(place)),
+            ("generate", "demo", "--prompt", "x", "--timeline", str(place)),
+            ("doctor", "--quick", "--hardware", str(place)),
+        ):
+            began = time.monotonic()
+            assert "cannot write" in told(elmoe(*arguments))
+            assert time.monotonic() - began < 30
+    for arguments in (("convert", str(tmp_path)), ("synth", str(tmp_path / "config.json")), ("export", "demo")):
+        assert "cannot write" in told(elmoe(*arguments, str(tmp_path / "file" / "x")))
+
+
+def test_a_pipe_and_a_link_as_outputs(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.json").symlink_to("real.json")
+    reader = subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE)
+    assert elmoe("simulate", *QUICK, "--out", str(tmp_path / "pipe")).returncode == 0
+    assert json.loads(reader.communicate(timeout=60)[0])["label"] == "simulated"
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert elmoe("simulate", *QUICK, "--out", str(tmp_path / "link.json")).returncode == 0
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_bytes())["rows"]
+
+
+def test_text_that_is_not_utf_8_is_refused_and_names_that_are_not_are_shown(tmp_path):
+    for arguments in (
+        ("generate", "demo", "--prompt", b"caf\xe9"),
+        ("generate", "demo", "--prompt", "x", "--stop", b"\xe9"),
+        ("generate", "demo", "--prompt", b"\xed\xa0\xbd\xed\xb8\x80", "--json"),
+    ):
+        assert "not UTF-8" in told(elmoe(*arguments))
+    assert b"\\udce9" in elmoe("inspect", os.fsencode(tmp_path) + b"/st\xe9").stderr
+    (tmp_path / "p.txt").write_bytes(b"caf\xe9\n")
+    assert "not text" in told(elmoe("trace", "record", "demo", str(tmp_path / "o"), "--prompts", str(tmp_path / "p.txt")))
+    assert "not text" in told(elmoe("eval", "demo", "--text", str(tmp_path / "p.txt")))
+
+
+def test_a_terminal_that_is_not_utf_8_gets_all_output():
+    done = elmoe("generate", "demo", "--prompt", "naïve 東京", "--max-tokens", "4", PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0 and done.stdout.startswith(b"na\xefve \\u6771\\u4eac")
+    for arguments in (("inspect", "demo"), ("simulate", *QUICK), ("simulate", "--show-preset", "elmoe3d_8gb")):
+        assert elmoe(*arguments, PYTHONIOENCODING="ascii").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["box [idle]", "box [/b]", "box [8 GB]", "[red]x[/red]"])
+def test_names_in_brackets_are_shown_as_they_are(tmp_path, name):
+    preset = elmoe("simulate", "--show-preset", "xpu").stdout.decode()
+    (tmp_path / "h.yaml").write_text(preset.replace("name: xpu\n", f'name: "{name}"\n'))
+    done = elmoe("simulate", "--hardware", str(tmp_path / "h.yaml"), *QUICK[2:])
+    assert done.returncode == 0 and name in done.stdout.decode()
+
+
+def test_numbers_too_large_for_their_type_are_refused(tmp_path):
+    for arguments in (
+        ("--fast-memory", "9" * 400 + "GiB"), ("--slow-bandwidth", "9" * 400 + "GB/s"), ("--seed", "9" * 30),
+        ("--max-tokens", "9" * 30), ("--top-k", "9" * 30), ("--temperature", "nan"), ("--top-p", "inf"),
+    ):  # fmt: skip
+        told(elmoe("generate", "demo", "--prompt", "x", *arguments))
+    for batch in ("9" * 5000, "1,-1", "1_0", "0", ""):
+        told(elmoe("simulate", *QUICK[:6], "--batch", batch))
+    assert "25%" in told(elmoe("generate", "demo", "--prompt", "x", "--fast-memory", "25"))
+
+
+def test_json_is_of_one_shape_whatever_the_number_of_prompts():
+    common = ("generate", "demo", "--max-tokens", "3", "--json", "--prompt", "The whale")
+    one, two = json.loads(elmoe(*common).stdout), json.loads(elmoe(*common, "--prompt", "hi").stdout)
+    assert set(one) == set(two) and len(one["results"]) == 1 and len(two["results"]) == 2
+    assert one["text"] == one["results"][0]["text"] == two["results"][0]["text"] == two["text"]
+
+
+def test_a_text_says_why_it_ended(tmp_path):
+    done = elmoe("generate", "demo", "--prompt", "The whale", "--max-tokens", "3")
+    assert b"ended by: --max-tokens" in done.stderr
+    text = done.stdout.decode().strip().removeprefix("The whale")
+    done = elmoe("generate", "demo", "--prompt", "The whale", "--max-tokens", "9", "--stop", text.strip()[-1])
+    assert b"ended by: a stop string" in done.stderr
+
+
+def interrupted(*arguments, ready, cwd=None):
+    """Exit code, output and seconds to the end of a run that gets Ctrl-C as from a terminal: a second after ``ready`` is
+    written on stderr, or
+    after some seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elmoe", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd,
+        start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    seen, deadline = b"", time.monotonic() + 60
+    while ready is not None and ready not in seen and time.monotonic() < deadline and process.poll() is None:
+        if select.select([process.stderr], [], [], 1)[0]:
+            seen += os.read(process.stderr.fileno(), 4096)
+    time.sleep(1 if ready else 4)
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert b"Traceback" not in seen + err
+    return process.returncode, out.decode(), time.monotonic() - began
+
+
+def test_ctrl_c_ends_quickly_with_130_and_the_text_so_far():
+    prompts = [word for n in range(40) for word in ("--prompt", f"The whale {n}")]
+    code, out, seconds = interrupted("generate", "demo", *prompts, "--max-tokens", "1900", "--ignore-eos", ready=b"reader:")
+    assert code == 130 and seconds < 10 and out.startswith("The whale 0") and "The whale 9" in out  # those begun
+
+
+def test_ctrl_c_ends_a_simulation_with_its_workers():
+    code, _, seconds = interrupted("simulate", ready=None)  # all systems, models and prompts: minutes
+    assert code == 130 and seconds < 10
+
+
+@pytest.mark.parametrize("arguments", [("inspect", "demo", "--json"), ("--help",), ("simulate", "--show-preset", "xpu")])
+def test_a_reader_that_goes_away_is_no_error(arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elmoe", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) in (0, 1) and not any(word in err for word in (b"Traceback", b"BrokenPipe", b"Exception"))
+    process.stderr.close()
+
+
+def test_a_full_disk_behind_stdout_is_told():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "elmoe", "simulate", "--show-preset", "xpu"], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 1 and b"No space left" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("columns", [20, 40])
+def test_a_narrow_terminal_never_cuts_a_number(columns):
+    def on_terminal(width):
+        main, other = pty.openpty()
+        environment = os.environ | {"COLUMNS": str(width), "TERM": "dumb", "NO_COLOR": "1"}
+        arguments = ("simulate", *QUICK[:6], "--batch", "1,2,4,8,16", "--form", "ar")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "elmoe", *arguments], stdout=other, stderr=subprocess.DEVNULL, env=environment
+        )
+        os.close(other)
+        out = b""
+        while True:
+            try:
+                part = os.read(main, 4096)
+            except OSError:
+                break
+            if not part:
+                break
+            out += part
+        os.close(main)
+        assert process.wait(60) == 0
+        return out.decode()
+
+    wide, narrow = on_terminal(200), on_terminal(columns)
+    numbers = [word for word in wide.replace("│", " ").split() if "." in word and word[0].isdigit()]
+    assert len(numbers) >= 5 and all(word in narrow for word in numbers) and "…" not in narrow

@@ -1,0 +1,89 @@
+"""A prompt is encoded whole, and an answer continues it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from elmoe.errors import ConvertError, RequestError, StoreError
+from elmoe.tokenizer import answer_text, encode, load_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog"
+
+
+def of_bytes() -> Tokenizer:
+    names = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def loaded(tokenizer: Tokenizer) -> Tokenizer:
+    return load_tokenizer(tokenizer.to_str().encode(), "tokenizer.json")
+
+
+def test_truncation_and_padding_of_the_file_do_not_touch_prompts():
+    whole = encode(loaded(of_bytes()), TEXT)
+    cut, padded = of_bytes(), of_bytes()
+    cut.enable_truncation(max_length=8)
+    padded.enable_padding(length=64, pad_id=0, pad_token="<end>")
+    assert encode(loaded(cut), TEXT) == encode(loaded(padded), TEXT) == whole
+    assert len(whole) == len(TEXT)
+
+
+def test_a_rendered_chat_gets_no_second_special_token():
+    tokenizer = of_bytes()
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair=None, special_tokens=[("<s>", start)])
+    tokenizer = loaded(tokenizer)
+    assert encode(tokenizer, "hi").count(start) == 1
+    assert encode(tokenizer, "<s>hi", special_tokens=False).count(start) == 1
+
+
+def test_the_space_between_prompt_and_answer_is_kept():
+    vocabulary = {"<end>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)}
+    vocabulary |= {"▁": 257, "a": 258, "b": 259, "▁word": 260}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = loaded(tokenizer)
+    prompt = encode(tokenizer, "a b")
+    assert answer_text(tokenizer, prompt, [260]) == " word"
+    assert answer_text(tokenizer, prompt, [1 + 0xC3, 1 + 0xA9]) == "é"
+    assert answer_text(tokenizer, prompt, []) == ""
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32, "Git LFS pointer"),
+        (of_bytes().to_str().encode()[:500], "not JSON"),
+        (b"", "not JSON"),
+        (b"\xff\xfe", "not text"),
+        (b"[1]", "no JSON object"),
+        (b"{}", "not a readable tokenizer"),
+        (json.dumps({"model": {"type": "new"}}).encode(), "not a readable tokenizer"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested deeper"),
+    ],
+    ids=["pointer", "cut", "empty", "binary", "list", "object", "model", "deep"],
+)
+def test_what_is_no_tokenizer_is_told_with_the_file(raw, told):
+    with pytest.raises(ConvertError, match=rf"some/tokenizer\.json.*{told}") as caught:
+        load_tokenizer(raw, "some/tokenizer.json", ConvertError)
+    assert caught.value.hint
+    with pytest.raises(StoreError):
+        load_tokenizer(raw, "some/tokenizer.json")
+
+
+def test_text_that_is_no_unicode_and_no_text_are_refused():
+    tokenizer = loaded(of_bytes())
+    with pytest.raises(RequestError, match="not UTF-8"):
+        encode(tokenizer, "caf\udce9")
+    with pytest.raises(RequestError, match="empty"):
+        encode(tokenizer, "")
