@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
@@ -72,8 +72,7 @@ class Engine:
         self._drafter = Drafter(self._passes, self.scheduler, self.tier, self.planner, rules)
         self._verifier = Verifier(self._passes, self.scheduler, self.tier, self.spec.eos_tokens, options.commit_limit)
         self._manager = TierManager(self.planner, self.tier, self.cache)
-        self._stepping = Lock()
-        self._expected = False
+        self._stepping, self._expected = Lock(), False
         self.statistics = Statistics(dense_bytes=reader.dense_bytes)
 
     def add(self, request: Request) -> int:
@@ -98,7 +97,7 @@ class Engine:
         """Compute what is scheduled; what it brought to each sequence."""
         with self._one_step():
             if not self._expected:
-                self._expect(self.fitting.sizes_beside(self.cache.pages * self.cache.page_bytes), Statistics())
+                self._expect(self.fitting.sizes_beside(self.cache.pages * self.cache.page_bytes))
             batch = self.scheduler.schedule()
             if not batch.decoding and not batch.chunks:
                 return self.scheduler.commit(batch)
@@ -113,9 +112,9 @@ class Engine:
 
     def run(
         self, requests: Items[Request], recorder: TraceRecorder | None = None, timeline: Timeline | None = None
-    ) -> Iterator[list[Output]]:
+    ) -> Generator[list[Output]]:
         """Serve a closed set of requests, ``options.batch`` at a time, and yield what each step brought; ``request`` of an
-        output is its index among them. ``statistics`` count this run alone. Closing the iterator aborts what is left.
+        output is its index among them. Closing the iterator aborts what is left.
 
         :raises RequestError: a request cannot be served, or others are being served.
         """
@@ -123,11 +122,9 @@ class Engine:
             raise RequestError("the engine serves other requests", "add this one to them, or wait for their end")
         sizes = self.fitting.sizes(requests)
         self.fitting.slots(sizes)  # refuses a budget that is too small
-        statistics = Statistics(dense_bytes=self._reader.dense_bytes)
-        self._expect(sizes, statistics, recorder, timeline)
+        self._expect(sizes, recorder, timeline)
         self.scheduler.restart_indices()
         numbers: list[int] = []
-        started, read = perf_counter(), self.tier.bytes_read
         self.scheduler.together = True
         try:
             numbers += [self.add(request) for request in requests]
@@ -136,10 +133,7 @@ class Engine:
         finally:
             self._abandon(numbers)
             self.scheduler.together = False
-            self.tier.end_run()
-            statistics.read_bytes = self.tier.bytes_read - read
-            statistics.engine_seconds = perf_counter() - started
-            self._expected = False
+            self._end_run()
 
     def generate(
         self, requests: Items[Request], recorder: TraceRecorder | None = None, timeline: Timeline | None = None
@@ -157,12 +151,10 @@ class Engine:
                     results[output.request, output.choice] = output.result
         return [results[key] for key in sorted(results)], self.statistics
 
-    def _expect(
-        self, sizes: FastTierSizes, statistics: Statistics, recorder: TraceRecorder | None = None,
-        timeline: Timeline | None = None,
-    ) -> None:  # fmt: skip
-        """Requests with these sizes are about to come; count into ``statistics`` and tell those who watch."""
-        self.statistics, self._counting = statistics, StatisticsObserver(statistics)
+    def _expect(self, sizes: FastTierSizes, recorder: TraceRecorder | None = None, timeline: Timeline | None = None) -> None:
+        """Requests with these sizes are about to come: count into new statistics and tell those who watch."""
+        self.statistics = statistics = Statistics(dense_bytes=self._reader.dense_bytes)
+        self._counting, self._began = StatisticsObserver(statistics), (perf_counter(), self.tier.bytes_read)
         self._passes.observers = [self._counting]
         if recorder is not None:
             self._passes.observers.append(TraceObserver(recorder))
@@ -172,6 +164,14 @@ class Engine:
         self.tier.begin_run(statistics, timeline)
         self._manager.expect(sizes, self.fitting.budget(sizes))
         self._expected = True
+
+    def _end_run(self) -> None:
+        """Nobody is served: complete the statistics."""
+        if self._expected:
+            self._expected = False
+            self.tier.end_run()
+            self.statistics.engine_seconds = perf_counter() - self._began[0]
+            self.statistics.read_bytes = self.tier.bytes_read - self._began[1]
 
     def _abandon(self, numbers: list[int]) -> None:
         """End those of a run that are still being served."""
@@ -184,12 +184,12 @@ class Engine:
     def _one_step(self) -> Iterator[None]:
         """Refuse two steps at once; a failed one leaves the tier as after an ended pass."""
         if not self._stepping.acquire(blocking=False):
-            raise RequestError(
-                "the engine is stepping in another thread", "one thread steps an engine; others add and abort"
-            )
+            raise RequestError("the engine is stepping in another thread", "one thread steps; others add and abort")
         try:
             yield
             self._passes.step += 1
+            if not self.has_work:
+                self._end_run()
         except BaseException:
             self.tier.abandon_pass()
             raise
