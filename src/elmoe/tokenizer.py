@@ -47,8 +47,8 @@ def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> tupl
 
 
 def split_stops(tokenizer: Tokenizer, stops: Iterable[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """What ends a text, as (strings, token ids): the text of a special token is never part of an answer's text, so its id has
-    to end it."""
+    """What ends a text, as (strings, token ids): the text of a special token is never part of an answer, so its id has to
+    end it."""
     special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     texts = list(stops)
     return tuple(text for text in texts if text not in special), tuple(special[text] for text in texts if text in special)
