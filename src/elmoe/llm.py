@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias, get_args, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args, overload
 from weakref import WeakKeyDictionary
 
 from elmoe.arguments import check_types, refuse_unknown, with_arguments
@@ -21,6 +21,9 @@ from elmoe.models.spec import ModelSpec
 from elmoe.stepping import Stepper, Ticket
 from elmoe.units import parse_bandwidth, parse_bytes, parse_fast_memory
 from elmoe.untrusted import short
+
+if TYPE_CHECKING:  # pyarrow loads only when a trace is wanted
+    from elmoe.trace import TraceRecorder
 
 Prompt: TypeAlias = str | Sequence[int]
 """A text, or token ids."""
@@ -179,29 +182,33 @@ class Model:
         return self._session.encode(self._session.chat_prompt(messages, tools, **template_variables), rendered=True)
 
     @overload
-    def generate(self, prompt: str, params: SamplingParams | None = None, **sampling: Any) -> Generation: ...
-    @overload
-    def generate(self, prompt: Sequence[int], params: SamplingParams | None = None, **sampling: Any) -> Generation: ...
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, trace: str | Path | None = None,
+        **sampling: Any,
+    ) -> Generation: ...  # fmt: skip
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any
-    ) -> list[Generation]: ...
+        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, *, trace: str | Path | None = None,
+        **sampling: Any,
+    ) -> list[Generation]: ...  # fmt: skip
     def generate(
-        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any
-    ) -> Generation | list[Generation]:
+        self, prompt: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, trace: str | Path | None = None,
+        **sampling: Any,
+    ) -> Generation | list[Generation]:  # fmt: skip
         """Continue a prompt, or several as one batch.
 
         :param prompt: a text or a list of token ids gives a Generation; a list of them gives a list. Equal prompts of one
             call draw different answers.
         :param params: how answers are drawn; keywords change single fields of :class:`SamplingParams`. With ``n`` above 1
             the further answers to a prompt are ``others`` of its Generation.
+        :param trace: a Parquet file to record routing, drafts and their acceptance in (see ``elmoe.trace``).
         :raises RequestError: a prompt is empty or too long, a parameter is unknown or out of range, the model is closed.
         :raises BudgetError: the request needs more of the KV cache than there is, or the budget is too small.
         """
         prompts, single = self._prompts(prompt)
         requests = self._requests(prompts, params, sampling)
         collectors = [Collector(request) for request in requests]
-        with closing(self._stepper.serve(requests)) as outputs:
+        with self._recorder(trace) as recorder, closing(self._stepper.serve(requests, recorder)) as outputs:
             for index, output in outputs:
                 collectors[index].take(output)
         answers = [collector.generation() for collector in collectors]
@@ -261,6 +268,19 @@ class Model:
             async with turn:
                 if not ticket.ready:
                     await asyncio.to_thread(self._stepper.step, ticket, wait=True)
+
+    def _recorder(self, path: str | Path | None) -> AbstractContextManager[TraceRecorder | None]:
+        """Writes a trace to ``path``, if there is one."""
+        if path is None:
+            return nullcontext()
+        from elmoe.trace import TraceRecorder
+
+        options = self._session.engine.options
+        run = {
+            "store": self._session.path.name, "mode": options.mode, "commit_limit": options.commit_limit,
+            "fast_memory": options.fast_memory, "draft_length": options.draft_length,
+        }  # fmt: skip
+        return TraceRecorder(path, self.spec, run, options.all_ranks)
 
     def _prompts(self, prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
         """What :meth:`generate` was given as a list, and whether it was one prompt."""

@@ -7,10 +7,14 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from elmoe.engine.engine import Engine
 from elmoe.engine.request import Output, Request
 from elmoe.errors import ElmoeError, RequestError
+
+if TYPE_CHECKING:  # pyarrow loads only when a trace is wanted
+    from elmoe.trace import TraceRecorder
 
 
 @dataclass(eq=False)
@@ -71,16 +75,21 @@ class Stepper:
                     self._deliver(output)
         self._apply_if_free()
 
-    def serve(self, requests: Sequence[Request]) -> Generator[tuple[int, Output]]:
+    def serve(self, requests: Sequence[Request], recorder: TraceRecorder | None = None) -> Generator[tuple[int, Output]]:
         """Outputs of a closed set of requests, each with the index of its request. As one batch where nobody else is
-        served; beside others otherwise. Closing the iterator cancels them."""
+        served; beside others otherwise. Closing the iterator cancels them.
+
+        :raises RequestError: a trace is to be recorded while others are served.
+        """
         with self._turn():
             self.check_open()
             if not self._tickets:
-                with closing(self._engine.run(requests)) as steps:
+                with closing(self._engine.run(requests, recorder)) as steps:
                     for outputs in steps:
                         yield from ((output.request, output) for output in outputs)
                 return
+        if recorder is not None:
+            raise RequestError("a trace is recorded of one call alone", "end or close the streams that are open")
         tickets = [self.submit(request) for request in requests]
         try:
             for index, ticket in enumerate(tickets):

@@ -280,7 +280,7 @@ def test_budgets_are_read_with_their_units_and_change_no_text(model):
     plain = model.generate(WHALE, max_tokens=16, temperature=0.8, seed=4)
     for budget in ("24MiB", 24 << 20, "50%", 0.5, None):
         with elmoe.load("demo", fast_memory=budget, kv_memory="1MiB", batch=2, threads=1) as other:
-            assert ("enforced" in other.info) == (budget in ("24MiB", 24 << 20))
+            assert ("; enforced budget" in other.info) == (budget in ("24MiB", 24 << 20))
             found = other.generate(WHALE, max_tokens=16, temperature=0.8, seed=4)
             streamed = [
                 token for piece in other.stream(WHALE, max_tokens=16, temperature=0.8, seed=4) for token in piece.token_ids
