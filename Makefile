@@ -27,6 +27,7 @@ build/templates:
 # The whole losslessness grid; `make test` runs a sample of it.
 full-grid: .venv/.test
 	$(BIN)/python -m tests.lossless
+	$(BIN)/python -m tests.schedules --count 1000
 
 # llama.cpp, to compare with (about 16 minutes, once).
 peers: .venv/.installed

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <new>
 
 #if defined(__x86_64__)
@@ -163,6 +164,8 @@ void embed(const Matrix& matrix, const int32_t* tokens, int count, float* out) {
             *scale = exponent ? static_cast<float>(1024 + mantissa) : static_cast<float>(mantissa);
             for (int e = exponent ? exponent : 1; e < 25; ++e) *scale *= 0.5f;
             for (int e = 25; e < exponent; ++e) *scale *= 2.0f;
+            if (exponent == 31)  // of a damaged file: what reads it fails by name
+                *scale = mantissa ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
             for (int c = 0; c < kGroup; ++c) {
                 const int byte = 64 * (c % 16 / 4) + 4 * n + c % 4, shift = c < 16 ? 0 : 4;
                 const int hi = matrix.hi[at + byte] >> shift & 15, lo = matrix.lo[at + byte] >> shift & 15;

@@ -306,6 +306,12 @@ def test_embed_and_logits(machine):
     matrix = replace(matrix, scales=scales)
     ids = np.array([0, 19, 96, 15, 16, 17], np.int32)
     assert same_bits(kernels.embed(matrix, ids), bitslice.embed(matrix, ids))
+    scales = scales.copy()
+    scales[2, :, 1], scales[2, :, 2] = np.inf, np.nan  # of a damaged file: not finite on either side
+    for backend in (kernels, bitslice):
+        with np.errstate(invalid="ignore"):
+            rows = backend.embed(replace(matrix, scales=scales), np.array([33, 34, 35], np.int32))
+        assert not np.isfinite(rows[:2]).any() and np.isfinite(rows[2]).all()
     for bad in (-1, 97):
         for backend in (kernels, bitslice):
             with pytest.raises(NumericsError, match="token id"):

@@ -94,6 +94,11 @@ class Result:
     alternatives: tuple[Alternatives, ...] = ()
     error: ElmoeError | None = None
 
+    def shown(self, request: Request) -> tuple[int, ...]:
+        """The tokens that are text: all but the one that ended the answer."""
+        ended = self.finish == "eos" or (self.finish == "stop" and self.tokens[-1] in request.stop_tokens)
+        return self.tokens[:-1] if ended else self.tokens
+
 
 @dataclass(frozen=True)
 class Output:

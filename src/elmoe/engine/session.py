@@ -138,7 +138,7 @@ class Session:
     def text_of(self, request: Request, result: Result) -> str:
         """The generated text, cut before the stop string that ended it."""
         stream = self.text_stream(request.prompt, request.stop)
-        for token in result.tokens:
+        for token in result.shown(request):
             stream.push(token)
         return stream.take(last=True)
 

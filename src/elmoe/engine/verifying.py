@@ -57,20 +57,21 @@ class Verifier:
         outcome = Outcome(batch, {})
         try:
             self._pass(batch, proposals, outcome)
+        except NumericsError:
+            self._tier.abandon_pass()
+            for one in batch.decoding:  # without drafts: a token that the target would not have drawn may be what failed
+                self._alone(one, Batch([one], []), outcome)
+            for chunk in batch.chunks:
+                self._alone(chunk.sequence, Batch([], [chunk]), outcome)
+        return outcome
+
+    def _alone(self, sequence: Sequence, batch: Batch, outcome: Outcome) -> None:
+        """A pass of one sequence; it fails if it still meets a value that is not finite."""
+        try:
+            self._pass(batch, {}, outcome)
         except NumericsError as error:
             self._tier.abandon_pass()
-            alone = [Batch([one], []) for one in batch.decoding] + [Batch([], [one]) for one in batch.chunks]
-            if len(alone) == 1:
-                self._scheduler.fail(_owner(batch), error)
-                return outcome
-            for one in alone:
-                part = {sequence: proposals[sequence] for sequence in one.decoding if sequence in proposals}
-                try:
-                    self._pass(one, part, outcome)
-                except NumericsError as own:
-                    self._tier.abandon_pass()
-                    self._scheduler.fail(_owner(one), own)
-        return outcome
+            self._scheduler.fail(sequence, error)
 
     def _pass(self, batch: Batch, proposals: Proposals, outcome: Outcome) -> None:
         """One pass; its verdicts go to the outcome, its tokens to the sequences."""
@@ -114,8 +115,3 @@ class Verifier:
         if proposal is not None:
             verdict.judged = list(zip(proposal.confidences, accepted, strict=False))[: len(verdict.samples)]
         return verdict
-
-
-def _owner(batch: Batch) -> Sequence:
-    """The one sequence of a batch."""
-    return batch.decoding[0] if batch.decoding else batch.chunks[0].sequence

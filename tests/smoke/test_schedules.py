@@ -1,0 +1,16 @@
+"""A sample of the schedules that ``make full-grid`` runs: see tests/schedules.py."""
+
+from __future__ import annotations
+
+from tests.schedules import Schedules
+
+
+def test_requests_that_come_and_go_get_what_they_get_alone(tmp_path):
+    schedules = Schedules(tmp_path)
+    try:
+        for seed in range(40):
+            schedules.run(seed)
+    finally:
+        schedules.close()
+    for event in ("eos", "stop", "length", "aborted", "failed", "too long", "mixed passes", "drafts"):
+        assert schedules.seen[event] > 0, event
