@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from elmoe.errors import ElmoeError, RequestError, StoreError
@@ -44,6 +44,14 @@ def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> tupl
     if not ids:
         raise RequestError("the prompt is empty", "give some text")
     return ids
+
+
+def split_stops(tokenizer: Tokenizer, stops: Iterable[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """What ends a text, as (strings, token ids): the text of a special token is never part of an answer, so its id has to
+    end it."""
+    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    texts = list(stops)
+    return tuple(text for text in texts if text not in special), tuple(special[text] for text in texts if text in special)
 
 
 def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> str:

@@ -24,10 +24,13 @@ ENDED = {"eos": "the model ended it", "stop": "a stop string", "length": "--max-
 
 @click.command("generate")
 @click.argument("store")
-@click.option(
-    "--prompt", required=True, multiple=True, type=PromptText(), help="Text to continue; give it several times for a batch."
-)
+@click.option("--prompt", multiple=True, type=PromptText(),
+              help="Text to continue; - is standard input, @FILE a file, @@ begins a text with @. Give it several times for "
+              "a batch.")  # fmt: skip
+@click.option("--prompts", "prompts_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help='A file of JSON lines: "text", {"prompt": ...} or {"messages": [...]}.')  # fmt: skip
 @click.option("--chat", is_flag=True, help="Put each prompt through the store's chat template as a user message.")
+@click.option("--system", type=PromptText(), help="System message before each prompt of --chat.")
 @click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True)
 @click.option("--max-tokens", type=click.IntRange(1, 1 << 24), default=128, show_default=True)
 @click.option("--batch", type=click.IntRange(1, 64), help="Sequences served at once [default: all prompts, up to 16].")
@@ -36,36 +39,45 @@ ENDED = {"eos": "the model ended it", "stop": "a stop string", "length": "--max-
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--min-p", type=float, default=0.0, show_default=True)
 @click.option("--seed", type=seed_type, default=0, show_default=True)
+@click.option("--n", "copies", type=click.IntRange(1, 64), default=1, show_default=True, help="Answers to each prompt.")
 @click.option("--stop", multiple=True, type=PromptText(), help="End the text before this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Do not stop at the end-of-sequence token.")
 @click.option("--trace", "trace_path", type=click.Path(dir_okay=False), help="Record the run's routing facts (Parquet).")
 @click.option("--timeline", "timeline_path", type=click.Path(dir_okay=False, path_type=Path),
               help="Write when passes, waits and reads happened (Chrome trace events, for Perfetto).")  # fmt: skip
+@click.option("--quiet", is_flag=True, help="Print the answers alone: no prompts, no notes.")
 @force_option
 @serving_options
 @json_option
 def command(
-    store: str, prompt: tuple[str, ...], chat: bool, mode: Any, max_tokens: int, batch: int | None, temperature: float,
-    top_k: int, top_p: float, min_p: float, seed: int, stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None,
-    timeline_path: Path | None, force: bool, serving: Serving, as_json: bool,
+    store: str, prompt: tuple[str, ...], prompts_path: Path | None, chat: bool, system: str | None, mode: Any,
+    max_tokens: int, batch: int | None, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, copies: int,
+    stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None, timeline_path: Path | None, quiet: bool, force: bool,
+    serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate text from STORE (a path, or ``demo``). The output is the target model's in every mode."""
     from elmoe.bitslice import SamplingParameters
-    from elmoe.engine.request import Request
+    from elmoe.cli.prompts import collect_prompts
+    from elmoe.engine.request import Request, numbered
     from elmoe.files import check_output
     from elmoe.store import peak_memory
+    from elmoe.tokenizer import split_stops
 
     check_output(trace_path, force, "trace")
     check_output(timeline_path, force, "timeline")
-    options = serving.options(mode, batch or min(len(prompt), 16))
+    prompts = collect_prompts(prompt, prompts_path, chat, system)
+    options = serving.options(mode, batch or min(len(prompts) * copies, 16))
     with serving.session(store, options) as session:
-        click.echo(session.reader_note, err=True)
+        if not quiet:
+            click.echo(session.reader_note, err=True)
         sampling = SamplingParameters(temperature, top_k, top_p, min_p, seed)
-        texts = [session.chat_prompt([{"role": "user", "content": text}]) if chat else text for text in prompt]
-        requests = [
-            Request(session.encode(text, rendered=chat), max_tokens, sampling, stop, ignore_eos, text=not as_json)
-            for text in texts
-        ]
+        strings, stop_tokens = split_stops(session.tokenizer, stop)
+        requests = numbered(
+            Request(line.tokens(session), max_tokens, sampling, strings, ignore_eos, stop_tokens, copies, text=not as_json)
+            for line in prompts
+        )
+        shown = [line.shown for line in prompts for _ in range(copies)]
+        served = [request for request in requests for _ in range(copies)]
         recorder: Any = nullcontext()
         if trace_path is not None:
             from elmoe.trace import TraceRecorder
@@ -76,14 +88,15 @@ def command(
             from elmoe.engine.observe import Timeline
 
             timeline = Timeline()
-        writer = _Writer(prompt, quiet=as_json)
-        results: list[Result | None] = [None] * len(requests)
+        writer = _Writer([""] * len(shown) if quiet else shown, silent=as_json)
+        results: list[Result | None] = [None] * len(served)
         with recorder:
             try:
                 for outputs in session.engine.run(requests, recorder if trace_path else None, timeline):
                     for output in outputs:
-                        writer.take(output)
-                        results[output.request] = output.result
+                        place = output.request * copies + output.choice
+                        writer.take(output, place)
+                        results[place] = output.result
                         if output.result is not None and output.result.error is not None:
                             raise output.result.error
             finally:
@@ -91,19 +104,19 @@ def command(
             statistics, finished = session.engine.statistics, [result for result in results if result is not None]
             facts = statistics.as_dict()
             if as_json:
-                answers = _answers(session, prompt, requests, finished)
+                answers = _answers(session, shown, served, finished)
                 told = {"mode": mode, "tier": session.tier, "peak_memory_bytes": peak_memory(), "statistics": facts}
                 print_json({**answers[0], "results": answers, **told})
         if timeline_path is not None and timeline is not None:
             timeline.write(timeline_path)
-    if as_json:
+    if as_json or quiet:
         return
     rate = facts["tokens_per_second"]
     click.echo(
         f"[{mode}; {session.tier}] {statistics.committed} tokens"
         + (f", {rate:.0f} tokens/s" if isinstance(rate, float) else "")
         + (f", acceptance {facts['acceptance_rate']:.1%}" if facts["acceptance_rate"] is not None else "")
-        + f", peak memory {format_bytes(peak_memory())}; ended by: {_ends(requests, finished)}",
+        + f", peak memory {format_bytes(peak_memory())}; ended by: {_ends(served, finished)}",
         err=True,
     )
 
@@ -126,16 +139,16 @@ def _answers(
 class _Writer:
     """Prints texts in the order of their prompts, each as it is made; texts behind the one being printed wait."""
 
-    def __init__(self, prompts: Sequence[str], quiet: bool) -> None:
-        self._prompts, self._quiet = prompts, quiet
+    def __init__(self, prompts: Sequence[str], silent: bool) -> None:
+        self._prompts, self._silent = prompts, silent
         self._waiting, self._ended = ["" for _ in prompts], [False for _ in prompts]
         self._current, self._begun = 0, False
 
-    def take(self, output: Output) -> None:
-        """Print what can be printed of an output."""
-        self._waiting[output.request] += output.text
-        self._ended[output.request] |= output.result is not None
-        while not self._quiet and self._current < len(self._prompts):
+    def take(self, output: Output, place: int) -> None:
+        """Print what can be printed of an output; ``place``: of its text among all."""
+        self._waiting[place] += output.text
+        self._ended[place] |= output.result is not None
+        while not self._silent and self._current < len(self._prompts):
             text, self._waiting[self._current] = self._waiting[self._current], ""
             if text or self._ended[self._current]:
                 self._print(text)
@@ -145,7 +158,7 @@ class _Writer:
 
     def close(self) -> None:
         """Print what is left of texts that did not end; of those that did not begin, nothing."""
-        while not self._quiet and self._current < len(self._prompts):
+        while not self._silent and self._current < len(self._prompts):
             if self._begun or self._waiting[self._current]:
                 self._print(self._waiting[self._current])
                 self._end()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmoe.chat import choose_template, special_tokens_of, templates_of
 from elmoe.errors import ConvertError
 
 HEADER_LIMIT = 100 << 20
@@ -167,11 +168,10 @@ class Checkpoint:
         return file.read_bytes()
 
     def chat_template(self) -> str | None:
-        """The chat template, from its own file or from tokenizer_config.json."""
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        if (self.folder / "tokenizer_config.json").is_file():
-            template = read_json(self.folder / "tokenizer_config.json").get("chat_template")
-            return template if isinstance(template, str) else None
-        return None
+        """The chat template, from wherever checkpoints keep it."""
+        return choose_template(templates_of(self.folder))
+
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of special tokens by the variables that chat templates know them by."""
+        file = self.folder / "tokenizer_config.json"
+        return special_tokens_of(read_json(file)) if file.is_file() else {}

@@ -28,5 +28,5 @@ def convert_checkpoint(
     model.check()
     writer = StoreWriter(Path(store), model.spec, f"converted from {model.name}", model.fingerprint())
     writer.write(model, progress)
-    writer.finish(tokenizer_json, template)
+    writer.finish(tokenizer_json, template, model.special_tokens())
     return model.left_out

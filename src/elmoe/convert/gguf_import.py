@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import NestedMatrix
 from elmoe.convert.gguf_file import GgufFile
-from elmoe.convert.gguf_tokenizer import eos_tokens, rebuild
+from elmoe.convert.gguf_tokenizer import eos_tokens, rebuild, template_tokens
 from elmoe.convert.source import refuse_leftovers
 from elmoe.errors import ConvertError
 from elmoe.models import FAMILIES
@@ -117,3 +117,7 @@ class GgufSource:
         """See ``Source``."""
         template = self._file.metadata.get(Keys.Tokenizer.CHAT_TEMPLATE)
         return template if isinstance(template, str) else None
+
+    def special_tokens(self) -> dict[str, str]:
+        """See ``Source``."""
+        return template_tokens(self._file.metadata)

@@ -131,6 +131,16 @@ def tokens_of(metadata: dict[str, Any]) -> list[str]:
     return tokens
 
 
+def template_tokens(metadata: dict[str, Any]) -> dict[str, str]:
+    """Texts of the tokens that begin and end, by the variables of chat templates; those not given are left out."""
+    tokens, ids = tokens_of(metadata), {name: metadata.get(_SPECIAL_KEYS[name]) for name in ("bos", "eos")}
+    return {
+        f"{name}_token": tokens[_check_id(index, len(tokens), f"the id of {name}")]
+        for name, index in ids.items()
+        if index is not None
+    }
+
+
 def rebuild(metadata: dict[str, Any]) -> bytes:
     """The tokenizer.json of a GGUF's metadata.
 

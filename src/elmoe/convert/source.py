@@ -42,6 +42,9 @@ class Source(Weights, Protocol):
     def chat_template(self) -> str | None:
         """The chat template, if there is one."""
 
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of special tokens by the variables that chat templates know them by, such as ``bos_token``."""
+
 
 class CheckpointSource:
     """A Hugging Face folder; its matrices are quantised. See :class:`Source`."""
@@ -119,6 +122,10 @@ class CheckpointSource:
     def chat_template(self) -> str | None:
         """See :class:`Source`."""
         return self._checkpoint.chat_template()
+
+    def special_tokens(self) -> dict[str, str]:
+        """See :class:`Source`."""
+        return self._checkpoint.special_tokens()
 
 
 def open_source(path: Path, tokenizer: Path | None = None) -> Source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from collections.abc import Sequence as Items
 from threading import Lock
 from time import perf_counter
@@ -70,8 +70,7 @@ class Engine:
         self._drafter = Drafter(self._passes, self.scheduler, self.tier, self.planner, rules)
         self._verifier = Verifier(self._passes, self.scheduler, self.tier, self.spec.eos_tokens, options.commit_limit)
         self._manager = TierManager(self.planner, self.tier, self.cache)
-        self._stepping = Lock()
-        self._expected = False
+        self._stepping, self._expected = Lock(), False
         self.statistics = Statistics(dense_bytes=reader.dense_bytes)
 
     def add(self, request: Request) -> int:
@@ -98,10 +97,10 @@ class Engine:
             raise RequestError("the engine is stepping in another thread", "only one thread steps an engine")
         try:
             if not self._expected:
-                self._expect(self.fitting.sizes_beside(self.cache.pages * self.cache.page_bytes), Statistics())
+                self._expect(self.fitting.sizes_beside(self.cache.pages * self.cache.page_bytes))
             batch = self.scheduler.schedule()
             if not batch.decoding and not batch.chunks:
-                return self.scheduler.commit(batch)
+                return self.scheduler.commit(batch)  # what was aborted
             plan = self._manager.plan(len(self.scheduler.running))
             began = perf_counter()
             proposals = self._drafter.draft(batch, plan)
@@ -110,6 +109,8 @@ class Engine:
             self._manager.learn(outcome, perf_counter() - began)
             self._counting.on_outcome(outcome)
             self._passes.step += 1
+            if not self.has_work:
+                self._end_run()
             return outputs
         except BaseException:
             self.tier.abandon_pass()  # the tier is as after a pass that ended
@@ -119,9 +120,9 @@ class Engine:
 
     def run(
         self, requests: Items[Request], recorder: TraceRecorder | None = None, timeline: Timeline | None = None
-    ) -> Iterator[list[Output]]:
+    ) -> Generator[list[Output]]:
         """Serve a closed set of requests, ``options.batch`` at a time, and yield what each step brought; ``request`` of an
-        output is its index among them. ``statistics`` count this run alone. Closing the iterator aborts what is left.
+        output is its index among them. Closing the iterator aborts what is left.
 
         :raises RequestError: a request cannot be served, or others are being served.
         """
@@ -129,11 +130,9 @@ class Engine:
             raise RequestError("the engine serves other requests", "add this one to them, or wait for their end")
         sizes = self.fitting.sizes(requests)
         self.fitting.slots(sizes)  # refuses a budget that is too small
-        statistics = Statistics(dense_bytes=self._reader.dense_bytes)
-        self._expect(sizes, statistics, recorder, timeline)
+        self._expect(sizes, recorder, timeline)
         self.scheduler.restart_indices()
         numbers: list[int] = []
-        started, read = perf_counter(), self.tier.bytes_read
         self.scheduler.together = True
         try:
             numbers += [self.add(request) for request in requests]
@@ -143,10 +142,7 @@ class Engine:
         finally:
             self._abandon(numbers)
             self.scheduler.together, self.scheduler.first_request = False, 0
-            self.tier.end_run()
-            statistics.read_bytes = self.tier.bytes_read - read
-            statistics.engine_seconds = perf_counter() - started
-            self._expected = False
+            self._end_run()
 
     def generate(
         self, requests: Items[Request], recorder: TraceRecorder | None = None, timeline: Timeline | None = None
@@ -164,18 +160,24 @@ class Engine:
                     results[output.request, output.choice] = output.result
         return [results[key] for key in sorted(results)], self.statistics
 
-    def _expect(
-        self, sizes: FastTierSizes, statistics: Statistics, recorder: TraceRecorder | None = None,
-        timeline: Timeline | None = None,
-    ) -> None:  # fmt: skip
-        """Requests with these sizes are about to come; count into ``statistics`` and tell those who watch."""
-        self.statistics, self._counting = statistics, StatisticsObserver(statistics)
+    def _expect(self, sizes: FastTierSizes, recorder: TraceRecorder | None = None, timeline: Timeline | None = None) -> None:
+        """Requests with these sizes are about to come: count into new statistics and tell those who watch."""
+        self.statistics = statistics = Statistics(dense_bytes=self._reader.dense_bytes)
+        self._counting, self._began = StatisticsObserver(statistics), (perf_counter(), self.tier.bytes_read)
         traces = [] if recorder is None else [TraceObserver(recorder)]
         timelines = [] if timeline is None else [TimelineObserver(timeline)]
         self._passes.watch([self._counting, *traces, *timelines])
         self.tier.begin_run(statistics, timeline)
         self._manager.expect(sizes, self.fitting.budget(sizes))
         self._expected = True
+
+    def _end_run(self) -> None:
+        """Nobody is served: complete the statistics."""
+        if self._expected:
+            self._expected = False
+            self.tier.end_run()
+            self.statistics.engine_seconds = perf_counter() - self._began[0]
+            self.statistics.read_bytes = self.tier.bytes_read - self._began[1]
 
     def _abandon(self, numbers: list[int]) -> None:
         """End those of a run that are still being served."""

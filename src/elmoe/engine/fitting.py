@@ -44,7 +44,7 @@ class Fitting:
         self.page_bytes = PAGE_POSITIONS * self._spec.kv_bytes_per_position
         most = options.batch * pages_for(self._spec.max_positions)
         room = options.kv_memory if options.kv_memory is not None else int(KV_SHARE * available_memory())
-        if options.kv_memory is None and isinstance(options.fast_memory, int) and self.enforced:
+        if options.kv_memory is None and isinstance(options.fast_memory, int):
             sizes = self.sizes_beside(0)
             room = options.fast_memory - (sizes.fixed if options.mode == "plain" else sizes.minimum)
         self.cache_pages = max(1, min(most, room // self.page_bytes))

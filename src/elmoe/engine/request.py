@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from elmoe.bitslice import SamplingParameters
@@ -62,6 +64,18 @@ class Request:
             raise RequestError(f"top_k is {sampling.top_k}", "use 0 to switch it off")
         if any(not text for text in self.stop):
             raise RequestError("a stop string is empty")
+
+
+def numbered(requests: Iterable[Request]) -> list[Request]:
+    """The requests of one call, so that equal prompts draw different answers: each draws by the number of answers to its
+    prompt before it. Equal calls stay equal."""
+    copies: Counter[tuple[int, ...]] = Counter()
+    result = []
+    for request in requests:
+        sampling = replace(request.sampling, choice=request.sampling.choice + copies[request.prompt])
+        copies[request.prompt] += request.copies
+        result.append(replace(request, sampling=sampling))
+    return result
 
 
 Alternatives = tuple[tuple[int, float], ...]

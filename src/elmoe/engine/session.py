@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from elmoe.bitslice import Backend
 from elmoe.engine.direct_tier import DirectTier
@@ -118,7 +119,9 @@ class Session:
         """Token ids to text, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def chat_prompt(self, messages: list[dict[str, str]]) -> str:
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+    ) -> str:
         """Apply the store's chat template, in a process with limits; RequestError if it has none, or it fails. Encode the
         text as ``rendered``: it has its own special tokens."""
         from elmoe.chat import render  # here, because loading it delays a first token that needs no template
@@ -126,7 +129,7 @@ class Session:
         template = self.reader.chat_template()
         if template is None:
             raise RequestError(f"'{self.path.name}' has no chat template", "give a plain prompt")
-        return render(template, messages)
+        return render(template, messages, self.reader.manifest.special_tokens, tools, **variables)
 
     def text_stream(self, prompt: tuple[int, ...], stop: tuple[str, ...]) -> TextStream:
         """The text of a sequence behind a prompt, as its tokens come."""

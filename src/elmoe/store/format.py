@@ -73,7 +73,8 @@ class LayerEntry(_Part, frozen=True):
 
 
 class Manifest(_Part, frozen=True):
-    """The whole manifest; ``source`` says how the store was made."""
+    """The whole manifest; ``special_tokens``: variables of the chat template such as ``bos_token``; ``source`` says how the
+    store was made."""
 
     format: str
     version: int
@@ -83,6 +84,7 @@ class Manifest(_Part, frozen=True):
     layers: tuple[LayerEntry, ...]
     tokenizer: TextFile
     chat_template: TextFile | None = None
+    special_tokens: dict[str, str] = {}
     source: str = ""
 
 

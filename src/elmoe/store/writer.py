@@ -177,7 +177,9 @@ class StoreWriter:
             entry = LayerEntry(layer=part.layer, file=name, format="nested8", offset=PAGE, checksums=tuple(sums))
             self._append(JournalLine(file=_close(handle.fileno(), name, size), layer=entry))
 
-    def finish(self, tokenizer: bytes, chat_template: str | None = None) -> None:
+    def finish(
+        self, tokenizer: bytes, chat_template: str | None = None, special_tokens: dict[str, str] | None = None
+    ) -> None:
         """Write the texts and the manifest, and give the store its name."""
 
         def text(name: str, data: bytes) -> TextFile:
@@ -195,6 +197,7 @@ class StoreWriter:
                 layers=tuple(sorted((line.layer for line in self._lines if line.layer), key=lambda entry: entry.layer)),
                 tokenizer=text("tokenizer.json", tokenizer),
                 chat_template=None if chat_template is None else text("chat_template.jinja", chat_template.encode()),
+                special_tokens=special_tokens or {},
             )  # fmt: skip
             text(MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
             (self.partial / JOURNAL).unlink()

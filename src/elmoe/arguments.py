@@ -1,0 +1,64 @@
+"""Keywords of the Python API: unknown names and wrong types are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from elmoe.errors import RequestError
+from elmoe.untrusted import short
+
+T = TypeVar("T")
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """RequestError for a name of ``given`` that is not ``known``, with the nearest one."""
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = get_close_matches(name, names, 1, 0.5)
+            raise RequestError(
+                f"there is no {what} '{short(name, 60)}'",
+                f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}",
+            )
+
+
+def with_arguments(base: T, given: Mapping[str, Any], what: str) -> T:
+    """A copy of the dataclass ``base`` with some fields changed.
+
+    :param what: what a field is called in errors, such as ``sampling parameter``.
+    :raises RequestError: an unknown name, or a value of the wrong type.
+    """
+    refuse_unknown(given, [field.name for field in fields(base)], what)  # type: ignore[arg-type]
+    return replace(base, **given)  # type: ignore[type-var]
+
+
+def check_types(values: Any, what: str) -> None:
+    """RequestError naming the first field of a dataclass whose value is not of its type."""
+    for name, hint in get_type_hints(type(values)).items():
+        value = getattr(values, name)
+        if _plain(value):
+            try:
+                msgspec.convert(value, hint)
+            except msgspec.ValidationError as error:
+                told, choices = str(error).replace("`", ""), list(_choices(hint))
+                hint_text = f"use {', '.join(map(str, choices))}" if choices else told[:1].lower() + told[1:]
+                raise RequestError(f"the {what} {name} is {short(repr(value), 60)}", hint_text) from None
+
+
+def _choices(hint: Any) -> Iterator[Any]:
+    """The values of a Literal, or of a union of them."""
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    else:
+        for part in get_args(hint):
+            yield from _choices(part)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is plain data; an object of a class of its own is left to whoever uses it."""
+    return value is None or isinstance(value, (str, int, float, list, tuple, dict, bytes))
