@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -19,19 +18,16 @@ from elmoe.terminal import progress_bar
 @json_option
 def command(config: Path, store: Path, layers: int | None, seed: int, as_json: bool) -> None:
     """Write STORE with the shapes of a Hugging Face CONFIG (config.json) and deterministic random weights."""
-    from elmoe.errors import ConvertError
+    from elmoe.convert.checkpoint import read_json
     from elmoe.models import spec_of_config
     from elmoe.store.synthetic import synthesize
 
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConvertError(f"'{config}' is not JSON: {error}") from error
+    values = read_json(config)
     if layers is not None:
         values["num_hidden_layers"] = layers
     spec = spec_of_config(values, config.name)
-    with progress_bar("experts", len(spec.moe_layers) * spec.experts) as bar:
-        synthesize(store, spec, seed, lambda done, total: bar(done))
+    with progress_bar("tensors and experts", None) as bar:
+        synthesize(store, spec, seed, bar)
     if as_json:
         print_json({"store": str(store)})
     else:
