@@ -1,23 +1,31 @@
 # `make demo` and `make test` set everything up in .venv by themselves: python3 (with venv), g++ and make suffice.
+# `make help` lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 
-.PHONY: demo test check parity peers full-grid clean
+.PHONY: help demo test full check parity peers full-grid docs wheel clean
 
-demo: .venv/.installed
+help: ## what each target does (this list)
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: .venv/.installed ## text from the embedded model, plain and elastic, and a table of simulated hardware
 	$(BIN)/elmoe demo
 
-test: .venv/.test
+# Quick tier: at most 4 minutes on 2 cores.
+test: .venv/.test ## quick tier of tests: no PyTorch, network or GPU
 	$(BIN)/python -m pytest
 
-check: .venv/.check
+# Full tier: hours.
+full: test full-grid parity docs ## full tier: test, full-grid, parity and docs
+
+check: .venv/.check ## lint, format, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-parity: .venv/.parity build/templates
+parity: .venv/.parity build/templates ## comparison with transformers (installs PyTorch)
 	$(BIN)/python -m pytest tests/parity -s
 
 # Real chat templates of other projects, to render as transformers does.
@@ -25,12 +33,12 @@ build/templates:
 	$(BIN)/python tests/parity/fetch_templates.py $@
 
 # The whole losslessness grid; `make test` runs a sample of it.
-full-grid: .venv/.test
+full-grid: .venv/.test ## the whole losslessness grid and 1,000 random schedules
 	$(BIN)/python -m tests.lossless
 	$(BIN)/python -m tests.schedules --count 1000
 
 # llama.cpp, to compare with (about 16 minutes, once).
-peers: .venv/.installed
+peers: .venv/.installed ## build llama.cpp for the benchmarks
 	bench/build_llama.sh build/peers
 
 .venv/bin/python:
@@ -40,7 +48,7 @@ peers: .venv/.installed
 # Installed in place: Python files take effect at once, a change of native code rebuilds.
 .venv/.installed: .venv/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.11" "nanobind>=2.9"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[sim]"
 	touch $@
 
 .venv/.test: .venv/.installed
@@ -57,5 +65,19 @@ peers: .venv/.installed
 	$(BIN)/python -m pip install --quiet "safetensors>=0.5" "transformers>=5"
 	touch $@
 
-clean:
+# In an environment of its own: the site's tools need nothing of the tests.
+docs: build/docs-venv/.installed .venv/.installed ## build the documentation site in build/site
+	$(BIN)/python -m tools.cli_reference --check
+	build/docs-venv/bin/mkdocs build --strict
+
+build/docs-venv/.installed: pyproject.toml
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install --quiet "mkdocs>=1.6,<2" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	touch $@
+
+wheel: .venv/bin/python ## source distribution and wheel in dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build
+
+clean: ## remove the environment and what was built
 	rm -rf .venv build dist

@@ -11,7 +11,8 @@
     ├── BudgetError       the fast-memory budget cannot hold what must be resident
     ├── RequestError      a generation request is malformed (empty prompt, too long, bad sampling)
     ├── HardwareError     a hardware description has an unknown key, a missing unit, an impossible value
-    └── TraceError        a trace file is damaged or belongs to another model
+    ├── TraceError        a trace file is damaged or belongs to another model
+    └── MissingExtraError an optional dependency is not installed
 
 Each takes a message and an optional ``hint`` that tells how to mend it; the command line prints both.
 """
@@ -59,3 +60,7 @@ class TraceError(ElmoeError):
 
 class HardwareError(ElmoeError):
     """A hardware description with an unknown key, a missing unit or an impossible value."""
+
+
+class MissingExtraError(ElmoeError):
+    """An optional dependency that is not installed; the hint names the extra of the package that brings it."""

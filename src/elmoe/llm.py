@@ -16,6 +16,7 @@ from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, numbered
 from elmoe.engine.session import BackendName, Reader, Session, use_threads
 from elmoe.errors import RequestError
+from elmoe.extras import naming_extra
 from elmoe.generation import Collector, Generation, Piece, SamplingParams
 from elmoe.models.spec import ModelSpec
 from elmoe.stepping import Stepper, Ticket
@@ -273,7 +274,8 @@ class Model:
         """Writes a trace to ``path``, if there is one."""
         if path is None:
             return nullcontext()
-        from elmoe.trace import TraceRecorder
+        with naming_extra("a trace"):
+            from elmoe.trace import TraceRecorder
 
         options = self._session.engine.options
         run = {

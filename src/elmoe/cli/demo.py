@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import budget, force_option, json_option, print_json, threads_option
+from elmoe.extras import missing, missing_extra
 from elmoe.terminal import number, percent, print_table, size
 
 PROMPTS = (
@@ -45,6 +46,9 @@ def command(
     from elmoe.files import check_output
 
     check_output(report, force, "page")
+    absent = missing_extra(missing("sim") or "", "the table of described hardware")
+    if absent is not None and report is not None:
+        raise absent
     with Session("demo", EngineOptions(fast_memory=fast_memory), reader="memory") as session:
         use_threads("native", threads)
         requests = [Request(session.encode(prompt), max_tokens, ignore_eos=True) for prompt in PROMPTS]
@@ -58,7 +62,7 @@ def command(
     # Results hold tokens, log-probabilities and a hash of the KV bytes: equality is exact.
     identical = runs["elastic"][0] == runs["plain"][0] == runs["cache"][0]
     facts = {mode: statistics.as_dict() for mode, (_, statistics) in runs.items()}
-    projection = _project(report)
+    projection = None if absent else _project(report)
     if as_json:
         print_json(
             {
@@ -88,7 +92,10 @@ def command(
         title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {session.tier}"
         print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in rows])
         click.echo(f"identical output: {'yes' if identical else 'NO'}\n")
-        _show(projection, report)
+        if projection is not None:
+            _show(projection, report)
+        elif absent is not None:
+            click.echo(f"{absent}\nhint: {absent.hint}", err=True)
         click.echo(NEXT)
     if not identical:
         raise SystemExit(1)

@@ -14,6 +14,7 @@ import click
 
 from elmoe.cli.suggesting import SuggestingGroup
 from elmoe.errors import ElmoeError
+from elmoe.extras import naming_extra
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -63,7 +64,8 @@ def main() -> None:
     """Entry point: errors raised on purpose become two lines on stderr and exit code 1, Ctrl-C exit code 130."""
     _accept_any_text()
     try:
-        status = cli.main(prog_name="elmoe", standalone_mode=False)
+        with naming_extra(" ".join(["elmoe", *[word for word in sys.argv[1:2] if word in VERBS]])):
+            status = cli.main(prog_name="elmoe", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except ElmoeError as error:
