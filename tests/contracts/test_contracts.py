@@ -67,22 +67,33 @@ def test_the_package_version_is_the_metadata_version():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help_json_and_a_line_in_the_readme(verb):
+def test_every_verb_has_help_json_and_a_section_in_the_reference(verb):
     run = subprocess.run(
         [sys.executable, "-m", "elmoe.cli.main", verb, "--help"], capture_output=True, text=True, check=True
     )
     assert "--json" in run.stdout
-    assert f"`elmoe {verb}" in (ROOT / "README.md").read_text()
+    reference = (ROOT / "docs" / "cli.md").read_text()
+    assert f"| [`elmoe {verb}`](#elmoe-{verb}) |" in reference and f"\n## elmoe {verb}\n" in reference
 
 
-def test_links_in_the_readme_lead_somewhere():
-    for document in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+def test_the_reference_is_what_the_commands_say():
+    """To mend it: ``python -m tools.cli_reference``."""
+    run = subprocess.run([sys.executable, "-m", "tools.cli_reference", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_tree_in_the_readme_exists():
-    text = (ROOT / "README.md").read_text()
+def test_the_tree_in_the_documentation_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text()
     tree = text[text.index("## What is where") :].split("```")[1]
     folder = ROOT
     for line in tree.strip().splitlines():

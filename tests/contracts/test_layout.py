@@ -66,7 +66,7 @@ def test_benches_and_experiments_can_be_imported_from_the_root():
 
 
 def test_documented_commands_name_modules_that_exist():
-    documents = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md"), *PROGRAMS]
+    documents = [*ROOT.glob("*.md"), ROOT / "Makefile", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md"), *PROGRAMS]
     named = {name for path in documents for name in COMMAND.findall(path.read_text())}
     assert {"bench.offload", "experiments.fig01_speedup.run", "tests.lossless"} <= named
     missing = [name for name in named if not (ROOT / Path(*name.split("."))).with_suffix(".py").is_file()]

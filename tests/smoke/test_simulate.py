@@ -39,7 +39,7 @@ def test_simulate_gives_a_row_for_each_case():
 
 
 def test_a_copied_preset_with_another_bandwidth_works(tmp_path):
-    """The three lines of the README."""
+    """The three lines of docs/simulator.md."""
     path = tmp_path / "my.yaml"
     path.write_text(
         run("simulate", "--show-preset", "xpu").stdout.replace("102.4 GB/s", "204.8 GB/s").replace("name: xpu", "name: mine")
