@@ -53,7 +53,8 @@ def load(
     :param changes: fields of :class:`EngineOptions`: ``fast_memory`` (bytes, a share of the experts between 0.0 and 1.0, or
         text such as ``"4GiB"`` or ``"25%"``), ``kv_memory`` (bytes or text), ``slow_bandwidth`` (bytes per second, or text
         such as ``"1.7GB/s"``), ``batch``, ``mode``, ``draft_length`` and others.
-    :raises StoreError: there is no readable store. :raises BudgetError: the budget is below the minimum.
+    :raises StoreError: there is no readable store.
+    :raises BudgetError: the budget is below the minimum.
     :raises RequestError: an unknown keyword, or a value that is out of range.
     """
     own = ("backend", "reader", "threads")
@@ -218,7 +219,8 @@ class Model:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> Stream:
         """Continue a prompt, piece by piece. Several streams may be read in turns; a step brings all of them forward.
 
-        :raises RequestError, BudgetError: as :meth:`generate`, at once.
+        :raises RequestError: as :meth:`generate`, at once.
+        :raises BudgetError: as :meth:`generate`, at once.
         """
         return Stream(self._stepper, self._request(prompt, params, sampling))
 
