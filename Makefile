@@ -72,7 +72,7 @@ docs: build/docs-venv/.installed .venv/.installed ## build the documentation sit
 
 build/docs-venv/.installed: pyproject.toml
 	$(PYTHON) -m venv build/docs-venv
-	build/docs-venv/bin/python -m pip install --quiet "mkdocs>=1.6,<2" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27"
+	build/docs-venv/bin/python -m pip install --quiet "mkdocs>=1.6,<2" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.27" "ruff>=0.9"
 	touch $@
 
 wheel: .venv/bin/python ## source distribution and wheel in dist
