@@ -42,6 +42,8 @@ peers: .venv/.installed ## build llama.cpp for the benchmarks
 	bench/build_llama.sh build/peers
 
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("elmoe needs Python 3.11 or newer: make demo PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@command -v $${CXX:-g++} >/dev/null || { echo "elmoe needs a C++20 compiler: install g++, or set CXX" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 

@@ -119,3 +119,33 @@ def test_compiled_code_has_no_fused_multiply_add():
     )
     assert "vpdpbusd" in listing.stdout or "x86" not in sys.platform
     assert not re.search(r"\bvfn?m(add|sub)", listing.stdout)
+
+
+def test_version_of_citation_and_changelog():
+    assert f"\nversion: {elmoe.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {elmoe.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("docs/*.md"))
+
+
+def test_workflows_run_targets_and_programs_that_exist():
+    import yaml
+
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = []
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        for job in yaml.safe_load(path.read_text())["jobs"].values():
+            commands += [step["run"].split() for step in job["steps"] if "run" in step]
+    assert len(commands) >= 5
+    for words in commands:
+        assert words[1] in targets if words[0] == "make" else (ROOT / words[0]).is_file(), words
+
+
+def test_the_log_is_newest_first_and_wrapped():
+    lines = (ROOT / "docs" / "log.md").read_text().splitlines()
+    dates = [line[2:12] for line in lines if line.startswith("- ")]
+    assert len(dates) > 90 and dates == sorted(dates, reverse=True)
+    assert max(map(len, lines)) <= 125
