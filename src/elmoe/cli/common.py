@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elmoe.errors import ElmoeError
-from elmoe.units import parse_bandwidth, parse_fast_memory
+from elmoe.units import parse_bandwidth, parse_bytes, parse_fast_memory
 from elmoe.untrusted import short
 
 if TYPE_CHECKING:
@@ -78,6 +78,14 @@ SERVING_OPTIONS = (
         help="Budget of the fast tier: 2GiB, or 25% of the experts.",
     ),
     click.option(
+        "--kv-memory", type=Quantity("SIZE", parse_bytes),
+        help="Ceiling of the KV cache [default: what the batch needs at full context, at most half of the free memory].",
+    ),
+    click.option(
+        "--prefill-chunk", type=click.IntRange(1, 1 << 16),
+        help="Prompt positions of one step, beside the sequences that decode [default: 256, up to 1024 from disk].",
+    ),
+    click.option(
         "--reader", type=click.Choice(["auto", "memory", "direct"]), default="auto", show_default=True,
         help="memory: the whole store in memory, a budget is accounted only. direct: the budget is enforced, experts are "
         "read from disk. auto: direct for a budget in bytes, or a store larger than the memory available.",
@@ -105,6 +113,8 @@ class Serving:
     """The options of :func:`serving_options`, by the names of ``EngineOptions`` and ``Session``."""
 
     fast_memory: int | float | None
+    kv_memory: int | None
+    prefill_chunk: int | None
     reader: Any
     slow_bandwidth: float | None
     split: Any
@@ -121,7 +131,8 @@ class Serving:
 
         return EngineOptions(
             mode=mode, batch=batch, fast_memory=self.fast_memory, slow_bandwidth=self.slow_bandwidth, split=self.split,
-            draft_length=self.draft_length, draft_top_k=self.draft_top_k, residency=ResidencyParameters(self.policy),
+            kv_memory=self.kv_memory, prefill_chunk=self.prefill_chunk, draft_length=self.draft_length,
+            draft_top_k=self.draft_top_k, residency=ResidencyParameters(self.policy),
         )  # fmt: skip
 
     def session(self, store: str, options: EngineOptions) -> Session:
