@@ -139,7 +139,7 @@ def test_record_look_at_and_replay_a_trace(tmp_path):
 def test_synth_names_a_config_that_is_none(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     run = elmoe("synth", str(tmp_path / "config.json"), str(tmp_path / "store"), check=False)
-    assert run.returncode == 1 and "'config.json'" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 1 and "config.json'" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_fit_synthesise_import_and_profile(tmp_path):
