@@ -136,6 +136,13 @@ def test_record_look_at_and_replay_a_trace(tmp_path):
     assert data["tier"].endswith("replayed") and len(data["rows"]) == 3 and all(row["identical"] for row in data["rows"])
 
 
+@pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
+def test_synth_names_a_config_that_is_none(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    run = elmoe("synth", str(tmp_path / "config.json"), str(tmp_path / "store"), check=False)
+    assert run.returncode == 1 and "config.json'" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_fit_synthesise_import_and_profile(tmp_path):
     fitted, facts, log = tmp_path / "fit.json", tmp_path / "facts", tmp_path / "log"
     sizes = ("--experts", "16", "--top-k", "2", "--layers", "2")

@@ -173,6 +173,12 @@ def test_incomplete_and_damaged_checkpoints_are_named(tmp_path):
         "tokenizer.json": lambda source: (source / "tokenizer.json").unlink(),
         "config.json' is missing": lambda source: (source / "config.json").unlink(),
         "config.json' cannot": lambda source: (source / "config.json").write_text("{"),
+        "config.json' cannot be read.*recursion": lambda source: (source / "config.json").write_text("[" * 100_000),
+        "config.json' does not hold an object": lambda source: (source / "config.json").write_text("[]"),
+        "00001.*damaged header": lambda source: (source / first).write_bytes(
+            (100_000).to_bytes(8, "little") + b"[" * 100_000
+        ),
+        r"embed_tokens.*overlap": lambda source: edit(source, data_offsets=[4, 4 + 300 * 48 * 4]),
         "outside its file": lambda source: os.truncate(source / first, (source / first).stat().st_size - 10),
         "no safetensors": lambda source: (source / first).write_bytes(b"\xff" * 100),
         "damaged header": lambda source: (source / first).write_bytes((5).to_bytes(8, "little") + b"{,,,}" * 2),

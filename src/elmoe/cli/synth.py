@@ -30,8 +30,8 @@ def command(config: Path, store: Path, layers: int | None, seed: int, as_json: b
     if layers is not None:
         values["num_hidden_layers"] = layers
     spec = spec_of_config(values, config.name)
-    with progress_bar("experts", len(spec.moe_layers) * spec.experts) as bar:
-        synthesize(store, spec, seed, lambda done, total: bar(done))
+    with progress_bar("tensors and experts", None) as bar:
+        synthesize(store, spec, seed, bar)
     if as_json:
         print_json({"store": str(store)})
     else:

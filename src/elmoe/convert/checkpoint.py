@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConvertError(f"'{path.name}' is missing in '{path.parent}'", "give a complete Hugging Face folder") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConvertError(f"'{path.name}' cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ConvertError(f"'{path.name}' does not hold an object")
@@ -57,8 +58,12 @@ class Shard:
             self._entries = {
                 name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
             }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            spans = sorted((begin, end, name) for name, (_, _, begin, end) in self._entries.items() if begin < end)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ConvertError(f"shard '{self.name}' has a damaged header") from error
+        for (_, end, one), (begin, _, other) in pairwise(spans):
+            if begin < end:
+                raise ConvertError(f"tensors '{one}' and '{other}' overlap in '{self.name}'", "the file is damaged")
         self._start, self._end = 8 + length, size
 
     def __contains__(self, name: str) -> bool:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
-from dataclasses import replace
 from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -95,12 +93,14 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Compute what is scheduled; what it brought to each sequence."""
-        with self._one_step():
+        if not self._stepping.acquire(blocking=False):
+            raise RequestError("the engine is stepping in another thread", "only one thread steps an engine")
+        try:
             if not self._expected:
                 self._expect(self.fitting.sizes_beside(self.cache.pages * self.cache.page_bytes))
             batch = self.scheduler.schedule()
             if not batch.decoding and not batch.chunks:
-                return self.scheduler.commit(batch)
+                return self.scheduler.commit(batch)  # what was aborted
             plan = self._manager.plan(len(self.scheduler.running))
             began = perf_counter()
             proposals = self._drafter.draft(batch, plan)
@@ -108,7 +108,15 @@ class Engine:
             outputs = self.scheduler.commit(batch)
             self._manager.learn(outcome, perf_counter() - began)
             self._counting.on_outcome(outcome)
+            self._passes.step += 1
+            if not self.has_work:
+                self._end_run()
             return outputs
+        except BaseException:
+            self.tier.abandon_pass()  # the tier is as after a pass that ended
+            raise
+        finally:
+            self._stepping.release()
 
     def run(
         self, requests: Items[Request], recorder: TraceRecorder | None = None, timeline: Timeline | None = None
@@ -128,11 +136,12 @@ class Engine:
         self.scheduler.together = True
         try:
             numbers += [self.add(request) for request in requests]
+            self.scheduler.first_request = numbers[0] if numbers else 0
             while self.has_work:
-                yield [replace(output, request=output.request - numbers[0]) for output in self.step()]
+                yield self.step()
         finally:
             self._abandon(numbers)
-            self.scheduler.together = False
+            self.scheduler.together, self.scheduler.first_request = False, 0
             self._end_run()
 
     def generate(
@@ -155,12 +164,9 @@ class Engine:
         """Requests with these sizes are about to come: count into new statistics and tell those who watch."""
         self.statistics = statistics = Statistics(dense_bytes=self._reader.dense_bytes)
         self._counting, self._began = StatisticsObserver(statistics), (perf_counter(), self.tier.bytes_read)
-        self._passes.observers = [self._counting]
-        if recorder is not None:
-            self._passes.observers.append(TraceObserver(recorder))
-        if timeline is not None:
-            self._passes.observers.append(TimelineObserver(timeline))
-        self._passes.step = 0
+        traces = [] if recorder is None else [TraceObserver(recorder)]
+        timelines = [] if timeline is None else [TimelineObserver(timeline)]
+        self._passes.watch([self._counting, *traces, *timelines])
         self.tier.begin_run(statistics, timeline)
         self._manager.expect(sizes, self.fitting.budget(sizes))
         self._expected = True
@@ -179,19 +185,3 @@ class Engine:
         for number in serving.intersection(numbers):
             self.scheduler.abort(number)
         self.scheduler.forget_ended()
-
-    @contextmanager
-    def _one_step(self) -> Iterator[None]:
-        """Refuse two steps at once; a failed one leaves the tier as after an ended pass."""
-        if not self._stepping.acquire(blocking=False):
-            raise RequestError("the engine is stepping in another thread", "one thread steps; others add and abort")
-        try:
-            yield
-            self._passes.step += 1
-            if not self.has_work:
-                self._end_run()
-        except BaseException:
-            self.tier.abandon_pass()
-            raise
-        finally:
-            self._stepping.release()

@@ -90,7 +90,8 @@ class PagedCache:
 
     def missing(self, entry: CacheEntry, positions: int) -> int:
         """Pages that an entry lacks for its first ``positions`` positions."""
-        return max(0, pages_for(positions) - len(entry.pages))
+        held = len(entry.pages)
+        return 0 if positions <= held * PAGE_POSITIONS else pages_for(positions) - held
 
     def reserve(self, entry: CacheEntry, positions: int) -> None:
         """Give an entry pages for ``positions`` positions; BudgetError, and no page taken, if the pool has too few."""

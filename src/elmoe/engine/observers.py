@@ -40,13 +40,13 @@ class StatisticsObserver:
         """Count what a step committed."""
         statistics = self.statistics
         for verdict in outcome.verdicts.values():
-            accepted = sum(accepted for _, accepted in verdict.judged)
-            statistics.committed += len(verdict.samples)
-            statistics.accepted += accepted
-            statistics.rejected += len(verdict.judged) - accepted
+            statistics.committed += len(verdict.rows)
             if verdict.drafted:
+                accepted = sum(accepted for _, accepted in verdict.judged)
+                statistics.accepted += accepted
+                statistics.rejected += len(verdict.judged) - accepted
                 statistics.verifications += 1
-                statistics.verified += len(verdict.samples)
+                statistics.verified += len(verdict.rows)
 
 
 class TimelineObserver:

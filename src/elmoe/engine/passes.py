@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import Backend, Sample
+from elmoe.bitslice import Backend, Report, Sample
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
 from elmoe.engine.decoder import Decoder, Draft, Routings, Tokens
 from elmoe.engine.kv_cache import PagedCache
@@ -27,7 +27,7 @@ class Row(NamedTuple):
     token: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pass:
     """What a pass computed. The first ``sampled`` rows have samples, for the positions behind them; rows of prompts follow.
     ``proposals``: what is drafted so far, or verified.
@@ -83,8 +83,14 @@ class Passes:
     ) -> None:
         self._decoder, self._backend, self._cache, self._tier, self._script = decoder, backend, cache, tier, script
         self.observers: list[Observer] = []
+        self._report: Report | None = None
         self.step = 0
         self.logits: NDArray[np.float32]  # of the last pass, (sampled, vocabulary)
+
+    def watch(self, observers: list[Observer]) -> None:
+        """Tell these from now on; the first that wants kernel calls gets them."""
+        self.observers, self.step = observers, 0
+        self._report = next((one.on_kernel for one in observers if one.kernels), None)
 
     def run(
         self, phase: Phase, rows: list[Row], proposals: Proposals, sampled: int | None = None, draft: Draft | None = None
@@ -106,11 +112,8 @@ class Passes:
                 for i, row in enumerate(rows)
             ]
             self._script.begin(phase, told, count, float(self._tier.resident.msb.mean()))
-        watched = [one for one in self.observers if one.kernels]
         wanted = None if count == len(rows) else np.arange(count)
-        self.logits, routings = self._decoder.forward(
-            tokens, self._cache.kernels, self._tier, draft, wanted, watched[0].on_kernel if watched else None
-        )
+        self.logits, routings = self._decoder.forward(tokens, self._cache.kernels, self._tier, draft, wanted, self._report)
         samples = [
             self._backend.sample(self.logits[i], row.sequence.sampling, row.position + 1)
             for i, row in enumerate(rows[:count])

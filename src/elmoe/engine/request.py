@@ -100,7 +100,7 @@ class Result:
         return self.tokens[:-1] if ended else self.tokens
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Output:
     """What a step brought to one sequence: the tokens it committed, and the result once it has ended. ``text``: characters
     that no later token can change, where the engine has a decoder of text."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from elmoe.engine.kv_cache import PagedCache, pages_for
+from elmoe.engine.kv_cache import PAGE_POSITIONS, PagedCache, pages_for
 from elmoe.engine.request import Output, Request
 from elmoe.engine.sequence import Sequence, State
 from elmoe.errors import BudgetError, ElmoeError, RequestError
@@ -62,6 +62,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._next_request = self._next_index = 0
         self._ended: list[Output] = []
+        self.first_request = 0
+        """Id of the first of a closed set of requests; outputs number requests from it."""
 
     @property
     def has_work(self) -> bool:
@@ -118,15 +120,16 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step's work: admits what there is room for, then gives every running sequence the pages it needs."""
-        self._admit()
+        if self.waiting:
+            self._admit()
         decoding: list[Sequence] = []
         chunks: list[Chunk] = []
         left = self.chunk
         prompts_first = self.together and not any(one.state is State.DECODING for one in self.running)
-        for sequence in list(self.running):
-            if sequence.state not in (State.PREFILL, State.DECODING):
+        for sequence in self.running[:]:
+            if sequence.state is State.WAITING:
                 continue  # preempted by an older one
-            if sequence.uncomputed == 0:
+            if len(sequence.tokens) - 1 == sequence.computed:
                 if self._reserve(sequence, len(sequence.tokens)):
                     sequence.state = State.DECODING
                     decoding.append(sequence)
@@ -135,7 +138,8 @@ class Scheduler:
                 if self._reserve(sequence, last):
                     chunks.append(Chunk(sequence, sequence.computed, last))
                     left -= last - sequence.computed
-        chunks = [chunk for chunk in chunks if chunk.sequence.entry.row >= 0]
+        if chunks:
+            chunks = [chunk for chunk in chunks if chunk.sequence.entry.row >= 0]
         if prompts_first and chunks:
             for sequence in decoding:
                 sequence.state = State.PREFILL
@@ -161,6 +165,8 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, positions: int) -> bool:
         """Give a sequence pages, taking them from copies that wait and from younger sequences if there are none; False if it
         had to give way itself."""
+        if not self._cache.missing(sequence.entry, positions):
+            return True
         while self._cache.missing(sequence.entry, positions) > self._cache.free_pages:
             holder = next((one for one in reversed(self.waiting) if one.entry.pages), None) or self.running[-1]
             self._preempt(holder)
@@ -194,9 +200,10 @@ class Scheduler:
         for sequence in batch.decoding:
             sequence.computed = len(sequence.tokens) - 1
             if sequence.finish is None:
-                self._cache.trim(sequence.entry, sequence.computed)
-                outputs.append(sequence.report())
-        return outputs + [self._retire(one) for one in list(self.running) if one.finish is not None]
+                if len(sequence.entry.pages) * PAGE_POSITIONS >= sequence.computed + PAGE_POSITIONS:
+                    self._cache.trim(sequence.entry, sequence.computed)
+                outputs.append(sequence.report(self.first_request))
+        return outputs + [self._retire(one) for one in self.running[:] if one.finish is not None]
 
     def _share(self, leader: Sequence) -> None:
         """Give the copies of a prompt its pages once it is computed."""
@@ -219,4 +226,4 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         sequence.state = State.FINISHED
-        return sequence.report(digest)
+        return sequence.report(self.first_request, digest)

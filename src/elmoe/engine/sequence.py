@@ -84,16 +84,18 @@ class Sequence:
         elif self.room <= 0:
             self.finish = "length"
 
-    def report(self, digest: str | None = None) -> Output:
-        """What came since the last report; with the result if the sequence has ended."""
-        output, start = self.output, self.reported
-        self.reported = len(output)
+    def report(self, first_request: int = 0, digest: str | None = None) -> Output:
+        """What came since the last report; with the result if the sequence has ended. Requests are numbered from
+        ``first_request``."""
+        start, self.reported = self.reported, len(self.logprobs)
         result = None
         if self.finish is not None:
-            result = Result(tuple(output), tuple(self.logprobs), self.finish, digest, tuple(self.alternatives), self.error)
-        text = "" if self.text is None else self.text.take(last=result is not None)
+            result = Result(
+                tuple(self.output), tuple(self.logprobs), self.finish, digest, tuple(self.alternatives), self.error
+            )
         return Output(
-            self.request_id, self.choice, tuple(output[start:]), tuple(self.logprobs[start:]), text,
+            self.request_id - first_request, self.choice, tuple(self.tokens[len(self.request.prompt) + start :]),
+            tuple(self.logprobs[start:]), "" if self.text is None else self.text.take(last=result is not None),
             tuple(self.alternatives[start:]), result,
         )  # fmt: skip
 

@@ -36,6 +36,8 @@ class TierManager:
 
     def plan(self, sequences: int) -> Plan:
         """The plan of the next step, carried out: the tier holds the KV cache and the plan's slices."""
+        if self._plan is not None and not self.planner.chooses and not self._tier.enforced:
+            return self._plan
         page = sequences * self._cache.page_bytes
         changed = self._fit_cache(page) if self._tier.enforced else False
         began = perf_counter()
@@ -64,9 +66,12 @@ class TierManager:
     def learn(self, outcome: Outcome, seconds: float) -> None:
         """Tell the planner what a step showed: its passes, its routing, what came of drafts, and its seconds."""
         planner, tier = self.planner, self._tier
+        if not planner.chooses and not tier.enforced:
+            return
         for done in outcome.passes:
             planner.observe_target(len(done.rows), done.seconds, done.waited)
-        self._learn_reads()
+        if tier.enforced:
+            self._learn_reads()
         for verdict in outcome.verdicts.values():
             for confidence, accepted in verdict.judged:
                 planner.observe_judged(confidence, accepted)

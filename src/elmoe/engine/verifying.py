@@ -7,25 +7,21 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import Sample
 from elmoe.engine.passes import Pass, Passes, Row, most_likely
-from elmoe.engine.request import Alternatives
 from elmoe.engine.scheduler import Batch, Scheduler
 from elmoe.engine.sequence import Proposals, Sequence, judge
 from elmoe.engine.tier import ExpertTier
 from elmoe.errors import NumericsError
 
 
-@dataclass
+@dataclass(slots=True)
 class Verdict:
-    """What the target says of one sequence: its samples that stand and their rows in the pass, what it thinks of each judged
-    draft token, and the most likely tokens of each sample where they are asked for."""
+    """What the target says of one sequence: rows of the pass whose samples stand, the confidence of each judged draft token
+    with whether it is accepted, and how many tokens were drafted."""
 
-    samples: list[Sample] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    judged: list[tuple[float, bool]] = field(default_factory=list)
-    alternatives: list[Alternatives] = field(default_factory=list)
-    drafted: int = 0
+    rows: range
+    judged: list[tuple[float, bool]]
+    drafted: int
 
 
 @dataclass
@@ -78,9 +74,10 @@ class Verifier:
         rows: list[Row] = []
         spans: dict[Sequence, range] = {}
         for sequence in batch.decoding:
-            drafted = proposals[sequence].tokens if sequence in proposals else []
-            first, start = len(sequence.tokens) - 1, len(rows)
-            rows += [Row(sequence, first + i, token) for i, token in enumerate([sequence.tokens[-1], *drafted])]
+            position, start = len(sequence.tokens) - 1, len(rows)
+            rows.append(Row(sequence, position, sequence.tokens[-1]))
+            if sequence in proposals:
+                rows += [Row(sequence, position + i, token) for i, token in enumerate(proposals[sequence].tokens, 1)]
             spans[sequence] = range(start, len(rows))
         sampled = len(rows)
         for chunk in batch.chunks:
@@ -90,28 +87,31 @@ class Verifier:
         self._tier.begin_step(sure)
         done = self._passes.run(phase, rows, proposals, sampled)
         outcome.passes.append(done)
-        kept = []
+        kept: list[int] = []
         for sequence, span in spans.items():
             verdict = self._judge(sequence, span, done, proposals)
             outcome.verdicts[sequence] = verdict
             kept += verdict.rows
-        kept += range(sampled, len(rows))
-        self._tier.end_step(phase, done.routings.of(kept) if self._tier.learns else None)
+        if self._tier.learns:
+            self._tier.end_step(phase, done.routings.of([*kept, *range(sampled, len(rows))]))
+        else:
+            self._tier.end_step(phase, None)
 
     def _judge(self, sequence: Sequence, span: range, done: Pass, proposals: Proposals) -> Verdict:
         """Append the samples that stand to the sequence, up to its end."""
-        proposal = proposals.get(sequence)
+        proposal, wanted = proposals.get(sequence), sequence.request.alternatives
+        if proposal is None and not wanted:  # plain decoding: the one sample stands
+            sequence.commit(done.samples[span[0]], self._eos)
+            return Verdict(span, [], 0)
         samples = [done.samples[row] for row in span]
         drafted = [] if proposal is None else proposal.tokens
         stand, accepted = judge(drafted, [sample.token for sample in samples], self._limit)
-        verdict, wanted = Verdict(drafted=len(drafted)), sequence.request.alternatives
+        kept = 0
         for row, sample in zip(span[:stand], samples, strict=False):
             likely = most_likely(self._passes.logits[row], wanted) if wanted else ()
             sequence.commit(sample, self._eos, likely)
-            verdict.samples.append(sample)
-            verdict.rows.append(row)
+            kept += 1
             if sequence.finish is not None:
                 break
-        if proposal is not None:
-            verdict.judged = list(zip(proposal.confidences, accepted, strict=False))[: len(verdict.samples)]
-        return verdict
+        judged = [] if proposal is None else list(zip(proposal.confidences, accepted, strict=False))[:kept]
+        return Verdict(span[:kept], judged, len(drafted))

@@ -151,6 +151,11 @@ class Planner:
         self._resting = self._drafting = self._since_plain = 0  # plain steps, steps with drafts; since a plain step
         self._wait, self._tried = SETTLED, False
 
+    @property
+    def chooses(self) -> bool:
+        """Whether slices or draft lengths are chosen at all."""
+        return self._chooses
+
     def begin_run(self) -> None:
         """Sequences of this run do not continue those before, and slots are new."""
         self.reads.end_run()

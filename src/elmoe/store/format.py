@@ -17,7 +17,6 @@ import msgspec
 from elmoe.bitslice.expert import PAGE
 from elmoe.errors import StoreError
 from elmoe.models.spec import ModelSpec
-from elmoe.models.tensors import Format
 
 FORMAT = "elmoe-store"
 VERSION = 2
@@ -56,7 +55,7 @@ class TensorEntry(_Part, frozen=True):
     sections."""
 
     name: str
-    format: Format
+    format: str
     offsets: dict[str, int]
     checksum: str
 
@@ -67,7 +66,7 @@ class LayerEntry(_Part, frozen=True):
 
     layer: int
     file: str
-    format: Format
+    format: str
     offset: int
     checksums: tuple[tuple[str, ...], ...]
 

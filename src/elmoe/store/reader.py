@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +34,7 @@ from elmoe.store.format import (
     check_name,
     checksum,
 )
-from elmoe.store.layout import ALIGNMENT, record_layout, record_sections, tensor_sections
+from elmoe.store.layout import after_sections, record_layout, record_sections, tensor_sections
 
 MANIFEST_LIMIT = 256 << 20
 """Bytes of the largest manifest that is read."""
@@ -58,7 +59,7 @@ def read_manifest(path: Path) -> Manifest:
     raw = file.read_bytes()
     try:
         head = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StoreError(f"{MANIFEST} is not JSON: {error}", "the store is damaged: convert the model anew") from error
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise StoreError(f"{MANIFEST}: field 'format' is not '{FORMAT}'", "the directory is no elmoe store")
@@ -68,7 +69,7 @@ def read_manifest(path: Path) -> Manifest:
             f"{MANIFEST}: version {version} is of a newer elmoe, this one reads up to {VERSION}", "update elmoe"
         )
     if version != VERSION:
-        raise StoreError(f"{MANIFEST}: version {str(version)[:20]} is of an older elmoe", "convert the model anew")
+        raise StoreError(f"{MANIFEST}: version {version!r:.20} is of an older elmoe", "convert the model anew")
     try:
         return msgspec.json.decode(raw, type=Manifest)
     except (msgspec.ValidationError, ModelError, RecursionError) as error:
@@ -90,18 +91,15 @@ class MemoryReader:
         self._feed_forwards = [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
         self._tensors: dict[str, tuple[TensorEntry, Tensor | FeedForward]] = self._match_tensors()
         self._layers: dict[int, LayerEntry] = {layer.layer: layer for layer in manifest.layers}
-        if tuple(sorted(self._layers)) != self.spec.moe_layers or len(self._layers) != len(manifest.layers):
-            raise StoreError(f"{MANIFEST}: field 'layers' does not name the model's MoE layers")
+        _check_names("layers", [str(layer) for layer in self.spec.moe_layers], [str(one.layer) for one in manifest.layers])
         roles = {DENSE_FILE: (DENSE_ROLE, 0)} | {layer.file: (EXPERTS_ROLE, layer.layer) for layer in manifest.layers}
         for entry in manifest.files:
             check_name(entry.name, "files.name")
-            if entry.name not in roles:
-                raise StoreError(f"{MANIFEST}: file '{entry.name}' belongs to no layer")
+        _check_names("files", list(roles), [entry.name for entry in manifest.files])
+        for entry in manifest.files:
             self._open(entry.name, entry.bytes, *roles[entry.name])
-        for name in roles:
-            if name not in self._sizes:
-                raise StoreError(f"{MANIFEST}: field 'files' lacks '{name}'")
-        self._check_offsets()
+        self._check_dense_file()
+        self._check_layer_files()
         for text in filter(None, (manifest.tokenizer, manifest.chat_template)):
             check_name(text.name, "tokenizer or chat template")
             if not (path / text.name).is_file():
@@ -151,49 +149,60 @@ class MemoryReader:
         """Each entry beside the tensor of the spec that it is; StoreError lists what is missing, doubled or left over."""
         expected: dict[str, Tensor | FeedForward] = {tensor.name: tensor for tensor in tensors(self.spec)}
         expected |= {part.name: part for part in self._feed_forwards if part.kind == "dense"}
-        entries: dict[str, TensorEntry] = {}
-        for entry in self.manifest.tensors:
-            if entry.name in entries:
-                raise StoreError(f"{MANIFEST}: tensor '{entry.name[:80]}' is listed twice", "convert the model anew")
-            entries[entry.name] = entry
-        for what, names in (("lacks", expected.keys() - entries.keys()), ("has unknown", entries.keys() - expected.keys())):
-            if names:
-                listed = ", ".join(f"'{name[:80]}'" for name in sorted(names)[:5])
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                raise StoreError(f"{MANIFEST}: field 'tensors' {what} {listed}{more}", "convert the model anew")
+        _check_names("tensors", list(expected), [entry.name for entry in self.manifest.tensors])
+        entries = {entry.name: entry for entry in self.manifest.tensors}
         for name, tensor in expected.items():
-            try:
-                default = tensor.format({}) if isinstance(tensor, Tensor) else "nested8"
-                if entries[name].format != default:
-                    raise StoreError(f"{MANIFEST}: tensors.{name}.format is '{entries[name].format}', not '{default}'")
-            except ModelError as error:
-                raise StoreError(f"{MANIFEST}: {error}", error.hint) from error
+            format = tensor.format({}) if isinstance(tensor, Tensor) else "nested8"
+            if entries[name].format != format:
+                raise StoreError(
+                    f"{MANIFEST}: tensors.{name}.format is '{entries[name].format[:20]}', not '{format}'",
+                    "update elmoe, or convert the model anew",
+                )
         return {name: (entries[name], tensor) for name, tensor in expected.items()}
 
-    def _check_offsets(self) -> None:
-        limit = self._sizes[DENSE_FILE]
+    def _check_dense_file(self) -> None:
+        """StoreError unless the tensors of the spec fill ``dense.bin`` one behind the other, as they are written."""
+        limit, damaged = self._sizes[DENSE_FILE], "the store is damaged: convert the model anew"
+        laid_out = []
         for name in self._tensors:
-            for section, offset, size in self._sections(name):
-                if not PAGE <= offset <= limit - size or offset % ALIGNMENT:
+            sections = self._sections(name)
+            for section, offset, size in sections:
+                if not PAGE <= offset <= limit - size:
                     raise StoreError(
-                        f"{MANIFEST}: tensors.{name}.offsets.{section} = {offset} lies outside {DENSE_FILE}",
-                        "the store is damaged: convert the model anew",
+                        f"{MANIFEST}: tensors.{name}.offsets.{section} = {offset} lies outside {DENSE_FILE}", damaged
                     )
+            laid_out.append((sections[0][1], name, sections))
+        end = PAGE
+        for _, name, sections in sorted(laid_out):
+            expected, end = after_sections(end, {section: size for section, _, size in sections})
+            for section, offset, _ in sections:
+                if offset != expected[section]:
+                    raise StoreError(
+                        f"{MANIFEST}: tensors.{name}.offsets.{section} = {offset} leaves a gap or an overlap in "
+                        f"{DENSE_FILE}: by the model's shapes it is {expected[section]}", damaged,
+                    )  # fmt: skip
+        if ceil_div(end, PAGE) * PAGE != limit:
+            raise StoreError(f"{MANIFEST}: the model's tensors fill {end} of {limit} bytes of {DENSE_FILE}", damaged)
+
+    def _check_layer_files(self) -> None:
+        """StoreError unless the experts of each layer fill its file."""
         for layer in self.manifest.layers:
-            part = self._feed_forwards[layer.layer]
+            part, where = self._feed_forwards[layer.layer], f"{MANIFEST}: layers.{layer.layer}"
             if layer.format != "nested8":
-                raise StoreError(f"{MANIFEST}: layers.{layer.layer}.format is '{layer.format}', not 'nested8'")
-            sections = record_sections(part)
+                raise StoreError(f"{where}.format is '{layer.format[:20]}', not 'nested8'")
+            sections, size = record_sections(part), self._sizes[layer.file]
             end = layer.offset + part.count * sum(sections.values())
-            if layer.offset < PAGE or layer.offset % PAGE or end > self._sizes[layer.file]:
-                raise StoreError(f"{MANIFEST}: layers.{layer.layer}.offset = {layer.offset} lies outside '{layer.file}'")
+            if layer.offset < PAGE or layer.offset % PAGE or end > size:
+                raise StoreError(f"{where}.offset = {layer.offset} lies outside '{layer.file}'")
+            if end != size:
+                raise StoreError(f"{where}: by the model's shapes its experts end at byte {end} of {size} of '{layer.file}'")
             if len(layer.checksums) != part.count or any(len(sums) != len(sections) for sums in layer.checksums):
-                raise StoreError(f"{MANIFEST}: layers.{layer.layer}.checksums has not one for each slice of each expert")
+                raise StoreError(f"{where}.checksums has not one for each slice of each expert")
 
     def _sections(self, name: str) -> list[tuple[str, int, int]]:
         """(section, offset, bytes) of a tensor of ``dense.bin``, as spec and format have it."""
         entry, tensor = self._tensors[name]
-        sizes = record_sections(tensor) if isinstance(tensor, FeedForward) else tensor_sections(tensor, entry.format)
+        sizes = record_sections(tensor) if isinstance(tensor, FeedForward) else tensor_sections(tensor, tensor.format({}))
         if entry.offsets.keys() != sizes.keys():
             raise StoreError(f"{MANIFEST}: tensors.{name}.offsets does not have {', '.join(sizes)}")
         return [(section, entry.offsets[section], size) for section, size in sizes.items()]
@@ -301,6 +310,17 @@ class MemoryReader:
         if wrong:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise StoreError(f"checksum mismatch in {'; '.join(wrong[:5])}{more}", "copy or convert the store anew")
+
+
+def _check_names(field: str, expected: list[str], found: list[str]) -> None:
+    """StoreError where a field of the manifest lists a name twice, lacks one or has one that the model does not."""
+    twice = {name for name, count in Counter(found).items() if count > 1}
+    lacking, unknown = set(expected) - set(found), set(found) - set(expected)
+    for what, names in (("lists twice", twice), ("lacks", lacking), ("has unknown", unknown)):
+        if names:
+            listed = ", ".join(f"'{name[:80]}'" for name in sorted(names)[:5])
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise StoreError(f"{MANIFEST}: field '{field}' {what} {listed}{more}", "convert the model anew")
 
 
 def open_store(name: str | Path) -> MemoryReader:
