@@ -10,8 +10,6 @@
 The names below load what they need at their first use; their types are in ``__init__.pyi``.
 """
 
-from typing import Any
-
 __version__ = "0.1.0"
 __all__ = ["EngineOptions", "Generation", "Model", "Piece", "SamplingParams", "load"]
 
@@ -21,7 +19,7 @@ _HOMES = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'elmoe' has no attribute '{name}'")
     from importlib import import_module

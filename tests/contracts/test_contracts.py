@@ -27,6 +27,23 @@ def test_help_loads_nothing_heavy():
     assert not {"numpy", "pyarrow", "tokenizers", "rich", "msgspec", "jinja2"} & set(loaded)
 
 
+def test_the_package_loads_nothing_until_a_name_is_used():
+    loaded = fresh("import sys; before = set(sys.modules); import elmoe; print(' '.join(set(sys.modules) - before))").split()
+    assert [name for name in loaded if name.startswith("elmoe")] == ["elmoe"] and not {"numpy", "msgspec"} & set(loaded)
+    for name in elmoe.__all__:
+        loaded = fresh(f"import sys, elmoe; elmoe.{name}; print(' '.join(sys.modules))").split()
+        assert not {"pyarrow", "plotly", "jinja2", "torch", "click", "rich", "gguf"} & set(loaded), name
+
+
+def test_types_are_published_for_every_public_name():
+    folder = Path(elmoe.__file__).parent
+    stub = (folder / "__init__.pyi").read_text()
+    assert (folder / "py.typed").exists()
+    assert set(elmoe.__all__) == set(re.findall(r"import \w+ as (\w+)", stub))
+    for name in elmoe.__all__:
+        assert inspect.getdoc(getattr(elmoe, name)), name
+
+
 def test_generation_loads_no_arrow_and_nothing_loads_torch():
     loaded = fresh("import sys; import elmoe.engine.session; print(' '.join(sys.modules))").split()
     assert not {"pyarrow", "torch", "transformers"} & set(loaded)

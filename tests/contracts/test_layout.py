@@ -15,6 +15,7 @@ FILE_LIMIT, FUNCTION_LIMIT = 450, 80
 """Lines."""
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 PROGRAMS = sorted(path for folder in ("bench", "experiments") for path in (ROOT / folder).rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMMAND = re.compile(r"python -m ((?:bench|experiments|tools|tests)(?:\.\w+)+)")
 
 
@@ -52,8 +53,8 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_benches_and_experiments_import_the_library_only(path):
+@pytest.mark.parametrize("path", PROGRAMS + EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_benches_experiments_and_examples_import_the_library_only(path):
     wrong = [name for name in imported(path) if re.match(r"(elmoe\.cli|tests)(\.|$)", name)]
     assert not wrong and "sys.path" not in path.read_text()
 

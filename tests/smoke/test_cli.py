@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from elmoe.trace import load_acceptance, read_trace
+from tests.templated import templated_store
 
 
 def elmoe(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -139,7 +140,7 @@ def test_record_look_at_and_replay_a_trace(tmp_path):
 def test_synth_names_a_config_that_is_none(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     run = elmoe("synth", str(tmp_path / "config.json"), str(tmp_path / "store"), check=False)
-    assert run.returncode == 1 and "'config.json'" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 1 and "config.json'" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_fit_synthesise_import_and_profile(tmp_path):
@@ -210,3 +211,68 @@ def test_a_variant_this_processor_lacks_is_named():
     assert run.returncode == 1 and "sve2" in run.stderr and "Traceback" not in run.stderr
     run = elmoe("generate", "demo", "--prompt", "x", check=False, ELMOE_PREFETCH="far")
     assert run.returncode == 1 and "ELMOE_PREFETCH is 'far'" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_prompts_from_standard_input_files_and_json_lines(tmp_path):
+    (tmp_path / "prompt.txt").write_text("The whale\n")
+    (tmp_path / "prompts.jsonl").write_text('"The sea"\n\n{"prompt": "The whale"}\n')
+    common = (sys.executable, "-m", "elmoe", "generate", "demo", "--max-tokens", "6", "--json")
+    plain = elmoe_json("generate", "demo", "--max-tokens", "6", "--prompt", "The whale")
+    read = subprocess.run([*common, "--prompt", "-"], input="The whale\n", capture_output=True, text=True, check=True)
+    rows = [plain, json.loads(read.stdout), elmoe_json(*common[3:-1], "--prompt", f"@{tmp_path / 'prompt.txt'}")]
+    assert [row["prompt"] for row in rows] == ["The whale"] * 3 and len({row["text"] for row in rows}) == 1
+    many = elmoe_json(*common[3:-1], "--prompt", "@@home", "--prompts", str(tmp_path / "prompts.jsonl"))["results"]
+    assert [row["prompt"] for row in many] == ["@home", "The sea", "The whale"] and many[2]["text"] == plain["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "there is no prompt"),
+        (("--prompt", "-", "--prompt", "-"), "standard input is given as two prompts"),
+        (("--prompt", "@nowhere.txt"), "nowhere.txt"),
+        (("--prompt", "x", "--system", "y"), "--system needs --chat"),
+        (("--prompts", "bad.jsonl"), "bad.jsonl, line 2 is no prompt"),
+        (("--prompts", "empty.jsonl"), "holds no prompt"),
+        (("--prompts", "broken.jsonl"), "broken.jsonl, line 1"),
+        (("--prompt", "x", "--chat"), "'demo' has no chat template"),
+    ],
+    ids=lambda value: " ".join(value) or "none" if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_prompts_that_are_refused(tmp_path, monkeypatch, arguments, words):
+    (tmp_path / "bad.jsonl").write_text('"x"\n{"text": "y"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text('{"prompt"\n')
+    monkeypatch.chdir(tmp_path)
+    run = elmoe("generate", "demo", *arguments, check=False)
+    assert run.returncode == 1 and words in run.stderr and len(run.stderr.strip().splitlines()) <= 3, run.stderr
+
+
+def test_copies_draw_apart_and_quiet_prints_the_answers_alone():
+    common = ("generate", "demo", "--max-tokens", "8", "--temperature", "1", "--seed", "5")
+    data = elmoe_json(*common, "--prompt", "The whale", "--prompt", "The whale", "--n", "2")["results"]
+    assert len(data) == 4 and len({row["text"] for row in data}) == 4
+    again = elmoe_json(*common, "--prompt", "The whale", "--n", "4")["results"]
+    assert [row["text"] for row in again] == [row["text"] for row in data]
+    run = elmoe(*common, "--prompt", "The whale", "--n", "2", "--quiet")
+    assert run.stdout == f"{data[0]['text']}\n{data[1]['text']}\n" and not run.stderr
+
+
+def test_the_text_of_a_special_token_stops():
+    common = ("generate", "demo", "--prompt", "The whale", "--max-tokens", "1500", "--temperature", "2.5", "--seed", "1",
+              "--ignore-eos")  # fmt: skip
+    free, stopped = elmoe_json(*common), elmoe_json(*common, "--stop", "<|endoftext|>")
+    assert 0 in free["token_ids"] and stopped["finish_reason"] == "stop"
+    assert stopped["token_ids"] == free["token_ids"][: free["token_ids"].index(0) + 1]
+
+
+def test_a_chat_has_a_system_message_and_messages_of_its_own(tmp_path):
+    store = str(templated_store(tmp_path))
+    (tmp_path / "chats.jsonl").write_text(
+        json.dumps({"messages": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who?"}]}) + "\n"
+    )
+    common = ("generate", store, "--max-tokens", "8")
+    one = elmoe_json(*common, "--prompt", "Who?", "--chat", "--system", "Be short.")
+    other = elmoe_json(*common, "--prompts", str(tmp_path / "chats.jsonl"))
+    assert one["token_ids"] == other["token_ids"] != elmoe_json(*common, "--prompt", "Who?", "--chat")["token_ids"]
+    assert one["prompt"] == other["prompt"] == "Who?"

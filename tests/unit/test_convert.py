@@ -95,11 +95,13 @@ def test_shards_types_and_templates(tmp_path):
         stores.append({name: data for name, data in content(tmp_path / f"store{index}").items() if name != "manifest.json"})
     assert stores[0] == stores[1] == stores[2]
     source = write_checkpoint(tmp_path / "bf16", config, random_weights(config), dtype="BF16")
-    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
+    texts = {"chat_template": "{{ messages[0].content }}!", "bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (source / "tokenizer_config.json").write_text(json.dumps(texts))
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 0]}))
     convert_checkpoint(source, tmp_path / "bf16_store")
     with open_store(tmp_path / "bf16_store") as reader:
         assert reader.chat_template() == "{{ messages[0].content }}!" and reader.spec.eos_tokens == (0, 3)
+        assert reader.manifest.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
         expected = (random_weights(config)["model.norm.weight"].view(np.uint32) & 0xFFFF0000).view(np.float32)
         assert np.array_equal(reader.array("final_norm"), expected)
 

@@ -150,10 +150,13 @@ def values(rng: np.random.Generator, shape: tuple[int, ...], dtype: TensorType) 
 def test_store_to_gguf_to_store(tmp_path, changes):
     source = write_checkpoint(tmp_path / "source", wide_config(**changes))
     (source / "chat_template.jinja").write_text("{{ messages[0].content }} é")
+    (source / "tokenizer_config.json").write_text('{"bos_token": "<s>", "pad_token": {"content": "<pad>"}}')
     convert_checkpoint(source, tmp_path / "store")
     export(tmp_path / "store", tmp_path / "model.gguf")
     convert_checkpoint(tmp_path / "model.gguf", tmp_path / "back")
     assert content(tmp_path / "store") == content(tmp_path / "back")
+    with open_store(tmp_path / "back") as reader:
+        assert reader.manifest.special_tokens == {"bos_token": "<s>", "pad_token": "<pad>"}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["back", "model.gguf", "source", "store"]
 
 

@@ -10,7 +10,8 @@ import threading
 import pytest
 
 import elmoe
-from elmoe.errors import BudgetError, RequestError, StoreError
+from elmoe.errors import BudgetError, NumericsError, RequestError, StoreError
+from elmoe.trace import read_trace
 from tests.templated import templated_store
 
 WHALE = "The whale"
@@ -392,6 +393,53 @@ def test_more_of_the_cache_than_its_ceiling_is_refused_with_the_mend():
             message = told(call, WHALE, max_tokens=2000, error=BudgetError)
             assert "KV cache" in message and "kv-memory" in message
         assert small.generate(WHALE, max_tokens=4).text and idle(small)
+
+
+def test_a_sequence_that_fails_raises_its_error_and_others_go_on(model):
+    kept, failing = model.stream(WHALE, max_tokens=20), model.stream("The sea", max_tokens=20)
+    pieces = [next(kept), next(failing)][:1]
+    scheduler = model._session.engine.scheduler
+    scheduler.fail(scheduler.running[1], NumericsError("a logit is not finite"))
+    with pytest.raises(NumericsError, match="a logit is not finite"):
+        list(failing)
+    assert next(failing, None) is None
+    pieces += kept
+    assert "".join(piece.text for piece in pieces) == model.generate(WHALE, max_tokens=20).text and idle(model)
+
+
+def test_an_interrupted_call_leaves_the_model_as_it_was(model, monkeypatch):
+    engine = model._session.engine
+    step, count = engine.step, 0
+
+    def interrupted():
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return step()
+
+    for call in (
+        lambda: model.generate([WHALE, "The sea"], max_tokens=50),
+        lambda: list(model.stream(WHALE, max_tokens=50)),
+    ):
+        count = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        assert idle(model) and model.generate(WHALE, max_tokens=4).text
+
+
+def test_a_trace_is_recorded_of_one_call_alone(model, tmp_path):
+    path = tmp_path / "run.trace"
+    with model.stream(WHALE, max_tokens=50) as stream:
+        next(stream)
+        assert "a trace is recorded of one call alone" in told(model.generate, WHALE, trace=path)
+    assert not list(tmp_path.iterdir())
+    answer = model.generate(WHALE, max_tokens=9, ignore_eos=True, trace=path)
+    trace = read_trace(path)
+    computed = len(answer.prompt_token_ids) + len(answer.token_ids) - 1  # the last token is not computed
+    assert trace.header.run["store"] == "demo" and trace.table.num_rows >= computed
 
 
 def test_an_unknown_request_is_refused_by_the_engine(model):

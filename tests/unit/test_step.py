@@ -113,6 +113,12 @@ def test_more_of_the_cache_than_there_is_is_refused_by_its_size():
     assert len(finish(one)) == 1
 
 
+def test_a_ceiling_below_one_page_is_refused():
+    with pytest.raises(BudgetError, match=f"one page of 64 positions, {PAGE} bytes"):
+        engine(kv_memory=PAGE - 1)
+    assert engine(kv_memory=PAGE).cache.pages == 1
+
+
 @pytest.mark.parametrize("changes", [{"prefill_chunk": 0}, {"kv_memory": 0}])
 def test_options_out_of_range_are_named(changes):
     with pytest.raises(RequestError, match=next(iter(changes))):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elmoe.errors import ElmoeError
-from elmoe.units import parse_bandwidth, parse_fast_memory
+from elmoe.units import parse_bandwidth, parse_bytes, parse_fast_memory
 from elmoe.untrusted import short
 
 if TYPE_CHECKING:
@@ -93,6 +93,16 @@ SERVING_OPTIONS = (
         "--policy", type=click.Choice(["decayed", "lru", "lfu", "static", "random"]), default="decayed", show_default=True,
         help="Which slices stay in the fast tier.",
     ),
+    click.option(
+        "--kv-memory", type=Quantity("SIZE", parse_bytes),
+        help="Ceiling of the KV cache, 1GiB for example; experts use what it leaves [default: what the batch needs for "
+        "the full context, at most half of the memory available, or what the budget leaves].",
+    ),
+    click.option(
+        "--prefill-chunk", type=click.IntRange(1, 1 << 16),
+        help="Prompt tokens of one step: fewer let running texts wait less, more compute prompts faster [default: 256 in "
+        "memory, up to 1024 where experts are read].",
+    ),
     click.option("--draft-length", type=int, help="Draft exactly this many tokens [default: chosen as it runs]."),
     click.option("--draft-top-k", type=int, help="Experts per token of the draft [default: the model's]."),
     threads_option,
@@ -109,6 +119,8 @@ class Serving:
     slow_bandwidth: float | None
     split: Any
     policy: Any
+    kv_memory: int | None
+    prefill_chunk: int | None
     draft_length: int | None
     draft_top_k: int | None
     threads: int | None
@@ -121,7 +133,8 @@ class Serving:
 
         return EngineOptions(
             mode=mode, batch=batch, fast_memory=self.fast_memory, slow_bandwidth=self.slow_bandwidth, split=self.split,
-            draft_length=self.draft_length, draft_top_k=self.draft_top_k, residency=ResidencyParameters(self.policy),
+            kv_memory=self.kv_memory, prefill_chunk=self.prefill_chunk, draft_length=self.draft_length,
+            draft_top_k=self.draft_top_k, residency=ResidencyParameters(self.policy),
         )  # fmt: skip
 
     def session(self, store: str, options: EngineOptions) -> Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import NestedMatrix
 from elmoe.bitslice.nested import GROUP
-from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, GgufTokenizer, describe, idle_merge
+from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, TEMPLATE_TOKENS_KEY, GgufTokenizer, describe, idle_merge
 from elmoe.convert.q8_0 import BLOCK_BYTES, blocks_of
 from elmoe.errors import ConvertError, ModelError
 from elmoe.files import whole_file
@@ -57,6 +58,8 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
             for key, value in metadata.items():
                 writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, int(value))
             _add_texts(writer, spec, tokenizer, tokenizer_json, reader.chat_template())
+            # GGUF knows ids of such tokens; a store keeps what the checkpoint's chat template is given, and no more.
+            writer.add_string(TEMPLATE_TOKENS_KEY, json.dumps(reader.manifest.special_tokens, sort_keys=True))
             for name, shape, plain, _ in tensors:
                 kind = GGMLQuantizationType.F32 if plain else GGMLQuantizationType.Q8_0
                 # The writer takes the shape in elements where the type is not said to be bytes.

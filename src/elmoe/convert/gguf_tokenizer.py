@@ -14,7 +14,9 @@ from typing import Any
 from gguf import Keys, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from elmoe.chat import special_tokens_of
 from elmoe.errors import ConvertError
+from elmoe.untrusted import load_object
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,6 +30,8 @@ _SPECIAL_KEYS = {
 }  # fmt: skip
 ALL_EOS_KEY = "elmoe.eos_token_ids"
 """Our own key, where a model has more than the two ids of the end that GGUF has keys for."""
+TEMPLATE_TOKENS_KEY = "elmoe.template_tokens"
+"""Our own key: the special tokens of a store's chat template, as a JSON object."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,11 @@ def tokens_of(metadata: dict[str, Any]) -> list[str]:
 
 
 def template_tokens(metadata: dict[str, Any]) -> dict[str, str]:
-    """Texts of the tokens that begin and end, by the variables of chat templates; those not given are left out."""
+    """Texts of special tokens by the variables of chat templates: those that the file carries, else those of the ids that
+    begin and end a text; those not given are left out."""
+    carried = metadata.get(TEMPLATE_TOKENS_KEY)
+    if carried is not None:
+        return special_tokens_of(load_object(str(carried), f"metadata '{TEMPLATE_TOKENS_KEY}'", ConvertError))
     tokens, ids = tokens_of(metadata), {name: metadata.get(_SPECIAL_KEYS[name]) for name in ("bos", "eos")}
     return {
         f"{name}_token": tokens[_check_id(index, len(tokens), f"the id of {name}")]

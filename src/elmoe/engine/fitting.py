@@ -11,6 +11,7 @@ from elmoe.engine.kv_cache import PAGE_POSITIONS, pages_for
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.tier import ExpertTier, tier_sizes
+from elmoe.errors import BudgetError
 from elmoe.kernels.reads import ReadPool
 from elmoe.policy.budget import FastTierSizes, SlotPlan, check_budget, plan_slots
 from elmoe.store.direct import DirectReader
@@ -42,6 +43,12 @@ class Fitting:
         self._reader, self._options, self._spec = reader, options, reader.spec
         self.enforced = isinstance(reader, DirectReader)
         self.page_bytes = PAGE_POSITIONS * self._spec.kv_bytes_per_position
+        if options.kv_memory is not None and options.kv_memory < self.page_bytes:
+            raise BudgetError(
+                f"kv_memory of {options.kv_memory} bytes does not hold one page of {PAGE_POSITIONS} positions, "
+                f"{self.page_bytes} bytes",
+                f"give at least --kv-memory {-(-self.page_bytes // 1024)}KiB",
+            )
         most = options.batch * pages_for(self._spec.max_positions)
         room = options.kv_memory if options.kv_memory is not None else int(KV_SHARE * available_memory())
         if options.kv_memory is None and isinstance(options.fast_memory, int):
