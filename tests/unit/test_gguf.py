@@ -391,3 +391,31 @@ def test_an_existing_file_and_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(ConvertError, match=r"cannot write.*No space left"):
         export("demo", tmp_path / "new.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["old.gguf"]
+
+
+def test_a_file_ends_where_llama_cpp_ends(tmp_path):
+    """The metadata name one end; control tokens whose texts say that they end are ends too, normal tokens are not."""
+    names = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|file_sep|>"])
+    tokenizer.add_tokens(["<EOT>"])
+    ids = {name: tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>", "<|file_sep|>")}
+    path = tmp_path / "model.gguf"
+    write_gguf(path, random_parts(), tokenizer=tokenizer.to_str().encode(), eos=ids["<|im_end|>"])
+    convert_checkpoint(path, tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        assert set(reader.spec.eos_tokens) == set(ids.values()) and reader.spec.eos_tokens[0] == ids["<|im_end|>"]
+
+
+@pytest.mark.parametrize("eos", [None, 5, [5], [5, 7], [9, 0, 3]])
+def test_ends_and_special_tokens_come_back_from_gguf(tmp_path, eos):
+    source = write_checkpoint(tmp_path / "source", wide_config(eos_token_id=eos))
+    tokenizer = Tokenizer.from_str((source / "tokenizer.json").read_text())
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|endoftext|>", "bos_token": "a"}))
+    convert_checkpoint(source, tmp_path / "store")
+    export(tmp_path / "store", tmp_path / "model.gguf")
+    convert_checkpoint(tmp_path / "model.gguf", tmp_path / "back")
+    assert content(tmp_path / "back") == content(tmp_path / "store")

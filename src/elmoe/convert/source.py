@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import NestedMatrix
-from elmoe.convert.checkpoint import Checkpoint, read_json
+from elmoe.convert.checkpoint import Checkpoint
+from elmoe.convert.file_reading import read_json
 from elmoe.errors import ConvertError, ModelError
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.family import Names

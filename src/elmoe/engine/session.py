@@ -20,7 +20,7 @@ from elmoe.errors import RequestError, StoreError
 from elmoe.processors import processors
 from elmoe.store import available_memory, open_direct, open_store, read_manifest, resolve_store
 from elmoe.text import TextStream
-from elmoe.tokenizer import encode, load_tokenizer
+from elmoe.tokenizer import TOKENIZER_LIMIT, encode, load_tokenizer
 from elmoe.units import format_bytes
 from elmoe.untrusted import read_bytes
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 BackendName = Literal["native", "reference"]
 Reader = Literal["auto", "memory", "direct"]
-TOKENIZER_LIMIT = 256 << 20
-"""Largest tokenizer.json, bytes."""
 HEADROOM = 512 << 20
 """Bytes left to everything else when a budget is derived from the memory available."""
 MOST_THREADS = 64
@@ -129,7 +127,7 @@ class Session:
         template = self.reader.chat_template()
         if template is None:
             raise RequestError(f"'{self.path.name}' has no chat template", "give a plain prompt")
-        return render(template, messages, self.reader.manifest.special_tokens, tools, **variables)
+        return render(template, messages, self.reader.special_tokens, tools, **variables)
 
     def text_stream(self, prompt: tuple[int, ...], stop: tuple[str, ...]) -> TextStream:
         """The text of a sequence behind a prompt, as its tokens come."""

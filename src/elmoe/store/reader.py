@@ -282,6 +282,11 @@ class MemoryReader:
         entry = self.manifest.chat_template
         return None if entry is None else (self.path / entry.name).read_text(encoding="utf-8")
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of special tokens by the variables of the chat template, such as ``bos_token``."""
+        return self.manifest.special_tokens or {}
+
     def verify(self, progress: Callable[[float], None] | None = None) -> None:
         """Recompute every checksum; StoreError names what differs. ``progress`` takes the bytes done so far."""
         done = 0

@@ -197,7 +197,7 @@ class StoreWriter:
                 layers=tuple(sorted((line.layer for line in self._lines if line.layer), key=lambda entry: entry.layer)),
                 tokenizer=text("tokenizer.json", tokenizer),
                 chat_template=None if chat_template is None else text("chat_template.jinja", chat_template.encode()),
-                special_tokens=special_tokens or {},
+                special_tokens=special_tokens or msgspec.UNSET,
             )  # fmt: skip
             text(MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
             (self.partial / JOURNAL).unlink()
