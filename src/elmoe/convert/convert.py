@@ -32,7 +32,7 @@ def convert_checkpoint(
     if template is not None:
         check_template(template, ConvertError)
     model.check()
-    writer = StoreWriter(Path(store), model.spec, f"converted from {model.name}", model.fingerprint())
-    writer.write(model, progress)
-    writer.finish(tokenizer_json, template, special_tokens)
+    with StoreWriter(Path(store), model.spec, f"converted from {model.name}", model.fingerprint) as writer:
+        writer.write(model, progress)
+        writer.finish(tokenizer_json, template, special_tokens)
     return model.left_out

@@ -16,13 +16,12 @@ from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.engine.tier import ExpertTier
-from elmoe.errors import RequestError, StoreError
+from elmoe.errors import RequestError
 from elmoe.processors import processors
 from elmoe.store import available_memory, open_direct, open_store, read_manifest, resolve_store
 from elmoe.text import TextStream
-from elmoe.tokenizer import TOKENIZER_LIMIT, encode, load_tokenizer
+from elmoe.tokenizer import encode
 from elmoe.units import format_bytes
-from elmoe.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from elmoe.trace import TraceRecorder
@@ -88,8 +87,7 @@ class Session:
             self.tier += " (through the page cache: this file system refuses O_DIRECT)"
         if options.slow_bandwidth is not None:
             self.tier += f", throttled to {options.slow_bandwidth / 1e9:g} GB/s"
-        tokenizer = self.reader.tokenizer_path
-        self.tokenizer = load_tokenizer(read_bytes(tokenizer, StoreError, TOKENIZER_LIMIT, "tokenizer"), str(tokenizer))
+        self.tokenizer = self.reader.tokenizer()
         if kind == "memory" and backend == "native":
             from elmoe.engine.prefetch_distance import choose_prefetch_distance  # needs the native kernels
 
