@@ -351,3 +351,77 @@ def test_a_source_file_that_shrinks_is_named(tmp_path, name):
     os.truncate(tmp_path / name, 1000)
     with pytest.raises(ConvertError, match=f"'{name}' ends at byte 1000, it had 25600"):
         file.read(0, 25600)
+
+
+@pytest.mark.parametrize("shards,dtype", [(1, "F32"), (3, "F32"), (1, "BF16")])
+def test_stacked_experts_are_the_experts(tmp_path, shards, dtype):
+    """Experts of a layer in one tensor, as transformers 5 saves them; a dense layer stays as it is."""
+    config = tiny_config(mlp_only_layers=[1])
+    weights = random_weights(config)
+    convert_checkpoint(write_checkpoint(tmp_path / "plain", config, weights, shards, dtype), tmp_path / "expected")
+    for layer in (0, 2):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            np.stack([weights.pop(f"{prefix}{expert}.{name}_proj.weight") for expert in range(config["num_experts"])])
+            for name in PROJECTIONS
+        )
+        weights |= {prefix + "gate_up_proj": np.concatenate([gate, up], axis=1), prefix + "down_proj": down}
+    source = write_checkpoint(tmp_path / "stacked", config, weights, shards, dtype)
+    convert_checkpoint(source, tmp_path / "store")
+    expected = content(tmp_path / "expected")
+    assert {name for name, data in content(tmp_path / "store").items() if data != expected[name]} == {"manifest.json"}
+    del weights["model.layers.2.mlp.experts.down_proj"]
+    with pytest.raises(ConvertError, match=r"'model\.layers\.2\.mlp\.experts\.down_proj' is missing"):
+        convert_checkpoint(write_checkpoint(tmp_path / "lacking", config, weights), tmp_path / "other")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "eos", ["<|im_end|>", "5", 5.0, True, [5, None], ["5"], [[5]], {"id": 5}, -1, 300, NAN, [5, 10**30]]
+)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_ends_that_are_no_token_ids_are_refused(tmp_path, file, eos):
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    config = json.loads((source / "config.json").read_text()) if file == "config.json" else {}
+    (source / file).write_text(json.dumps(config | {"eos_token_id": eos}))
+    with pytest.raises(ConvertError, match=rf"^{file}: 'eos_token_id' is "):
+        convert_checkpoint(source, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "config,generation,ends",
+    [
+        (5, ..., (5,)),
+        ([5, 7], ..., (5, 7)),
+        (None, ..., ()),
+        (5, None, (5,)),
+        (None, None, ()),
+        (None, [7, 5], (7, 5)),
+        (5, [7, 5], (5, 7)),
+        ([5, 7], 7, (7,)),
+        (5, 9, (9,)),
+        ([5, 5], [], ()),
+    ],
+)
+def test_the_generation_config_says_what_ends(tmp_path, config, generation, ends):
+    """It counts in place of config.json where it names ends, as in transformers; null means that it does not."""
+    source = write_checkpoint(tmp_path / "source", tiny_config(eos_token_id=config))
+    if generation is not ...:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    convert_checkpoint(source, tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        assert reader.spec.eos_tokens == ends
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["attention_bias", "use_sliding_window", "hidden_act", "norm_topk_prob", "rms_norm_eps", "max_position_embeddings",
+     "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "mlp_only_layers", "decoder_sparse_step", "head_dim",
+     "partial_rotary_factor", "quantization_config", "tie_word_embeddings"],
+)  # fmt: skip
+def test_null_means_the_default(key):
+    config = tiny_config(hidden_size=64)
+    config.pop(key, None)
+    assert spec_of_config(config | {key: None}) == spec_of_config(config)

@@ -419,3 +419,36 @@ def test_ends_and_special_tokens_come_back_from_gguf(tmp_path, eos):
     export(tmp_path / "store", tmp_path / "model.gguf")
     convert_checkpoint(tmp_path / "model.gguf", tmp_path / "back")
     assert content(tmp_path / "back") == content(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"rope.scaling.factor": 4.0},
+        {"rope.scale_linear": 4.0},
+        {"rope.scaling.attn_factor": 2.0},
+        {"rope.scaling.yarn_log_multiplier": 0.5},
+        {"rope.dimension_sections": 3},
+        {"attention.scale": 0.5},
+        {"attention.clamp_kqv": 8.0},
+    ],
+)
+def test_metadata_that_would_change_attention_are_refused_by_name(tmp_path, metadata):
+    path = write_gguf(tmp_path / "model.gguf", random_parts(), metadata=metadata)
+    with pytest.raises(ConvertError, match=f"metadata 'qwen3moe.{next(iter(metadata))}'"):
+        convert_checkpoint(path, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"rope.scaling.factor": 1.0}, {"rope.scale_linear": 0.0}, {"attention.sliding_window": 64}]
+)
+def test_metadata_that_change_nothing_are_taken(tmp_path, metadata):
+    convert_checkpoint(write_gguf(tmp_path / "plain.gguf", random_parts()), tmp_path / "plain")
+    convert_checkpoint(write_gguf(tmp_path / "model.gguf", random_parts(), metadata=metadata), tmp_path / "store")
+    assert content(tmp_path / "store") == content(tmp_path / "plain")
+
+
+def test_a_tensor_of_frequencies_is_refused(tmp_path):
+    parts = random_parts() | {"rope_freqs.weight": (TensorType.F32, np.full(8, 4.0, np.float32))}
+    with pytest.raises(ConvertError, match="rope_freqs"):
+        convert_checkpoint(write_gguf(tmp_path / "model.gguf", parts), tmp_path / "store")

@@ -136,6 +136,9 @@ class Checkpoint:
         """Names of all tensors."""
         return set(self._shard_of)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
+
     def _shard(self, name: str) -> Shard:
         shard = self._shard_of.get(name)
         if shard is None:
