@@ -63,7 +63,7 @@ def spec_of_metadata(
             message = message.replace(f"'{ours}'", f"'{gguf.architecture}.{theirs}'")
         raise ModelError(message, error.hint or "the file is damaged, or of a model that is not supported") from error
     known = {*gguf.keys.values(), *gguf.fixed(spec), *IGNORED}
-    for key, value in metadata.items():
+    for key in metadata:
         _, _, rest = key.partition(f"{gguf.architecture}.")
         if rest.startswith(("rope.", "attention.")) and rest not in known:
             raise ModelError(f"metadata '{key}' is not supported", "it changes what attention computes")
