@@ -71,6 +71,23 @@ def render(
     raise RequestError(f"the chat template fails: {said} ({kind})", "give a plain prompt")
 
 
+def check_template(template: str, error: type[ElmoeError] = ConvertError) -> None:
+    """Compile a template in the process with limits.
+
+    :raises ElmoeError: an ``error`` where it is too large, no template, or takes too much time or memory.
+    """
+    hint = "mend the chat template, or remove it: plain prompts need none"
+    if len(template.encode("utf-8", "surrogatepass")) > TEMPLATE_LIMIT:
+        raise error(f"the chat template is larger than {TEMPLATE_LIMIT >> 20} MiB", hint)
+    try:
+        reply = _worker.ask(json.dumps({"template": template, "variables": None, "seconds": SECONDS}).encode())
+    except RequestError as reason:
+        raise error(str(reason), hint) from None
+    if "text" not in reply:
+        said = short(reply.get("error", "")) or reply.get("kind", "")
+        raise error(f"the chat template is no Jinja template: {said}", hint)
+
+
 def special_tokens_of(config: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens of a tokenizer_config.json, by the variables that templates know them by; those not set are left
     out, so that a template finds them undefined."""

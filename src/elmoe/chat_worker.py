@@ -74,14 +74,14 @@ def make_environment() -> Any:
     return environment
 
 
-def renderer() -> Callable[[str, dict[str, Any]], str]:
-    """A function of a template and its variables; the templates last used stay compiled."""
+def renderer() -> Callable[[str, dict[str, Any] | None], str]:
+    """A function of a template and its variables; None compiles it alone. The templates last used stay compiled."""
     environment = make_environment()
     compiled = lru_cache(8)(environment.from_string)
 
-    def render(template: str, variables: dict[str, Any]) -> str:
-        parts, length = [], 0
-        for part in compiled(template).generate(**variables):
+    def render(template: str, variables: dict[str, Any] | None) -> str:
+        parts, length, code = [], 0, compiled(template)
+        for part in code.generate(**variables) if variables is not None else ():
             parts.append(part)
             length += len(part)
             if length > MOST_TEXT:

@@ -114,12 +114,12 @@ def check_new_folder(path: str | Path, what: str) -> None:
     """Before any work: RequestError where a folder ``path`` cannot be made, under this name or its ``.partial``; one that
     exists is left to whoever makes it."""
     shown, path = f"{what} '{short(path)}'", Path(path)
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
         raise RequestError(f"cannot write {shown}: it is a link to nothing", "remove the link, or name the place itself")
     partial = path.with_name(path.name + ".partial")
     if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir()):
         raise RequestError(f"cannot write {shown}: '{short(partial.name)}' beside it is no folder", "move that file away")
-    if not path.exists() and not partial.exists():
+    if not os.path.exists(path) and not os.path.exists(partial):
         check_output(partial, what=what, folders=True)
 
 

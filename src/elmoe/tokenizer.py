@@ -12,6 +12,9 @@ from elmoe.untrusted import load_object, short, text_of
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+TOKENIZER_LIMIT = 256 << 20
+"""Largest tokenizer.json, bytes."""
+
 
 def load_tokenizer(raw: bytes, where: str, error: type[ElmoeError] = StoreError) -> Tokenizer:
     """A tokenizer.json; its truncation and padding, which a training run left there, are switched off.

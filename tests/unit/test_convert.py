@@ -18,14 +18,22 @@ import pytest
 from elmoe import bitslice
 from elmoe.bitslice import NestedMatrix
 from elmoe.convert import convert_checkpoint
+from elmoe.convert.file_reading import SourceFile
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
+from elmoe.engine.session import Session
 from elmoe.errors import ConvertError, ElmoeError, NumericsError
 from elmoe.models import spec_of_config
 from elmoe.models.tensors import PROJECTIONS
 from elmoe.store import open_store
 from tests.checkpoints import expert_name, random_weights, tiny_config, write_checkpoint, write_safetensors
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 11422654\n"
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
 
 
 def content(store: Path) -> dict[str, bytes]:
@@ -172,9 +180,9 @@ def test_incomplete_and_damaged_checkpoints_are_named(tmp_path):
         "00001-of-00002": lambda source: (source / first).unlink(),
         "tokenizer.json": lambda source: (source / "tokenizer.json").unlink(),
         "config.json' is missing": lambda source: (source / "config.json").unlink(),
-        "config.json' cannot": lambda source: (source / "config.json").write_text("{"),
-        "config.json' cannot be read.*recursion": lambda source: (source / "config.json").write_text("[" * 100_000),
-        "config.json' does not hold an object": lambda source: (source / "config.json").write_text("[]"),
+        "config.json' is not JSON": lambda source: (source / "config.json").write_text("{"),
+        "config.json' is nested deeper": lambda source: (source / "config.json").write_text("[" * 100_000),
+        "config.json' holds no JSON object": lambda source: (source / "config.json").write_text("[]"),
         "00001.*damaged header": lambda source: (source / first).write_bytes(
             (100_000).to_bytes(8, "little") + b"[" * 100_000
         ),
@@ -188,6 +196,15 @@ def test_incomplete_and_damaged_checkpoints_are_named(tmp_path):
         "no weight_map": lambda source: (source / "model.safetensors.index.json").write_text("{}"),
         "dtype I64": lambda source: edit(source, dtype="I64"),
         r"embed_tokens.*damaged shape": lambda source: edit(source, shape=[-300, 48]),
+        r"embed_tokens.* damaged shape": lambda source: edit(source, data_offsets=[0, 4, 8]),
+        r"embed_tokens.* damaged shape ": lambda source: edit(source, dtype=["F32"]),
+        r"embed_tokens.* damaged shape or": lambda source: edit(source, shape=10**30),
+        "'tokenizer.json' is not": lambda source: cut(source / "tokenizer.json"),
+        "tokenizer.json' is a Git LFS pointer": lambda source: (source / "tokenizer.json").write_text(LFS_POINTER),
+        "no safetensors file": lambda source: (source / first).write_text(LFS_POINTER),
+        "chat template": lambda source: (source / "chat_template.jinja").write_text("{% for %}"),
+        "tokenizer_config.json": lambda source: (source / "tokenizer_config.json").write_text("[" * 100_000),
+        "generation_config.json": lambda source: (source / "generation_config.json").write_text("[]"),
         r"embed_tokens.*lies outside": lambda source: edit(source, data_offsets=[2**60, 2**60 + 57600]),
     }
     for index, (message, change) in enumerate(cases.items()):
@@ -314,3 +331,99 @@ def test_float64_is_refused(tmp_path):
     write_safetensors(source / "model.safetensors", random_weights(tiny_config()), "F64")
     with pytest.raises(ConvertError, match="dtype F64"):
         convert_checkpoint(source, tmp_path / "store")
+
+
+def test_special_tokens_of_the_checkpoint_reach_its_chat_template(tmp_path):
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    (source / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ bos_token }}x{{ eos_token }}"}
+        )
+    )
+    convert_checkpoint(source, tmp_path / "store")
+    with Session(tmp_path / "store", reader="memory") as session:
+        assert session.chat_prompt([]) == "<s>x</s>"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_a_source_file_that_shrinks_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(bytes(range(256)) * 100)
+    file = SourceFile(tmp_path / name, "download it")
+    assert file.read(256, 3).tolist() == [0, 1, 2]
+    os.truncate(tmp_path / name, 1000)
+    with pytest.raises(ConvertError, match=f"'{name}' ends at byte 1000, it had 25600"):
+        file.read(0, 25600)
+
+
+@pytest.mark.parametrize("shards,dtype", [(1, "F32"), (3, "F32"), (1, "BF16")])
+def test_stacked_experts_are_the_experts(tmp_path, shards, dtype):
+    """Experts of a layer in one tensor, as transformers 5 saves them; a dense layer stays as it is."""
+    config = tiny_config(mlp_only_layers=[1])
+    weights = random_weights(config)
+    convert_checkpoint(write_checkpoint(tmp_path / "plain", config, weights, shards, dtype), tmp_path / "expected")
+    for layer in (0, 2):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            np.stack([weights.pop(f"{prefix}{expert}.{name}_proj.weight") for expert in range(config["num_experts"])])
+            for name in PROJECTIONS
+        )
+        weights |= {prefix + "gate_up_proj": np.concatenate([gate, up], axis=1), prefix + "down_proj": down}
+    source = write_checkpoint(tmp_path / "stacked", config, weights, shards, dtype)
+    convert_checkpoint(source, tmp_path / "store")
+    expected = content(tmp_path / "expected")
+    assert {name for name, data in content(tmp_path / "store").items() if data != expected[name]} == {"manifest.json"}
+    del weights["model.layers.2.mlp.experts.down_proj"]
+    with pytest.raises(ConvertError, match=r"'model\.layers\.2\.mlp\.experts\.down_proj' is missing"):
+        convert_checkpoint(write_checkpoint(tmp_path / "lacking", config, weights), tmp_path / "other")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "eos", ["<|im_end|>", "5", 5.0, True, [5, None], ["5"], [[5]], {"id": 5}, -1, 300, NAN, [5, 10**30]]
+)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_ends_that_are_no_token_ids_are_refused(tmp_path, file, eos):
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    config = json.loads((source / "config.json").read_text()) if file == "config.json" else {}
+    (source / file).write_text(json.dumps(config | {"eos_token_id": eos}))
+    with pytest.raises(ConvertError, match=rf"^{file}: 'eos_token_id' is "):
+        convert_checkpoint(source, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "config,generation,ends",
+    [
+        (5, ..., (5,)),
+        ([5, 7], ..., (5, 7)),
+        (None, ..., ()),
+        (5, None, (5,)),
+        (None, None, ()),
+        (None, [7, 5], (7, 5)),
+        (5, [7, 5], (5, 7)),
+        ([5, 7], 7, (7,)),
+        (5, 9, (9,)),
+        ([5, 5], [], ()),
+    ],
+)
+def test_the_generation_config_says_what_ends(tmp_path, config, generation, ends):
+    """It counts in place of config.json where it names ends, as in transformers; null means that it does not."""
+    source = write_checkpoint(tmp_path / "source", tiny_config(eos_token_id=config))
+    if generation is not ...:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    convert_checkpoint(source, tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        assert reader.spec.eos_tokens == ends
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["attention_bias", "use_sliding_window", "hidden_act", "norm_topk_prob", "rms_norm_eps", "max_position_embeddings",
+     "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "mlp_only_layers", "decoder_sparse_step", "head_dim",
+     "partial_rotary_factor", "quantization_config", "tie_word_embeddings"],
+)  # fmt: skip
+def test_null_means_the_default(key):
+    config = tiny_config(hidden_size=64)
+    config.pop(key, None)
+    assert spec_of_config(config | {key: None}) == spec_of_config(config)

@@ -394,3 +394,64 @@ def test_an_existing_file_and_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(ConvertError, match=r"cannot write.*No space left"):
         export("demo", tmp_path / "new.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["old.gguf"]
+
+
+def test_a_file_ends_where_llama_cpp_ends(tmp_path):
+    """The metadata name one end; control tokens whose texts say that they end are ends too, normal tokens are not."""
+    names = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|file_sep|>"])
+    tokenizer.add_tokens(["<EOT>"])
+    ids = {name: tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>", "<|file_sep|>")}
+    path = tmp_path / "model.gguf"
+    write_gguf(path, random_parts(), tokenizer=tokenizer.to_str().encode(), eos=ids["<|im_end|>"])
+    convert_checkpoint(path, tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        assert set(reader.spec.eos_tokens) == set(ids.values()) and reader.spec.eos_tokens[0] == ids["<|im_end|>"]
+
+
+@pytest.mark.parametrize("eos", [None, 5, [5], [5, 7], [9, 0, 3]])
+def test_ends_and_special_tokens_come_back_from_gguf(tmp_path, eos):
+    source = write_checkpoint(tmp_path / "source", wide_config(eos_token_id=eos))
+    tokenizer = Tokenizer.from_str((source / "tokenizer.json").read_text())
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|endoftext|>", "bos_token": "a"}))
+    convert_checkpoint(source, tmp_path / "store")
+    export(tmp_path / "store", tmp_path / "model.gguf")
+    convert_checkpoint(tmp_path / "model.gguf", tmp_path / "back")
+    assert content(tmp_path / "back") == content(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"rope.scaling.factor": 4.0},
+        {"rope.scale_linear": 4.0},
+        {"rope.scaling.attn_factor": 2.0},
+        {"rope.scaling.yarn_log_multiplier": 0.5},
+        {"rope.dimension_sections": 3},
+        {"attention.scale": 0.5},
+        {"attention.clamp_kqv": 8.0},
+    ],
+)
+def test_metadata_that_would_change_attention_are_refused_by_name(tmp_path, metadata):
+    path = write_gguf(tmp_path / "model.gguf", random_parts(), metadata=metadata)
+    with pytest.raises(ConvertError, match=f"metadata 'qwen3moe.{next(iter(metadata))}'"):
+        convert_checkpoint(path, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"rope.scaling.factor": 1.0}, {"rope.scale_linear": 0.0}, {"attention.sliding_window": 64}]
+)
+def test_metadata_that_change_nothing_are_taken(tmp_path, metadata):
+    convert_checkpoint(write_gguf(tmp_path / "plain.gguf", random_parts()), tmp_path / "plain")
+    convert_checkpoint(write_gguf(tmp_path / "model.gguf", random_parts(), metadata=metadata), tmp_path / "store")
+    assert content(tmp_path / "store") == content(tmp_path / "plain")
+
+
+def test_a_tensor_of_frequencies_is_refused(tmp_path):
+    parts = random_parts() | {"rope_freqs.weight": (TensorType.F32, np.full(8, 4.0, np.float32))}
+    with pytest.raises(ConvertError, match="rope_freqs"):
+        convert_checkpoint(write_gguf(tmp_path / "model.gguf", parts), tmp_path / "store")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import mmap
-import struct
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,58 +12,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.chat import choose_template, special_tokens_of, templates_of
+from elmoe.convert.file_reading import SourceFile, read_json
 from elmoe.errors import ConvertError
+from elmoe.tokenizer import TOKENIZER_LIMIT
+from elmoe.untrusted import load_object, read_bytes, short
 
 HEADER_LIMIT = 100 << 20
 """Bytes of the largest safetensors header that is read (the format's own limit)."""
+MOST_DIMENSIONS = 8
+SMALL_FILES = (
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Files of a checkpoint that a store depends on, beside its shards."""
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ConvertError names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConvertError(f"'{path.name}' is missing in '{path.parent}'", "give a complete Hugging Face folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConvertError(f"'{path.name}' cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ConvertError(f"'{path.name}' does not hold an object")
-    return value
-
-
 class Shard:
-    """One safetensors file, mapped; offsets are checked against shapes and the file's size.
+    """One safetensors file; offsets are checked against shapes and the file's size.
 
     The ``safetensors`` package cannot hand out bf16 rows to NumPy, and its format is a length, a JSON header and raw data.
     """
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
-        try:
-            with open(path, "rb") as handle:
-                size = handle.seek(0, 2)
-                self._map = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ) if size else b""
-        except FileNotFoundError:
-            raise ConvertError(f"shard '{path.name}' is missing in '{path.parent}'", "complete the download") from None
-        except OSError as error:
-            raise ConvertError(f"shard '{path.name}' cannot be opened: {error.strerror}") from error
-        length = struct.unpack("<Q", self._map[:8])[0] if size >= 8 else 0
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+        self._file = file = SourceFile(path, "complete the download")
+        length = int.from_bytes(file.read(0, 8).tobytes(), "little") if file.size >= 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, file.size - 8):
             raise ConvertError(f"shard '{self.name}' is no safetensors file", "complete the download")
         try:
-            header = json.loads(bytes(self._map[8 : 8 + length]))
-            header.pop("__metadata__", None)
-            self._entries = {
-                name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
-            }
-            spans = sorted((begin, end, name) for name, (_, _, begin, end) in self._entries.items() if begin < end)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ConvertError(f"shard '{self.name}' has a damaged header") from error
+            header = load_object(file.read(8, length).tobytes(), self.name, ConvertError)
+        except ConvertError as error:
+            raise ConvertError(f"shard '{self.name}' has a damaged header: {error}", "download it anew") from error
+        header.pop("__metadata__", None)
+        self._entries = {name: _entry(entry, name, self.name) for name, entry in header.items()}
+        spans = sorted((begin, end, name) for name, (_, _, begin, end) in self._entries.items() if begin < end)
         for (_, end, one), (begin, _, other) in pairwise(spans):
             if begin < end:
                 raise ConvertError(f"tensors '{one}' and '{other}' overlap in '{self.name}'", "the file is damaged")
-        self._start, self._end = 8 + length, size
+        self._start, self._end = 8 + length, file.size
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -77,12 +63,8 @@ class Shard:
         """Shape of a tensor, after all its header fields were checked."""
         dtype, shape, begin, end = self._entries[name]
         if dtype not in ITEM_BYTES:
-            raise ConvertError(f"tensor '{name}' has dtype {dtype}", f"supported are {', '.join(ITEM_BYTES)}")
-        if not all(isinstance(value, int) and value >= 0 for value in (*shape, begin, end)):
-            raise ConvertError(f"tensor '{name}' in '{self.name}' has a damaged shape or offsets")
-        count = 1
-        for side in shape:
-            count *= side
+            raise ConvertError(f"tensor '{name}' has dtype {short(dtype, 40)}", f"supported are {', '.join(ITEM_BYTES)}")
+        count = math.prod(shape)
         if end - begin != count * ITEM_BYTES[dtype] or self._start + end > self._end:
             raise ConvertError(f"tensor '{name}' in '{self.name}' lies outside its file", "complete the download")
         return shape
@@ -94,12 +76,26 @@ class Shard:
         last = shape[0] if last is None else last
         per_row = ITEM_BYTES[dtype] * int(np.prod(shape[1:], dtype=np.int64))
         start = self._start + begin + first * per_row
-        raw = self._map[start : start + (last - first) * per_row]
+        raw = self._file.read(start, (last - first) * per_row)
         if dtype == "BF16":
-            values = (np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+            values = (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
         else:
-            values = np.frombuffer(raw, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
+            values = raw.view("<f2" if dtype == "F16" else "<f4").astype(np.float32)
         return values.reshape(last - first, *shape[1:])
+
+
+def _entry(entry: Any, name: str, file: str) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, begin, end) of a tensor in the header of a file."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+        sound = isinstance(dtype, str) and len(shape) <= MOST_DIMENSIONS
+        sound = sound and all(type(value) is int and 0 <= value < 1 << 63 for value in numbers)
+    except (ValueError, TypeError, KeyError):
+        sound = False
+    if not sound:
+        raise ConvertError(f"tensor '{short(name)}' in '{file}' has a damaged shape or offsets", "download it anew")
+    return dtype, tuple(shape), begin, end
 
 
 class Checkpoint:
@@ -109,15 +105,15 @@ class Checkpoint:
         if not folder.is_dir():
             raise ConvertError(f"there is no folder '{folder}'", "give a Hugging Face folder with config.json")
         self.folder = folder
-        self.config = read_json(folder / "config.json")
+        self.config: dict[str, Any] = read_json(folder / "config.json")
         if (folder / "model.safetensors.index.json").exists():
             index = read_json(folder / "model.safetensors.index.json").get("weight_map")
-            if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
                 raise ConvertError("'model.safetensors.index.json' has no weight_map")
             names = sorted(set(index.values()))
             for name in names:
                 if Path(name).name != name:
-                    raise ConvertError(f"'model.safetensors.index.json' names '{name}' outside the folder")
+                    raise ConvertError(f"'model.safetensors.index.json' names '{short(name)}' outside the folder")
         else:
             index, names = None, ["model.safetensors"]
         self.shards = [Shard(folder / name) for name in names]
@@ -129,13 +125,19 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """What tells one source from another: config, and names, sizes and times of the files."""
-        files = [self.folder / shard.name for shard in self.shards] + [self.folder / "tokenizer.json"]
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+        files = [self.folder / name for name in (*SMALL_FILES, *(shard.name for shard in self.shards))]
+        try:
+            stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+        except OSError as error:
+            raise ConvertError(f"'{self.folder}' cannot be read: {error.strerror}") from error
         return json.dumps([self.config, stats], sort_keys=True)
 
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self._shard_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
 
     def _shard(self, name: str) -> Shard:
         shard = self._shard_of.get(name)
@@ -170,7 +172,7 @@ class Checkpoint:
             raise ConvertError(
                 f"'tokenizer.json' is missing in '{self.folder}'", "save it with AutoTokenizer.save_pretrained(folder)"
             )
-        return file.read_bytes()
+        return read_bytes(file, ConvertError, TOKENIZER_LIMIT, "tokenizer")
 
     def chat_template(self) -> str | None:
         """The chat template, from wherever checkpoints keep it."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from elmoe.chat import check_template
 from elmoe.convert.source import open_source
+from elmoe.errors import ConvertError
 from elmoe.store import StoreWriter
 from elmoe.store.writer import Progress
+from elmoe.tokenizer import load_tokenizer
 
 
 def convert_checkpoint(
@@ -24,9 +27,12 @@ def convert_checkpoint(
     :raises NumericsError: a weight is NaN or infinite; the message names the tensor.
     """
     model = open_source(Path(source), tokenizer)
-    tokenizer_json, template = model.tokenizer(), model.chat_template()
+    tokenizer_json, template, special_tokens = model.tokenizer(), model.chat_template(), model.special_tokens()
+    load_tokenizer(tokenizer_json, "tokenizer.json", ConvertError)
+    if template is not None:
+        check_template(template, ConvertError)
     model.check()
-    writer = StoreWriter(Path(store), model.spec, f"converted from {model.name}", model.fingerprint())
-    writer.write(model, progress)
-    writer.finish(tokenizer_json, template, model.special_tokens())
+    with StoreWriter(Path(store), model.spec, f"converted from {model.name}", model.fingerprint) as writer:
+        writer.write(model, progress)
+        writer.finish(tokenizer_json, template, special_tokens)
     return model.left_out

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import NestedMatrix
 from elmoe.bitslice.nested import GROUP
-from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, TEMPLATE_TOKENS_KEY, GgufTokenizer, describe, idle_merge
+from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, SPECIAL_TOKENS_KEY, GgufTokenizer, describe, idle_merge
 from elmoe.convert.q8_0 import BLOCK_BYTES, blocks_of
 from elmoe.errors import ConvertError, ModelError
 from elmoe.files import whole_file
@@ -57,9 +57,10 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
         try:
             for key, value in metadata.items():
                 writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, int(value))
-            _add_texts(writer, spec, tokenizer, tokenizer_json, reader.chat_template())
-            # GGUF knows ids of such tokens; a store keeps what the checkpoint's chat template is given, and no more.
-            writer.add_string(TEMPLATE_TOKENS_KEY, json.dumps(reader.manifest.special_tokens, sort_keys=True))
+            _add_texts(writer, spec, tokenizer, tokenizer_json)
+            if (template := reader.chat_template()) is not None:
+                writer.add_chat_template(template)
+            writer.add_string(SPECIAL_TOKENS_KEY, json.dumps(reader.special_tokens))
             for name, shape, plain, _ in tensors:
                 kind = GGMLQuantizationType.F32 if plain else GGMLQuantizationType.Q8_0
                 # The writer takes the shape in elements where the type is not said to be bytes.
@@ -136,10 +137,8 @@ def _part_rows(matrix: NestedMatrix, first: int, last: int, name: str) -> Iterat
         yield blocks[max(first - start, 0) :]
 
 
-def _add_texts(
-    writer: GGUFWriter, spec: ModelSpec, tokenizer: GgufTokenizer, tokenizer_json: bytes, template: str | None
-) -> None:
-    """Tokenizer and chat template."""
+def _add_texts(writer: GGUFWriter, spec: ModelSpec, tokenizer: GgufTokenizer, tokenizer_json: bytes) -> None:
+    """The tokenizer and the ids that end a generation."""
     writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(2)
     writer.add_tokenizer_model("gpt2")
@@ -153,10 +152,10 @@ def _add_texts(
         writer.add_bos_token_id(tokenizer.add_bos)
     for index, add in zip(spec.eos_tokens, (writer.add_eos_token_id, writer.add_eot_token_id), strict=False):
         add(index)
-    if len(spec.eos_tokens) > 2:
+    if spec.eos_tokens:
         writer.add_array(ALL_EOS_KEY, list(spec.eos_tokens))
-    if template is not None:
-        writer.add_chat_template(template)
+    else:
+        writer.add_string(ALL_EOS_KEY, "none")  # the writer leaves out empty lists
 
 
 def _check_room(path: Path, needed: int) -> None:

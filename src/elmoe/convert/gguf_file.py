@@ -7,7 +7,6 @@ walked through, file or no file) and makes several arrays for every token of the
 from __future__ import annotations
 
 import json
-import mmap
 import re
 import struct
 from dataclasses import dataclass
@@ -20,10 +19,13 @@ from gguf import GGMLQuantizationType as TensorType
 from gguf import GGUFValueType as ValueType
 from numpy.typing import NDArray
 
+from elmoe.convert.file_reading import SourceFile
 from elmoe.convert.q8_0 import BLOCK_BYTES, split_blocks
 from elmoe.errors import ConvertError
 
 VERSIONS = (2, 3)
+CHUNK = 1 << 20
+"""Bytes of a header read at a time."""
 DEFAULT_ALIGNMENT = 32
 MOST_DIMENSIONS, MOST_PARTS = 4, 1000
 DAMAGED = "download the file anew"
@@ -49,22 +51,15 @@ class Tensor:
 
 
 class GgufPart:
-    """One file, mapped: its metadata and where its tensors are. ConvertError where anything lies outside the file."""
+    """One file: its metadata and where its tensors are. ConvertError where anything lies outside the file."""
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
-        try:
-            with open(path, "rb") as handle:
-                self._end = handle.seek(0, 2)
-                self._map = mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ) if self._end else b""
-        except FileNotFoundError:
-            raise ConvertError(f"there is no file '{path}'", "give a GGUF file; of a split one, all parts") from None
-        except OSError as error:
-            raise ConvertError(f"'{path}' cannot be opened: {error.strerror}") from error
-        self._at = 0
-        if bytes(self._map[:4]) != b"GGUF":
+        self._file = SourceFile(path, "give a GGUF file; of a split one, all parts")
+        self._end, self._at = self._file.size, 0
+        self._chunk, self._chunk_start = b"", 0
+        if self._end < 4 or self._take(4) != b"GGUF":
             raise ConvertError(f"'{self.name}' is no GGUF file", "give a .gguf file, or a Hugging Face folder")
-        self._at = 4
         version = self._number("I", "the version")
         if version not in VERSIONS:
             raise ConvertError(
@@ -81,6 +76,7 @@ class GgufPart:
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
             raise ConvertError(f"'{self.name}': general.alignment is {alignment!r}", DAMAGED)
+        self._chunk = b""
         data = -(-self._at // alignment) * alignment
         self.tensors: dict[str, Tensor] = {}
         for name, shape, kind, offset, size in infos:
@@ -94,18 +90,25 @@ class GgufPart:
         if size > self._end - self._at:
             raise ConvertError(f"'{self.name}' ends before {what}", "complete the download")
 
+    def _take(self, size: int) -> bytes:
+        """The next bytes of the header, read ``CHUNK`` at a time."""
+        begin = self._at - self._chunk_start
+        if begin + size > len(self._chunk):
+            count = min(max(size, CHUNK), self._end - self._at)
+            self._chunk, self._chunk_start, begin = self._file.read(self._at, count).tobytes(), self._at, 0
+        self._at += size
+        return self._chunk[begin : begin + size]
+
     def _number(self, letter: str, what: str) -> Any:
         size = struct.calcsize("<" + letter)
         self._room(size, what)
-        self._at += size
-        return struct.unpack_from("<" + letter, self._map, self._at - size)[0]
+        return struct.unpack("<" + letter, self._take(size))[0]
 
     def _text(self, what: str) -> str:
         length = self._number("Q", what)
         self._room(length, what)
-        self._at += length
         try:
-            return str(self._map[self._at - length : self._at], "utf-8")
+            return str(self._take(length), "utf-8")
         except UnicodeDecodeError:
             raise ConvertError(f"'{self.name}': {what} is not UTF-8", DAMAGED) from None
 
@@ -126,8 +129,7 @@ class GgufPart:
             raise ConvertError(f"'{self.name}': metadata '{key}' is an array of the type {inner}", DAMAGED)
         layout = np.dtype("<" + _SCALARS[ValueType(inner)])
         self._room(layout.itemsize * count, f"the {count} values of '{key}'")
-        self._at += layout.itemsize * count
-        return np.frombuffer(self._map, layout, count, self._at - layout.itemsize * count).tolist()
+        return np.frombuffer(self._take(layout.itemsize * count), layout).tolist()
 
     def _tensor(self) -> tuple[str, tuple[int, ...], TensorType, int, int]:
         name = self._text("a tensor's name")
@@ -149,10 +151,10 @@ class GgufPart:
         return name, shape, kind, offset, count // block * block_bytes
 
     def rows(self, tensor: Tensor, first: int, last: int) -> NDArray[np.uint8]:
-        """Rows [first, last) of a tensor seen as a matrix of its innermost dimension: (rows, bytes of a row), a view."""
+        """Rows [first, last) of a tensor seen as a matrix of its innermost dimension: (rows, bytes of a row)."""
         count = int(np.prod(tensor.shape[:-1], dtype=np.int64))
         size = tensor.bytes // count
-        data = np.frombuffer(self._map, np.uint8, (last - first) * size, tensor.start + first * size)
+        data = self._file.read(tensor.start + first * size, (last - first) * size)
         return data.reshape(last - first, size)
 
 
@@ -179,7 +181,10 @@ class GgufFile:
 
     def fingerprint(self) -> str:
         """What tells one source from another: names, sizes and times of the files."""
-        stats = [(part.name, (self.path.parent / part.name).stat()) for part in self.parts]
+        try:
+            stats = [(part.name, (self.path.parent / part.name).stat()) for part in self.parts]
+        except OSError as error:
+            raise ConvertError(f"'{self.path}' cannot be read: {error.strerror}") from error
         return json.dumps(["gguf", [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
 
     def tensor(self, name: str) -> Tensor:

@@ -29,9 +29,17 @@ _SPECIAL_KEYS = {
     "bos": Keys.Tokenizer.BOS_ID,
 }  # fmt: skip
 ALL_EOS_KEY = "elmoe.eos_token_ids"
-"""Our own key, where a model has more than the two ids of the end that GGUF has keys for."""
-TEMPLATE_TOKENS_KEY = "elmoe.template_tokens"
-"""Our own key: the special tokens of a store's chat template, as a JSON object."""
+"""Our own key: all ids of the end, of which GGUF has keys for two; the text `none` if there are none."""
+END_TEXTS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "<|end_of_text|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>",
+    "<|fim_pad|>", "<|fim_repo|>", "<|repo_name|>", "<|file_sep|>",
+)  # fmt: skip
+"""Texts of the control tokens at which llama.cpp ends a generation, whatever the metadata says: those of Qwen's file
+completion too. A normal token of such a text does not end one here."""
+
+SPECIAL_TOKENS_KEY = "elmoe.special_tokens"
+"""Our own key: the variables of the chat template, as JSON, of which GGUF knows the begin and the end alone."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +122,22 @@ def idle_merge(tokens: list[str]) -> str:
 
 
 def eos_tokens(metadata: dict[str, Any], vocabulary: int) -> list[int]:
-    """Ids that end a generation; ConvertError if one is no token."""
+    """Ids that end a generation: those that a file of ours lists, else those of the metadata and, as in llama.cpp, of the
+    ``END_TEXTS``; ConvertError if one is no token."""
     found = metadata.get(ALL_EOS_KEY)
-    ids = found if isinstance(found, list) else [metadata.get(_SPECIAL_KEYS[name]) for name in ("eos", "eot", "eom")]
+    if found == "none":
+        return []
+    if isinstance(found, list):
+        ids = found
+    else:
+        ids = [metadata.get(_SPECIAL_KEYS[name]) for name in ("eos", "eot", "eom")]
+        tokens, types = metadata.get(Keys.Tokenizer.LIST), metadata.get(Keys.Tokenizer.TOKEN_TYPE)
+        if isinstance(tokens, list) and isinstance(types, list):
+            ids += [
+                index
+                for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
+                if kind == TokenType.CONTROL and token in END_TEXTS
+            ]
     present = dict.fromkeys(index for index in ids if index is not None)
     return [_check_id(index, vocabulary, "an id of the end") for index in present]
 
@@ -136,11 +157,11 @@ def tokens_of(metadata: dict[str, Any]) -> list[str]:
 
 
 def template_tokens(metadata: dict[str, Any]) -> dict[str, str]:
-    """Texts of special tokens by the variables of chat templates: those that the file carries, else those of the ids that
-    begin and end a text; those not given are left out."""
-    carried = metadata.get(TEMPLATE_TOKENS_KEY)
-    if carried is not None:
-        return special_tokens_of(load_object(str(carried), f"metadata '{TEMPLATE_TOKENS_KEY}'", ConvertError))
+    """Texts of special tokens by the variables of chat templates: those that a file of ours carries, else the tokens that
+    begin and end."""
+    carried = metadata.get(SPECIAL_TOKENS_KEY)
+    if isinstance(carried, str):
+        return special_tokens_of(load_object(carried, f"metadata '{SPECIAL_TOKENS_KEY}'", ConvertError))
     tokens, ids = tokens_of(metadata), {name: metadata.get(_SPECIAL_KEYS[name]) for name in ("bos", "eos")}
     return {
         f"{name}_token": tokens[_check_id(index, len(tokens), f"the id of {name}")]

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import NestedMatrix
-from elmoe.convert.checkpoint import Checkpoint, read_json
+from elmoe.convert.checkpoint import Checkpoint
+from elmoe.convert.file_reading import read_json
 from elmoe.errors import ConvertError, ModelError
 from elmoe.models import family_of, spec_of_config
+from elmoe.models.config import Config
 from elmoe.models.family import Names
 from elmoe.models.spec import ModelSpec
 from elmoe.models.support import check_supported
@@ -51,10 +53,7 @@ class CheckpointSource:
 
     def __init__(self, folder: Path) -> None:
         self._checkpoint = checkpoint = Checkpoint(folder)
-        config = dict(checkpoint.config)
-        if (checkpoint.folder / "generation_config.json").is_file():
-            eos = read_json(checkpoint.folder / "generation_config.json").get("eos_token_id")
-            config["eos_token_id"] = _merged(config.get("eos_token_id"), eos)
+        config = checkpoint.config | _generation_ends(checkpoint)
         if config.get("quantization_config") is not None:
             raise ConvertError("config.json: 'quantization_config' is not supported", "give the checkpoint in BF16 or FP16")
         self.name = folder.name
@@ -78,12 +77,10 @@ class CheckpointSource:
                 self._checkpoint.check(name, part.shape)
                 expected.add(name)
         for layer in range(len(spec.layers)):
-            one = feed_forward(spec, layer)
-            for expert in range(one.count):
-                for projection in PROJECTIONS:
-                    part = one.part(projection)
-                    self._checkpoint.check(self._name(part, layer, expert), part.shape)
-                    expected.add(self._name(part, layer, expert))
+            shapes = self._feed_forward_shapes(feed_forward(spec, layer))
+            for name, shape in shapes.items():
+                self._checkpoint.check(name, shape)
+            expected |= shapes.keys()
         tied = {self._names["head"]} if spec.tied_embeddings else set()
         others = sorted(self._checkpoint.names() - expected)
         self.left_out = tuple(name for name in others if name.endswith(HARMLESS) or name in tied)
@@ -103,10 +100,38 @@ class CheckpointSource:
 
     def projections(self, part: FeedForward, expert: int) -> dict[str, NestedMatrix]:
         """See ``store.writer.Weights``; NumericsError names the checkpoint's tensor."""
-        names = {projection: self._name(part.part(projection), part.layer, expert) for projection in PROJECTIONS}
+        stacked = self._stacked(part)
+        if stacked is not None:
+            gate_up, down = (self._checkpoint.rows([name], expert, expert + 1)[0] for name in stacked)
+            width = part.shape("gate")[0]
+            found = {"gate": gate_up[:width], "up": gate_up[width:], "down": down}
+            names = {"gate": stacked[0], "up": stacked[0], "down": stacked[1]}
+        else:
+            names = {projection: self._name(part.part(projection), part.layer, expert) for projection in PROJECTIONS}
+            found = {projection: self._checkpoint.rows([name]) for projection, name in names.items()}
+        return {projection: NestedMatrix.from_weights(found[projection], names[projection]) for projection in PROJECTIONS}
+
+    def _feed_forward_shapes(self, part: FeedForward) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the checkpoint's tensors that make a feed-forward."""
+        stacked = self._stacked(part)
+        if stacked is not None:
+            width, hidden = part.shape("gate")
+            return dict(zip(stacked, ((part.count, 2 * width, hidden), (part.count, hidden, width)), strict=True))
         return {
-            projection: NestedMatrix.from_weights(self._checkpoint.rows([name]), name) for projection, name in names.items()
+            self._name(one, part.layer, expert): one.shape
+            for expert in range(part.count)
+            for one in map(part.part, PROJECTIONS)
         }
+
+    def _stacked(self, part: FeedForward) -> tuple[str, str] | None:
+        """Names of the tensors that hold all experts of a layer, as transformers 5 has them: gates above ups, and downs.
+        None where each expert has its own."""
+        if part.kind != "expert":
+            return None
+        before, _, _ = self._names["expert_gate"].format(layer=part.layer, expert="{expert}").partition("{expert}")
+        return (
+            (before + "gate_up_proj", before + "down_proj") if before + "gate_up_proj" in self._checkpoint.names() else None
+        )
 
     def _parts(self, tensor: Tensor) -> list[str]:
         """Names of the checkpoint's tensors that make one of the store."""
@@ -156,9 +181,14 @@ def refuse_leftovers(names: list[str], family: str) -> None:
         )
 
 
-def _merged(*values: Any) -> list[Any]:
-    """End-of-sequence ids from several places, in order, once each."""
-    ids: list[Any] = []
-    for value in values:
-        ids += [one for one in (value if isinstance(value, list) else [value]) if one is not None and one not in ids]
-    return ids
+def _generation_ends(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The end-of-sequence ids of generation_config.json, which count in place of those of config.json, as transformers has
+    it, those of both first; empty where it names none."""
+    path = checkpoint.folder / "generation_config.json"
+    found = Config(read_json(path), path.name) if path.is_file() else None
+    if found is None or not found.has("eos_token_id"):
+        return {}
+    config = Config(checkpoint.config)
+    vocabulary = config.integer("vocab_size")
+    first = config.tokens("eos_token_id", vocabulary)
+    return {"eos_token_id": sorted(found.tokens("eos_token_id", vocabulary), key=lambda token: token not in first)}

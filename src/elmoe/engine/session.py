@@ -16,21 +16,18 @@ from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.engine.tier import ExpertTier
-from elmoe.errors import RequestError, StoreError
+from elmoe.errors import RequestError
 from elmoe.processors import processors
 from elmoe.store import available_memory, open_direct, open_store, read_manifest, resolve_store
 from elmoe.text import TextStream
-from elmoe.tokenizer import encode, load_tokenizer
+from elmoe.tokenizer import encode
 from elmoe.units import format_bytes
-from elmoe.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from elmoe.trace import TraceRecorder
 
 BackendName = Literal["native", "reference"]
 Reader = Literal["auto", "memory", "direct"]
-TOKENIZER_LIMIT = 256 << 20
-"""Largest tokenizer.json, bytes."""
 HEADROOM = 512 << 20
 """Bytes left to everything else when a budget is derived from the memory available."""
 MOST_THREADS = 64
@@ -90,8 +87,7 @@ class Session:
             self.tier += " (through the page cache: this file system refuses O_DIRECT)"
         if options.slow_bandwidth is not None:
             self.tier += f", throttled to {options.slow_bandwidth / 1e9:g} GB/s"
-        tokenizer = self.reader.tokenizer_path
-        self.tokenizer = load_tokenizer(read_bytes(tokenizer, StoreError, TOKENIZER_LIMIT, "tokenizer"), str(tokenizer))
+        self.tokenizer = self.reader.tokenizer()
         if kind == "memory" and backend == "native":
             from elmoe.engine.prefetch_distance import choose_prefetch_distance  # needs the native kernels
 
@@ -129,7 +125,7 @@ class Session:
         template = self.reader.chat_template()
         if template is None:
             raise RequestError(f"'{self.path.name}' has no chat template", "give a plain prompt")
-        return render(template, messages, self.reader.manifest.special_tokens, tools, **variables)
+        return render(template, messages, self.reader.special_tokens, tools, **variables)
 
     def text_stream(self, prompt: tuple[int, ...], stop: tuple[str, ...]) -> TextStream:
         """The text of a sequence behind a prompt, as its tokens come."""

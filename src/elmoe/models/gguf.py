@@ -10,6 +10,12 @@ from elmoe.models.config import Config
 from elmoe.models.family import Family, GgufFamily
 from elmoe.models.spec import MOST, ModelSpec
 
+IGNORED = (
+    "rope.scaling.original_context_length", "rope.scaling.finetuned", "attention.sliding_window", "attention.causal",
+)  # fmt: skip
+"""Metadata keys that change nothing in the architectures here, as in llama.cpp: lengths of a scaling that is refused, and
+windows that only other architectures use."""
+
 
 def gguf_family(metadata: Mapping[str, Any], families: Iterable[Family]) -> tuple[Family, GgufFamily]:
     """The family of a file's metadata; ModelError lists the architectures that can be read."""
@@ -56,6 +62,11 @@ def spec_of_metadata(
         for ours, theirs in gguf.keys.items():
             message = message.replace(f"'{ours}'", f"'{gguf.architecture}.{theirs}'")
         raise ModelError(message, error.hint or "the file is damaged, or of a model that is not supported") from error
+    known = {*gguf.keys.values(), *gguf.fixed(spec), *IGNORED}
+    for key in metadata:
+        _, _, rest = key.partition(f"{gguf.architecture}.")
+        if rest.startswith(("rope.", "attention.")) and rest not in known:
+            raise ModelError(f"metadata '{key}' is not supported", "it changes what attention computes")
     for key, allowed in gguf.fixed(spec).items():
         value = metadata.get(f"{gguf.architecture}.{key}", allowed[0])
         if value not in allowed:

@@ -72,8 +72,8 @@ class LayerEntry(_Part, frozen=True):
 
 
 class Manifest(_Part, frozen=True):
-    """The whole manifest; ``special_tokens``: variables of the chat template such as ``bos_token``; ``source`` says how the
-    store was made."""
+    """The whole manifest; ``special_tokens``: variables of the chat template such as ``bos_token``, absent if there are
+    none; ``source`` says how the store was made."""
 
     format: str
     version: int
@@ -83,7 +83,7 @@ class Manifest(_Part, frozen=True):
     layers: tuple[LayerEntry, ...]
     tokenizer: TextFile
     chat_template: TextFile | None = None
-    special_tokens: dict[str, str] = {}
+    special_tokens: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
     source: str = ""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -35,6 +36,11 @@ from elmoe.store.format import (
     checksum,
 )
 from elmoe.store.layout import after_sections, record_layout, record_sections, tensor_sections
+from elmoe.tokenizer import TOKENIZER_LIMIT, load_tokenizer
+from elmoe.untrusted import read_bytes, read_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MANIFEST_LIMIT = 256 << 20
 """Bytes of the largest manifest that is read."""
@@ -279,8 +285,20 @@ class MemoryReader:
 
     def chat_template(self) -> str | None:
         """The chat template's text, if the checkpoint had one."""
+        from elmoe.chat import TEMPLATE_LIMIT  # here, because loading it delays a first token that needs no template
+
         entry = self.manifest.chat_template
-        return None if entry is None else (self.path / entry.name).read_text(encoding="utf-8")
+        return None if entry is None else read_text(self.path / entry.name, StoreError, TEMPLATE_LIMIT, "chat template")
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; StoreError where its file is damaged."""
+        raw = read_bytes(self.tokenizer_path, StoreError, TOKENIZER_LIMIT, "tokenizer")
+        return load_tokenizer(raw, str(self.tokenizer_path))
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of special tokens by the variables of the chat template, such as ``bos_token``."""
+        return self.manifest.special_tokens or {}
 
     def verify(self, progress: Callable[[float], None] | None = None) -> None:
         """Recompute every checksum; StoreError names what differs. ``progress`` takes the bytes done so far."""

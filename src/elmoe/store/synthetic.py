@@ -76,6 +76,6 @@ def synthesize(path: Path, spec: ModelSpec, seed: int = 0, progress: Progress | 
     :raises ModelError: the engine cannot run such a model. :raises ConvertError: the target exists or the disk has no room.
     """
     check_supported(spec)
-    writer = StoreWriter(path, spec, f"random weights, seed {seed}", f"synthetic {seed} {spec}")
-    writer.write(RandomWeights(seed), progress)
-    writer.finish(byte_tokenizer(spec.vocabulary))
+    with StoreWriter(path, spec, f"random weights, seed {seed}", lambda: f"synthetic {seed} {spec}") as writer:
+        writer.write(RandomWeights(seed), progress)
+        writer.finish(byte_tokenizer(spec.vocabulary))

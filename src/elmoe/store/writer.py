@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 import msgspec
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from elmoe.bitslice import NestedMatrix
 from elmoe.bitslice.expert import PAGE
 from elmoe.bitslice.nested import BLOCK_ROWS, ceil_div
-from elmoe.errors import ConvertError, NumericsError
+from elmoe.errors import ConvertError, NumericsError, StoreError
 from elmoe.models.spec import ModelSpec
 from elmoe.models.tensors import FeedForward, Format, Formats, Tensor, check_formats, feed_forward, tensors
 from elmoe.store.format import (
@@ -31,13 +32,15 @@ from elmoe.store.format import (
     Manifest,
     TensorEntry,
     TextFile,
+    check_header,
     checksum,
     header_page,
     layer_file,
 )
+from elmoe.store.journal import Journal, JournalLine, sync_directory
 from elmoe.store.layout import after_sections, record_layout, record_sections, store_bytes, tensor_sections
+from elmoe.store.reader import MemoryReader
 
-JOURNAL = "journal.jsonl"
 ROW_BLOCK = 4096
 """Rows of a large matrix quantised at a time."""
 Progress = Callable[[int, int], None]
@@ -60,74 +63,104 @@ class Weights(Protocol):
         ...
 
 
-class JournalLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A finished data file with its manifest entries; the first line holds the fingerprint of the source instead."""
-
-    fingerprint: str | None = None
-    file: FileEntry | None = None
-    tensors: tuple[TensorEntry, ...] = ()
-    layer: LayerEntry | None = None
-
-
 class StoreWriter:
-    """Write the data files (``write``), then ``finish``. Files finished by an earlier attempt on the same source
-    (``fingerprint``) are kept.
+    """Write the data files (``write``), then ``finish``. Files finished by an earlier attempt on the same source are kept
+    if they are as they were written. A context manager; until it ends no other process can write this store.
 
-    :raises ConvertError: the target exists, the disk has no room, or a write fails.
+    :param fingerprint: tells one source from another, and is asked again whenever a file is finished.
+    :raises ConvertError: the target exists or another process writes it, the disk has no room, a write fails, or the source
+        has changed.
     """
 
-    def __init__(self, path: Path, spec: ModelSpec, source: str, fingerprint: str, formats: Formats | None = None) -> None:
+    def __init__(
+        self, path: Path, spec: ModelSpec, source: str, fingerprint: Callable[[], str], formats: Formats | None = None
+    ) -> None:
         self.path, self.spec, self._source, self._formats = Path(path), spec, source, formats or {}
+        self._ask, self._fingerprint = fingerprint, fingerprint()
         check_formats(spec, self._formats)
-        if self.path.exists():
-            raise ConvertError(f"'{path}' exists already", "remove it or choose another name")
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self._lines = self._resume(fingerprint)
-        needed = store_bytes(spec, self._formats) - sum(line.file.bytes for line in self._lines if line.file)
+        self._journal = journal = Journal(self.path)
+        self.partial = journal.partial
         try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.partial).free
+            with _guarded(self.path):
+                journal.resume(self._fingerprint, self._holds)
+                kept = sum(line.file.bytes for line in journal.lines if line.file)
+                needed, free = store_bytes(spec, self._formats) - kept, shutil.disk_usage(self.partial).free
             if free < needed:
                 raise ConvertError(
                     f"'{path}' needs {needed} more bytes of disk, {free} are free", "free some disk or choose another place"
                 )
-            if not self._lines:
-                self._append(JournalLine(fingerprint=fingerprint))
-        except OSError as error:
-            raise ConvertError(f"cannot write '{path}': {error.strerror}") from error
+        except BaseException:
+            journal.close()
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._journal.close()
 
     @property
     def finished(self) -> set[str]:
         """Names of the data files that are whole."""
-        return {line.file.name for line in self._lines if line.file}
+        return {line.file.name for line in self._journal.lines if line.file}
 
-    def _resume(self, fingerprint: str) -> list[JournalLine]:
+    def _holds(self, line: JournalLine) -> bool:
+        """Whether a finished file is as it was written: its size and all checksums."""
+        assert line.file is not None
         try:
-            raw = (self.partial / JOURNAL).read_bytes()
-        except FileNotFoundError:
-            return []
-        lines = []
-        for text in raw.split(b"\n"):
-            try:
-                lines.append(msgspec.json.decode(text, type=JournalLine))
-            except msgspec.DecodeError:
-                break  # the line that was being written when the process died
-        if not lines or lines[0].fingerprint != fingerprint:
-            shutil.rmtree(self.partial)
-            return []
-        (self.partial / JOURNAL).write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-        return lines
+            parts = list(self._sections(line))
+            with open(self.partial / line.file.name, "rb") as handle:
+                role = (DENSE_ROLE, 0) if line.layer is None else (EXPERTS_ROLE, line.layer.layer)
+                check_header(handle.read(PAGE), line.file.name, *role)
+                return os.fstat(handle.fileno()).st_size == line.file.bytes and all(
+                    checksum(*(os.pread(handle.fileno(), size, offset) for offset, size in sections)) == expected
+                    for sections, expected in parts
+                )
+        except (OSError, StoreError, KeyError, ValueError, OverflowError):
+            return False
+
+    def _sections(self, line: JournalLine) -> Iterator[tuple[list[tuple[int, int]], str]]:
+        """([(offset, bytes)], checksum) of all that is in a finished file; ValueError where it is no file of this store."""
+        assert line.file is not None
+        if line.layer is not None:
+            if line.layer.layer not in self.spec.moe_layers or line.file.name != layer_file(line.layer.layer):
+                raise ValueError(line.file.name)
+            part, offset = feed_forward(self.spec, line.layer.layer), line.layer.offset
+            sizes = list(record_sections(part).values())
+            for sums in line.layer.checksums:
+                for size, expected in zip(sizes, sums, strict=True):
+                    yield [(offset, size)], expected
+                    offset += size
+            if len(line.layer.checksums) != part.count:
+                raise ValueError(line.file.name)
+            return
+        known = {tensor.name: tensor_sections(tensor, tensor.format(self._formats)) for tensor in tensors(self.spec)}
+        known |= {part.name: record_sections(part) for part in self._feed_forwards() if part.kind == "dense"}
+        if line.file.name != DENSE_FILE or sorted(known) != sorted(entry.name for entry in line.tensors):
+            raise ValueError(line.file.name)
+        for entry in line.tensors:
+            yield [(entry.offsets[name], size) for name, size in known[entry.name].items()], entry.checksum
+
+    def _feed_forwards(self) -> list[FeedForward]:
+        return [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
 
     def _append(self, line: JournalLine) -> None:
-        with open(self.partial / JOURNAL, "ab") as journal:
-            journal.write(msgspec.json.encode(line) + b"\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-        self._lines.append(line)
+        """Note a finished file, unless the source it was made of is another one now."""
+        self._check_source()
+        self._journal.append(line)
+
+    def _check_source(self) -> None:
+        if self._ask() != self._fingerprint:
+            raise ConvertError(
+                f"the source of '{self.path}' has changed during the conversion",
+                "run the same command again: it begins anew",
+            )
 
     def write(self, weights: Weights, progress: Progress | None = None) -> None:
         """Write ``dense.bin``, then the experts of layer after layer. NumericsError names a tensor that is not finite."""
-        parts = [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
+        parts = self._feed_forwards()
         routed = [part for part in parts if part.kind == "expert"]
         names = list(tensors(self.spec))
         done, total = 0, len(names) + sum(part.count for part in routed)
@@ -189,21 +222,35 @@ class StoreWriter:
                 os.fsync(handle.fileno())
             return TextFile(name=name, checksum=checksum(data))
 
+        lines = sorted(self._journal.lines, key=lambda line: -1 if line.layer is None else line.layer.layer)
         with _guarded(self.path):
             manifest = Manifest(
                 format=FORMAT, version=VERSION, model=self.spec, source=self._source,
-                files=tuple(line.file for line in self._lines if line.file),
-                tensors=tuple(tensor for line in self._lines for tensor in line.tensors),
-                layers=tuple(sorted((line.layer for line in self._lines if line.layer), key=lambda entry: entry.layer)),
+                files=tuple(line.file for line in lines if line.file),
+                tensors=tuple(tensor for line in lines for tensor in line.tensors),
+                layers=tuple(line.layer for line in lines if line.layer),
                 tokenizer=text("tokenizer.json", tokenizer),
                 chat_template=None if chat_template is None else text("chat_template.jinja", chat_template.encode()),
-                special_tokens=special_tokens or {},
+                special_tokens=special_tokens or msgspec.UNSET,
             )  # fmt: skip
             text(MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-            (self.partial / JOURNAL).unlink()
-            _sync_directory(self.partial)
-            os.rename(self.partial, self.path)
-            _sync_directory(self.path.parent)
+            sync_directory(self.partial)
+            self._read_back()
+            self._check_source()
+            self._journal.finish()
+
+    def _read_back(self) -> None:
+        """Open what was written as a reader does; ConvertError where that fails."""
+        from elmoe.chat import check_template  # here, because loading it delays whoever only reads
+
+        try:
+            with MemoryReader(self.partial) as reader:
+                reader.tokenizer()
+                template = reader.chat_template()
+                if template is not None:
+                    check_template(template, StoreError)
+        except StoreError as error:
+            raise ConvertError(f"what was written to '{self.path}' cannot be read: {error}", error.hint) from error
 
 
 class DenseFile:
@@ -276,11 +323,3 @@ def _close(handle: int, name: str, size: int) -> FileEntry:
     os.fsync(handle)
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     return FileEntry(name=name, bytes=size)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,225 @@
+"""Writing a store: one writer, folders of the user's, what a resume trusts, and what is read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from elmoe.convert import convert_checkpoint
+from elmoe.errors import ConvertError
+from elmoe.store import StoreWriter, open_store
+from tests.checkpoints import random_weights, tiny_config, write_checkpoint
+
+
+class Stopped(Exception):
+    pass
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.iterdir()}
+
+
+def stop_at(count: int):
+    def progress(done: int, total: int) -> None:
+        if done >= total - count:
+            raise Stopped
+
+    return progress
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "source", tiny_config())
+
+
+@pytest.fixture
+def stopped(source, tmp_path) -> Path:
+    """The folder of a conversion that stopped in its last layer."""
+    with pytest.raises(Stopped):
+        convert_checkpoint(source, tmp_path / "store", stop_at(2))
+    return tmp_path / "store.partial"
+
+
+def whole(source: Path, tmp_path: Path) -> dict[str, bytes]:
+    convert_checkpoint(source, tmp_path / "whole")
+    return content(tmp_path / "whole")
+
+
+def test_a_second_writer_is_refused_and_disturbs_nothing(source, tmp_path):
+    other = write_checkpoint(tmp_path / "other", tiny_config(), random_weights(tiny_config(), 1))
+    refused = []
+
+    def progress(done: int, total: int) -> None:
+        if not refused and done == total - 3:
+            for one in (source, other):
+                with pytest.raises(ConvertError, match="is being written by another conversion") as caught:
+                    convert_checkpoint(one, tmp_path / "store")
+                refused.append(caught.value.hint)
+
+    convert_checkpoint(source, tmp_path / "store", progress)
+    assert len(refused) == 2 and all(refused)
+    assert content(tmp_path / "store") == whole(source, tmp_path)
+
+
+def test_the_lock_goes_with_its_process(source, tmp_path):
+    code = f"""
+        import os, signal
+        from elmoe.convert import convert_checkpoint
+        stop = lambda done, total: os.kill(os.getpid(), signal.SIGSTOP)
+        convert_checkpoint({str(source)!r}, {str(tmp_path / "store")!r}, stop)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
+    try:
+        os.waitpid(process.pid, os.WUNTRACED)
+        with pytest.raises(ConvertError, match="is being written"):
+            convert_checkpoint(source, tmp_path / "store")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    convert_checkpoint(source, tmp_path / "store")
+    assert content(tmp_path / "store") == whole(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"journal.jsonl": '{"event": 1}\n', "notes.txt": "mine"},
+        {"journal.jsonl": '{"event": 1}\n'},
+        {"journal.jsonl": '{"fingerprint":"x"}\n', "notes.txt": "mine"},
+        {"notes.txt": "mine"},
+        {"manifest.json": "{}"},
+        {"journal.jsonl/inner": "mine"},
+    ],
+)
+def test_a_folder_of_the_users_is_refused_and_stays(source, tmp_path, files):
+    folder = tmp_path / "store.partial"
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    with pytest.raises(ConvertError, match=r"store\.partial' exists, and no conversion made it"):
+        convert_checkpoint(source, tmp_path / "store")
+    assert {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()} == files
+
+
+def test_a_partial_that_is_a_link_or_a_file_stays(source, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "store.partial").symlink_to(tmp_path / "mine")
+    (tmp_path / "other.partial").write_text("mine")
+    for name in ("store", "other"):
+        with pytest.raises(ConvertError, match="is no folder"):
+            convert_checkpoint(source, tmp_path / name)
+    assert not list((tmp_path / "mine").iterdir()) and (tmp_path / "other.partial").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["below/file/store", "a" * 300, "nul\0name"])
+def test_a_target_that_cannot_be_written_is_told_before_work(source, tmp_path, name):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "file").write_text("")
+    with pytest.raises(ConvertError):
+        convert_checkpoint(source, tmp_path / name, lambda done, total: pytest.fail("work had begun"))
+
+
+def damage(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "dense.bin").unlink(),
+        lambda folder: (folder / "layer-000.experts").unlink(),
+        lambda folder: os.truncate(folder / "layer-001.experts", 4096),
+        lambda folder: os.truncate(folder / "dense.bin", 3),
+        lambda folder: damage(folder / "dense.bin", 5000),
+        lambda folder: damage(folder / "dense.bin", 0),
+        lambda folder: damage(folder / "layer-000.experts", 4096 + 77),
+        lambda folder: shutil.copy(folder / "layer-000.experts", folder / "layer-001.experts"),
+    ],
+)
+def test_a_resume_redoes_what_is_not_as_it_was_written(source, tmp_path, stopped, change):
+    change(stopped)
+    convert_checkpoint(source, tmp_path / "store")
+    assert content(tmp_path / "store") == whole(source, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, 2000])
+def test_a_journal_that_was_cut_off_is_resumed(source, tmp_path, stopped, size):
+    os.truncate(stopped / "journal.jsonl", size)
+    convert_checkpoint(source, tmp_path / "store")
+    assert content(tmp_path / "store") == whole(source, tmp_path)
+
+
+def test_a_hostile_journal_reads_and_removes_nothing_outside(source, tmp_path, stopped):
+    (tmp_path / "secret").write_bytes(bytes(4096))
+    lines = (stopped / "journal.jsonl").read_text().splitlines()
+    dense = json.loads(lines[1])
+    dense["file"]["name"] = "../secret"
+    (stopped / "journal.jsonl").write_text("\n".join([lines[0], json.dumps(dense), "[" * 100_000]) + "\n")
+    convert_checkpoint(source, tmp_path / "store")
+    assert (tmp_path / "secret").exists() and content(tmp_path / "store") == whole(source, tmp_path)
+
+
+@pytest.mark.parametrize("when", [3, 0])
+def test_a_source_that_changes_during_its_conversion_is_refused(source, tmp_path, when):
+    other = write_checkpoint(tmp_path / "other", tiny_config(), random_weights(tiny_config(), 1))
+
+    def progress(done: int, total: int) -> None:
+        if done == total - when:
+            shutil.copy(other / "model.safetensors", source / "model.safetensors")
+
+    with pytest.raises(ConvertError, match="has changed during the conversion"):
+        convert_checkpoint(source, tmp_path / "store", progress)
+    assert not (tmp_path / "store").exists()
+    convert_checkpoint(source, tmp_path / "store")
+    convert_checkpoint(other, tmp_path / "expected")
+    left, right = content(tmp_path / "store"), content(tmp_path / "expected")
+    assert left.pop("manifest.json") != right.pop("manifest.json") and left == right  # the manifests name their sources
+
+
+def test_the_journal_outlives_the_rename(source, tmp_path, monkeypatch):
+    """Killed before the rename the folder resumes, killed behind it the store is whole."""
+    real = os.rename
+
+    def refuse(*names: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(Stopped):
+        convert_checkpoint(source, tmp_path / "store")
+    assert (tmp_path / "store.partial" / "journal.jsonl").exists()
+
+    def rename(*names: str) -> None:
+        real(*names)
+        raise Stopped
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(Stopped):
+        convert_checkpoint(source, tmp_path / "store")
+    monkeypatch.setattr(os, "rename", real)
+    with open_store(tmp_path / "store") as reader:
+        reader.verify()
+
+
+@pytest.mark.parametrize("tokenizer,template", [(b"{", None), (None, "{% if %}")])
+def test_what_cannot_be_read_back_never_becomes_a_store(source, tmp_path, monkeypatch, tokenizer, template):
+    real = StoreWriter.finish
+
+    def finish(writer: StoreWriter, found: bytes, *texts: object) -> None:
+        real(writer, tokenizer or found, template)
+
+    monkeypatch.setattr(StoreWriter, "finish", finish)
+    with pytest.raises(ConvertError, match="what was written"):
+        convert_checkpoint(source, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
