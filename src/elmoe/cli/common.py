@@ -78,14 +78,6 @@ SERVING_OPTIONS = (
         help="Budget of the fast tier: 2GiB, or 25% of the experts.",
     ),
     click.option(
-        "--kv-memory", type=Quantity("SIZE", parse_bytes),
-        help="Ceiling of the KV cache [default: what the batch needs at full context, at most half of the free memory].",
-    ),
-    click.option(
-        "--prefill-chunk", type=click.IntRange(1, 1 << 16),
-        help="Prompt positions of one step, beside the sequences that decode [default: 256, up to 1024 from disk].",
-    ),
-    click.option(
         "--reader", type=click.Choice(["auto", "memory", "direct"]), default="auto", show_default=True,
         help="memory: the whole store in memory, a budget is accounted only. direct: the budget is enforced, experts are "
         "read from disk. auto: direct for a budget in bytes, or a store larger than the memory available.",
@@ -123,8 +115,6 @@ class Serving:
     """The options of :func:`serving_options`, by the names of ``EngineOptions`` and ``Session``."""
 
     fast_memory: int | float | None
-    kv_memory: int | None
-    prefill_chunk: int | None
     reader: Any
     slow_bandwidth: float | None
     split: Any
