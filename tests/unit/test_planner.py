@@ -439,6 +439,19 @@ def test_plain_steps_between_choices_are_learned_from_by_their_mean():
     assert planner.correction(False) == pytest.approx(min(4.0, 0.4 / modelled), rel=0.05)
 
 
+def test_plain_steps_are_learned_from_once(monkeypatch):
+    """A step counts for the choice that follows it, not for later ones."""
+    planner, learned = Planner(SHAPE, draft_length=0), []
+    monkeypatch.setattr(planner, "correct", lambda drafted, seconds, modelled, steps: learned.append((seconds, steps)))
+    for seconds in (0.2, 0.6):
+        planner.plan(1, SIZES, SIZES.minimum, np.zeros((LAYERS, EXPERTS)))
+        planner.observe_planning(0.025)  # the next choice is due after 2.5 seconds
+        for _ in range(5):
+            planner.observe_target(1, 0.5, 0.4)
+            planner.observe_step(1, 0, 10**8, seconds)
+    assert learned == [(pytest.approx(0.2), 5), (pytest.approx(0.6), 5)]
+
+
 # --- what options fix
 
 

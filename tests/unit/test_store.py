@@ -61,6 +61,17 @@ def ffn(manifest: dict, layer: int) -> dict:
     return manifest["model"]["layers"][layer]["feed_forward"]
 
 
+def lengthen(store: Path, index: int) -> None:
+    """A page of nothing at the end of a data file, which the manifest knows of."""
+
+    def change(manifest: dict) -> None:
+        file = manifest["files"][index]
+        os.truncate(store / file["name"], file["bytes"] + 4096)
+        file["bytes"] += 4096
+
+    edit(store, change)
+
+
 @pytest.mark.parametrize(
     "damage,message",
     [
@@ -122,6 +133,8 @@ def ffn(manifest: dict, layer: int) -> dict:
             lambda s: edit(s, lambda m: ffn(m, 0).update(width=1)),
             r"layers.0: .*end at byte \d+ of \d+ of 'layer-000.experts'",
         ),
+        (lambda s: lengthen(s, 0), r"tensors fill \d+ of \d+ bytes of dense.bin"),
+        (lambda s: lengthen(s, 1), r"layers.0: .* end at byte \d+ of \d+ of 'layer-000.experts'"),
         (lambda s: edit(s, lambda m: m["tensors"].remove(tensor(m, "final_norm"))), r"lacks 'final_norm'"),
     ],
 )

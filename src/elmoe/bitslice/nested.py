@@ -29,8 +29,6 @@ BLOCK_ROWS = 16
 """Output rows interleaved in a block."""
 GROUP_BYTES = GROUP * BLOCK_ROWS // 2
 """Bytes of one plane for one group of one block of rows."""
-AUGMENTED = 8.0
-"""The paper's draft offset: a constant one below the MSB slice."""
 
 
 def ceil_div(value: int, divisor: int) -> int:

@@ -42,7 +42,7 @@ class ReplayBackend:
             )
         if int(facts.tokens.max()) >= spec.vocabulary:
             raise TraceError(f"the trace has token {int(facts.tokens.max())}, the store's vocabulary is {spec.vocabulary}")
-        self._backend, self._facts, self._top_k = backend, facts, spec.top_k
+        self._backend, self._facts = backend, facts
         self._traces = {trace.resident: trace for trace in traces}
         rng = np.random.Generator(np.random.PCG64(PERMUTATION_SEED))
         self._permutation = rng.permutation(spec.experts).astype(np.int32)
