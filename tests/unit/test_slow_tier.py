@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from elmoe.cli.main import cli
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.session import Session
-from elmoe.errors import ElmoeError, StoreError
+from elmoe.errors import BudgetError, ElmoeError, StoreError
 from elmoe.measure.perplexity import STRETCH, evaluate
 from elmoe.store.synthetic import synthesize
 from tests.tiny import tiny_spec
@@ -90,3 +93,12 @@ def test_another_error_of_the_disk_is_told(store, monkeypatch):
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(ElmoeError, match=r"'dense\.bin' cannot be opened: Input/output error"):
         Session(store, reader="direct")
+
+
+def test_inspect_tells_the_smallest_budget_that_serves(store):
+    done = CliRunner().invoke(cli, ["inspect", str(store), "--json"])
+    least = json.loads(done.output)["minimum_fast_memory"]
+    with Session(store, EngineOptions(fast_memory=least), reader="direct") as session:
+        assert len(session.generate([Request((5, 6, 7), 60)])[0][0].tokens) >= 1
+    with pytest.raises(BudgetError, match=f"below the minimum of {least} bytes"):
+        Session(store, EngineOptions(fast_memory=least - 1), reader="direct").generate([Request((5, 6, 7), 60)])
