@@ -52,10 +52,7 @@ def command(store: str, do_verify: bool, as_json: bool) -> None:
             (f"MSB slices of {experts} experts", size(sum(sizes.msb) * spec.experts)),
             (f"LSB slices of {experts} experts", size(sum(sizes.lsb) * spec.experts)),
             ("KV per position", size(kv)),
-            (
-                f"smallest --fast-memory ({PAGE_POSITIONS} positions)",
-                f"{-(-minimum // 2**20)} MiB",
-            ),  # rounded up: less is refused
+            (f"smallest --fast-memory ({PAGE_POSITIONS} positions)", least),
         ],
     )
     if do_verify:
