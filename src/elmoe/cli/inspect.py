@@ -15,6 +15,8 @@ from elmoe.terminal import print_table, progress_bar, size
 @json_option
 def command(store: str, do_verify: bool, as_json: bool) -> None:
     """What is in STORE, its sizes per tier, and whether its checksums hold."""
+    from elmoe.engine.fitting import smallest_budget
+    from elmoe.engine.kv_cache import PAGE_POSITIONS
     from elmoe.engine.tier import tier_sizes
     from elmoe.store import open_store
 
@@ -25,7 +27,7 @@ def command(store: str, do_verify: bool, as_json: bool) -> None:
             with progress_bar("verifying", total, bytes_=True) as bar:
                 reader.verify(bar)
         kv, dense = spec.kv_bytes_per_position, reader.dense_bytes
-        sizes = tier_sizes(reader, dense, 64 * kv)
+        sizes, minimum = tier_sizes(reader, dense, 0), smallest_budget(reader, PAGE_POSITIONS)
         experts = len(spec.moe_layers) * spec.experts
         data = {
             "path": reader.path.name,
@@ -35,12 +37,13 @@ def command(store: str, do_verify: bool, as_json: bool) -> None:
             "lsb_bytes": sum(sizes.lsb) * spec.experts,
             "dense_bytes": dense,
             "kv_bytes_per_position": kv,
-            "minimum_fast_memory": sizes.minimum,
+            "minimum_fast_memory": minimum,
             "verified": do_verify,
         }
     if as_json:
         print_json(data)
         return
+    least = f"{-(-minimum // 2**20)} MiB"  # rounded up: less is refused
     print_table(
         f"{spec.family}: {len(spec.layers)} layers, {spec.experts} experts, top-{spec.top_k}",
         ("part", "size"),
@@ -49,7 +52,7 @@ def command(store: str, do_verify: bool, as_json: bool) -> None:
             (f"MSB slices of {experts} experts", size(sum(sizes.msb) * spec.experts)),
             (f"LSB slices of {experts} experts", size(sum(sizes.lsb) * spec.experts)),
             ("KV per position", size(kv)),
-            ("smallest --fast-memory (64 positions)", size(sizes.minimum)),
+            (f"smallest --fast-memory ({PAGE_POSITIONS} positions)", least),
         ],
     )
     if do_verify:

@@ -26,6 +26,7 @@ from elmoe.errors import RequestError
 from elmoe.policy.budget import FastTierSizes, TierShape, prefill_chunk
 from elmoe.policy.planner import Planner
 from elmoe.store.direct import DirectReader
+from elmoe.store.reader import MemoryReader
 
 if TYPE_CHECKING:  # pyarrow loads only when a trace is wanted
     from elmoe.trace import TraceRecorder
@@ -162,6 +163,8 @@ class Engine:
 
     def _expect(self, sizes: FastTierSizes, recorder: TraceRecorder | None = None, timeline: Timeline | None = None) -> None:
         """Requests with these sizes are about to come: count into new statistics and tell those who watch."""
+        if isinstance(self._reader, MemoryReader) and not self.fitting.enforced:
+            self._reader.check_sizes()
         self.statistics = statistics = Statistics(dense_bytes=self._reader.dense_bytes)
         self._counting, self._began = StatisticsObserver(statistics), (perf_counter(), self.tier.bytes_read)
         traces = [] if recorder is None else [TraceObserver(recorder)]

@@ -32,6 +32,12 @@ class StoreReader(WeightReader, Protocol):
         ...
 
 
+def smallest_budget(reader: StoreReader, positions: int, options: EngineOptions | None = None) -> int:
+    """The least fast memory, bytes, with which one sequence of so many positions is served in a mode that drafts."""
+    fitting = Fitting(reader, options or EngineOptions())
+    return fitting.sizes_beside(pages_for(positions) * fitting.page_bytes).minimum
+
+
 class Fitting:
     """The bytes of a model on a reader under its options.
 

@@ -9,13 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
-from elmoe.engine.decoder import AllExperts, Draft, Tokens
+from elmoe.engine.decoder import AllExperts, Draft, Routings, Tokens
 from elmoe.engine.kv_cache import CacheEntry, PagedCache
 from elmoe.engine.session import Session
 from elmoe.errors import RequestError
+from elmoe.store.direct import DirectReader
+from elmoe.store.machine import private_memory
 
 CHUNK = 128
 """Tokens computed in one pass."""
+STRETCH = 8
+"""Experts in memory at a time, where a store is read past the page cache."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,46 @@ class Perplexity:
         return float(np.exp(self.draft_nats))
 
 
+class ReadExperts:
+    """The source of a store that is read past the page cache: a pass reads the experts it uses, ``STRETCH`` at a time, and
+    keeps none. A draft reads their MSB slices alone."""
+
+    def __init__(self, reader: DirectReader) -> None:
+        self._reader, self._rows, self._draft = reader, reader.spec.moe_layers, False
+        self.tables = tuple(np.zeros((reader.spec.experts, 2), np.int64) for _ in self._rows)
+        self._room = max(reader.expert_extent(layer, 0)[1] for layer in self._rows)
+        self._memory = private_memory(STRETCH * self._room)
+        self._address = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._row, self._left = 0, list[int]()
+
+    def feed(self, draft: bool) -> ReadExperts:
+        """See ``ExpertSource``."""
+        self._draft = draft
+        return self
+
+    def note(self, routings: Routings, draft: bool) -> None:
+        """See ``ExpertSource``; a pass with a feed is not noted."""
+
+    def begin(self, row: int, experts: NDArray[np.int32]) -> None:
+        """See ``ExpertFeed``."""
+        self._row, self._left = row, np.unique(experts[experts >= 0]).tolist()
+
+    def next(self) -> list[int]:
+        """See ``ExpertFeed``. StoreError names a file that cannot be read."""
+        ready, self._left = self._left[:STRETCH], self._left[STRETCH:]
+        layer, table = self._rows[self._row], self.tables[self._row]
+        layout = self._reader.expert_layout(layer)
+        size = layout.msb_bytes if self._draft else layout.msb_bytes + layout.lsb_bytes
+        table[:] = 0
+        for place, expert in enumerate(ready):
+            start = place * self._room
+            self._reader.read_expert(layer, expert, memoryview(self._memory)[start : start + size])
+            table[expert] = self._address + start, self._address + start + layout.msb_bytes
+        return ready
+
+
 class TeacherForcing:
-    """Logits of given tokens on a store that is wholly in memory, in passes of ``CHUNK`` tokens.
+    """Logits of given tokens, in passes of ``CHUNK`` tokens; a store that is not in memory is read anew in each.
 
     ``counts`` (MoE layers, experts): how often the target used each expert since it was last set to 0.
     """
@@ -52,7 +94,9 @@ class TeacherForcing:
         self._cache, entry = PagedCache(spec, 1, window), CacheEntry()
         self._cache.bind(entry)
         self._cache.reserve(entry, window)
-        self._source = AllExperts(session.reader)
+        reader = session.reader
+        reader.check_sizes()
+        self._source = ReadExperts(reader) if isinstance(reader, DirectReader) else AllExperts(reader)
         self.counts = np.zeros((len(spec.moe_layers), spec.experts), np.int64)
 
     def logits(self, tokens: NDArray[np.int32], draft: Draft | None = None) -> Iterator[NDArray[np.float32]]:

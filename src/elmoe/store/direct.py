@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from elmoe.bitslice.expert import PAGE
 from elmoe.errors import StoreError
@@ -16,7 +15,7 @@ from elmoe.store.machine import private_memory
 from elmoe.store.reader import MemoryReader, resolve_store
 
 CHUNK = 8 << 20
-"""Bytes of one read while dense parts are loaded."""
+"""Most bytes of one read."""
 
 
 class DirectReader(MemoryReader):
@@ -41,22 +40,43 @@ class DirectReader(MemoryReader):
             os.close(self._handles.popitem()[1])
 
     def _open(self, name: str, size: int, role: int, layer: int) -> None:
-        try:
-            handle = os.open(self.path / name, os.O_RDONLY | os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise StoreError(f"'{name}' cannot be opened: {error.strerror}") from error
-            handle = os.open(self.path / name, os.O_RDONLY)
-            self.buffered = True
-        self._handles[name] = handle
+        handle = self._handles[name] = self._opened(name)
         found = os.fstat(handle).st_size
         if found != size or size < PAGE:
             raise StoreError(f"'{name}' has {found} bytes, the manifest says {size}", "truncated: copy it anew")
-        content = _read(handle, name, size if name == DENSE_FILE else PAGE)
-        check_header(content[:PAGE].tobytes(), name, role, layer)
+        content = private_memory(size if name == DENSE_FILE else PAGE)
+        _read(handle, name, memoryview(content), 0)
+        check_header(content[:PAGE], name, role, layer)
         self._sizes[name] = size
         if name == DENSE_FILE:
-            self._maps[name] = content
+            self._maps[name] = np.frombuffer(content, np.uint8)
+
+    def _opened(self, name: str) -> int:
+        """A descriptor that reads past the page cache, or one that reads through it where the file system refuses that: some
+        do so at the first read."""
+        path = self.path / name
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            try:
+                os.preadv(handle, [private_memory(PAGE)], 0)
+                return handle
+            except BaseException:
+                os.close(handle)
+                raise
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise StoreError(f"'{name}' cannot be opened: {error.strerror}") from error
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise StoreError(f"'{name}' cannot be opened: {error.strerror}") from error
+        self.buffered = True
+        return handle
+
+    def read_expert(self, layer: int, expert: int, target: memoryview) -> None:
+        """Fill page-aligned memory from an expert's records: MSB, then LSB; StoreError where that fails."""
+        handle, offset = self.extent(layer, expert)
+        _read(handle, self._layers[layer].file, target, offset)
 
     def extent(self, layer: int, expert: int) -> tuple[int, int]:
         """(file descriptor, offset) of an expert's MSB record; its LSB record lies behind it."""
@@ -66,20 +86,17 @@ class DirectReader(MemoryReader):
         return self._handles[file], self.expert_extent(layer, expert)[0]
 
 
-def _read(handle: int, name: str, size: int) -> NDArray[np.uint8]:
-    """The first ``size`` bytes of a file in page-aligned memory of its own."""
-    memory = private_memory(size)
-    view = memoryview(memory)
+def _read(handle: int, name: str, target: memoryview, offset: int) -> None:
+    """Fill page-aligned memory from ``offset`` of a file on."""
     done = 0
-    while done < size:
+    while done < len(target):
         try:
-            got = os.preadv(handle, [view[done : done + CHUNK]], done)
+            got = os.preadv(handle, [target[done : done + CHUNK]], offset + done)
         except OSError as error:
             raise StoreError(f"'{name}' cannot be read: {error.strerror}") from error
         if got == 0:
-            raise StoreError(f"'{name}' ends at byte {done} of {size}", "truncated: copy it anew")
+            raise StoreError(f"'{name}' ends at byte {offset + done} of {offset + len(target)}", "truncated: copy it anew")
         done += got
-    return np.frombuffer(memory, np.uint8)
 
 
 def open_direct(name: str | Path) -> DirectReader:

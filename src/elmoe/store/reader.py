@@ -83,7 +83,11 @@ def read_manifest(path: Path) -> Manifest:
 
 
 class MemoryReader:
-    """A store mapped into memory, read-only; the page cache is its tier. A context manager."""
+    """A store mapped into memory, read-only; the page cache is its tier. A context manager.
+
+    A file that is shortened while it is mapped ends the process when it is read beyond its new end (SIGBUS):
+    ``check_sizes`` tells of it before work begins, and nothing can during it. Replace a store's files by renaming others.
+    """
 
     kind = "memory"
 
@@ -128,6 +132,14 @@ class MemoryReader:
         if name not in self._maps:
             raise StoreError(f"the store '{self.path.name}' is closed", "keep the session open while it is used")
         return self._maps[name]
+
+    def check_sizes(self) -> None:
+        """StoreError that names a file which is shorter now than it was when the store was opened."""
+        for name, size in self._sizes.items():
+            with suppress(OSError):  # a file whose name has gone is mapped still
+                found = (self.path / name).stat().st_size
+                if found < size:
+                    raise StoreError(f"'{name}' has {found} bytes, and had {size} when the store was opened", "copy it anew")
 
     def _open(self, name: str, size: int, role: int, layer: int) -> None:
         file = self.path / name

@@ -1,0 +1,104 @@
+"""Stores that are read and not mapped: evaluation, file systems that refuse direct reads, files that shrink."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from elmoe.cli.main import cli
+from elmoe.engine.options import EngineOptions
+from elmoe.engine.request import Request
+from elmoe.engine.session import Session
+from elmoe.errors import BudgetError, ElmoeError, StoreError
+from elmoe.measure.perplexity import STRETCH, evaluate
+from elmoe.store.synthetic import synthesize
+from tests.tiny import tiny_spec
+
+TEXT = "The whale was white, and the sea was not. " * 20
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("slow") / "store"
+    synthesize(path, tiny_spec(vocabulary=300, layers=4, experts=STRETCH + 3, top_k=3, dense_layers=(1,)))
+    return path
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_evaluation_of_a_store_on_disk_is_that_of_one_in_memory(store, backend, share):
+    windows = 2 if backend == "native" else 1
+    results = []
+    for reader in ("memory", "direct"):
+        with Session(store, backend=backend, reader=reader) as session:
+            results.append(evaluate(session, TEXT, 40, windows, share))
+    assert results[0] == results[1] and np.isfinite(results[0].draft_nats)
+
+
+def test_evaluation_names_a_file_that_shrinks(store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    with Session(tmp_path / "store", reader="direct") as session:
+        os.truncate(tmp_path / "store" / "layer-002.experts", 4096)
+        with pytest.raises(StoreError, match=r"layer-002\.experts"):
+            evaluate(session, TEXT, 40, 1)
+
+
+def test_a_mapped_file_that_has_shrunk_is_named_before_work(store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    with Session(tmp_path / "store", reader="memory") as session:
+        os.truncate(tmp_path / "store" / "layer-002.experts", 4096)
+        with pytest.raises(StoreError, match=r"layer-002\.experts' has 4096 bytes"):
+            session.generate([Request((5, 6), 3)])
+        with pytest.raises(StoreError, match=r"layer-002\.experts' has 4096 bytes"):
+            evaluate(session, TEXT, 40, 1)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("when", ["open", "read"])
+def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(store, monkeypatch, when, code):
+    options = EngineOptions(fast_memory=1 << 30)
+    with Session(store, options, reader="memory") as session:
+        expected = session.generate([Request((5, 6, 7), 8)])[0]
+    real_open, real_preadv = os.open, os.preadv
+
+    def refuse_open(path, flags, *more, **named):
+        if flags & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return real_open(path, flags, *more, **named)
+
+    def refuse_read(handle, buffers, offset, *more):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return real_preadv(handle, buffers, offset, *more)
+
+    monkeypatch.setattr(os, when if when == "open" else "preadv", refuse_open if when == "open" else refuse_read)
+    before = len(os.listdir("/proc/self/fd"))
+    with Session(store, options, reader="direct") as session:
+        assert "this file system refuses O_DIRECT" in session.tier
+        assert [one.tokens for one in session.generate([Request((5, 6, 7), 8)])[0]] == [one.tokens for one in expected]
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_another_error_of_the_disk_is_told(store, monkeypatch):
+    def refuse(*more):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(ElmoeError, match=r"'dense\.bin' cannot be opened: Input/output error"):
+        Session(store, reader="direct")
+
+
+def test_inspect_tells_the_smallest_budget_that_serves(store):
+    done = CliRunner().invoke(cli, ["inspect", str(store), "--json"])
+    least = json.loads(done.output)["minimum_fast_memory"]
+    with Session(store, EngineOptions(fast_memory=least), reader="direct") as session:
+        assert len(session.generate([Request((5, 6, 7), 60)])[0][0].tokens) >= 1
+    with pytest.raises(BudgetError, match=f"below the minimum of {least} bytes"):
+        Session(store, EngineOptions(fast_memory=least - 1), reader="direct").generate([Request((5, 6, 7), 60)])
