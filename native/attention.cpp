@@ -98,16 +98,17 @@ void prepare(const Call& call) {
     if (!finite) throw NumericsFailure("layer " + std::to_string(call.layer_index) + ": a key or value is not finite in fp16");
 }
 
-// The first tokens of runs of at most kQueries neighbours of one sequence, and the end.
-std::vector<int> runs_of(const Places& places) {
+// The first tokens of runs of at most `most` neighbours of one sequence, and the end.
+std::vector<int> runs_of(const Places& places, int most) {
     std::vector<int> runs{0};
     for (int t = 1; t < places.tokens; ++t)
-        if (places.slots[t] != places.slots[t - 1] || t - runs.back() == kQueries) runs.push_back(t);
+        if (places.slots[t] != places.slots[t - 1] || t - runs.back() == most) runs.push_back(t);
     runs.push_back(places.tokens);
     return runs;
 }
 
-// (tokens, heads * head_dim) outputs of all heads. A task is one kv head of a run: its queries read the same pages.
+// (tokens, heads * head_dim) outputs of all heads. The queries of a run's tokens to one kv head read the same pages. They are one
+// task, or several if there are more threads than such tasks.
 float* attend(const Call& call) {
     const Kernels& k = kernels();
     Pool& pool = Pool::instance();
@@ -119,16 +120,20 @@ float* attend(const Call& call) {
     int longest = 0;
     for (int t = 0; t < tokens; ++t) longest = std::max(longest, places.positions[t] + 1);
     const size_t padded = static_cast<size_t>(ceil_div(longest, 16)) * 16, pages = ceil_div(longest, cache.page_positions);
-    auto* scores = scratch().get<float>(pool.threads() * kQueries * padded);
+    const size_t per_thread = kQueries * padded + static_cast<size_t>(kTilePositions) * head_dim;
+    auto* scores = scratch().get<float>(pool.threads() * per_thread);
     auto* pointers = scratch().get<const uint16_t*>(pool.threads() * 2 * pages);
-    auto* all_queries = scratch().get<Query>(static_cast<size_t>(pool.threads()) * kQueries * repeat);
+    const int run_tokens = std::max(1, kQueries / repeat), run_queries = run_tokens * repeat;
+    auto* all_queries = scratch().get<Query>(static_cast<size_t>(pool.threads()) * run_queries);
     auto* attended = scratch().get<float>(static_cast<size_t>(tokens) * inner);
     const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-    const std::vector<int> runs = runs_of(places);
-    const int tasks = (static_cast<int>(runs.size()) - 1) * kv_heads;
+    const std::vector<int> runs = runs_of(places, run_tokens);
+    const int whole = (static_cast<int>(runs.size()) - 1) * kv_heads;
+    const bool serial = tokens * inner * longest < 40000;  // below some 10 us a fork costs more than it saves
+    const int parts = serial ? 1 : std::min(ceil_div(pool.threads(), whole), run_queries), tasks = whole * parts;
     auto one = [&](int task, int thread) {
-        const int run = task / kv_heads, kv = task % kv_heads;
-        Query* queries = all_queries + static_cast<size_t>(thread) * kQueries * repeat;
+        const int part = task % parts, run = task / parts / kv_heads, kv = task / parts % kv_heads;
+        Query* queries = all_queries + static_cast<size_t>(thread) * run_queries;
         int length = 0, many = 0;
         for (int t = runs[run]; t < runs[run + 1]; ++t) {
             length = std::max(length, places.positions[t] + 1);
@@ -143,11 +148,11 @@ float* attend(const Call& call) {
             keys[page] = cache.keys + at;
             values[page] = cache.values + at;
         }
-        k.attend(queries, many, {keys, values, cache.page_positions}, head_dim, scale, scores + thread * kQueries * padded,
-                 static_cast<int64_t>(padded));
+        const int first = many * part / parts, end = many * (part + 1) / parts;
+        k.attend(queries + first, end - first, {keys, values, cache.page_positions}, head_dim, scale,
+                 scores + thread * per_thread, static_cast<int64_t>(padded));
     };
-    const int64_t work = tokens * inner * longest;
-    if (work < 40000)  // below some 10 us a fork costs more than it saves
+    if (serial)
         for (int task = 0; task < tasks; ++task) one(task, 0);
     else
         pool.run(tasks, one);

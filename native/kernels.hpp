@@ -4,13 +4,15 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace elmoe {
 
-constexpr int kGroup = 32;        // weights that share a scale
-constexpr int kBlockRows = 16;    // output rows interleaved in a block
-constexpr int kGroupBytes = 256;  // one plane, one group, one block
-constexpr int kQueries = 4;       // attended to together
+constexpr int kGroup = 32;          // weights that share a scale
+constexpr int kBlockRows = 16;      // output rows interleaved in a block
+constexpr int kGroupBytes = 256;    // one plane, one group, one block
+constexpr int kQueries = 32;        // attended to together
+constexpr int kTilePositions = 64;  // positions whose keys or values stay in a near cache while all queries use them
 
 // How many bytes ahead weights are asked for; changed between operations only, and no result depends on it.
 extern int prefetch_ahead;
@@ -71,7 +73,7 @@ struct Kernels {
     void (*exp_shifted)(const float* x, float shift, float* y, int size);  // y = exp(x - shift)
     void (*swiglu)(const float* gate, const float* up, float* out, int size);
     // Queries over the same pages, at most kQueries at a time share a load of keys and values; scores: scratch of kQueries rows
-    // of `stride`, at least the longest length rounded up to 16.
+    // of `stride`, at least the longest length rounded up to 16, and of kTilePositions rows of head_dim.
     void (*attend)(const Query* queries, int count, const HeadPages& pages, int head_dim, float scale, float* scores,
                    int64_t stride);
     // Round to nearest even; returns false if a result is not finite.

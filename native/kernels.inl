@@ -162,89 +162,184 @@ void swiglu(const float* gate, const float* up, float* out, int size) {
     }
 }
 
-// Q queries over C chunks of 16 dimensions: positions that all of them see together, then each one's own rest, so that every
-// sum ascends from position 0.
-template <int Q, int C>
-inline void weigh_values(const HeadPages& pages, const Query* queries, int head_dim, int chunk, const float* weights,
-                         int64_t stride, const Lanes* divisors) {
-    Lanes total[Q][C];
-    int common = queries[0].length;
-    for (int q = 0; q < Q; ++q) {
-        common = queries[q].length < common ? queries[q].length : common;
-        for (int c = 0; c < C; ++c) total[q][c] = set1(0);
-    }
-    const int size = pages.page_positions;
-    for (int page = 0, position = 0; position < common; ++page) {
-        const uint16_t* values = pages.values[page] + chunk * 16;
-        const int end = common - position < size ? common : position + size;
-        for (; position < end; ++position, values += head_dim)
-            for (int c = 0; c < C; ++c) {
-                const Lanes value = load_half(values + 16 * c);
-                for (int q = 0; q < Q; ++q) total[q][c] = total[q][c] + set1(weights[q * stride + position]) * value;
-            }
-    }
-    for (int q = 0; q < Q; ++q) {
-        for (int position = common; position < queries[q].length; ++position) {
-            const uint16_t* values = pages.values[position / size] + static_cast<int64_t>(position % size) * head_dim + chunk * 16;
-            const Lanes weight = set1(weights[q * stride + position]);
-            for (int c = 0; c < C; ++c) total[q][c] = total[q][c] + weight * load_half(values + 16 * c);
-        }
-        for (int c = 0; c < C; ++c) store(queries[q].out + (chunk + c) * 16, total[q][c] / divisors[q]);
-    }
-}
+inline Lanes load_wide(const uint16_t* p) { return load_half(p); }
+inline Lanes load_wide(const float* p) { return load(p); }
 
-template <int Q>
-inline void attend_together(const Query* queries, const HeadPages& pages, int head_dim, float scale, float* scores,
-                            int64_t stride) {
-    const float least = -__builtin_inff();
-    int longest = 0;
-    Lanes best[Q], divisors[Q];
-    for (int q = 0; q < Q; ++q) {
-        best[q] = set1(least);
-        longest = queries[q].length > longest ? queries[q].length : longest;
-    }
-    for (int start = 0; start < longest; start += 16) {
-        const uint16_t* keys = pages.keys[start / pages.page_positions];
-        keys += static_cast<int64_t>(start % pages.page_positions) * head_dim;
-        Lanes sum[Q];
-        for (int q = 0; q < Q; ++q) sum[q] = set1(0);
-        for (int i = 0; i < head_dim; ++i) {
-            const Lanes key = load_half(keys + 16 * i);
-            for (int q = 0; q < Q; ++q) sum[q] = sum[q] + set1(queries[q].vector[i]) * key;
-        }
+// Scores of Q queries at P blocks of 16 positions from `position` on; -infinity at positions that a query does not see.
+template <int Q, int P, typename T>
+inline void score_blocks(const Query* queries, const T* keys, int head_dim, float scale, int position, float* scores,
+                         int64_t stride, Lanes* best) {
+    Lanes sum[Q][P];
+    const int64_t block = 16 * head_dim;
+    for (int q = 0; q < Q; ++q)
+        for (int p = 0; p < P; ++p) sum[q][p] = set1(0);
+    for (int i = 0; i < head_dim; ++i) {
+        Lanes key[P];
+        for (int p = 0; p < P; ++p) key[p] = load_wide(keys + p * block + 16 * i);
         for (int q = 0; q < Q; ++q) {
-            const int left = queries[q].length - start;
-            if (left <= 0) continue;
-            Lanes score = sum[q] * set1(scale);
-            if (left < 16) score = keep_first(score, left, least);
+            const Lanes element = set1(queries[q].vector[i]);
+            for (int p = 0; p < P; ++p) sum[q][p] = sum[q][p] + element * key[p];
+        }
+    }
+    for (int q = 0; q < Q; ++q)
+        for (int p = 0; p < P; ++p) {
+            const int start = position + 16 * p, seen = queries[q].length - start;
+            Lanes score = sum[q][p] * set1(scale);
+            if (seen < 16) score = keep_first(score, seen > 0 ? seen : 0, -__builtin_inff());
             store(scores + q * stride + start, score);
             best[q] = maximum(best[q], score);
         }
+}
+
+// Adds the values of `count` positions to the sums of Q queries at C chunks of 16 dimensions.
+template <int Q, int C, typename T>
+inline void add_values(const Query* queries, const T* values, int count, int head_dim, int chunk, const float* weights,
+                       int64_t stride) {
+    Lanes total[Q][C];
+    for (int q = 0; q < Q; ++q)
+        for (int c = 0; c < C; ++c) total[q][c] = load(queries[q].out + (chunk + c) * 16);
+    values += chunk * 16;
+    for (int position = 0; position < count; ++position, values += head_dim) {
+        Lanes value[C];
+        for (int c = 0; c < C; ++c) value[c] = load_wide(values + 16 * c);
+        for (int q = 0; q < Q; ++q) {
+            const Lanes weight = set1(weights[q * stride + position]);
+            for (int c = 0; c < C; ++c) total[q][c] = total[q][c] + weight * value[c];
+        }
     }
-    for (int q = 0; q < Q; ++q) {
+    for (int q = 0; q < Q; ++q)
+        for (int c = 0; c < C; ++c) store(queries[q].out + (chunk + c) * 16, total[q][c]);
+}
+
+// Calls step(integral constant Q, first) for the queries first .. first + Q - 1, until all had their turn.
+template <int Q = kTogether, typename Step>
+inline void by_group(int first, int count, const Step& step) {
+    for (; first + Q <= count; first += Q) step(std::integral_constant<int, Q>(), first);
+    if constexpr (Q > 1) by_group<Q / 2>(first, count, step);
+}
+
+// At most kTilePositions consecutive positions of one page: their keys or values, and where those of the next tile lie.
+struct PositionTile {
+    int position, count;
+    const uint16_t *start, *next;
+    int64_t next_size;
+
+    // Asks for the next tile's share of queries first .. first + taken - 1 of `all`: their arithmetic hides the wait. A single
+    // query has too little of it, and is faster with the processor's own prefetching.
+    void prefetch(int first, int taken, int all) const {
+        if (all == 1) return;
+        const int64_t end = next_size * (first + taken) / all;
+        for (int64_t i = next_size * first / all; i < end; i += 32) __builtin_prefetch(next + i, 0, 2);
+    }
+};
+
+// Calls step(tile) for the tiles of positions 0 .. positions - 1, in ascending order.
+template <typename Step>
+inline void by_tile(int positions, const uint16_t* const* data, int page_positions, int head_dim, const Step& step) {
+    auto at = [&](int position) {
+        if (position >= positions) return PositionTile{position, 0, nullptr, nullptr, 0};
+        const int within = position % page_positions, left = page_positions - within, rest = positions - position;
+        const int count = left < rest ? left : rest;
+        return PositionTile{position, count < kTilePositions ? count : kTilePositions,
+                       data[position / page_positions] + static_cast<int64_t>(within) * head_dim, nullptr, 0};
+    };
+    PositionTile current = at(0);
+    while (current.count > 0) {
+        PositionTile next = at(current.position + current.count);
+        current.next = next.start;
+        current.next_size = static_cast<int64_t>(next.count) * head_dim;
+        step(current);
+        current = next;
+    }
+}
+
+template <typename T>
+inline void score_tile(const Query* queries, int count, const PositionTile& tile, const T* keys, int head_dim, float scale,
+                       float* scores, int64_t stride, Lanes* best) {
+    const int blocks = ceil_div(tile.count, 16), position = tile.position;
+    by_group(0, count, [&](auto q, int first) {
+        tile.prefetch(first, q(), count);
+        constexpr int Q = q(), P = kKeyBlocks<Q>;
+        int block = 0;
+        auto step = [&](auto p) {
+            for (; block + p() <= blocks; block += p())
+                score_blocks<Q, p()>(queries + first, keys + static_cast<int64_t>(16 * block) * head_dim, head_dim, scale,
+                                     position + 16 * block, scores + first * stride, stride, best + first);
+        };
+        step(std::integral_constant<int, P>());
+        step(std::integral_constant<int, 1>());
+    });
+}
+
+template <typename T>
+inline void value_tile(const Query* queries, int count, const PositionTile& tile, const T* values, int head_dim,
+                       const float* weights, int64_t stride) {
+    by_group(0, count, [&](auto q, int first) {
+        tile.prefetch(first, q(), count);
+        constexpr int Q = q(), C = kValueChunks<Q>;
+        int chunk = 0;
+        auto step = [&](auto c) {
+            for (; chunk + c() <= head_dim / 16; chunk += c())
+                add_values<Q, c()>(queries + first, values, tile.count, head_dim, chunk,
+                                   weights + first * stride + tile.position, stride);
+        };
+        step(std::integral_constant<int, C>());
+        step(std::integral_constant<int, 1>());
+    });
+}
+
+inline const float* widen(const uint16_t* from, float* to, int64_t size) {
+    for (int64_t i = 0; i < size; i += 16) store(to + i, load_half(from + i));
+    return to;
+}
+
+// At most kQueries queries, over tiles of positions that stay in a near cache while all queries use them, widened to fp32 once
+// for kWiden queries or more. Every query goes up to the longest length. Beyond its own its weights are 0, which changes no sum:
+// the values are finite, and a sum that starts at +0 never becomes -0.
+inline void attend_together(const Query* queries, int count, const HeadPages& pages, int head_dim, float scale, float* scores,
+                            int64_t stride, float* widened) {
+    const bool wide = count >= kWiden;
+    int longest = 0;
+    Lanes best[kQueries];
+    for (int q = 0; q < count; ++q) {
+        best[q] = set1(-__builtin_inff());
+        longest = queries[q].length > longest ? queries[q].length : longest;
+    }
+    by_tile(longest, pages.keys, pages.page_positions, head_dim, [&](const PositionTile& keys) {
+        if (wide)
+            score_tile(queries, count, keys, widen(keys.start, widened, int64_t{16} * ceil_div(keys.count, 16) * head_dim),
+                       head_dim, scale, scores, stride, best);
+        else
+            score_tile(queries, count, keys, keys.start, head_dim, scale, scores, stride, best);
+    });
+    Lanes divisors[kQueries];
+    for (int q = 0; q < count; ++q) {
         float* weights = scores + q * stride;
         const Lanes shift = set1(largest(best[q]));
         Lanes sum = set1(0);
-        for (int start = 0; start < queries[q].length; start += 16) {
-            Lanes e = exp(load(weights + start) - shift);  // positions beyond the length hold -infinity: weight 0
+        for (int start = 0; start < longest; start += 16) {
+            Lanes e = exp(load(weights + start) - shift);
             store(weights + start, e);
             sum = sum + e;
         }
         divisors[q] = set1(tree_sum(sum));
+        for (int i = 0; i < head_dim; i += 16) store(queries[q].out + i, set1(0));
     }
-    constexpr int C = kValueChunks<Q>;
-    int chunk = 0;
-    for (; chunk + C <= head_dim / 16; chunk += C)
-        weigh_values<Q, C>(pages, queries, head_dim, chunk, scores, stride, divisors);
-    for (; chunk + 2 <= head_dim / 16; chunk += 2)
-        weigh_values<Q, 2>(pages, queries, head_dim, chunk, scores, stride, divisors);
-    for (; chunk < head_dim / 16; ++chunk) weigh_values<Q, 1>(pages, queries, head_dim, chunk, scores, stride, divisors);
+    by_tile(longest, pages.values, pages.page_positions, head_dim, [&](const PositionTile& values) {
+        if (wide)
+            value_tile(queries, count, values, widen(values.start, widened, int64_t{values.count} * head_dim), head_dim, scores,
+                       stride);
+        else
+            value_tile(queries, count, values, values.start, head_dim, scores, stride);
+    });
+    for (int q = 0; q < count; ++q)
+        for (int i = 0; i < head_dim; i += 16) store(queries[q].out + i, load(queries[q].out + i) / divisors[q]);
 }
 
 void attend(const Query* queries, int count, const HeadPages& pages, int head_dim, float scale, float* scores, int64_t stride) {
-    for (; count >= 4; count -= 4, queries += 4) attend_together<4>(queries, pages, head_dim, scale, scores, stride);
-    for (; count >= 2; count -= 2, queries += 2) attend_together<2>(queries, pages, head_dim, scale, scores, stride);
-    if (count) attend_together<1>(queries, pages, head_dim, scale, scores, stride);
+    float* widened = scores + kQueries * stride;
+    for (; count > 0; count -= kQueries, queries += kQueries)
+        attend_together(queries, count < kQueries ? count : kQueries, pages, head_dim, scale, scores, stride, widened);
 }
 
 bool to_half(const float* x, uint16_t* y, int size) {

@@ -67,8 +67,13 @@ inline int store_codes(int8_t* p, Lanes x) {
     return sum;
 }
 
+// Attention keeps Q * kKeyBlocks<Q> sums of scores and Q * kValueChunks<Q> sums of outputs in registers.
+constexpr int kTogether = 4;  // most queries Q
+constexpr int kWiden = 9;     // least queries for which keys and values are converted once, to memory
 template <int Q>
-constexpr int kValueChunks = 8 / Q;  // of 16 sums for each of Q queries: what the registers hold
+constexpr int kKeyBlocks = 4 / Q;
+template <int Q>
+constexpr int kValueChunks = Q == 1 ? 8 : 4 / Q;
 constexpr int kTile = 4;
 
 // Sums of one plane's nibbles times codes, in 16 bits, for the first and the last 8 rows. maddubs adds pairs: a nibble times a

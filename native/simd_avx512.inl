@@ -39,8 +39,13 @@ inline int store_codes(int8_t* p, Lanes a) {  // a within -127..127, integral; r
     return _mm512_reduce_add_epi32(integers);
 }
 
+// Attention keeps Q * kKeyBlocks<Q> sums of scores and Q * kValueChunks<Q> sums of outputs in registers.
+constexpr int kTogether = 4;  // most queries Q
+constexpr int kWiden = 9;     // least queries for which keys and values are converted once, to memory
 template <int Q>
-constexpr int kValueChunks = Q == 1 ? 8 : 4;  // of 16 sums for each of Q queries: what the registers hold
+constexpr int kKeyBlocks = 4;
+template <int Q>
+constexpr int kValueChunks = Q == 1 ? 8 : 4;
 constexpr int kTile = 12;
 
 // Per group and 16 rows: weights' nibbles become unsigned bytes, full (hi << 4 | lo) or draft (hi << 4), and dpbusd adds

@@ -86,8 +86,13 @@ inline int store_codes(int8_t* p, const Lanes& a) {
 }
 #undef ELMOE_EACH
 
+// Attention keeps Q * kKeyBlocks<Q> sums of scores and Q * kValueChunks<Q> sums of outputs in registers.
+constexpr int kTogether = 4;  // most queries Q
+constexpr int kWiden = 2;     // least queries for which keys and values are converted once, to memory
 template <int Q>
-constexpr int kValueChunks = 8 / Q;  // of 16 sums for each of Q queries: what the registers hold
+constexpr int kKeyBlocks = 1;
+template <int Q>
+constexpr int kValueChunks = 8 / Q;
 constexpr int kTile = 4;
 
 template <int T, bool Full>

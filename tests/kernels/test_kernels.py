@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import threading
@@ -150,6 +151,57 @@ def test_attention(machine, hidden, heads, kv_heads, head_dim, norms):
         kernels.attention_block(weights, x, ours, 1, slots, positions, cosine, sine)
         assert same_bits(x, expected)
         assert same_bits(ours.keys, theirs.keys) and same_bits(ours.values, theirs.values)
+
+
+@functools.cache
+def long_attention(heads: int, kv_heads: int, head_dim: int, page_positions: int):
+    """Weights, a filled cache, and calls (x, slots, positions, expected). NaN lies behind the last position of a slot."""
+    rng = np.random.default_rng(heads)
+    weights, _, _ = attention_case(rng, 48, heads, kv_heads, head_dim)
+    pages = 1024 // page_positions
+    table = rng.permutation(3 * pages).astype(np.int32).reshape(3, pages)
+    keys = rng.standard_normal((3 * pages, 1, kv_heads, page_positions // 16, head_dim, 16)).astype(np.float16)
+    values = rng.standard_normal((3 * pages, 1, kv_heads, page_positions, head_dim)).astype(np.float16)
+    filled = KVCache(keys, values, table)
+    ends = {1: (1,), 15: (3, 15), 16: (5, 16), 17: (8, 9), 63: (31, 63), 64: (32, 64), 65: (33, 64), 1000: (1, 2, 12, 40)}
+    places = [
+        (np.zeros(count, np.int32), np.arange(length - count, length, dtype=np.int32))
+        for length, counts in ends.items()
+        for count in counts
+    ]
+    # Neighbours of one sequence far apart and in any order, and three sequences in a call.
+    ragged = ([5, 999, 16, 17, 0], range(60, 75), range(100, 141))
+    places.append((np.repeat([0, 1, 2], [5, 15, 41]).astype(np.int32), np.concatenate(ragged).astype(np.int32)))
+    cosine, sine = rotary_tables(1024, head_dim, 10000.0)
+    calls = []
+    for slots, positions in places:
+        x = normal(rng, len(slots), 48)
+        cache, expected = cut_behind(filled, slots, positions), x.copy()
+        bitslice.attention_block(weights, expected, cache, 0, slots, positions, cosine, sine)
+        calls.append((x, slots, positions, expected))
+    return weights, filled, calls
+
+
+def cut_behind(filled: KVCache, slots: np.ndarray, positions: np.ndarray) -> KVCache:
+    cut = KVCache(filled.keys.copy(), filled.values.copy(), filled.table)
+    nothing = np.full((filled.keys.shape[2], filled.keys.shape[4]), np.nan, np.float16)
+    for slot in range(len(filled.table)):
+        seen = positions[slots == slot].max(initial=-1) + 1
+        for position in range(seen, min(seen + 200, 1024)):
+            cut.write(0, slot, position, nothing, nothing)
+    return cut
+
+
+@pytest.mark.parametrize("heads,kv_heads,head_dim,page_positions", [(2, 2, 48, 64), (12, 1, 80, 16), (8, 4, 32, 32)])
+def test_attention_to_many_positions(machine, heads, kv_heads, head_dim, page_positions):
+    """Lengths and counts of queries around the sizes of blocks, tiles and groups."""
+    weights, filled, calls = long_attention(heads, kv_heads, head_dim, page_positions)
+    cosine, sine = rotary_tables(1024, head_dim, 10000.0)
+    for x, slots, positions, expected in calls:
+        ours = x.copy()
+        kernels.attention_block(weights, ours, cut_behind(filled, slots, positions), 0, slots, positions, cosine, sine)
+        assert same_bits(ours, expected), (len(slots), positions[-1])
+        assert np.isfinite(ours).all()
 
 
 def test_attention_ignores_what_lies_behind_the_length(machine):
