@@ -1,4 +1,8 @@
-"""A byte-level BPE of 4,096 tokens and the shuffled token stream. usage: tokenise.py WORK"""
+"""A byte-level BPE and the shuffled token stream. usage: tokenise.py WORK [--tokenizer]
+
+Writes WORK/tokenizer.json (kept where it exists, unless --tokenizer is given), WORK/tokens.bin (training) and
+WORK/heldout*.bin. Token 0 ends every piece.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +11,74 @@ import random
 from pathlib import Path
 
 import numpy as np
+from build_corpus import BETWEEN
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-VOCABULARY = 4096
-PIECE = 8000
-"""Characters of the pieces that are shuffled."""
-LARGEST = 12_000_000
-LARGEST_OF = {
-    "wordnet_glosses": 6_000_000, "python_docs": 6_000_000, "code_python_sympy": 4_000_000, "postgres_docs": 4_000_000,
-    "sqlite_docs": 3_000_000, "code_python_stdlib": 9_000_000,
+VOCABULARY = 8192
+PASSES = {"chat_chatterbot": 4, "chat_wikipedia": 1, "recipes": 2, "wikipedia_vital": 2, "newton_opticks": 1}
+"""Times a source is in one epoch; once where it is not named."""
+LARGEST = {
+    "wordnet_glosses": 3_000_000, "docs_python": 4_500_000, "docs_sqlite": 2_500_000, "docs_postgres": 3_500_000,
+    "code_python": 4_500_000, "code_networkx": 1_500_000, "code_django": 2_500_000, "code_sympy": 2_500_000,
+    "bible_king_james": 2_500_000, "commentary_henry": 2_500_000, "speeches_state_of_the_union": 6_000_000,
 }  # fmt: skip
-"""Characters taken of a source, so that no source outweighs the others."""
-TRAINING_PIECES = 2500
+"""Characters taken of a source, so that stories, dialogue, recipes and explanations outweigh documentation and code."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", type=Path)
-    work = parser.parse_args().work
-    pieces = []
-    for file in sorted((work / "corpus").glob("*.txt")):
-        text = file.read_text(encoding="utf-8", errors="ignore")[: LARGEST_OF.get(file.stem, LARGEST)]
-        pieces += [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
-    random.Random(1).shuffle(pieces)
+def read_pieces(file: Path) -> list[str]:
+    """Pieces of a source, in an order of their own, up to its limit."""
+    pieces = file.read_text(encoding="utf-8").strip("\n").split(BETWEEN)
+    limit = LARGEST.get(file.stem)
+    if not limit:
+        return pieces
+    random.Random(file.stem).shuffle(pieces)
+    total, taken = 0, []
+    for piece in pieces:
+        total += len(piece)
+        if total > limit:
+            break
+        taken.append(piece)
+    return taken
+
+
+def train_tokenizer(pieces: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(pieces[:TRAINING_PIECES], trainer)
-    tokenizer.save(str(work / "tokenizer.json"))
-    tokens: list[int] = []
-    for start in range(0, len(pieces), 256):
-        for encoding in tokenizer.encode_batch(pieces[start : start + 256]):
-            tokens += [*encoding.ids, 0]
-    np.array(tokens, np.uint16).tofile(work / "tokens.bin")
-    print(f"{len(tokens) / 1e6:.1f} M tokens")
+    tokenizer.train_from_iterator(pieces, trainer)
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, pieces: list[str]) -> np.ndarray:
+    parts = []
+    for start in range(0, len(pieces), 512):
+        for encoding in tokenizer.encode_batch(pieces[start : start + 512]):
+            parts.append(np.array([*encoding.ids, 0], np.uint16))
+    return np.concatenate(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--tokenizer", action="store_true", help="train the tokenizer anew")
+    arguments = parser.parse_args()
+    work, pieces = arguments.work, []
+    for file in sorted((work / "corpus").glob("*.txt")):
+        taken = read_pieces(file)
+        pieces += taken * PASSES.get(file.stem, 1)
+        print(f"{file.stem:28} {sum(map(len, taken)) / 1e6:6.2f} M characters x {PASSES.get(file.stem, 1)}")
+    random.Random(1).shuffle(pieces)
+    path = work / "tokenizer.json"
+    if arguments.tokenizer or not path.exists():
+        train_tokenizer(pieces[: len(pieces) // 3]).save(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    tokens = encode(tokenizer, pieces)
+    tokens.tofile(work / "tokens.bin")
+    for file in work.glob("heldout*.txt"):
+        encode(tokenizer, file.read_text(encoding="utf-8").split(BETWEEN)).tofile(file.with_suffix(".bin"))
+    size = sum(len(piece.encode()) for piece in pieces)
+    print(f"{len(tokens) / 1e6:.2f} M tokens of {size / len(tokens):.2f} bytes")
 
 
 if __name__ == "__main__":
