@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -79,6 +80,7 @@ def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(
         return real_preadv(handle, buffers, offset, *more)
 
     monkeypatch.setattr(os, when if when == "open" else "preadv", refuse_open if when == "open" else refuse_read)
+    gc.collect()  # what earlier tests left open must not close between the two counts
     before = len(os.listdir("/proc/self/fd"))
     with Session(store, options, reader="direct") as session:
         assert "this file system refuses O_DIRECT" in session.tier
