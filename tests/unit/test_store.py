@@ -45,6 +45,12 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
         handle.write(data)
 
 
+def shift_experts(store: Path) -> None:
+    """Experts that fill their file, but do not begin on a page."""
+    lengthen(store, 1, 64)
+    edit(store, lambda manifest: manifest["layers"][0].update(offset=4160))
+
+
 def tensor(manifest: dict, name: str) -> dict:
     return next(entry for entry in manifest["tensors"] if entry["name"] == name)
 
@@ -60,13 +66,13 @@ def ffn(manifest: dict, layer: int) -> dict:
     return manifest["model"]["layers"][layer]["feed_forward"]
 
 
-def lengthen(store: Path, index: int) -> None:
-    """A page of nothing at the end of a data file, which the manifest knows of."""
+def lengthen(store: Path, index: int, more: int = 4096) -> None:
+    """Bytes of nothing at the end of a data file, which the manifest knows of."""
 
     def change(manifest: dict) -> None:
         file = manifest["files"][index]
-        os.truncate(store / file["name"], file["bytes"] + 4096)
-        file["bytes"] += 4096
+        os.truncate(store / file["name"], file["bytes"] + more)
+        file["bytes"] += more
 
     edit(store, change)
 
@@ -133,6 +139,7 @@ def lengthen(store: Path, index: int) -> None:
             r"layers.0: .*end at byte \d+ of \d+ of 'layer-000.experts'",
         ),
         (lambda s: lengthen(s, 0), r"tensors fill \d+ of \d+ bytes of dense.bin"),
+        (shift_experts, r"layers.0.offset = 4160"),
         (lambda s: lengthen(s, 1), r"layers.0: .* end at byte \d+ of \d+ of 'layer-000.experts'"),
         (lambda s: edit(s, lambda m: m["tensors"].remove(tensor(m, "final_norm"))), r"lacks 'final_norm'"),
     ],
