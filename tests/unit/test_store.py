@@ -84,6 +84,7 @@ def lengthen(store: Path, index: int, more: int = 4096) -> None:
         (lambda s: overwrite(s / "layer-000.experts", 8, b"\x09"), "layer-000.experts.*version 9"),
         (lambda s: overwrite(s / "layer-000.experts", 16, b"\x02"), "another role or layer"),
         (lambda s: os.truncate(s / "layer-002.experts", 8192), "layer-002.experts.*8192 bytes"),
+        (lambda s: os.truncate(s / "layer-002.experts", 1 << 20), "layer-002.experts.*1048576 bytes"),
         (lambda s: (s / "layer-002.experts").unlink(), "layer-002.experts"),
         (lambda s: (s / "tokenizer.json").unlink(), "tokenizer.json"),
         (lambda s: (s / "manifest.json").unlink(), "manifest.json"),
