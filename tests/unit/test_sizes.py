@@ -10,10 +10,12 @@ import msgspec
 import pytest
 
 from elmoe.errors import ModelError
+from elmoe.models import spec_of_config
 from elmoe.models.load import load_model, model_names, model_of_config
 from elmoe.models.sizes import DEFAULTS, ModelSizes, attention_parameters
 from elmoe.models.spec import Dense, GroupedAttention, LayerSpec, ModelSpec, Moe, Rope, Router
-from elmoe.models.tensors import feed_forward, tensors
+from elmoe.models.tensors import check_formats, feed_forward, tensors
+from tests.checkpoints import tiny_config
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "sizes.json").read_text())
 """What the simulator computed of every preset when it had a description of models of its own."""
@@ -280,3 +282,21 @@ def test_a_format_that_is_unknown_or_of_nothing_is_named():
     with pytest.raises(ModelError, match=r"'layers\.0\.experts', which it does not have"):  # its first layer is dense
         msgspec.structs.replace(model, formats={"layers.0.experts": "nested8"})
     assert isinstance(msgspec.structs.replace(model, formats={"layers.0.dense_ffn": "table4"}), ModelSizes)
+
+
+def test_norms_over_the_full_width_have_the_width_of_what_they_norm():
+    spec = spec_of_config(tiny_config())
+    attention = msgspec.structs.replace(spec.layers[0].attention, query_key_norm="full")
+    layers = tuple(msgspec.structs.replace(layer, attention=attention) for layer in spec.layers)
+    shapes = {tensor.name: tensor.shape for tensor in tensors(msgspec.structs.replace(spec, layers=layers))}
+    assert shapes["layers.1.query_norm"] == (64,) and shapes["layers.1.key_norm"] == (32,)
+
+
+@pytest.mark.parametrize("name", ["layers.0.experts", "layers.1.dense_ffn", "embedding", "final_norm", "layers.9.experts"])
+def test_formats_that_a_tensor_cannot_have_are_named(name):
+    spec = spec_of_config(tiny_config(mlp_only_layers=[1]))
+    with pytest.raises(ModelError, match=name):
+        check_formats(spec, {name: "table4"})
+    check_formats(spec, {"layers.0.experts": "nested8", "final_norm": "float32"})
+    with pytest.raises(ModelError, match=r"layers\.9\.experts.*does not have"):
+        check_formats(spec, {"layers.9.experts": "nested8"})

@@ -46,6 +46,12 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
         handle.write(data)
 
 
+def shift_experts(store: Path) -> None:
+    """Experts that fill their file, but do not begin on a page."""
+    lengthen(store, 1, 64)
+    edit(store, lambda manifest: manifest["layers"][0].update(offset=4160))
+
+
 def tensor(manifest: dict, name: str) -> dict:
     return next(entry for entry in manifest["tensors"] if entry["name"] == name)
 
@@ -61,13 +67,13 @@ def ffn(manifest: dict, layer: int) -> dict:
     return manifest["model"]["layers"][layer]["feed_forward"]
 
 
-def lengthen(store: Path, index: int) -> None:
-    """A page of nothing at the end of a data file, which the manifest knows of."""
+def lengthen(store: Path, index: int, more: int = 4096) -> None:
+    """Bytes of nothing at the end of a data file, which the manifest knows of."""
 
     def change(manifest: dict) -> None:
         file = manifest["files"][index]
-        os.truncate(store / file["name"], file["bytes"] + 4096)
-        file["bytes"] += 4096
+        os.truncate(store / file["name"], file["bytes"] + more)
+        file["bytes"] += more
 
     edit(store, change)
 
@@ -79,6 +85,7 @@ def lengthen(store: Path, index: int) -> None:
         (lambda s: overwrite(s / "layer-000.experts", 8, b"\x09"), "layer-000.experts.*version 9"),
         (lambda s: overwrite(s / "layer-000.experts", 16, b"\x02"), "another role or layer"),
         (lambda s: os.truncate(s / "layer-002.experts", 8192), "layer-002.experts.*8192 bytes"),
+        (lambda s: os.truncate(s / "layer-002.experts", 1 << 20), "layer-002.experts.*1048576 bytes"),
         (lambda s: (s / "layer-002.experts").unlink(), "layer-002.experts"),
         (lambda s: (s / "tokenizer.json").unlink(), "tokenizer.json"),
         (lambda s: (s / "manifest.json").unlink(), "manifest.json"),
@@ -134,6 +141,7 @@ def lengthen(store: Path, index: int) -> None:
             r"layers.0: .*end at byte \d+ of \d+ of 'layer-000.experts'",
         ),
         (lambda s: lengthen(s, 0), r"tensors fill \d+ of \d+ bytes of dense.bin"),
+        (shift_experts, r"layers.0.offset = 4160"),
         (lambda s: lengthen(s, 1), r"layers.0: .* end at byte \d+ of \d+ of 'layer-000.experts'"),
         (lambda s: edit(s, lambda m: m["tensors"].remove(tensor(m, "final_norm"))), r"lacks 'final_norm'"),
     ],
