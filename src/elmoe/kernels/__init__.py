@@ -38,7 +38,7 @@ try:
 except ImportError as error:
     raise KernelError(
         f"the native kernels are missing ({error})",
-        "reinstall with a C++20 compiler (make demo), or use --backend reference",
+        "reinstall with a C++20 compiler (make demo)",
     ) from error
 
 __all__ = [
