@@ -65,8 +65,23 @@ def test_it_makes_no_difference_when_observations_are_folded():
         for fit in (late, at_once):
             fit.observe(int(tokens), 0.02 + 0.003 * tokens)
         at_once.seconds(1)
-        assert len(late._waiting) < 256
+        assert len(late._waiting) < 256 and len(at_once._waiting) < 8
+    late.fold()
+    at_once.fold()
     assert late.seconds([1, 5, 100]) == pytest.approx(at_once.seconds([1, 5, 100]))
+
+
+@pytest.mark.parametrize(("waiting", "taken_in"), [(7, False), (8, True)])
+def test_a_fit_takes_in_what_it_was_told_by_eights_or_when_a_choice_is_made(waiting, taken_in):
+    cost = Fit(lambda n: (0.01 * n, n))
+    cost.observe(1, 0.01)
+    before = float(cost.seconds(1))  # the first observation counts at once
+    assert before == pytest.approx(0.01)
+    for _ in range(waiting):
+        cost.observe(1, 0.005)
+    assert (cost.seconds(1) != before) == taken_in
+    cost.fold()
+    assert cost.seconds(1) < 0.9 * before
 
 
 def test_the_first_draft_pass_sets_things_up_and_does_not_count():

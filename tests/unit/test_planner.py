@@ -22,13 +22,15 @@ SKEWED = np.linspace(1.9, 0.1, 64) / 8
 """Probability that a token uses the hottest, ..., coldest expert: 8 in all."""
 
 
-def choose(planner: Planner, share: float, sequences: int, draft: float = 0.05, token: float = 0.01, use=SKEWED) -> Plan:
-    """A new choice by given costs, ``share`` of the experts fitting beside the staging."""
+def choose(
+    planner: Planner, share: float, sequences: int, draft: float = 0.05, token: float = 0.01, use=SKEWED, counted=1.0
+) -> Plan:
+    """A new choice by given costs, ``share`` of the experts fitting beside the staging, behind so many counted tokens."""
     planner.costs.draft_seconds = lambda tokens: draft + 0.001 * tokens
     planner.costs.target_seconds = lambda tokens: 0.05 + token * np.asarray(tokens)
     budget = int(share * SIZES.all_experts) + SIZES.staging
     planner.begin_run()
-    planner.plan(sequences, replace(SIZES), budget, np.tile(use, (LAYERS, 1)))
+    planner.plan(sequences, replace(SIZES), budget, np.tile(counted * use, (LAYERS, 1)))
     return planner.chosen
 
 
@@ -36,6 +38,15 @@ def with_reads(bandwidth: float) -> Planner:
     planner = Planner(SHAPE)
     planner.costs.observe_reads(int(bandwidth), 1.0)
     return planner
+
+
+def filled(planner: Planner, msb: int, lsb: int) -> ResidentSet:
+    """Residents of all slots chosen, but for one in twenty and so many more of either kind."""
+    found = ResidentSet.empty(LAYERS, EXPERTS)
+    for slices, slots, free in ((found.msb, planner.chosen.slots.msb, msb), (found.lsb, planner.chosen.slots.lsb, lsb)):
+        rows = np.arange(sum(slots) - sum(slots) // 20 - free)
+        slices[rows % LAYERS, rows // LAYERS] = True
+    return found
 
 
 # --- what is chosen
@@ -79,28 +90,30 @@ def test_bytes_that_recent_routing_tells_choose_between_the_modes():
     """Of a text whose neighbouring tokens use the same experts a draft's verification reads as much as one token."""
     repeating, independent = with_reads(1e9), with_reads(1e9)
     rng = np.random.default_rng(0)
-    counts = np.full((LAYERS, EXPERTS), 100.0)
+    uniform = np.full(EXPERTS, 8 / EXPERTS)
     for planner in (repeating, independent):
-        choose(planner, 0.3, 1)
-        found = ResidentSet.empty(LAYERS, EXPERTS)
+        choose(planner, 0.3, 1, use=uniform, counted=100)
+        found = filled(planner, -9, -9)
         for token in range(60):
             if planner is independent or token % 8 == 0:
                 experts = np.stack([rng.permutation(64)[:8] for _ in range(LAYERS)]).astype(np.int32)
-            planner.observe_routing({0: 1}, experts[:, None], found, counts, 1.0)
+            planner.observe_routing({0: 1}, experts[:, None], found)
     assert choose(repeating, 0.3, 1).draft_length > 0
     assert choose(independent, 0.3, 1).draft_length == 0
 
 
 @pytest.mark.parametrize(
-    ("tokens", "filled", "learned"), [(50, 0.95, True), (49.9, 0.95, False), (50, 0.949, False), (50, 1.0, True)]
+    ("tokens", "msb", "lsb", "learned"),
+    [(50.1, 0, 0, True), (49.9, 0, 0, False), (50.1, 1, 0, False), (50.1, 0, 1, False), (50.1, -9, -9, True)],
 )
-def test_bytes_are_learned_once_counts_and_slots_have_settled(tokens, filled, learned):
+def test_bytes_are_learned_once_popularity_and_slots_have_settled(tokens, msb, lsb, learned):
+    """``msb``, ``lsb``: slots free beyond one in twenty."""
     planner = with_reads(1e9)
-    choose(planner, 0.3, 1)
-    counts, found = np.full((LAYERS, EXPERTS), tokens / 8), ResidentSet.empty(LAYERS, EXPERTS)
-    experts = np.tile(np.arange(8, dtype=np.int32), (LAYERS, 1, 1))
+    choose(planner, 0.5, 1, draft=1.0, counted=tokens)  # as many LSB slices as MSB slices
+    found = filled(planner, msb, lsb)
+    experts = np.tile(np.arange(56, 64, dtype=np.int32), (LAYERS, 1, 1))
     for _ in range(20):
-        planner.observe_routing({0: 1}, experts, found, counts, filled)
+        planner.observe_routing({0: 1}, experts, found)
     assert (planner.reads.ratios.tolist() != [1.0] * len(DRAFT_LENGTHS)) == learned
 
 
@@ -406,8 +419,8 @@ def test_planning_takes_a_hundredth_of_the_time_at_most(passed, again):
     first = planner.chosen
     planner.observe_draft(1, passed / 4)
     planner.observe_target(1, 3 * passed / 4, 0.0)
+    assert (planner.standing(*arguments[:2]) is None) == again
     planner.plan(*arguments)
-    planner.observe_planning(0.0)  # of no choice, unless there was one
     assert (planner.chosen is not first) == again
 
 
@@ -449,6 +462,9 @@ def test_plain_steps_are_learned_from_once(monkeypatch):
         for _ in range(5):
             planner.observe_target(1, 0.5, 0.4)
             planner.observe_step(1, 0, 10**8, seconds)
+    for _ in range(2):
+        planner.begin_run()
+        planner.plan(1, SIZES, SIZES.minimum, np.zeros((LAYERS, EXPERTS)))
     assert learned == [(pytest.approx(0.2), 5), (pytest.approx(0.6), 5)]
 
 

@@ -116,18 +116,6 @@ class ExpertTier:
         return self._residency.popularity
 
     @property
-    def filled(self) -> float:
-        """Share of the slots of the kind with more of them free that residents take."""
-        if self._slots is None:
-            return 1.0
-        two = self._lsb_bytes > 0  # a layer of one slice has no LSB slots to fill
-        kinds = (
-            (np.array(self._slots.msb), self.resident.msb),
-            (np.array(self._slots.lsb)[two], self.resident.lsb[two]),
-        )
-        return min((float(resident.sum()) / float(slots.sum()) for slots, resident in kinds if slots.any()), default=1.0)
-
-    @property
     def waited(self) -> float:
         """Seconds spent waiting for reads since the tier began."""
         return 0.0

@@ -21,7 +21,7 @@ class TierManager:
         self._sizes: FastTierSizes
         self._plan: Plan | None = None
         self._read = tier.bytes_read, tier.reading_seconds
-        self._missed, self._learning = 0, 0.0
+        self._missed = 0
 
     def expect(self, sizes: FastTierSizes, budget: int) -> None:
         """Requests are about to come whose KV cache takes at most ``sizes.kv`` of the ``budget`` bytes."""
@@ -29,7 +29,7 @@ class TierManager:
         # An accounted tier holds the whole KV cache from the start; in an enforced one slices use its room until it grows.
         self._sizes = replace(sizes, kv=-1) if self._tier.enforced else sizes
         self._read = self._tier.bytes_read, self._tier.reading_seconds
-        self._missed, self._learning = self._tier.missed_bytes, 0.0
+        self._missed = self._tier.missed_bytes
         if self._tier.enforced:
             self._cache.shrink()
         self.planner.begin_run()
@@ -40,10 +40,12 @@ class TierManager:
             return self._plan
         page = sequences * self._cache.page_bytes
         changed = self._fit_cache(page) if self._tier.enforced else False
-        began = perf_counter()
-        plan = self.planner.plan(sequences, self._sizes, self._budget, self._tier.counts)
-        self.planner.observe_planning(perf_counter() - began + self._learning)
-        old, self._plan = self._plan, plan
+        plan, old = self.planner.standing(sequences, self._sizes), self._plan
+        if plan is None:
+            began = perf_counter()
+            plan = self.planner.plan(sequences, self._sizes, self._budget, self._tier.counts)
+            self.planner.observe_planning(perf_counter() - began)
+        self._plan = plan
         if changed or old is None or (plan.slots is not old.slots and plan.slots != old.slots):
             sizes = self._sizes
             capacity = sizes.staging if plan.slots is None else self._budget - sizes.dense - sizes.kv
@@ -72,18 +74,19 @@ class TierManager:
             planner.observe_target(len(done.rows), done.seconds, done.waited)
         if tier.enforced:
             self._learn_reads()
-        for verdict in outcome.verdicts.values():
-            for confidence, accepted in verdict.judged:
-                planner.observe_judged(confidence, accepted)
-        if len(outcome.passes) != 1 or not outcome.verdicts or outcome.batch.chunks:
+        verdicts, drafted = outcome.verdicts, outcome.drafted
+        if drafted:
+            for verdict in verdicts.values():
+                for confidence, accepted in verdict.judged:
+                    planner.observe_judged(confidence, accepted)
+        if len(outcome.passes) != 1 or not verdicts or outcome.batch.chunks:
             return  # of no one kind: what it took and read says nothing of a decode step
-        if tier.learns:
-            counts, routing = outcome.committed_routing()
-            planner.observe_routing(counts, routing, tier.found, tier.counts, tier.filled)
-        began, missed = perf_counter(), tier.missed_bytes
-        drafted = sum(verdict.drafted for verdict in outcome.verdicts.values())
-        planner.observe_step(len(outcome.verdicts), drafted, missed - self._missed, seconds)
-        self._missed, self._learning = missed, perf_counter() - began
+        if outcome.routing is not None:
+            counts = {sequence.index: len(verdict.rows) for sequence, verdict in verdicts.items()}
+            planner.observe_routing(counts, outcome.routing, tier.found)
+        missed = tier.missed_bytes
+        planner.observe_step(len(verdicts), drafted, missed - self._missed, seconds)
+        self._missed = missed
 
     def _learn_reads(self) -> None:
         """Tell of reads once they were as many as an expert has in every layer."""

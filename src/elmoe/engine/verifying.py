@@ -31,12 +31,11 @@ class Outcome:
     batch: Batch
     verdicts: dict[Sequence, Verdict]
     passes: list[Pass] = field(default_factory=list)
-
-    def committed_routing(self) -> tuple[dict[int, int], NDArray[np.int32]]:
-        """Tokens that each sequence committed in the one pass, and their (layers, tokens, k) routing, by sequence."""
-        rows = [row for verdict in self.verdicts.values() for row in verdict.rows]
-        counts = {sequence.index: len(verdict.rows) for sequence, verdict in self.verdicts.items()}
-        return counts, self.passes[0].routings.of(rows)
+    drafted: int = 0
+    """Tokens drafted in all."""
+    routing: NDArray[np.int32] | None = None
+    """(layers, tokens, k) of the tokens that the last pass committed, by sequence, behind them those of prompts; None where
+    the tier does not learn."""
 
 
 class Verifier:
@@ -91,9 +90,11 @@ class Verifier:
         for sequence, span in spans.items():
             verdict = self._judge(sequence, span, done, proposals)
             outcome.verdicts[sequence] = verdict
+            outcome.drafted += verdict.drafted
             kept += verdict.rows
         if self._tier.learns:
-            self._tier.end_step(phase, done.routings.of([*kept, *range(sampled, len(rows))]))
+            outcome.routing = done.routings.of([*kept, *range(sampled, len(rows))])
+            self._tier.end_step(phase, outcome.routing)
         else:
             self._tier.end_step(phase, None)
 

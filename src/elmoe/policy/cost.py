@@ -28,8 +28,11 @@ EXPOSED = 0.5
 FIRST_DRAFTS = 1
 """Draft passes that are not learned from, because they set up what later ones use. The first one took 20 ms instead of 1 ms
 on the demo model (docs/log.md, 2026-11-27)."""
-FOLDED_TOGETHER = 256
-"""Observations that wait at most until they are folded into a fit. A fold takes a tenth of a small model's step."""
+FOLDED_TOGETHER = 8
+"""Observations that wait at most until a fit that is asked takes them in: between two choices, a draft may be stopped by
+what was known some passes before. A fold takes a tenth of a small model's step."""
+MOST_WAITING = 256
+"""Observations that wait at most where nobody asks."""
 CHOICES = [list(parts) for count in (3, 2, 1) for parts in combinations((1, 2, 0), count)]
 """Sets of the parts fixed (0), scale (1) and slope (2) to solve for, in the order of preference."""
 
@@ -62,22 +65,25 @@ class Fit:
             self._skip -= 1
         elif seconds > 0:
             self._waiting.append((amount, seconds))
-            self.known = True
-            if len(self._waiting) >= FOLDED_TOGETHER:
-                self._fold()
+            if not self.known:
+                self.known, self._cost = True, None
+            if len(self._waiting) >= MOST_WAITING:
+                self.fold()
 
     def seconds(self, amount: Any) -> Values:
-        """Predicted seconds of an amount or an array of amounts."""
-        if self._waiting:
-            self._fold()
-        if self._cost is None:
+        """Predicted seconds of an amount or an array of amounts, by all but the last few observations."""
+        if self._cost is None or len(self._waiting) >= FOLDED_TOGETHER:
+            self.fold()
             self._cost = self._solve()
         fixed, scale, slope = self._cost
         assumed, count = self._features(np.asarray(amount, np.float64))
         predicted: Values = fixed + scale * assumed + slope * count
         return predicted
 
-    def _fold(self) -> None:
+    def fold(self) -> None:
+        """Take in what was observed."""
+        if not self._waiting:
+            return
         amounts, seconds = np.array(self._waiting).T
         self._waiting.clear()
         rows = np.stack((np.ones_like(amounts), *self._features(amounts)), axis=1) / seconds[:, None]
@@ -131,6 +137,11 @@ class Costs:
         """Learn from the bytes that a pass read, and the seconds in which some read was in flight."""
         self._reads.observe(read, seconds)
         self._read = BANDWIDTH_DECAY * self._read[0] + read, BANDWIDTH_DECAY * self._read[1] + seconds
+
+    def fold(self) -> None:
+        """Take in all that was observed."""
+        for fit in (self._drafts, self._targets, self._reads):
+            fit.fold()
 
     @property
     def draft_known(self) -> bool:

@@ -24,6 +24,8 @@ from elmoe.policy.residency import ResidentSet
 Mode = Literal["plain", "cache", "elastic"]
 """``plain``: nothing is kept, nothing drafted. ``cache``: slices are kept. ``elastic``: slices are kept and draft."""
 Values = NDArray[np.float64]
+_Step = tuple[int, int, int, float]
+"""Tokens drafted, sequences, bytes that were not resident, seconds."""
 
 DRAFT_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 14, 16)
 """Draft lengths to choose from."""
@@ -118,8 +120,9 @@ def best(rate: Values, lengths: NDArray[np.int64], same: NDArray[np.bool_], draf
 class Planner:
     """Plans steps and learns from what came of them. No clock: seconds are handed in.
 
-    Per step: :meth:`plan`, :meth:`proceed` after each draft pass, :meth:`observe_draft` or :meth:`observe_target` after each
-    pass, :meth:`observe_judged` for each judged draft token, :meth:`observe_step` at the end.
+    Per step: :meth:`standing` and, where that is None, :meth:`plan`; :meth:`proceed` after each draft pass;
+    :meth:`observe_draft` or :meth:`observe_target` after each pass; :meth:`observe_judged` for each judged draft token;
+    :meth:`observe_step` at the end.
     """
 
     def __init__(
@@ -146,8 +149,9 @@ class Planner:
         self._room, self._covered, self._gain = 0, 1.0, 0.0
         self._seconds: dict[bool, tuple[float, float]] = {}  # measured and modelled, by mode, decayed
         self._stale, self._passed, self._due = True, 0.0, 0.0  # seconds since the last choice, and until the next
-        self._just_chosen = False
-        self._plain, self._together = (0, 0, 0.0), 0  # plain steps not learned from yet: number, slow bytes, seconds
+        self._popular = False  # whether the last choice knew the popularity of experts
+        self._settled = 0.0, 0.0  # residents by kind of slice that count as all slots in use
+        self._steps: list[_Step] = []  # not learned from yet
         self._resting = self._drafting = self._since_plain = 0  # plain steps, steps with drafts; since a plain step
         self._wait, self._tried = SETTLED, False
 
@@ -168,9 +172,21 @@ class Planner:
             uses of experts, decayed; all zero where none are known.
         :raises BudgetError: a given split does not fit the budget.
         """
-        changed = self._stale or sizes is not self._sizes or sequences != self._sequences
-        if self.chosen is None or changed or self._choice_due:
+        standing = self.standing(sequences, sizes)
+        if standing is None:
             self._choose(sequences, sizes, budget, counts)
+            standing = self._deviation()
+        return standing
+
+    def standing(self, sequences: int, sizes: FastTierSizes) -> Plan | None:
+        """The plan of the next step where the last choice stands, None where :meth:`plan` would choose. Hot: a
+        small model in memory takes 0.2 ms a step."""
+        if self._stale or sizes is not self._sizes or sequences != self._sequences or self._choice_due:
+            return None
+        return self._deviation()
+
+    def _deviation(self) -> Plan:
+        """The last choice, or a trial or a measurement instead."""
         chosen = self.chosen
         assert chosen is not None
         if not self._chooses_length:
@@ -188,19 +204,19 @@ class Planner:
     def _choice_due(self) -> bool:
         """Whether enough time has passed since the last choice, and there is a choice: of slices, or of drafts that are
         under way or have rested. A small model in memory rests for long, where a choice takes a tenth of a step."""
-        open_choice = len(self._candidates[0]) > 1 or self._drafting > 0 or self._resting >= self._wait
-        return open_choice and self._passed >= self._due
+        if self._passed < self._due:
+            return False
+        return self._resting >= self._wait or self._drafting > 0 or len(self._candidates[0]) > 1
 
     def observe_planning(self, seconds: float) -> None:
-        """Take note of the seconds that the last choice took, with what was learned for it; the next one waits until they
-        are a small share of the time."""
-        if self._just_chosen:
-            self._due = seconds / PLANNING if self._chooses else np.inf
-            self._just_chosen = False
+        """Take note of the seconds that a choice took; the next one waits until they are a small share of the time."""
+        self._due = seconds / PLANNING if self._chooses else np.inf
 
     def _choose(self, sequences: int, sizes: FastTierSizes, budget: int, counts: NDArray[np.float64]) -> None:
         """Choose the slices and the draft length of the highest modelled rate."""
         shape, lengths, costs = self.shape, self._lengths, self.costs
+        costs.fold()
+        self._learn_steps()
         if counts.any():
             costs.use = popularity(counts, shape.top_k)
         if sizes is not self._sizes:
@@ -228,10 +244,12 @@ class Planner:
         self._gain = float(rate[lengths > 0].max(initial=0.0) / rate[lengths == 0].max(initial=1e-30))
         self._modelled, self._needed = modelled[:, column], needed[:, column]
         self._room, self._covered = int(room[column]), shares[column]
+        self._popular = counts.sum() >= SETTLED_TOKENS * max(1, shape.layers * shape.top_k)
+        self._settled = SETTLED_SLOTS * msb[column].sum(), SETTLED_SLOTS * lsb[column] @ (self._bytes[1] > 0)
         self.chosen = Plan(plans[column], int(lengths[row]), float(rate[row, column]))
         self._judge_drafts()
         self._sequences = sequences
-        self._stale, self._just_chosen, self._passed = False, True, 0.0
+        self._stale, self._passed = False, 0.0
 
     def _judge_drafts(self) -> None:
         """After a choice: where drafts or a trial of them were given up, wait with the next trial."""
@@ -272,7 +290,7 @@ class Planner:
                 reach *= self.acceptance.of(confidence)
                 tokens += reach
             reaches.append(reach)
-        further = np.arange(limit - depth + 1)
+        further = np.arange(limit - depth + 1, dtype=np.float64)
         seconds = self._step_seconds(depth + further, sequences * (1 + further) + drafted, sequences)
         gained = sequences * np.cumsum(self.acceptance.expected(self._covered) ** further[1:])
         spent = float(seconds[0])
@@ -289,20 +307,14 @@ class Planner:
         self.costs.observe_target(tokens, seconds - waited)
         self._passed += seconds
 
-    def observe_routing(
-        self, committed: dict[int, int], experts: NDArray[np.int32], found: ResidentSet, counts: NDArray[np.float64],
-        filled: float,
-    ) -> None:  # fmt: skip
-        """Learn what drafts of other lengths would read, once slots and counts have settled.
+    def observe_routing(self, committed: dict[int, int], experts: NDArray[np.int32], found: ResidentSet) -> None:
+        """Learn what drafts of other lengths would read, once slots and popularity have settled.
 
         :param committed: tokens that each sequence committed. :param experts: their (layers, tokens, k) experts.
-        :param found: what the pass found resident. :param counts: see :meth:`plan`. :param filled: share of slots in use.
+        :param found: what the pass found resident; not changed afterwards.
         """
-        if not (self._has_reads and self._chooses):
-            return
-        counted = counts.sum() / max(1, self.shape.layers * self.shape.top_k)
-        settled = counted >= SETTLED_TOKENS and filled >= SETTLED_SLOTS
-        self.reads.observe(committed, experts, found, self._modelled if settled else None)
+        if self._has_reads and self._chooses:
+            self.reads.observe(committed, experts, found, self._modelled if self._popular else None, self._settled)
 
     def observe_judged(self, confidence: float, accepted: bool) -> None:
         """Learn from a judged draft token, one whose prefix was accepted."""
@@ -310,27 +322,26 @@ class Planner:
 
     def observe_step(self, sequences: int, drafted: int, slow_bytes: int, seconds: float) -> None:
         """Learn from a whole decode step: tokens drafted in all, expert bytes of its target pass that were not resident, and
-        its seconds.
+        its seconds. Cheap: the next choice learns from all steps before it."""
+        if self.chosen is not None and self._chooses:
+            self._count(drafted > 0, self.chosen)
+            self._steps.append((drafted, sequences, slow_bytes, seconds))
 
-        Where planning skips steps, plain ones are learned from together, by their mean: modelling a step takes as long as a
-        choice, and the step that ends the wait for a choice is longer than most.
-        """
-        chosen = self.chosen
-        if chosen is None or not self._chooses:
+    def _learn_steps(self) -> None:
+        """Correct the modes by the steps since the last choice. Plain ones in a row count by their mean: the step that ends
+        the wait for a choice is longer than most."""
+        if not self._steps:
             return
-        self._count(drafted > 0, chosen)
-        if drafted:
-            depth, tokens = np.array(round(drafted / sequences)), np.array(sequences + drafted)
-            self.correct(True, seconds, float(self._step_seconds(depth, tokens, sequences, slow_bytes)))
-            return
-        if sequences != self._together:
-            self._plain, self._together = (0, 0, 0.0), sequences
-        steps, slow, taken = self._plain[0] + 1, self._plain[1] + slow_bytes, self._plain[2] + seconds
-        self._plain = steps, slow, taken
-        if self._drafting or self._choice_due:
-            modelled = float(self._step_seconds(np.array(0), np.array(sequences), sequences, slow / steps))
-            self.correct(False, taken / steps, modelled, steps)
-            self._plain = 0, 0, 0.0
+        number, sequences, slow, seconds = np.array(self._steps).T
+        modelled = self._step_seconds(np.rint(number / sequences), sequences + number, sequences, slow)
+        start = 0
+        for end in range(1, len(number) + 1):
+            if end < len(number) and number[start] == 0 == number[end] and sequences[start] == sequences[end]:
+                continue
+            row = slice(start, end)
+            self.correct(bool(number[start]), float(seconds[row].mean()), float(modelled[row].mean()), end - start)
+            start = end
+        self._steps.clear()
 
     def _count(self, drafted: bool, chosen: Plan) -> None:
         """Count steps for trials and measurements."""
@@ -369,9 +380,7 @@ class Planner:
             believed = self._believed(not drafted) * idle[1]
             self._seconds[not drafted] = idle[0] + share * (believed - idle[0]), idle[1]
 
-    def _step_seconds(
-        self, depth: NDArray[np.int64], tokens: NDArray[np.int64], sequences: int, needed: float | None = None
-    ) -> Values:
+    def _step_seconds(self, depth: Values, tokens: Values, sequences: int | Values, needed: Values | None = None) -> Values:
         """Modelled seconds of steps of so many draft passes and verified tokens. ``needed``: bytes to read, by default what
         recent routing tells."""
         needed_bytes = np.interp(tokens / sequences - 1, self._lengths, self._needed) if needed is None else needed

@@ -7,6 +7,7 @@ so all lengths, plain decoding among them, are measured on the same text and the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ PRIOR = 2.0
 LONGEST = 6
 """Longest draft whose reads are measured. Those of longer ones stand to their model as those of this one."""
 
+_Waiting = tuple[dict[int, int], NDArray[np.int32], ResidentSet, NDArray[np.float64] | None, tuple[float, float]]
 _Pass = tuple[list[int], NDArray[np.uint8], NDArray[np.float64]]
 """Each sequence's first token in a pass, bits of the slices found resident by kind and layer, and modelled bytes by draft
 length."""
@@ -35,11 +37,13 @@ class ReadHistory:
         self._bytes = np.array([msb, lsb], np.int64)
         self._lengths = np.array([length for length in lengths if length <= max(LONGEST, lengths[0])])
         self._horizon = int(self._lengths[-1]) + 1
+        self._waiting: list[_Waiting] = []  # passes not looked at yet: many at once take less time than one by one
         self._measured, self._modelled = np.zeros(len(lengths)), np.zeros(len(lengths))
         self._begin(())
 
     def end_run(self) -> None:
         """Sequences of the next run may be numbered as these, but do not continue them."""
+        self._look()
         self._learn()
         self._begin(())
 
@@ -50,32 +54,48 @@ class ReadHistory:
         self._passes: list[_Pass] = []
 
     def observe(
-        self, sequences: dict[int, int], experts: NDArray[np.int32], found: ResidentSet, modelled: NDArray[np.float64] | None
-    ) -> None:
-        """Remember a target pass.
+        self, sequences: dict[int, int], experts: NDArray[np.int32], found: ResidentSet,
+        modelled: NDArray[np.float64] | None, settled: tuple[float, float] = (0.0, 0.0),
+    ) -> None:  # fmt: skip
+        """Remember a target pass; cheap.
 
         :param sequences: how many tokens each committed. :param experts: (layers, tokens, k) of those tokens, sequence by
             sequence. :param found: resident when the pass began. :param modelled: bytes by draft length, None where they say
-            nothing because slices were just changed.
+            nothing. :param settled: (MSB, LSB) slices that must be resident, or its bytes tell of slices just changed.
         """
-        if tuple(sequences) != self._sequences:  # what others touch does not continue what these did
-            self._learn()
-            self._begin(tuple(sequences))
-        if modelled is not None:
-            residents = np.packbits([found.msb, found.lsb], axis=2)
-            self._passes.append(([len(tokens) for tokens in self._tokens], residents, modelled))
+        self._waiting.append((sequences, experts, found, modelled, settled))
+
+    def _look(self) -> None:
+        """Look at the passes that wait."""
+        for numbers, group in groupby(self._waiting, lambda one: tuple(one[0])):
+            if numbers != self._sequences:  # what others touch does not continue what these did
+                self._learn()
+                self._begin(numbers)
+            self._add(list(group))
+        self._waiting.clear()
+
+    def _add(self, passes: list[_Waiting]) -> None:
+        """Add passes of the present sequences."""
+        residents = np.packbits([(found.msb, found.lsb) for _, _, found, _, _ in passes], axis=3)
+        two_slices = self._bytes > 0
+        present = (np.bitwise_count(residents).sum(axis=3, dtype=np.int64) * two_slices).sum(axis=2)
+        experts = np.concatenate([experts for _, experts, _, _, _ in passes], axis=1)
         layers, count, _ = experts.shape
-        used = np.zeros((count, *found.msb.shape), bool)
+        used = np.zeros((count, *passes[0][2].msb.shape), bool)
         used[np.arange(count)[:, None], np.arange(layers)[:, None, None], experts] = True
         at = len(self._touched)
         self._touched.extend(np.packbits(used, axis=2))
-        for tokens, committed in zip(self._tokens, sequences.values(), strict=True):
-            tokens.extend(range(at, at + committed))
-            at += committed
+        for (sequences, _, _, modelled, settled), found, kinds in zip(passes, residents, present.tolist(), strict=True):
+            if modelled is not None and kinds[0] >= settled[0] and kinds[1] >= settled[1]:
+                self._passes.append(([len(tokens) for tokens in self._tokens], found, modelled))
+            for tokens, committed in zip(self._tokens, sequences.values(), strict=True):
+                tokens.extend(range(at, at + committed))
+                at += committed
 
     @property
     def ratios(self) -> NDArray[np.float64]:
         """(lengths,) measured over modelled bytes."""
+        self._look()
         self._learn()
         return np.divide(self._measured, self._modelled, out=np.ones_like(self._measured), where=self._modelled > 0)
 
