@@ -6,9 +6,8 @@ the experts it needs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,8 +92,7 @@ class AllExperts:
         """See ``ExpertSource``."""
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """One token per row: its id, the cache slot of its sequence and its absolute position, int32 each."""
 
     ids: NDArray[np.int32]

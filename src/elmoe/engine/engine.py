@@ -104,7 +104,7 @@ class Engine:
                 return self.scheduler.commit(batch)  # what was aborted
             plan = self._manager.plan(len(self.scheduler.running))
             began = perf_counter()
-            proposals = self._drafter.draft(batch, plan)
+            proposals = self._drafter.draft(batch, plan) if plan.draft_length else {}
             outcome = self._verifier.run(batch, proposals)
             outputs = self.scheduler.commit(batch)
             self._manager.learn(outcome, perf_counter() - began)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from elmoe.engine.kv_cache import PAGE_POSITIONS, PagedCache, pages_for
 from elmoe.engine.request import Output, Request
-from elmoe.engine.sequence import Sequence, State
+from elmoe.engine.sequence import DECODING, FINISHED, PREFILL, WAITING, Sequence
 from elmoe.errors import BudgetError, ElmoeError, RequestError
 from elmoe.models.spec import ModelSpec
 from elmoe.text import TextStream
@@ -22,8 +22,7 @@ TextFactory = Callable[[tuple[int, ...], tuple[str, ...]], TextStream]
 """Makes the text of a sequence from its prompt and its stop strings."""
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Positions [first, last) of a sequence that are computed without drawing a token."""
 
     sequence: Sequence
@@ -31,8 +30,7 @@ class Chunk:
     last: int
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """What a step computes: the next tokens of sequences that decode, and beside them chunks of prompts."""
 
     decoding: list[Sequence]
@@ -60,7 +58,7 @@ class Scheduler:
         batch. Otherwise the first token of each comes as soon as its own prompt is computed."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self._next_request = self._next_index = 0
+        self._next_request = self._next_index = self._preempted = 0
         self._ended: list[Output] = []
         self.first_request = 0
         """Id of the first of a closed set of requests; outputs number requests from it."""
@@ -124,27 +122,26 @@ class Scheduler:
             self._admit()
         decoding: list[Sequence] = []
         chunks: list[Chunk] = []
-        left = self.chunk
-        prompts_first = self.together and not any(one.state is State.DECODING for one in self.running)
+        left, preempted = self.chunk, self._preempted
         for sequence in self.running[:]:
-            if sequence.state is State.WAITING:
+            if sequence.state is WAITING:
                 continue  # preempted by an older one
             if len(sequence.tokens) - 1 == sequence.computed:
                 if self._reserve(sequence, len(sequence.tokens)):
-                    sequence.state = State.DECODING
                     decoding.append(sequence)
             elif left > 0:
                 last = sequence.computed + min(left, sequence.uncomputed)
                 if self._reserve(sequence, last):
                     chunks.append(Chunk(sequence, sequence.computed, last))
                     left -= last - sequence.computed
-        if chunks:
-            chunks = [chunk for chunk in chunks if chunk.sequence.entry.row >= 0]
-        if prompts_first and chunks:
-            for sequence in decoding:
-                sequence.state = State.PREFILL
-            decoding = []
-        return Batch([one for one in decoding if one.state is State.DECODING], chunks)
+        if self._preempted != preempted:
+            decoding = [one for one in decoding if one.state is not WAITING]
+            chunks = [chunk for chunk in chunks if chunk.sequence.state is not WAITING]
+        if chunks and self.together and not any(one.state is DECODING for one in self.running):
+            return Batch([], chunks)
+        for sequence in decoding:
+            sequence.state = DECODING
+        return Batch(decoding, chunks)
 
     def _admit(self) -> None:
         """Start waiting sequences, oldest first, while there are rows, and pages for their next chunk."""
@@ -158,14 +155,14 @@ class Scheduler:
             if self._cache.missing(sequence.entry, wanted) > self._cache.free_pages and self.running:
                 return
             self.waiting.remove(sequence)
-            sequence.state, sequence.leader = State.PREFILL, None
+            sequence.state, sequence.leader = PREFILL, None
             self._cache.bind(sequence.entry)
             self.running.append(sequence)
 
     def _reserve(self, sequence: Sequence, positions: int) -> bool:
         """Give a sequence pages, taking them from copies that wait and from younger sequences if there are none; False if it
         had to give way itself."""
-        if not self._cache.missing(sequence.entry, positions):
+        if positions <= len(sequence.entry.pages) * PAGE_POSITIONS:
             return True
         while self._cache.missing(sequence.entry, positions) > self._cache.free_pages:
             holder = next((one for one in reversed(self.waiting) if one.entry.pages), None) or self.running[-1]
@@ -178,7 +175,8 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; its positions are computed again when its turn comes."""
         self._cache.release(sequence.entry)
-        sequence.computed, sequence.state = 0, State.WAITING
+        sequence.computed, sequence.state = 0, WAITING
+        self._preempted += 1
         if sequence in self.running:
             self.running.remove(sequence)
             self.waiting.appendleft(sequence)
@@ -203,7 +201,8 @@ class Scheduler:
                 if len(sequence.entry.pages) * PAGE_POSITIONS >= sequence.computed + PAGE_POSITIONS:
                     self._cache.trim(sequence.entry, sequence.computed)
                 outputs.append(sequence.report(self.first_request))
-        return outputs + [self._retire(one) for one in self.running[:] if one.finish is not None]
+        outputs += [self._retire(one) for one in self.running[:] if one.finish is not None]
+        return outputs
 
     def _share(self, leader: Sequence) -> None:
         """Give the copies of a prompt its pages once it is computed."""
@@ -225,5 +224,5 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        sequence.state = State.FINISHED
+        sequence.state = FINISHED
         return sequence.report(self.first_request, digest)

@@ -22,6 +22,9 @@ class State(Enum):
     FINISHED = "finished"
 
 
+WAITING, PREFILL, DECODING, FINISHED = State  # Python 3.11 takes long to find a member by its class
+
+
 @dataclass(eq=False)
 class Sequence:
     """One answer to a request. ``tokens``: prompt and committed output; ``computed``: positions whose keys and values are in

@@ -182,7 +182,10 @@ class Costs:
 
     def _memory_seconds(self, tokens: Values, slices: int) -> Values:
         """Seconds of reading what a pass touches from memory. ``slices``: bytes of one expert in every layer."""
-        touched: Values = (1 - (1 - self.use) ** tokens[..., None]).sum(axis=-1)
+        different, which = np.unique(
+            tokens, return_inverse=True
+        )  # most passes of a run are of few sizes, and powers are dear
+        touched: Values = (1 - (1 - self.use) ** different[:, None]).sum(axis=-1)[which].reshape(tokens.shape)
         return (self._shape.dense + touched * slices) / ASSUMED_MEMORY_BANDWIDTH
 
     def _stalls(self, slow_bytes: Values) -> Values:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,11 +65,11 @@ SPLITS = 6
 @dataclass(frozen=True)
 class Plan:
     """A step's plan. ``slots``: slices kept per layer, None to keep none. ``draft_length``: most tokens to draft for each
-    sequence. ``rate``: modelled tokens per second of what the planner chose."""
+    sequence. ``rate``: modelled tokens per second of what the planner chose; None where it had no choice."""
 
     slots: SlotPlan | None
     draft_length: int
-    rate: float
+    rate: float | None
 
     @property
     def mode(self) -> Mode:
@@ -214,14 +214,18 @@ class Planner:
 
     def _choose(self, sequences: int, sizes: FastTierSizes, budget: int, counts: NDArray[np.float64]) -> None:
         """Choose the slices and the draft length of the highest modelled rate."""
+        if sizes is not self._sizes:
+            self._consider(sizes, budget)
+        self._sequences, self._stale, self._passed = sequences, False, 0.0
+        plans, msb, lsb = self._candidates
         shape, lengths, costs = self.shape, self._lengths, self.costs
+        if not self._chooses:
+            self.chosen = Plan(plans[0], int(lengths[0]), None)
+            return
         costs.fold()
         self._learn_steps()
         if counts.any():
             costs.use = popularity(counts, shape.top_k)
-        if sizes is not self._sizes:
-            self._consider(sizes, budget)
-        plans, msb, lsb = self._candidates
         tokens = sequences * (1 + lengths)
         needed = modelled = np.zeros((len(lengths), len(plans)))
         if self._has_reads:
@@ -248,8 +252,6 @@ class Planner:
         self._settled = SETTLED_SLOTS * msb[column].sum(), SETTLED_SLOTS * lsb[column] @ (self._bytes[1] > 0)
         self.chosen = Plan(plans[column], int(lengths[row]), float(rate[row, column]))
         self._judge_drafts()
-        self._sequences = sequences
-        self._stale, self._passed = False, 0.0
 
     def _judge_drafts(self) -> None:
         """After a choice: where drafts or a trial of them were given up, wait with the next trial."""
@@ -290,7 +292,7 @@ class Planner:
                 reach *= self.acceptance.of(confidence)
                 tokens += reach
             reaches.append(reach)
-        further = np.arange(limit - depth + 1, dtype=np.float64)
+        further = np.arange(limit - depth + 1)
         seconds = self._step_seconds(depth + further, sequences * (1 + further) + drafted, sequences)
         gained = sequences * np.cumsum(self.acceptance.expected(self._covered) ** further[1:])
         spent = float(seconds[0])
@@ -380,7 +382,7 @@ class Planner:
             believed = self._believed(not drafted) * idle[1]
             self._seconds[not drafted] = idle[0] + share * (believed - idle[0]), idle[1]
 
-    def _step_seconds(self, depth: Values, tokens: Values, sequences: int | Values, needed: Values | None = None) -> Values:
+    def _step_seconds(self, depth: Any, tokens: Any, sequences: Any, needed: Any = None) -> Values:
         """Modelled seconds of steps of so many draft passes and verified tokens. ``needed``: bytes to read, by default what
         recent routing tells."""
         needed_bytes = np.interp(tokens / sequences - 1, self._lengths, self._needed) if needed is None else needed
