@@ -18,7 +18,7 @@ class TierManager:
     def __init__(self, planner: Planner, tier: ExpertTier, cache: PagedCache) -> None:
         self.planner, self._tier, self._cache = planner, tier, cache
         self._budget, self._most_kv = 0, 0
-        self._sizes: FastTierSizes
+        self._sizes = FastTierSizes(0, -1, 0, (), (), 0, 0)  # of no run
         self._plan: Plan | None = None
         self._read = tier.bytes_read, tier.reading_seconds
         self._missed = 0
@@ -27,7 +27,10 @@ class TierManager:
         """Requests are about to come whose KV cache takes at most ``sizes.kv`` of the ``budget`` bytes."""
         self._budget, self._most_kv, self._plan = budget, sizes.kv, None
         # An accounted tier holds the whole KV cache from the start; in an enforced one slices use its room until it grows.
-        self._sizes = replace(sizes, kv=-1) if self._tier.enforced else sizes
+        if self._tier.enforced:
+            self._sizes = replace(sizes, kv=-1)
+        elif sizes != self._sizes:  # the same object where nothing changed, so that the planner's choice stands
+            self._sizes = sizes
         self._read = self._tier.bytes_read, self._tier.reading_seconds
         self._missed = self._tier.missed_bytes
         if self._tier.enforced:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -31,8 +32,10 @@ on the demo model (docs/log.md, 2026-11-27)."""
 FOLDED_TOGETHER = 8
 """Observations that wait at most until a fit that is asked takes them in: between two choices, a draft may be stopped by
 what was known some passes before. A fold takes a tenth of a small model's step."""
-MOST_WAITING = 256
-"""Observations that wait at most where nobody asks."""
+MOST_WAITING = 512
+"""Latest observations that wait where nobody asks; earlier ones would weigh less than 1/30,000."""
+LEAST_DETERMINANT = 1e-9
+"""Of products scaled to a diagonal of ones: below it their parts cannot be told from each other."""
 CHOICES = [list(parts) for count in (3, 2, 1) for parts in combinations((1, 2, 0), count)]
 """Sets of the parts fixed (0), scale (1) and slope (2) to solve for, in the order of preference."""
 
@@ -52,9 +55,10 @@ class Fit:
 
     def __init__(self, features: Callable[[Values], tuple[Values, Values]], skip: int = 0) -> None:
         self._features, self._skip = features, skip
-        self._products, self._sums = np.zeros((3, 3)), np.zeros(3)
-        self._products[1, 1] = self._sums[1] = PRIOR
-        self._waiting: list[tuple[float, float]] = []
+        self._products, self._sums = [[0.0] * 3 for _ in range(3)], [0.0] * 3
+        self._products[1][1] = self._sums[1] = PRIOR
+        self._waiting: deque[tuple[float, float]] = deque(maxlen=MOST_WAITING)
+        self._observed = 0  # since the last fold
         self._cost: list[float] | None = None
         self.known = False
         """Whether anything was learned."""
@@ -65,10 +69,9 @@ class Fit:
             self._skip -= 1
         elif seconds > 0:
             self._waiting.append((amount, seconds))
+            self._observed += 1
             if not self.known:
                 self.known, self._cost = True, None
-            if len(self._waiting) >= MOST_WAITING:
-                self.fold()
 
     def seconds(self, amount: Any) -> Values:
         """Predicted seconds of an amount or an array of amounts, by all but the last few observations."""
@@ -84,31 +87,63 @@ class Fit:
         """Take in what was observed."""
         if not self._waiting:
             return
-        amounts, seconds = np.array(self._waiting).T
+        weight, weights = 1.0, dict[float, tuple[float, float]]()  # by amount: of 1 / seconds, and of its square
+        for amount, seconds in reversed(self._waiting):
+            one, squared = weights.get(amount, (0.0, 0.0))
+            weights[amount] = one + weight / seconds, squared + weight / (seconds * seconds)
+            weight *= DECAY
+        left = DECAY**self._observed
+        products = [[left * value for value in row] for row in self._products]
+        sums = [left * value for value in self._sums]
+        products[1][1] += PRIOR * (1 - left)  # the assumption does not fade
+        sums[1] += PRIOR * (1 - left)
+        assumed, counts = self._features(np.array(list(weights), np.float64))
+        for a, n, (one, squared) in zip(assumed.tolist(), counts.tolist(), weights.values(), strict=True):
+            row = (1.0, a, n)
+            sums = [old + one * value for old, value in zip(sums, row, strict=True)]
+            products = [
+                [old + squared * value * other for old, other in zip(line, row, strict=True)]
+                for line, value in zip(products, row, strict=True)
+            ]
+        self._products, self._sums, self._observed = products, sums, 0
         self._waiting.clear()
-        rows = np.stack((np.ones_like(amounts), *self._features(amounts)), axis=1) / seconds[:, None]
-        weights = DECAY ** np.arange(len(rows))[::-1]
-        left = DECAY ** len(rows)
-        self._products = left * self._products + (weights[:, None] * rows).T @ rows
-        self._sums = left * self._sums + weights @ rows
-        self._products[1, 1] += PRIOR * (1 - left)  # the assumption does not fade
-        self._sums[1] += PRIOR * (1 - left)
         self._cost = None
 
     def _solve(self) -> list[float]:
         """(fixed, scale, slope), without parts that would be negative or cannot be told."""
-        unit = np.sqrt(np.maximum(np.diagonal(self._products), 1e-30))
+        unit = [max(self._products[part][part], 1e-30) ** 0.5 for part in range(3)]
         for parts in CHOICES:
-            products = self._products[np.ix_(parts, parts)] / np.outer(unit[parts], unit[parts])
-            if np.linalg.det(products) < 1e-9:
-                continue
-            solved = np.linalg.solve(products, self._sums[parts] / unit[parts]) / unit[parts]
-            if (solved >= 0).all():
+            products = [[self._products[i][j] / (unit[i] * unit[j]) for j in parts] for i in parts]
+            solved = solve(products, [self._sums[part] / unit[part] for part in parts])
+            if solved is not None and all(value >= 0 for value in solved):
                 cost = [0.0, 0.0, 0.0]
-                for part, value in zip(parts, solved.tolist(), strict=True):
-                    cost[part] = value
+                for part, value in zip(parts, solved, strict=True):
+                    cost[part] = value / unit[part]
                 return cost
         return [0.0, 1.0, 0.0]
+
+
+def solve(matrix: list[list[float]], values: list[float]) -> list[float] | None:
+    """The solution of up to three equations, by Cramer's rule; None where the determinant is below
+    ``LEAST_DETERMINANT``. Not NumPy's: code that runs once in a thousand steps has left the processor's caches by then, and
+    so much of it takes milliseconds to come back."""
+    whole = determinant(matrix)
+    if whole < LEAST_DETERMINANT:
+        return None
+    return [
+        determinant([[*row[:column], value, *row[column + 1 :]] for row, value in zip(matrix, values, strict=True)]) / whole
+        for column in range(len(values))
+    ]
+
+
+def determinant(matrix: list[list[float]]) -> float:
+    """The determinant of a small matrix, by its first row."""
+    if len(matrix) == 1:
+        return matrix[0][0]
+    return sum(
+        (-1) ** column * value * determinant([[*row[:column], *row[column + 1 :]] for row in matrix[1:]])
+        for column, value in enumerate(matrix[0])
+    )
 
 
 class Costs:

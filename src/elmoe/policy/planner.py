@@ -8,6 +8,7 @@ bytes by draft length (:mod:`elmoe.policy.read_history`), and seconds by mode.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from elmoe.policy.acceptance import Acceptance
 from elmoe.policy.budget import FastTierSizes, SlotPlan, Split, TierShape, plan_slots
-from elmoe.policy.cost import Costs
+from elmoe.policy.cost import MOST_WAITING, Costs
 from elmoe.policy.read_history import ReadHistory
 from elmoe.policy.residency import ResidentSet
 
@@ -151,7 +152,7 @@ class Planner:
         self._stale, self._passed, self._due = True, 0.0, 0.0  # seconds since the last choice, and until the next
         self._popular = False  # whether the last choice knew the popularity of experts
         self._settled = 0.0, 0.0  # residents by kind of slice that count as all slots in use
-        self._steps: list[_Step] = []  # not learned from yet
+        self._steps: deque[_Step] = deque(maxlen=MOST_WAITING)  # not learned from yet
         self._resting = self._drafting = self._since_plain = 0  # plain steps, steps with drafts; since a plain step
         self._wait, self._tried = SETTLED, False
 
@@ -161,9 +162,9 @@ class Planner:
         return self._chooses
 
     def begin_run(self) -> None:
-        """Sequences of this run do not continue those before, and slots are new."""
+        """Sequences of this run do not continue those before, and slots are new where slices have to be read."""
         self.reads.end_run()
-        self._stale = True
+        self._stale = self._stale or self._has_reads
 
     def plan(self, sequences: int, sizes: FastTierSizes, budget: int, counts: NDArray[np.float64]) -> Plan:
         """The plan of the next step.
@@ -203,10 +204,8 @@ class Planner:
     @property
     def _choice_due(self) -> bool:
         """Whether enough time has passed since the last choice, and there is a choice: of slices, or of drafts that are
-        under way or have rested. A small model in memory rests for long, where a choice takes a tenth of a step."""
-        if self._passed < self._due:
-            return False
-        return self._resting >= self._wait or self._drafting > 0 or len(self._candidates[0]) > 1
+        under way. A small model in memory rests for long, where a choice takes a tenth of a step."""
+        return self._passed >= self._due and (self._drafting > 0 or self._has_reads or len(self._candidates[0]) > 1)
 
     def observe_planning(self, seconds: float) -> None:
         """Take note of the seconds that a choice took; the next one waits until they are a small share of the time."""
@@ -278,8 +277,8 @@ class Planner:
         tokens of those further / their seconds > expected tokens / seconds``. One token alone would often not pay where the
         next ones would: verification gets cheaper by the token, because tokens share experts.
         """
-        limit = plan.draft_length
-        if not self._chooses_length or not self.costs.draft_known:
+        limit, trial = plan.draft_length, self.chosen is not None and self.chosen.draft_length == 0
+        if not self._chooses_length or not self.costs.draft_known or trial:
             return [len(row) < limit for row in confidences]
         depth = max((len(row) for row in confidences), default=0)
         if depth >= limit:
