@@ -18,6 +18,7 @@ from elmoe.bitslice import (
     ExpertLayout,
     KVCache,
     NestedMatrix,
+    Places,
     RouterWeights,
     SamplingParameters,
     rotary_tables,
@@ -147,8 +148,8 @@ def test_attention(machine, hidden, heads, kv_heads, head_dim, norms):
         lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
         x = normal(rng, len(slots), hidden)
         expected = x.copy()
-        bitslice.attention_block(weights, expected, theirs, 1, slots, positions, cosine, sine)
-        kernels.attention_block(weights, x, ours, 1, slots, positions, cosine, sine)
+        bitslice.attention_block(weights, expected, theirs, 1, Places(slots, positions), cosine, sine)
+        kernels.attention_block(weights, x, ours, 1, Places(slots, positions), cosine, sine)
         assert same_bits(x, expected)
         assert same_bits(ours.keys, theirs.keys) and same_bits(ours.values, theirs.values)
 
@@ -177,7 +178,7 @@ def long_attention(heads: int, kv_heads: int, head_dim: int, page_positions: int
     for slots, positions in places:
         x = normal(rng, len(slots), 48)
         cache, expected = cut_behind(filled, slots, positions), x.copy()
-        bitslice.attention_block(weights, expected, cache, 0, slots, positions, cosine, sine)
+        bitslice.attention_block(weights, expected, cache, 0, Places(slots, positions), cosine, sine)
         calls.append((x, slots, positions, expected))
     return weights, filled, calls
 
@@ -199,7 +200,9 @@ def test_attention_to_many_positions(machine, heads, kv_heads, head_dim, page_po
     cosine, sine = rotary_tables(1024, head_dim, 10000.0)
     for x, slots, positions, expected in calls:
         ours = x.copy()
-        kernels.attention_block(weights, ours, cut_behind(filled, slots, positions), 0, slots, positions, cosine, sine)
+        kernels.attention_block(
+            weights, ours, cut_behind(filled, slots, positions), 0, Places(slots, positions), cosine, sine
+        )
         assert same_bits(ours, expected), (len(slots), positions[-1])
         assert np.isfinite(ours).all()
 
@@ -214,8 +217,8 @@ def test_attention_ignores_what_lies_behind_the_length(machine):
         positions = np.arange(start, start + count, dtype=np.int32)
         x = normal(rng, count, 48)
         expected = x.copy()
-        bitslice.attention_block(weights, expected, theirs, 0, np.zeros_like(positions), positions, cosine, sine)
-        kernels.attention_block(weights, x, ours, 0, np.zeros_like(positions), positions, cosine, sine)
+        bitslice.attention_block(weights, expected, theirs, 0, Places(np.zeros_like(positions), positions), cosine, sine)
+        kernels.attention_block(weights, x, ours, 0, Places(np.zeros_like(positions), positions), cosine, sine)
         assert same_bits(x, expected)
 
 
@@ -226,7 +229,7 @@ def test_attention_refuses_bad_places_and_values(machine):
 
     def call(slot: int, position: int, x: np.ndarray, layer: int = 0) -> None:
         kernels.attention_block(
-            weights, x, cache, layer, np.array([slot], np.int32), np.array([position], np.int32), cosine, sine
+            weights, x, cache, layer, Places(np.array([slot], np.int32), np.array([position], np.int32)), cosine, sine
         )  # fmt: skip
 
     for slot, position, layer in ((2, 0, 0), (-1, 0, 0), (0, -1, 0), (0, 96, 0), (0, 199, 0), (0, 0, 2), (0, 0, -1)):
@@ -238,7 +241,7 @@ def test_attention_refuses_bad_places_and_values(machine):
     huge = replace(weights, key_norm=np.full(16, 1e30, np.float32))
     with pytest.raises(NumericsError, match="layer 1"):
         kernels.attention_block(
-            huge, normal(rng, 1, 48), cache, 1, np.zeros(1, np.int32), np.zeros(1, np.int32), cosine, sine
+            huge, normal(rng, 1, 48), cache, 1, Places(np.zeros(1, np.int32), np.zeros(1, np.int32)), cosine, sine
         )  # fmt: skip
 
 
@@ -412,7 +415,7 @@ def test_half_precision_rounds_alike():
                               np.zeros((1, 1), np.int32)) for _ in range(2)]  # fmt: skip
             zero = np.zeros(1, np.int32)
             for backend, cache in zip((kernels, bitslice), caches, strict=True):
-                backend.attention_block(weights, row[None].copy(), cache, 0, zero, zero, cosine, sine)
+                backend.attention_block(weights, row[None].copy(), cache, 0, Places(zero, zero), cosine, sine)
             assert same_bits(caches[0].values, caches[1].values)
     kernels.set_variant(None)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
-from elmoe.engine.decoder import AllExperts, Draft, Routings, Tokens
+from elmoe.engine.decoder import AllExperts, Draft, Places, Routings
 from elmoe.engine.kv_cache import CacheEntry, PagedCache
 from elmoe.engine.session import Session
 from elmoe.errors import RequestError
@@ -103,8 +103,8 @@ class TeacherForcing:
         """(up to ``CHUNK``, vocabulary) logits behind each of at most ``window`` tokens, which start at position 0."""
         for start in range(0, len(tokens), CHUNK):
             positions = np.arange(start, min(start + CHUNK, len(tokens)), dtype=np.int32)
-            batch = Tokens(tokens[positions], np.zeros_like(positions), positions)
-            logits, routings = self._decoder.forward(batch, self._cache.kernels, self._source, draft)
+            places = Places(np.zeros_like(positions), positions)
+            logits, routings = self._decoder.forward(tokens[positions], places, self._cache.kernels, self._source, draft)
             if draft is None:
                 for counts, experts in zip(self.counts, routings.experts, strict=True):
                     counts += np.bincount(experts.ravel(), minlength=len(counts))
