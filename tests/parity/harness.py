@@ -17,11 +17,11 @@ from elmoe.engine.decoder import AllExperts, Decoder, Draft, Places, WeightReade
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
-from elmoe.engine.session import load_backend
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import KernelError, StoreError
 from elmoe.models import FAMILIES
 from elmoe.models.tensors import feed_forward, tensors
+from elmoe.opening import load_backend
 from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
 from tests.parity.bounds import Measured

@@ -25,7 +25,7 @@ def model():
 
 def idle(model) -> bool:
     """Nobody is served and every page of the cache is free."""
-    engine = model._session.engine
+    engine = model.engine
     return not engine.has_work and engine.cache.free_pages == engine.cache.pages
 
 
@@ -160,9 +160,9 @@ def test_streams_in_turns_give_what_each_gives_alone(model):
 def test_closing_a_stream_frees_its_memory_at_once_and_others_go_on(model):
     kept, left = model.stream(WHALE, max_tokens=30), model.stream("The sea", max_tokens=1000, ignore_eos=True)
     next(kept), next(left)
-    held = model._session.engine.cache.free_pages
+    held = model.engine.cache.free_pages
     left.close()
-    assert model._session.engine.cache.free_pages > held
+    assert model.engine.cache.free_pages > held
     assert list(left) == []
     rest = "".join(piece.text for piece in kept)
     assert model.generate(WHALE, max_tokens=30).text.endswith(rest) and idle(model)
@@ -209,7 +209,7 @@ def test_tasks_are_served_as_one_batch_and_get_what_each_gets_alone(model):
             nonlocal widest
             answer = asyncio.ensure_future(model.agenerate(prompt, max_tokens=12, seed=1, temperature=0.7))
             while not answer.done():
-                widest = max(widest, len(model._session.engine.scheduler.running))
+                widest = max(widest, len(model.engine.scheduler.running))
                 await asyncio.sleep(0.0005)
             return answer.result().token_ids
 
@@ -300,7 +300,7 @@ def test_a_budget_in_bytes_that_is_only_accounted_streams_as_well():
 def test_options_come_as_an_object_or_as_keywords():
     options = elmoe.EngineOptions(mode="plain", batch=3)
     with elmoe.load("demo", options, draft_length=2) as other:
-        chosen = other._session.engine.options
+        chosen = other.engine.options
         assert (chosen.mode, chosen.batch, chosen.draft_length) == ("plain", 3, 2)
         assert other.spec.vocabulary > 0 and other.spec.max_positions == 2048
 
@@ -398,7 +398,7 @@ def test_more_of_the_cache_than_its_ceiling_is_refused_with_the_mend():
 def test_a_sequence_that_fails_raises_its_error_and_others_go_on(model):
     kept, failing = model.stream(WHALE, max_tokens=20), model.stream("The sea", max_tokens=20)
     pieces = [next(kept), next(failing)][:1]
-    scheduler = model._session.engine.scheduler
+    scheduler = model.engine.scheduler
     scheduler.fail(scheduler.running[1], NumericsError("a logit is not finite"))
     with pytest.raises(NumericsError, match="a logit is not finite"):
         list(failing)
@@ -408,7 +408,7 @@ def test_a_sequence_that_fails_raises_its_error_and_others_go_on(model):
 
 
 def test_an_interrupted_call_leaves_the_model_as_it_was(model, monkeypatch):
-    engine = model._session.engine
+    engine = model.engine
     step, count = engine.step, 0
 
     def interrupted():
@@ -443,7 +443,7 @@ def test_a_trace_is_recorded_of_one_call_alone(model, tmp_path):
 
 
 def test_an_unknown_request_is_refused_by_the_engine(model):
-    assert "there is no request 12345" in told(model._session.engine.abort, 12345)
+    assert "there is no request 12345" in told(model.engine.abort, 12345)
 
 
 def test_a_closed_model_says_so():
@@ -463,7 +463,7 @@ def test_a_closed_model_says_so():
 
 
 def test_two_steps_from_two_threads_are_refused_and_do_no_harm(model, monkeypatch):
-    engine, inside, leave = model._session.engine, threading.Event(), threading.Event()
+    engine, inside, leave = model.engine, threading.Event(), threading.Event()
     step = engine.step
 
     def slow():
