@@ -63,6 +63,10 @@ def load(
     :raises BudgetError: the budget is below the minimum.
     :raises RequestError: an unknown keyword, or a value that is out of range.
     """
+    if not isinstance(store, (str, Path)):
+        raise RequestError(f"the store is a {type(store).__name__}", "give the path of a store, or 'demo'")
+    if options is not None and not isinstance(options, EngineOptions):
+        raise RequestError(f"options is a {type(options).__name__}", "give elmoe.EngineOptions, or keywords")
     own = ("backend", "reader", "threads")
     refuse_unknown(changes, [*(field.name for field in fields(EngineOptions)), *own], "option")
     for name, allowed, value in (("backend", BackendName, backend), ("reader", Reader, reader)):

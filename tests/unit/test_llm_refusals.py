@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import traceback
 
 import pytest
 
 import elmoe
-from elmoe.errors import BudgetError, StoreError
+from elmoe.errors import BudgetError, KernelError, RequestError, StoreError
 from tests.refused import WHALE, idle, told
 
 
@@ -28,11 +29,39 @@ from tests.refused import WHALE, idle, told
         ({"threads": 0}, "the option threads is 0 | use 1 to 64"),
         ({"batch": "4"}, "the option batch is '4' | expected int, got str"),
         ({"batch": 65}, "batch is 65, allowed is 1..64"),
+        ({"options": {"batch": 1}}, "options is a dict | give elmoe.EngineOptions, or keywords"),
+        ({"fast_memory": 1.01}, "fast_memory is 1.01 of the experts | give a share of 0.0 to 1.0"),
+        ({"fast_memory": math.nan}, "fast_memory is nan of the experts"),
+        ({"fast_memory": -5}, "fast_memory is -5 bytes | give an amount such as 4GiB"),
+        ({"slow_bandwidth": 0.0, "reader": "direct"}, "slow_bandwidth is 0.0 bytes/s | give a bandwidth such as 1.7GB/s"),
+        ({"slow_bandwidth": math.inf, "reader": "direct"}, "slow_bandwidth is inf"),
+        ({"staging_experts": 0}, "staging_experts is 0 | use at least 1"),
+        ({"commit_limit": 0}, "commit_limit is 0 | use at least 1"),
+        ({"draft_offset": 16.5}, "draft_offset is 16.5, allowed is 0..16"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_options_that_are_refused(given, words):
     assert words in told(elmoe.load, "demo", **given)
+
+
+@pytest.mark.parametrize("store", [3, None, b"demo", ["demo"]], ids=repr)
+def test_a_store_that_is_no_path_is_refused(store):
+    assert f"the store is a {type(store).__name__} | give the path of a store, or 'demo'" in told(elmoe.load, store)
+
+
+def test_a_traceback_tells_the_mend(model):
+    with pytest.raises(RequestError) as caught:
+        model.generate(WHALE, temprature=1.0)
+    assert "hint: did you mean 'temperature'?" in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_offset_that_native_kernels_do_not_draft_with_is_named():
+    with elmoe.load("demo", draft_offset=7.5, draft_length=2) as other:
+        assert "integral offset within 0..16, not 7.5 | use --backend reference" in told(
+            other.generate, WHALE, max_tokens=8, ignore_eos=True, error=KernelError
+        )
+        assert idle(other)
 
 
 def test_a_budget_below_the_minimum_and_a_store_that_is_not_there():

@@ -37,7 +37,7 @@ class AttentionWeights:
     epsilon: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Places:
     """Where the tokens of a call are; (tokens,) int32 each.
 

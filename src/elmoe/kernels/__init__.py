@@ -128,14 +128,14 @@ def _handle(owner: Any, make: Any) -> Any:
 
 def _check_offset(offset: float) -> None:
     if offset not in range(17):
-        raise NumericsError(
+        raise KernelError(
             f"native kernels draft with an integral offset within 0..16, not {offset}", "use --backend reference"
         )
 
 
 def _check_chain(places: Places) -> None:
     """Native attention reads cells 0..position; a tree needs the cells that each token sees."""
-    if not places.chain:
+    if places.cells is not None and not places.chain:
         raise KernelError("native kernels compute chains of tokens, not trees", "use --backend reference")
 
 
