@@ -16,7 +16,7 @@ from dataclasses import replace
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session
+from elmoe.llm import load
 from elmoe.measure.openings import joined_openings
 from elmoe.terminal import number, percent, print_table, progress_bar
 
@@ -48,13 +48,13 @@ def main() -> None:
         for index, (name, options, backend) in enumerate(ROWS):
             row: dict[str, object] = {"draft": name}
             for temperature in TEMPERATURES:
-                with Session("demo", options, backend) as session:
+                with load("demo", options, backend=backend) as model:
                     count = arguments.prompts if backend == "native" else 16
                     requests = [
                         Request(ids, arguments.tokens, SamplingParameters(temperature, seed=seed), ignore_eos=True)
-                        for seed, (ids, _) in enumerate(joined_openings(session, count))
+                        for seed, (ids, _) in enumerate(joined_openings(model, count))
                     ]
-                    facts = session.generate(requests)[1].as_dict()
+                    facts = model.engine.generate(requests)[1].as_dict()
                 for key in ("acceptance_rate", "tokens_per_verification", "drafted_tokens"):
                     row[f"{key}_t{temperature:g}"] = facts[key]
             rows.append(row)

@@ -21,7 +21,7 @@ from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import use_threads
+from elmoe.opening import use_threads
 from elmoe.store import open_direct, open_store
 from elmoe.terminal import print_table
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from elmoe.convert.gguf_export import export_store
-from elmoe.engine.session import Session
+from elmoe.llm import Model, load
 from elmoe.measure.perplexity import TeacherForcing
 from elmoe.terminal import print_table
 
@@ -36,9 +36,9 @@ def build(peers: Path) -> Path:
     return program
 
 
-def our_logits(session: Session, ids: np.ndarray) -> np.ndarray:
+def our_logits(model: Model, ids: np.ndarray) -> np.ndarray:
     """Logits (tokens, vocabulary) behind every token, float32."""
-    return np.concatenate(list(TeacherForcing(session, len(ids)).logits(ids)))
+    return np.concatenate(list(TeacherForcing(model, len(ids)).logits(ids)))
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
@@ -70,17 +70,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     program = arguments.program or build(arguments.peers)
-    with tempfile.TemporaryDirectory() as folder, Session(arguments.store) as session:
-        model, out = Path(folder) / "model.gguf", Path(folder) / "logits"
-        export_store(session.reader, model)
-        all_ids = session.encode(arguments.text.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder, load(arguments.store) as model:
+        gguf, out = Path(folder) / "model.gguf", Path(folder) / "logits"
+        export_store(model.reader, gguf)
+        all_ids = model.encode(arguments.text.read_text(encoding="utf-8"))
         ids = np.array(all_ids[: arguments.tokens], np.int32)
         done = subprocess.run(
-            [str(program), str(model), str(arguments.text), str(out)], input="\n".join(map(str, ids)),
+            [str(program), str(gguf), str(arguments.text), str(out)], input="\n".join(map(str, ids)),
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
         )  # fmt: skip
-        together, single = np.fromfile(out, np.float32).reshape(2, len(ids), session.reader.spec.vocabulary)
-        ours = our_logits(session, ids)
+        together, single = np.fromfile(out, np.float32).reshape(2, len(ids), model.reader.spec.vocabulary)
+        ours = our_logits(model, ids)
     data: dict[str, Any] = {
         "tokens": len(ids),
         "same_tokenization": [int(line) for line in done.stdout.split()] == list(all_ids),

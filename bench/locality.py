@@ -18,8 +18,9 @@ from bench.prompts import SETS, prompts_of
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session, use_threads
+from elmoe.llm import Model, load
 from elmoe.measure.acceptance import profile_acceptance
+from elmoe.opening import use_threads
 from elmoe.terminal import percent, print_table
 from elmoe.trace import AcceptanceTable, Locality, TraceRecorder, fit_locality, read_facts, save_acceptance, save_locality
 
@@ -28,9 +29,9 @@ NAMES = {"mt_bench": "mt_bench", "gsm8k": "gsm8k", "self_instruct": "alpaca", "h
 SEQUENCES, PROMPT, TOKENS, TEMPERATURE = 16, 64, 96, 0.8
 
 
-def requests_of(session: Session, texts: list[str]) -> list[Request]:
+def requests_of(model: Model, texts: list[str]) -> list[Request]:
     return [
-        Request(session.encode(text)[:PROMPT], TOKENS, SamplingParameters(TEMPERATURE, seed=index))
+        Request(model.encode(text)[:PROMPT], TOKENS, SamplingParameters(TEMPERATURE, seed=index))
         for index, text in enumerate(texts)
     ]
 
@@ -38,10 +39,10 @@ def requests_of(session: Session, texts: list[str]) -> list[Request]:
 def fitted(folder: Path, name: str) -> Locality:
     """Plain decoding: the text, and so the routing of what stays, is the same in every mode."""
     label = name if NAMES[name] == name else f"{name} (for {NAMES[name]})"
-    with Session("demo", EngineOptions("plain", batch=SEQUENCES)) as session, TemporaryDirectory() as temporary:
+    with load("demo", EngineOptions("plain", batch=SEQUENCES)) as model, TemporaryDirectory() as temporary:
         run = {"store": "demo", "prompts": label, "temperature": TEMPERATURE, "seed": 0}
-        with TraceRecorder(Path(temporary) / "trace", session.reader.spec, run) as recorder:
-            session.generate(requests_of(session, prompts_of(folder, SEQUENCES, (name,))), recorder)
+        with TraceRecorder(Path(temporary) / "trace", model.reader.spec, run) as recorder:
+            model.engine.generate(requests_of(model, prompts_of(folder, SEQUENCES, (name,))), recorder)
         return fit_locality(read_facts(Path(temporary) / "trace"))
 
 
@@ -68,9 +69,9 @@ def main() -> None:
     print_table("parameters; measured, and relative error of synthetic facts", ("", *found), rows)
     if arguments.skip_acceptance:
         return
-    with Session("demo", EngineOptions(batch=SEQUENCES)) as session:
-        requests = requests_of(session, prompts_of(arguments.prompts, SEQUENCES, tuple(sets)))
-        measured = profile_acceptance(session, requests)
+    with load("demo", EngineOptions(batch=SEQUENCES)) as model:
+        requests = requests_of(model, prompts_of(arguments.prompts, SEQUENCES, tuple(sets)))
+        measured = profile_acceptance(model, requests)
     source = f"store demo; {SEQUENCES} prompts of {', '.join(sets)} x {TOKENS} tokens, temperature {TEMPERATURE}, seed 0"
     table = AcceptanceTable(status="measured", source=source, rows=measured)
     save_acceptance(table, arguments.out / "acceptance" / "demo.json")

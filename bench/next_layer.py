@@ -24,17 +24,17 @@ from elmoe.engine.engine import Engine
 from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session
+from elmoe.llm import Model, load
 
 
 class Prophet(ObservedBackend):
     """A backend that also asks each layer's successor router."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__(kernels, lambda name, began, ended: None)
-        self.routers = session.engine.decoder.routers
+        self.routers = model.engine.decoder.routers
         self.guess: set[int] | None = None
-        shape = (len(self.routers), session.reader.spec.experts)
+        shape = (len(self.routers), model.reader.spec.experts)
         self.used = np.full(shape, -1)
         self.time, self.cached = 0, shape[1] // 2
         self.right, self.missed, self.foreseen, self.read, self.total = (np.zeros(shape[0]) for _ in range(5))
@@ -65,13 +65,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="folder of prompt sets, see bench/prompts.py")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    with Session("demo") as session:
-        prophet = Prophet(session)
-        engine = Engine(session.reader, prophet, EngineOptions("plain"))
+    with load("demo") as model:
+        prophet = Prophet(model)
+        engine = Engine(model.reader, prophet, EngineOptions("plain"))
         prompts = prompts_of(arguments.prompts, 16)
-        engine.generate(
-            [Request(session.encode(p)[:64], 64, SamplingParameters(0.8, seed=i)) for i, p in enumerate(prompts)]
-        )
+        engine.generate([Request(model.encode(p)[:64], 64, SamplingParameters(0.8, seed=i)) for i, p in enumerate(prompts)])
     rows = [
         {
             "layer": layer,

@@ -30,9 +30,10 @@ from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session, load_backend
+from elmoe.llm import load
 from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
 from elmoe.measure.replay import ReplayBackend
+from elmoe.opening import load_backend
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import MemoryReader, open_direct, open_store
 from elmoe.terminal import number, print_table, progress_bar
@@ -279,9 +280,9 @@ def demo_model(repeats: int, batches: list[int], names: list[str]) -> dict[str, 
 
     Small batches run as many rounds as there are sequences for: those differ by more than what is compared.
     """
-    with Session("demo") as session:
+    with load("demo", threads=2) as model:
         prompts = prompts_of(None, SEQUENCES)
-        prompt_ids = [session.encode(text)[:PROMPT_TOKENS] for text in prompts]
+        prompt_ids = [model.encode(text)[:PROMPT_TOKENS] for text in prompts]
 
     asked: list[int] = []
 

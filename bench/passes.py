@@ -19,18 +19,18 @@ from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine
 from elmoe.engine.observe import Timeline
 from elmoe.engine.options import EngineOptions
-from elmoe.engine.session import Session
+from elmoe.llm import Model, load
 from elmoe.measure.benchmark import random_prompts
 from elmoe.terminal import print_table
 
 SHOWN = ("attention", "routing", "experts", "logits")
 
 
-def run(session: Session, batch: int, prompt: int, steps: int) -> dict[str, Any]:
+def run(model: Model, batch: int, prompt: int, steps: int) -> dict[str, Any]:
     """One run: seconds of the phase of interest (prefill if there is one step only) and the kernels' shares of it."""
     timeline = Timeline()
-    engine = Engine(session.reader, session.backend, EngineOptions(mode="plain", batch=batch))
-    requests = random_prompts(session, batch, prompt, steps, SamplingParameters(0.0))
+    engine = Engine(model.reader, model.backend, EngineOptions(mode="plain", batch=batch))
+    requests = random_prompts(model, batch, prompt, steps, SamplingParameters(0.0))
     _, statistics = engine.generate(requests, timeline=timeline)
     spent: Counter[str] = Counter()
     for track, name, began, ended in timeline.spans:
@@ -51,14 +51,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    kernels.set_threads(2)
     cases = [("prompt", 1, arguments.prompt + 1, 1)]
     cases += [("decode", int(batch), 4, arguments.steps + 1) for batch in arguments.batch.split(",")]
     runs: list[list[dict[str, Any]]] = [[] for _ in cases]
-    with Session(arguments.store, EngineOptions(mode="plain"), reader="memory") as session:
+    with load(arguments.store, EngineOptions(mode="plain"), reader="memory", threads=2) as model:
         for _ in range(arguments.repeats + 1):
             for samples, (_, batch, prompt, steps) in zip(runs, cases, strict=True):
-                samples.append(run(session, batch, prompt, steps))
+                samples.append(run(model, batch, prompt, steps))
     rows = [
         {"phase": phase, "batch": batch, **{key: median(sample[key] for sample in samples[1:]) for key in samples[0]}}
         for (phase, batch, _, _), samples in zip(cases, runs, strict=True)

@@ -83,7 +83,8 @@ struct Cache {
     int pages, layers, kv_heads, head_dim, page_positions, slots, slot_pages;
 };
 
-// Where the tokens of a call sit, and the rotary tables (positions, head_dim / 2).
+// Where the tokens of a call are, and the rotary tables (positions, head_dim / 2). A chain: a token is in the cell of its
+// position, and sees the cells before it.
 struct Places {
     int tokens;
     const int32_t *slots, *positions;

@@ -16,7 +16,7 @@ from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
-from elmoe.engine.session import Session
+from elmoe.llm import Model, load
 from elmoe.measure.openings import joined_openings
 
 DRAFT_LENGTHS = (1, 2, 4, 8)
@@ -42,28 +42,28 @@ def grid() -> list[Case]:
     return [Case(*values) for values in itertools.product(DRAFT_LENGTHS, BUDGETS, BATCHES, THREADS, TEMPERATURES)]
 
 
-def requests(session: Session, count: int, temperature: float) -> list[Request]:
+def requests(model: Model, count: int, temperature: float) -> list[Request]:
     """The same prompts for every case of a temperature; each has a seed of its own."""
     return [
         Request(ids, tokens, SamplingParameters(temperature, top_p=0.95 if temperature else 1.0, seed=index))
-        for index, (ids, tokens) in enumerate(joined_openings(session, count))
+        for index, (ids, tokens) in enumerate(joined_openings(model, count))
     ]
 
 
-def reference(session: Session, count: int, temperature: float) -> list[Result]:
+def reference(model: Model, count: int, temperature: float) -> list[Result]:
     """Plain decoding, one sequence at a time, one thread."""
     kernels.set_threads(1)
-    session.with_options(EngineOptions(mode="plain", batch=1, keep_kv_digest=True))
-    return session.generate(requests(session, count, temperature))[0]
+    engine = model.new_engine(EngineOptions(mode="plain", batch=1, keep_kv_digest=True))
+    return engine.generate(requests(model, count, temperature))[0]
 
 
-def run(session: Session, case: Case, count: int) -> tuple[list[Result], dict[str, object]]:
+def run(model: Model, case: Case, count: int) -> tuple[list[Result], dict[str, object]]:
     """Elastic decoding at one point of the grid."""
     kernels.set_threads(case.threads)
-    session.with_options(
+    engine = model.new_engine(
         EngineOptions("elastic", case.budget, draft_length=case.draft_length, batch=case.batch, keep_kv_digest=True)
     )
-    results, statistics = session.generate(requests(session, count, case.temperature))
+    results, statistics = engine.generate(requests(model, count, case.temperature))
     return results, statistics.as_dict()
 
 
@@ -74,11 +74,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="run every n-th case only")
     arguments = parser.parse_args()
     began, generations = perf_counter(), 0
-    with Session("demo") as session:
-        expected = {t: reference(session, arguments.prompts, t) for t in TEMPERATURES}
+    with load("demo") as model:
+        expected = {t: reference(model, arguments.prompts, t) for t in TEMPERATURES}
         cases = grid()[:: arguments.every]
         for index, case in enumerate(cases):
-            results, _ = run(session, case, arguments.prompts)
+            results, _ = run(model, case, arguments.prompts)
             generations += len(results)
             if results != expected[case.temperature]:
                 different = [

@@ -16,9 +16,9 @@ from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session
 from elmoe.hw.efficiency import efficiency_of_refresh
 from elmoe.hw.machine import Machine
+from elmoe.llm import load
 from elmoe.measure.calibrate import calibrate, hardware_of
 from elmoe.models.sizes import ModelSizes
 from elmoe.models.spec import ModelSpec
@@ -99,10 +99,9 @@ def _dram() -> Table:
 
 def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """(count rows, time rows) of runs on the demo model."""
-    kernels.set_threads(2)
     counts, times = [], []
-    with Session("demo") as session:
-        prompts = [session.encode(text) for text in PROMPTS]
+    with load("demo", threads=2) as model:
+        prompts = [model.encode(text) for text in PROMPTS]
     with TemporaryDirectory() as folder, open_store("demo") as memory, open_direct("demo") as direct:
         bandwidth = _throttle(memory, prompts)
         hardware = hardware_of(calibrate(direct, bandwidth), 1 << 30, 1 << 40)

@@ -14,7 +14,8 @@
     ├── TraceError        a trace file is damaged or belongs to another model
     └── MissingExtraError an optional dependency is not installed
 
-Each takes a message and an optional ``hint`` that tells how to mend it; the command line prints both.
+Each takes a message and an optional ``hint`` that tells how to mend it; the command line prints both, and so
+does a traceback.
 """
 
 
@@ -24,6 +25,8 @@ class ElmoeError(Exception):
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        if hint is not None:
+            self.add_note(f"hint: {hint}")
 
 
 class NumericsError(ElmoeError):

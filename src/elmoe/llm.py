@@ -1,29 +1,35 @@
-"""``elmoe.load`` and ``Model``: a store, its tokenizer, its chat template and an engine behind one object."""
+"""``elmoe.load`` and ``Model``: a store, its tokenizer, its chat template and an engine in one object."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args, overload
 from weakref import WeakKeyDictionary
 
 from elmoe.arguments import check_types, refuse_unknown, with_arguments
+from elmoe.bitslice import Backend
+from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
-from elmoe.engine.request import Request, numbered
-from elmoe.engine.session import BackendName, Reader, Session, use_threads
+from elmoe.engine.request import Request, Result, numbered
 from elmoe.errors import RequestError
 from elmoe.extras import naming_extra
 from elmoe.generation import Collector, Generation, Piece, SamplingParams
 from elmoe.models.spec import ModelSpec
+from elmoe.opening import BackendName, Opened, Reader, load_backend, open_to_serve, use_threads
 from elmoe.stepping import Stepper, Ticket
+from elmoe.text import TextStream
+from elmoe.tokenizer import encode
 from elmoe.units import parse_bandwidth, parse_bytes, parse_fast_memory
 from elmoe.untrusted import short
 
-if TYPE_CHECKING:  # pyarrow loads only when a trace is wanted
+if TYPE_CHECKING:  # pyarrow loads only when a trace is wanted, asyncio only where tasks wait
+    import asyncio
+
     from elmoe.trace import TraceRecorder
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -57,6 +63,10 @@ def load(
     :raises BudgetError: the budget is below the minimum.
     :raises RequestError: an unknown keyword, or a value that is out of range.
     """
+    if not isinstance(store, (str, Path)):
+        raise RequestError(f"the store is a {type(store).__name__}", "give the path of a store, or 'demo'")
+    if options is not None and not isinstance(options, EngineOptions):
+        raise RequestError(f"options is a {type(options).__name__}", "give elmoe.EngineOptions, or keywords")
     own = ("backend", "reader", "threads")
     refuse_unknown(changes, [*(field.name for field in fields(EngineOptions)), *own], "option")
     for name, allowed, value in (("backend", BackendName, backend), ("reader", Reader, reader)):
@@ -68,9 +78,14 @@ def load(
               for name, value in changes.items()}  # fmt: skip
     chosen = with_arguments(options or EngineOptions(batch=BATCH), parsed, "option")
     check_types(chosen, "option")
-    session = Session(store, chosen, backend, reader)
+    kernels, opened = load_backend(backend), open_to_serve(store, chosen, backend, reader)
+    try:
+        model = Model(opened, kernels)
+    except BaseException:
+        opened.reader.close()
+        raise
     use_threads(backend, threads)
-    return Model(session)
+    return model
 
 
 class Stream(Iterator[Piece]):
@@ -117,15 +132,23 @@ class Stream(Iterator[Piece]):
 
 class Model:
     """An open model; made by :func:`load`, a context manager. Use it from one thread; ``agenerate`` and ``astream`` compute
-    in worker threads and serve all that wait as one batch."""
+    in worker threads and serve all that wait as one batch.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._stepper = Stepper(session.engine, f"the model '{session.path.name}' is closed")
+    What measures and benchmarks use beside text: ``path`` of the store, its ``reader`` and ``tokenizer``, the ``backend``,
+    the ``engine`` that serves, ``reader_note`` (why this reader) and ``tier`` (what the fast tier is).
+    """
+
+    def __init__(self, opened: Opened, backend: Backend) -> None:
+        self.path, self.reader, self.backend = opened.path, opened.reader, backend
+        self.reader_note, self.tier = opened.note, opened.tier
+        self.tokenizer = tokenizer = opened.reader.tokenizer()
+        self._decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
+        self.engine = self.new_engine(opened.options)
+        self._stepper = Stepper(self.engine, f"the model '{self.path.name}' is closed")
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
-        return f"<elmoe.Model '{self._session.path.name}'{', closed' if self._stepper.closed else ''}>"
+        return f"<elmoe.Model '{self.path.name}'{', closed' if self._stepper.closed else ''}>"
 
     def __enter__(self) -> Model:
         return self
@@ -139,38 +162,59 @@ class Model:
         """Cancel all requests and let go of the store; waits for the step of another thread."""
         if not self._stepper.closed:
             self._stepper.close()
-            self._session.reader.close()
+            self.reader.close()
 
     @property
     def spec(self) -> ModelSpec:
         """What the model is: layers, experts, vocabulary, context (``max_positions`` tokens)."""
-        return self._session.reader.spec
+        return self.reader.spec
 
     @property
     def info(self) -> str:
         """How the store is read, and what the fast tier is."""
-        return f"{self._session.reader_note}; {self._session.tier}"
+        return f"{self.reader_note}; {self.tier}"
 
     @property
     def statistics(self) -> dict[str, Any]:
         """Counters of the engine: tokens, acceptance of drafts, hit rates and bytes of the tiers (see the JSON of
         ``elmoe generate``). Of the last call of :meth:`generate`, or since a stream began with nothing else under way."""
-        return self._session.engine.statistics.as_dict()
+        return self.engine.statistics.as_dict()
 
     def encode(self, text: str, special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text; ``special_tokens``: with those that the tokenizer begins a text with."""
         if not isinstance(text, str):
             raise RequestError(f"the text is a {type(text).__name__}", "give a string")
-        return self._session.encode(text, rendered=not special_tokens)
+        return encode(self.tokenizer, text, special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        return self._session.decode(self._checked_ids(token_ids, "token_ids"))
+        return self._decode(self._checked_ids(token_ids, "token_ids"))
+
+    def new_engine(self, options: EngineOptions) -> Engine:
+        """Another engine on the open store, with a KV cache and a fast tier of its own: to compare options.
+
+        :raises RequestError: an option is out of range. :raises BudgetError: the budget is below the minimum.
+        """
+        return Engine(self.reader, self.backend, options, text=partial(TextStream, self._decode))
+
+    def text_of(self, request: Request, result: Result) -> str:
+        """The text of an engine's result, cut before the stop string that ended it."""
+        stream = TextStream(self._decode, request.prompt, request.stop)
+        for token in result.shown(request):
+            stream.push(token)
+        return stream.take(last=True)
 
     def chat_tokens(
         self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None, **template_variables: Any
     ) -> tuple[int, ...]:
-        """A chat as a prompt of token ids: rendered by the model's template, with the beginning of an answer.
+        """The ids of :meth:`chat_prompt`: a prompt that an answer to the chat continues."""
+        return self.encode(self.chat_prompt(messages, tools=tools, **template_variables), special_tokens=False)
+
+    def chat_prompt(
+        self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None, **template_variables: Any
+    ) -> str:
+        """A chat as text: rendered by the model's template, in a process with limits, with the beginning of an answer. It
+        has its own special tokens.
 
         :param template_variables: such as ``enable_thinking=False``.
         :raises RequestError: the model has no template, or the template refuses the messages.
@@ -181,7 +225,12 @@ class Model:
         for index, message in enumerate(messages):
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise RequestError(f"message {index} is no mapping with a role", 'give {"role": "user", "content": "..."}')
-        return self._session.encode(self._session.chat_prompt(messages, tools, **template_variables), rendered=True)
+        from elmoe.chat import render  # here, because loading it delays a first token that needs no template
+
+        template = self.reader.chat_template()
+        if template is None:
+            raise RequestError(f"'{self.path.name}' has no chat template", "give a plain prompt")
+        return render(template, messages, self.reader.special_tokens, tools, **template_variables)
 
     @overload
     def generate(
@@ -266,6 +315,8 @@ class Model:
 
     async def _until_ready(self, ticket: Ticket) -> None:
         """Step in a worker thread, in turns with the other tasks of this loop, until a ticket is ready."""
+        import asyncio
+
         turn = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
         while not ticket.ready:
             async with turn:
@@ -279,9 +330,9 @@ class Model:
         with naming_extra("a trace"):
             from elmoe.trace import TraceRecorder
 
-        options = self._session.engine.options
+        options = self.engine.options
         run = {
-            "store": self._session.path.name, "mode": options.mode, "commit_limit": options.commit_limit,
+            "store": self.path.name, "mode": options.mode, "commit_limit": options.commit_limit,
             "fast_memory": options.fast_memory, "draft_length": options.draft_length,
         }  # fmt: skip
         return TraceRecorder(path, self.spec, run, options.all_ranks)
@@ -305,7 +356,7 @@ class Model:
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"params is a {type(params).__name__}", "give elmoe.SamplingParams, or keywords")
         chosen = with_arguments(params or SamplingParams(), sampling, "sampling parameter").seeded()
-        return numbered(chosen.request(self._ids(prompt), self._session.tokenizer) for prompt in prompts)
+        return numbered(chosen.request(self._ids(prompt), self.tokenizer) for prompt in prompts)
 
     def _ids(self, prompt: object) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from elmoe.errors import ElmoeError, RequestError, StoreError
@@ -55,13 +55,3 @@ def split_stops(tokenizer: Tokenizer, stops: Iterable[str]) -> tuple[tuple[str, 
     special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     texts = list(stops)
     return tuple(text for text in texts if text not in special), tuple(special[text] for text in texts if text in special)
-
-
-def answer_text(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> str:
-    """The text that ``answer`` adds to its prompt. Both are decoded together, since some decoders strip the space before the
-    first word."""
-    before = tokenizer.decode(list(prompt), skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt, *answer], skip_special_tokens=True)
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return tokenizer.decode(list(answer), skip_special_tokens=True)

@@ -45,7 +45,7 @@ def test_types_are_published_for_every_public_name():
 
 
 def test_generation_loads_no_arrow_and_nothing_loads_torch():
-    loaded = fresh("import sys; import elmoe.engine.session; print(' '.join(sys.modules))").split()
+    loaded = fresh("import sys; import elmoe.llm; print(' '.join(sys.modules))").split()
     assert not {"pyarrow", "torch", "transformers"} & set(loaded)
 
 

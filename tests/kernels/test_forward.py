@@ -12,7 +12,7 @@ import pytest
 
 from elmoe import bitslice, kernels
 from elmoe.bitslice import ExpertLayout, LayerStack, LayerWeights
-from elmoe.engine.decoder import AllExperts, Decoder, Draft, Tokens
+from elmoe.engine.decoder import AllExperts, Decoder, Draft, Places
 from elmoe.engine.tier import ExpertTier
 from elmoe.errors import NumericsError
 from elmoe.policy.budget import SlotPlan
@@ -32,8 +32,8 @@ def decoded(spec, passes, source=None, **forced):
         experts, outcome = AllExperts(reader) if source is None else source(reader), []
         for positions, draft in passes:
             ids = np.array([7 * position % spec.vocabulary for position in positions], np.int32)
-            tokens = Tokens(ids, np.zeros(len(ids), np.int32), np.array(positions, np.int32))
-            logits, routings = decoder.forward(tokens, pool.kernels, experts, draft)
+            places = Places(np.zeros(len(ids), np.int32), np.array(positions, np.int32))
+            logits, routings = decoder.forward(ids, places, pool.kernels, experts, draft)
             outcome += [logits, routings.ranked, routings.scores, routings.experts, routings.weights]
         outcomes.append([*outcome, pool.kernels.keys, pool.kernels.values])
     return outcomes
@@ -76,7 +76,7 @@ def test_a_draft_of_eight_bits_and_all_experts_is_the_target(machine):
         decoder.reserve_positions(16)
         with pytest.raises(NumericsError, match="no expert it may use"):
             draft = Draft(np.zeros((3, spec.experts), np.uint8), 2)
-            decoder.forward(Tokens(zero, zero, zero), pool.kernels, AllExperts(reader), draft)
+            decoder.forward(zero, Places(zero, zero), pool.kernels, AllExperts(reader), draft)
 
 
 @pytest.mark.parametrize("feed", [False, True], ids=["in memory", "fed"])
@@ -155,7 +155,7 @@ def test_spans_of_layers(machine):
         decoder.reserve_positions(16)
         began = time.perf_counter()
         decoder.forward(
-            Tokens(zero, zero, zero), pool.kernels, AllExperts(reader), report=lambda *span, into=spans: into.append(span)
+            zero, Places(zero, zero), pool.kernels, AllExperts(reader), report=lambda *span, into=spans: into.append(span)
         )
         ended = time.perf_counter()
         names = [f"{part} {layer}" for layer in range(3) for part in ("attention", "routing", "experts")]
@@ -181,8 +181,8 @@ def test_what_a_tier_learns_of_a_pass_is_the_same_on_both_backends():
             if mask is not None:
                 tier._active[:] = False
                 tier.allowed = mask
-            tokens = Tokens(ids, np.zeros(len(ids), np.int32), np.array(positions, np.int32))
-            decoder.forward(tokens, pool.kernels, tier, None if mask is None else Draft(mask, spec.top_k))
+            places = Places(np.zeros(len(ids), np.int32), np.array(positions, np.int32))
+            decoder.forward(ids, places, pool.kernels, tier, None if mask is None else Draft(mask, spec.top_k))
             outcome += [tier._active.copy(), *tier._sure_routing]
         assert (tier._active <= (allowed != 0)).all() and tier._active[0].sum() == 1  # what is not chosen is not counted
         outcomes.append(outcome)
@@ -198,16 +198,16 @@ def test_layers_in_one_call_report_failures():
     decoder.reserve_positions(16)
     tier, zero = ExpertTier(reader, ResidencyParameters()), np.zeros(1, np.int32)
     with pytest.raises(NumericsError, match="router logit"):
-        decoder.forward(Tokens(zero, zero, zero), pool.kernels, tier)
+        decoder.forward(zero, Places(zero, zero), pool.kernels, tier)
     stack, x = decoder.stack(tier.tables), np.zeros((1, spec.hidden), np.float32)
     tables = decoder._cosine, decoder._sine
     with pytest.raises(ValueError, match="slot or position"):
-        kernels.forward(stack, x, pool.kernels, zero + 1, zero, *tables)
+        kernels.forward(stack, x, pool.kernels, Places(zero + 1, zero), *tables)
     with pytest.raises(ValueError, match="mask does not fit"):
         draft = Draft(np.ones((2, spec.experts), np.uint8), 2)
-        kernels.forward(stack, x, pool.kernels, zero, zero, *tables, draft=draft)
+        kernels.forward(stack, x, pool.kernels, Places(zero, zero), *tables, draft=draft)
     with pytest.raises(ValueError, match="the cache does not fit"):
-        kernels.forward(LayerStack(stack.layers * 2), x, pool.kernels, zero, zero, *tables)
+        kernels.forward(LayerStack(stack.layers * 2), x, pool.kernels, Places(zero, zero), *tables)
 
 
 def test_shapes_whose_products_wrap_are_refused():
@@ -222,7 +222,7 @@ def test_shapes_whose_products_wrap_are_refused():
 
     def run(changed: LayerWeights) -> None:
         whole = LayerStack((changed, *stack.layers[1:]))
-        kernels.forward(whole, x, pool.kernels, zero, zero, decoder._cosine, decoder._sine)
+        kernels.forward(whole, x, pool.kernels, Places(zero, zero), decoder._cosine, decoder._sine)
 
     run(replace(layer))
     wrapped = (1 << 28) + layer.attention.heads  # times a head of 16 is, in 32 bits, the heads that the tensor has

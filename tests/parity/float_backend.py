@@ -25,6 +25,7 @@ from elmoe.bitslice import (
     ExpertLayout,
     KVCache,
     NestedMatrix,
+    Places,
     RouterWeights,
     Routing,
     Sample,
@@ -99,11 +100,12 @@ def attention_block(
     x: NDArray,
     cache: KVCache,
     layer: int,
-    slots: NDArray[np.int32],
-    positions: NDArray[np.int32],
+    places: Places,
     cosine: NDArray[np.float32],
     sine: NDArray[np.float32],
 ) -> None:
+    assert places.chain
+    slots, positions = places.slots, places.positions
     heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
     projected = nested_matmul(weights.query_key_value, rms_norm(x, weights.norm, weights.epsilon))
     projected = projected.reshape(len(x), heads + 2 * kv_heads, head_dim)

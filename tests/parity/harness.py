@@ -13,15 +13,15 @@ from tokenizers import Tokenizer
 from elmoe.bitslice import Backend, SamplingParameters
 from elmoe.bitslice.moe import expert_matrices
 from elmoe.convert import convert_checkpoint
-from elmoe.engine.decoder import AllExperts, Decoder, Draft, Tokens, WeightReader
+from elmoe.engine.decoder import AllExperts, Decoder, Draft, Places, WeightReader
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
-from elmoe.engine.session import load_backend
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import KernelError, StoreError
 from elmoe.models import FAMILIES
 from elmoe.models.tensors import feed_forward, tensors
+from elmoe.opening import load_backend
 from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
 from tests.parity.bounds import Measured
@@ -57,8 +57,8 @@ def decoder_logits(
     parts = []
     for start in range(0, len(ids), chunk):
         positions = np.arange(start, min(start + chunk, len(ids)), dtype=np.int32)
-        tokens = Tokens(ids[positions], np.zeros_like(positions), positions)
-        parts.append(decoder.forward(tokens, pool.kernels, AllExperts(reader), draft)[0])
+        places = Places(np.zeros_like(positions), positions)
+        parts.append(decoder.forward(ids[positions], places, pool.kernels, AllExperts(reader), draft)[0])
     return np.concatenate(parts)
 
 

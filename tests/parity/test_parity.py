@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 
 from elmoe import bitslice  # noqa: E402
 from elmoe.engine.decoder import Draft  # noqa: E402
-from elmoe.engine.session import Session  # noqa: E402
+from elmoe.llm import Model, load  # noqa: E402
 from elmoe.measure.perplexity import evaluate  # noqa: E402
 from tests.parity import float_backend, harness  # noqa: E402
 from tests.parity import transformers_reference as reference  # noqa: E402
@@ -145,7 +145,7 @@ class Demo:
     folder: Path
     text: str
     windows: np.ndarray
-    session: Session
+    model: Model
 
     def perplexity(self, logits: Callable[[np.ndarray], np.ndarray], windows: int = WINDOWS) -> float:
         """Of the first windows, each computed afresh from its first token."""
@@ -153,7 +153,7 @@ class Demo:
         return float(np.exp(sum(harness.cross_entropy(logits(w[:-1]), w[1:]) for w in used) / (len(used) * (WINDOW - 1))))
 
     def target(self, ids: np.ndarray) -> np.ndarray:
-        return harness.decoder_logits(self.session.reader, self.session.backend, ids, 128)
+        return harness.decoder_logits(self.model.reader, self.model.backend, ids, 128)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     folder = Path(place)
     store = harness.demo_path(folder, tmp_path_factory.mktemp("demo"))
     text = (folder / "heldout.txt").read_text(encoding="utf-8")
-    with Session(store, backend="native" if harness.native_kernels() else "reference") as session:
-        ids = np.array(session.encode(text), np.int32)
-        yield Demo(folder, text, ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW), session)
+    with load(store, backend="native" if harness.native_kernels() else "reference") as model:
+        ids = np.array(model.encode(text), np.int32)
+        yield Demo(folder, text, ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW), model)
 
 
 def test_demo_perplexity(demo: Demo) -> None:
@@ -176,7 +176,7 @@ def test_demo_perplexity(demo: Demo) -> None:
         model = reference.load(demo.folder, dtype)
         found[f"transformers, {dtype}"] = demo.perplexity(lambda ids, model=model: reference.logits(model, ids))
     bf16, float32 = found.values()
-    target = found[f"W8A8, {demo.session.backend.__name__}"] = demo.perplexity(demo.target)
+    target = found[f"W8A8, {demo.model.backend.__name__}"] = demo.perplexity(demo.target)
     for name, value in found.items():
         print(
             f"\n{name}: perplexity {value:.4f}, {value / bf16 - 1:+.3%} of bf16, {value / float32 - 1:+.3%} of float32",
@@ -188,4 +188,4 @@ def test_demo_perplexity(demo: Demo) -> None:
 
 def test_evaluate_agrees(demo: Demo) -> None:
     """``elmoe eval`` reports the perplexity that this file computes from the logits."""
-    assert evaluate(demo.session, demo.text, WINDOW, 2).target == pytest.approx(demo.perplexity(demo.target, 2), rel=1e-6)
+    assert evaluate(demo.model, demo.text, WINDOW, 2).target == pytest.approx(demo.perplexity(demo.target, 2), rel=1e-6)

@@ -21,14 +21,14 @@ PROGRAM = """
 import json, sys
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session
+from elmoe.llm import load
 from elmoe.store import peak_memory
 options = EngineOptions(sys.argv[2], int(sys.argv[3]), batch=4, staging_experts=8)
-with Session(sys.argv[1], options) as session:
+with load(sys.argv[1], options) as model:
     prompts = [tuple((7 * i + at) % 512 for at in range(300)) for i in range(4)]  # more than the largest chunk together
     requests = [Request(prompt, 12) for prompt in prompts]
-    results, statistics = session.generate(requests)
-    print(json.dumps({"peak": peak_memory(), "tier": session.tier, "read": statistics.read_bytes}))
+    results, statistics = model.engine.generate(requests)
+    print(json.dumps({"peak": peak_memory(), "tier": model.tier, "read": statistics.read_bytes}))
 """
 
 

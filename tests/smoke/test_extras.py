@@ -77,6 +77,20 @@ def test_from_python_a_trace_names_the_extra(tmp_path):
     assert "'pyarrow'" in run.stdout and "elmoe[sim]" in run.stdout, run.stderr
 
 
+@pytest.mark.parametrize("name", ["generate", "stream", "chat", "offload"])
+def test_examples_of_text_need_no_extra(name):
+    run = without(EXTRAS["sim"], f"import runpy; runpy.run_path({str(ROOT / 'examples' / f'{name}.py')!r})")
+    assert run.returncode == 0 and not run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("name", ["trace", "simulate"])
+def test_other_examples_name_the_extra(name):
+    run = without(EXTRAS["sim"], f"import runpy; runpy.run_path({str(ROOT / 'examples' / f'{name}.py')!r})")
+    *_, error, hint = run.stderr.strip().splitlines()
+    assert run.returncode == 1 and "MissingExtraError" in error and "which is not installed" in error, run.stderr
+    assert hint.startswith("hint: ") and "pip install 'elmoe[sim]'" in hint, run.stderr
+
+
 def test_a_broken_install_is_not_called_an_extra():
     assert missing_extra("numpy", "elmoe generate") is None
     run = verb("generate", "demo", "--prompt", "The", modules=("tokenizers",))

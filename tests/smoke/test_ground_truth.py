@@ -9,7 +9,7 @@ from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session
+from elmoe.llm import load
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.sim.recorded import Counts, predict
 from elmoe.store import open_store
@@ -20,8 +20,8 @@ PROMPTS = ("The history of the city", "def add(a, b):", "Q: How many apples", "O
 
 def recorded(tmp_path, **named):
     """An engine run on the demo model with its trace; (options, sizes, slots, statistics, trace)."""
-    with Session("demo") as session:
-        ids = [session.encode(text) for text in PROMPTS]
+    with load("demo") as model:
+        ids = [model.encode(text) for text in PROMPTS]
     options = EngineOptions(all_ranks=True, **named)
     requests = [Request(i, 24, SamplingParameters(0.8, seed=n)) for n, i in enumerate(ids)]
     path = tmp_path / "run.trace"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elmoe.engine.session import Session
+from elmoe.llm import load
 from tests import lossless
 
 COUNT = 24
@@ -14,8 +14,8 @@ SAMPLE = lossless.grid()[::23]
 
 @pytest.fixture(scope="module")
 def demo():
-    with Session("demo") as session:
-        yield session, {t: lossless.reference(session, COUNT, t) for t in lossless.TEMPERATURES}
+    with load("demo") as model:
+        yield model, {t: lossless.reference(model, COUNT, t) for t in lossless.TEMPERATURES}
 
 
 def test_the_sample_meets_every_setting():
@@ -28,7 +28,7 @@ def test_the_sample_meets_every_setting():
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_elastic_output_is_the_plain_output(demo, case):
-    session, expected = demo
-    results, facts = lossless.run(session, case, COUNT)
+    model, expected = demo
+    results, facts = lossless.run(model, case, COUNT)
     assert results == expected[case.temperature]
     assert facts["draft_slow_reads"] == 0 and facts["drafted_tokens"] > 0 and facts["accepted_tokens"] > 0

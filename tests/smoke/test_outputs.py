@@ -158,35 +158,60 @@ def test_a_text_says_why_it_ended(tmp_path):
     assert b"ended by: a stop string" in done.stderr
 
 
-def interrupted(*arguments, ready, cwd=None):
-    """Exit code, output and seconds to the end of a run that gets Ctrl-C as from a terminal: a second after ``ready`` is
-    written on stderr, or
-    after some seconds."""
+def session_seconds(leader):
+    """Seconds of CPU that each process of a session has taken, by process id."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as file:
+                    words = file.read().rpartition(")")[2].split()
+            except OSError:  # it has just ended
+                continue
+            if int(words[3]) == leader and words[0] != "Z":
+                found[int(entry)] = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+def interrupted(*arguments, begun):
+    """Exit code, output and seconds to the end of a run that gets Ctrl-C as from a terminal, once ``begun``, which is given
+    the process id and standard output so far, says so."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "elmoe", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd,
+        [sys.executable, "-m", "elmoe", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    seen, deadline = b"", time.monotonic() + 60
-    while ready is not None and ready not in seen and time.monotonic() < deadline and process.poll() is None:
-        if select.select([process.stderr], [], [], 1)[0]:
-            seen += os.read(process.stderr.fileno(), 4096)
-    time.sleep(1 if ready else 4)
+    seen, deadline = {process.stdout: b"", process.stderr: b""}, time.monotonic() + 120
+    while not begun(process.pid, seen[process.stdout]):
+        assert time.monotonic() < deadline and process.poll() is None, seen
+        for pipe in select.select(list(seen), [], [], 0.05)[0]:
+            seen[pipe] += os.read(pipe.fileno(), 4096)
     os.killpg(process.pid, signal.SIGINT)
     began = time.monotonic()
     out, err = process.communicate(timeout=60)
-    assert b"Traceback" not in seen + err
-    return process.returncode, out.decode(), time.monotonic() - began
+    seconds = time.monotonic() - began
+    assert b"Traceback" not in seen[process.stderr] + err
+    while session_seconds(process.pid):  # workers are told to end, not waited for
+        assert time.monotonic() < began + 60, "a process is left"
+        time.sleep(0.05)
+    return process.returncode, (seen[process.stdout] + out).decode(), seconds
 
 
 def test_ctrl_c_ends_quickly_with_130_and_the_text_so_far():
     prompts = [word for n in range(40) for word in ("--prompt", f"The whale {n}")]
-    code, out, seconds = interrupted("generate", "demo", *prompts, "--max-tokens", "1900", "--ignore-eos", ready=b"reader:")
+    code, out, seconds = interrupted(
+        "generate", "demo", *prompts, "--max-tokens", "1900", "--ignore-eos", begun=lambda _, out: len(out) > 200
+    )
     assert code == 130 and seconds < 10 and out.startswith("The whale 0") and "The whale 9" in out  # those begun
 
 
 def test_ctrl_c_ends_a_simulation_with_its_workers():
-    code, _, seconds = interrupted("simulate", ready=None)  # all systems, models and prompts: minutes
+    """All systems, models and prompts take minutes; a worker that has computed for a while is past its start."""
+
+    def working(leader, _):
+        return any(seconds > 0.2 for process, seconds in session_seconds(leader).items() if process != leader)
+
+    code, _, seconds = interrupted("simulate", begun=working)
     assert code == 130 and seconds < 10
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session
 from elmoe.errors import TraceError
+from elmoe.llm import load
 from elmoe.measure.acceptance import profile_acceptance
 from elmoe.trace import TraceRecorder, read_trace
 from elmoe.trace.acceptance import (
@@ -146,9 +146,9 @@ def test_counts_of_a_recording(tmp_path):
 
 def test_a_profile_of_the_demo_model():
     """More resident experts, more acceptance; 8 bits and every expert that was ever used: nearly all."""
-    with Session("demo", EngineOptions(batch=2)) as session:
-        requests = [Request(session.encode(text), 10, ignore_eos=True) for text in ("The whale", "In the morning")]
-        rows = profile_acceptance(session, requests, depth=3)
+    with load("demo", EngineOptions(batch=2)) as model:
+        requests = [Request(model.encode(text), 10, ignore_eos=True) for text in ("The whale", "In the morning")]
+        rows = profile_acceptance(model, requests, depth=3)
     assert {row.bits for row in rows} == {4, 8} and len(rows[0].judged) == 3
     assert [row.share for row in rows[:3]] == pytest.approx([4 / 64, 0.25, 0.5], abs=0.1)
     found = AcceptanceTable(status="measured", source="demo", rows=rows)

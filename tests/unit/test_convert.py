@@ -22,8 +22,8 @@ from elmoe.convert.file_reading import SourceFile
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session
 from elmoe.errors import ConvertError, ElmoeError, NumericsError
+from elmoe.llm import load
 from elmoe.models import spec_of_config
 from elmoe.models.tensors import PROJECTIONS
 from elmoe.store import open_store
@@ -341,8 +341,8 @@ def test_special_tokens_of_the_checkpoint_reach_its_chat_template(tmp_path):
         )
     )
     convert_checkpoint(source, tmp_path / "store")
-    with Session(tmp_path / "store", reader="memory") as session:
-        assert session.chat_prompt([]) == "<s>x</s>"
+    with load(tmp_path / "store", reader="memory") as model:
+        assert model.chat_prompt([{"role": "user", "content": "x"}]) == "<s>x</s>"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from elmoe.cli.main import cli
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.engine.session import Session
-from elmoe.errors import BudgetError, ElmoeError, StoreError
+from elmoe.errors import BudgetError, ElmoeError, RequestError, StoreError
+from elmoe.llm import load
 from elmoe.measure.perplexity import STRETCH, evaluate
 from elmoe.store.synthetic import synthesize
 from tests.tiny import tiny_spec
@@ -38,35 +38,35 @@ def test_evaluation_of_a_store_on_disk_is_that_of_one_in_memory(store, backend, 
     windows = 2 if backend == "native" else 1
     results = []
     for reader in ("memory", "direct"):
-        with Session(store, backend=backend, reader=reader) as session:
-            results.append(evaluate(session, TEXT, 40, windows, share))
+        with load(store, backend=backend, reader=reader) as model:
+            results.append(evaluate(model, TEXT, 40, windows, share))
     assert results[0] == results[1] and np.isfinite(results[0].draft_nats)
 
 
 def test_evaluation_names_a_file_that_shrinks(store, tmp_path):
     shutil.copytree(store, tmp_path / "store")
-    with Session(tmp_path / "store", reader="direct") as session:
+    with load(tmp_path / "store", reader="direct") as model:
         os.truncate(tmp_path / "store" / "layer-002.experts", 4096)
         with pytest.raises(StoreError, match=r"layer-002\.experts"):
-            evaluate(session, TEXT, 40, 1)
+            evaluate(model, TEXT, 40, 1)
 
 
 def test_a_mapped_file_that_has_shrunk_is_named_before_work(store, tmp_path):
     shutil.copytree(store, tmp_path / "store")
-    with Session(tmp_path / "store", reader="memory") as session:
+    with load(tmp_path / "store", reader="memory") as model:
         os.truncate(tmp_path / "store" / "layer-002.experts", 4096)
         with pytest.raises(StoreError, match=r"layer-002\.experts' has 4096 bytes"):
-            session.generate([Request((5, 6), 3)])
+            model.engine.generate([Request((5, 6), 3)])
         with pytest.raises(StoreError, match=r"layer-002\.experts' has 4096 bytes"):
-            evaluate(session, TEXT, 40, 1)
+            evaluate(model, TEXT, 40, 1)
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("when", ["open", "read"])
 def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(store, monkeypatch, when, code):
     options = EngineOptions(fast_memory=1 << 30)
-    with Session(store, options, reader="memory") as session:
-        expected = session.generate([Request((5, 6, 7), 8)])[0]
+    with load(store, options, reader="memory") as model:
+        expected = model.engine.generate([Request((5, 6, 7), 8)])[0]
     real_open, real_preadv = os.open, os.preadv
 
     def refuse_open(path, flags, *more, **named):
@@ -80,11 +80,12 @@ def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(
         return real_preadv(handle, buffers, offset, *more)
 
     monkeypatch.setattr(os, when if when == "open" else "preadv", refuse_open if when == "open" else refuse_read)
+    del model
     gc.collect()  # what earlier tests left open must not close between the two counts
     before = len(os.listdir("/proc/self/fd"))
-    with Session(store, options, reader="direct") as session:
-        assert "this file system refuses O_DIRECT" in session.tier
-        assert [one.tokens for one in session.generate([Request((5, 6, 7), 8)])[0]] == [one.tokens for one in expected]
+    with load(store, options, reader="direct") as model:
+        assert "this file system refuses O_DIRECT" in model.tier
+        assert [one.tokens for one in model.engine.generate([Request((5, 6, 7), 8)])[0]] == [one.tokens for one in expected]
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -94,13 +95,32 @@ def test_another_error_of_the_disk_is_told(store, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(ElmoeError, match=r"'dense\.bin' cannot be opened: Input/output error"):
-        Session(store, reader="direct")
+        load(store, reader="direct")
 
 
 def test_inspect_tells_the_smallest_budget_that_serves(store):
     done = CliRunner().invoke(cli, ["inspect", str(store), "--json"])
     least = json.loads(done.output)["minimum_fast_memory"]
-    with Session(store, EngineOptions(fast_memory=least), reader="direct") as session:
-        assert len(session.generate([Request((5, 6, 7), 60)])[0][0].tokens) >= 1
+    with load(store, EngineOptions(fast_memory=least), reader="direct") as model:
+        assert len(model.engine.generate([Request((5, 6, 7), 60)])[0][0].tokens) >= 1
     with pytest.raises(BudgetError, match=f"below the minimum of {least} bytes"):
-        Session(store, EngineOptions(fast_memory=least - 1), reader="direct").generate([Request((5, 6, 7), 60)])
+        load(store, EngineOptions(fast_memory=least - 1), reader="direct").engine.generate([Request((5, 6, 7), 60)])
+
+
+@pytest.mark.parametrize("reader", ["memory", "direct"])
+def test_a_load_that_is_refused_leaves_no_file_open(store, reader):
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(RequestError, match="draft_top_k is 9"):
+        load(store, EngineOptions(draft_top_k=9), reader=reader)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_further_engines_on_an_open_model_have_caches_of_their_own(store):
+    with load(store, reader="memory") as model:
+        other = model.new_engine(EngineOptions(mode="plain", batch=1))
+        answer = model.generate([5, 6, 7], max_tokens=8, ignore_eos=True)
+        request = Request((5, 6, 7), 8, ignore_eos=True)
+        (result,), _ = other.generate([request])
+        assert (result.tokens, model.text_of(request, result)) == (answer.token_ids, answer.text)
+        assert other.cache is not model.engine.cache and model.engine.options.batch == 16

@@ -8,7 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from elmoe.errors import ConvertError, RequestError, StoreError
-from elmoe.tokenizer import answer_text, encode, load_tokenizer
+from elmoe.text import TextStream
+from elmoe.tokenizer import encode, load_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog"
 
@@ -54,9 +55,10 @@ def test_the_space_between_prompt_and_answer_is_kept():
     )
     tokenizer = loaded(tokenizer)
     prompt = encode(tokenizer, "a b")
-    assert answer_text(tokenizer, prompt, [260]) == " word"
-    assert answer_text(tokenizer, prompt, [1 + 0xC3, 1 + 0xA9]) == "é"
-    assert answer_text(tokenizer, prompt, []) == ""
+    for answer, text in (([260], " word"), ([1 + 0xC3, 1 + 0xA9], "é"), ([], "")):
+        stream = TextStream(lambda ids: tokenizer.decode(list(ids)), prompt)
+        assert not any(stream.push(token) for token in answer)
+        assert stream.take(last=True) == text
 
 
 @pytest.mark.parametrize(

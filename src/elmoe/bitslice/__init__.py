@@ -4,7 +4,7 @@ Knows nothing of files, models, policies or time. Imports NumPy and the error tr
 """
 
 from elmoe.bitslice.arithmetic import rotary_tables
-from elmoe.bitslice.attention import AttentionWeights, KVCache, attention_block, rms_norm
+from elmoe.bitslice.attention import AttentionWeights, KVCache, Places, attention_block, rms_norm
 from elmoe.bitslice.backend import (
     Backend,
     DenseWeights,
@@ -34,6 +34,7 @@ __all__ = [
     "LayerStack",
     "LayerWeights",
     "NestedMatrix",
+    "Places",
     "Report",
     "Routed",
     "RouterWeights",

@@ -37,13 +37,56 @@ class AttentionWeights:
     epsilon: float
 
 
+@dataclass(slots=True, eq=False)
+class Places:
+    """Where the tokens of a call are; (tokens,) int32 each.
+
+    ``slots``: the cache slot of a token's sequence. ``positions``: its place in the text, from which its rotary embedding
+    comes. ``cells``: where in the slot its keys and values lie; None is the cell of its position. ``parents``: the token of
+    this call that is before it in the text; -1, and None for all, where the text before it lies in cells 0..position-1.
+    A token sees its own cell and those that its parent sees. A chain is a tree without branches: every token is in the cell
+    of its position.
+    """
+
+    slots: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    cells: NDArray[np.int32] | None = None
+    parents: NDArray[np.int32] | None = None
+
+    @property
+    def chain(self) -> bool:
+        """Whether every token is in the cell of its position, and so sees the cells before it."""
+        return self.cells is None or np.array_equal(self.cells, self.positions)
+
+    def seen(self) -> list[NDArray[np.int32]]:
+        """The cells that each token sees, by position; its own is the last.
+
+        :raises ValueError: a parent is not the token before, two tokens are in one cell, or one is in a cell that it sees.
+        """
+        cells = self.positions if self.cells is None else self.cells
+        parents = np.full_like(cells, -1) if self.parents is None else self.parents
+        if len(set(zip(self.slots.tolist(), cells.tolist(), strict=True))) < len(cells):
+            raise ValueError("two tokens are in one cell")
+        result: list[NDArray[np.int32]] = []
+        for token, (parent, position) in enumerate(zip(parents.tolist(), self.positions.tolist(), strict=True)):
+            if not -1 <= parent < token or (parent >= 0 and self.slots[parent] != self.slots[token]):
+                raise ValueError(f"token {token} has the parent {parent}, which is not before it in its sequence")
+            before = result[parent] if parent >= 0 else np.arange(position, dtype=np.int32)
+            if len(before) != position:
+                raise ValueError(f"token {token} at position {position} has a parent at position {len(before) - 1}")
+            if cells[token] in before:
+                raise ValueError(f"token {token} is in the cell {cells[token]}, which it sees")
+            result.append(np.append(before, cells[token]))
+        return result
+
+
 @dataclass(frozen=True, eq=False)
 class KVCache:
     """Pages of keys and values, fp16.
 
     ``keys``: (pages, layers, kv_heads, page_positions / 16, head_dim, 16). ``values``: (pages, layers, kv_heads,
-    page_positions, head_dim). ``table``: (slots, pages per slot) int32 page of each stretch of a slot's positions, -1
-    where none is assigned.
+    page_positions, head_dim). ``table``: (slots, pages per slot) int32 page of each stretch of a slot's cells, -1 where none
+    is assigned.
     """
 
     keys: NDArray[np.float16]
@@ -52,11 +95,11 @@ class KVCache:
 
     @property
     def page_positions(self) -> int:
-        """Positions in a page, a multiple of 16."""
+        """Cells in a page, a multiple of 16."""
         return self.values.shape[3]
 
     def gather(self, layer: int, slot: int, length: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """Keys and values of positions 0..length-1 of a slot: (kv_heads, length, head_dim) each."""
+        """Keys and values of cells 0..length-1 of a slot: (kv_heads, length, head_dim) each."""
         pages = self.table[slot, : -(-length // self.page_positions)]
         blocks = self.keys[pages, layer]  # (pages, kv_heads, blocks, head_dim, 16)
         kv_heads, head_dim = blocks.shape[1], blocks.shape[3]
@@ -64,9 +107,9 @@ class KVCache:
         values = self.values[pages, layer].transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
         return keys[:, :length], values[:, :length]
 
-    def write(self, layer: int, slot: int, position: int, keys: NDArray[np.float16], values: NDArray[np.float16]) -> None:
-        """Store one position's (kv_heads, head_dim) keys and values."""
-        page, within = self.table[slot, position // self.page_positions], position % self.page_positions
+    def write(self, layer: int, slot: int, cell: int, keys: NDArray[np.float16], values: NDArray[np.float16]) -> None:
+        """Store one token's (kv_heads, head_dim) keys and values."""
+        page, within = self.table[slot, cell // self.page_positions], cell % self.page_positions
         self.keys[page, layer, :, within // LANES, :, within % LANES] = keys
         self.values[page, layer, :, within] = values
 
@@ -109,19 +152,19 @@ def attention_block(
     x: NDArray[np.float32],
     cache: KVCache,
     layer: int,
-    slots: NDArray[np.int32],
-    positions: NDArray[np.int32],
+    places: Places,
     cosine: NDArray[np.float32],
     sine: NDArray[np.float32],
 ) -> None:
     """Add attention to the residual stream ``x`` (tokens, hidden) in place and write keys and values to the cache.
 
-    Token i sits at ``positions[i]`` of cache slot ``slots[i]`` and attends to positions 0..positions[i] of that slot,
-    tokens of this call included. ``cosine``, ``sine``: tables (positions, head_dim / 2) indexed by position.
+    A token attends to the cells that it sees (see ``Places``), tokens of this call included, in the order of positions:
+    where they lie changes no bit. ``cosine``, ``sine``: tables (positions, head_dim / 2) indexed by position.
 
-    :raises NumericsError: a key or value is not finite in fp16.
+    :raises NumericsError: a key or value is not finite in fp16. :raises ValueError: places contradict each other.
     """
-    tokens = x.shape[0]
+    tokens, slots, positions = x.shape[0], places.slots, places.positions
+    seen, cells = (None, positions) if places.chain or places.cells is None else (places.seen(), places.cells)
     heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
     projected = nested_matmul(weights.query_key_value, rms_norm(x, weights.norm, weights.epsilon))
     projected = projected.reshape(tokens, heads + 2 * kv_heads, head_dim)
@@ -136,9 +179,12 @@ def attention_block(
     if not (np.isfinite(key16).all() and np.isfinite(value16).all()):
         raise NumericsError(f"layer {layer}: a key or value is not finite in fp16")
     for token in range(tokens):
-        cache.write(layer, int(slots[token]), int(positions[token]), key16[token], value16[token])
+        cache.write(layer, int(slots[token]), int(cells[token]), key16[token], value16[token])
     attended = np.empty((tokens, heads * head_dim), np.float32)
     for token in range(tokens):
-        keys, values = cache.gather(layer, int(slots[token]), int(positions[token]) + 1)
+        if seen is None:
+            keys, values = cache.gather(layer, int(slots[token]), int(positions[token]) + 1)
+        else:
+            keys, values = (part[:, seen[token]] for part in cache.gather(layer, int(slots[token]), max(seen[token]) + 1))
         attended[token] = attend(query[token], keys, values).reshape(-1)
     x += nested_matmul(weights.output, attended)

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from elmoe.bitslice.attention import AttentionWeights, KVCache, attention_block, rms_norm
+from elmoe.bitslice.attention import AttentionWeights, KVCache, Places, attention_block, rms_norm
 from elmoe.bitslice.expert import ExpertLayout
 from elmoe.bitslice.moe import RouterWeights, Routing, expert_ffn, route
 from elmoe.bitslice.nested import NestedMatrix
@@ -130,9 +130,9 @@ class Backend(Protocol):
         ...
 
     def forward(
-        self, stack: LayerStack, x: NDArray[np.float32], cache: KVCache, slots: NDArray[np.int32],
-        positions: NDArray[np.int32], cosine: NDArray[np.float32], sine: NDArray[np.float32], *, draft: Draft | None = None,
-        feed: ExpertFeed | None = None, routed: Routed | None = None, report: Report | None = None,
+        self, stack: LayerStack, x: NDArray[np.float32], cache: KVCache, places: Places, cosine: NDArray[np.float32],
+        sine: NDArray[np.float32], *, draft: Draft | None = None, feed: ExpertFeed | None = None,
+        routed: Routed | None = None, report: Report | None = None,
     ) -> Routings:  # fmt: skip
         """Run all layers in place on ``x``; see ``bitslice.forward``."""
         ...
@@ -164,8 +164,7 @@ def forward(
     stack: LayerStack,
     x: NDArray[np.float32],
     cache: KVCache,
-    slots: NDArray[np.int32],
-    positions: NDArray[np.int32],
+    places: Places,
     cosine: NDArray[np.float32],
     sine: NDArray[np.float32],
     *,
@@ -177,7 +176,7 @@ def forward(
 ) -> Routings:
     """Run all layers in place on the residual stream ``x`` (tokens, hidden) and write the cache.
 
-    :param slots: (tokens,) cache slot of each token's sequence; ``positions`` (tokens,) its absolute position.
+    :param places: where the tokens are.
     :param cosine: (positions, head_dim / 2) rotary table, as ``sine``.
     :param draft: None computes the target.
     :param feed: where experts come from that are not all in memory; None: all addresses stay as they are.
@@ -189,7 +188,7 @@ def forward(
     row = 0
     for index, layer in enumerate(stack.layers):
         times = [perf_counter()]
-        operations.attention_block(layer.attention, x, cache, index, slots, positions, cosine, sine)
+        operations.attention_block(layer.attention, x, cache, index, places, cosine, sine)
         times.append(perf_counter())
         weights = layer.feed_forward
         if isinstance(weights, DenseWeights):

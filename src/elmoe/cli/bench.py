@@ -39,23 +39,23 @@ def command(
         if name not in ("plain", "cache", "elastic"):
             raise RequestError(f"'{name}' is no mode", "use plain, cache or elastic")
     options = serving.options("elastic", max(batches))
-    with serving.session(store, options) as session:
-        label = session.tier
+    with serving.load(store, options) as model:
+        label = model.tier
         if traces:
             from elmoe.measure.replay import ReplayBackend
             from elmoe.trace import draft_facts_of_trace, read_trace
 
             facts = [draft_facts_of_trace(read_trace(path)) for path in traces]
-            replay = ReplayBackend(session.backend, session.reader.spec, facts)
+            replay = ReplayBackend(model.backend, model.reader.spec, facts)
             requests = replay.requests(list(range(max(batches))), max_tokens)
             label += "; replayed"
         else:
             replay = None
             sampling = SamplingParameters(temperature, seed=seed)
-            requests = random_prompts(session, max(batches), prompt_tokens, max_tokens, sampling)
+            requests = random_prompts(model, max(batches), prompt_tokens, max_tokens, sampling)
         with progress_bar("runs", (repeats + 1) * len(names) * len(batches)) as bar:
             done = iter(range(1, 10**6))
-            rows = benchmark(session, requests, names, batches, repeats, lambda: bar(next(done)), replay)
+            rows = benchmark(model, requests, names, batches, repeats, lambda: bar(next(done)), replay)
     if as_json:
         print_json({"tier": label, "peak_memory_bytes": peak_memory(), "rows": rows})
         return

@@ -15,7 +15,7 @@ from elmoe.untrusted import short
 
 if TYPE_CHECKING:
     from elmoe.engine.options import EngineOptions
-    from elmoe.engine.session import Session
+    from elmoe.llm import Model
 
 
 class Quantity(click.ParamType):
@@ -112,7 +112,7 @@ SERVING_OPTIONS = (
 
 @dataclass(frozen=True)
 class Serving:
-    """The options of :func:`serving_options`, by the names of ``EngineOptions`` and ``Session``."""
+    """The options of :func:`serving_options`, by the names of ``EngineOptions`` and ``elmoe.load``."""
 
     fast_memory: int | float | None
     reader: Any
@@ -137,13 +137,11 @@ class Serving:
             draft_top_k=self.draft_top_k, residency=ResidencyParameters(self.policy),
         )  # fmt: skip
 
-    def session(self, store: str, options: EngineOptions) -> Session:
-        """An open store with the kernels' threads set: all cores of this process by default."""
-        from elmoe.engine.session import Session, use_threads
+    def load(self, store: str, options: EngineOptions) -> Model:
+        """An open model with the kernels' threads set: all cores of this process by default."""
+        from elmoe.llm import load
 
-        session = Session(store, options, self.backend, self.reader)
-        use_threads(self.backend, self.threads)
-        return session
+        return load(store, options, backend=self.backend, reader=self.reader, threads=self.threads)
 
 
 def serving_options(command: Callable) -> Callable:

@@ -42,23 +42,22 @@ def command(
     """Write text with the embedded model, plainly and elastically; then what hybrid-bonded hardware would give."""
     from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
-    from elmoe.engine.session import Session, use_threads
     from elmoe.files import check_output
+    from elmoe.llm import load
 
     check_output(report, force, "page")
     absent = missing_extra(missing("sim") or "", "the table of described hardware")
     if absent is not None and report is not None:
         raise absent
-    with Session("demo", EngineOptions(fast_memory=fast_memory), reader="memory") as session:
-        use_threads("native", threads)
-        requests = [Request(session.encode(prompt), max_tokens, ignore_eos=True) for prompt in PROMPTS]
+    with load("demo", EngineOptions(fast_memory=fast_memory), reader="memory", threads=threads) as model:
+        requests = [Request(model.encode(prompt), max_tokens, ignore_eos=True) for prompt in PROMPTS]
         runs: dict[str, Any] = {}
         for mode in ("plain", "cache", "elastic"):
             options = EngineOptions(
                 mode=mode, fast_memory=fast_memory, draft_length=draft_length, batch=len(PROMPTS), keep_kv_digest=True
             )  # fmt: skip
-            runs[mode] = session.with_options(options).generate(requests)
-        texts = [session.text_of(*pair) for pair in zip(requests, runs["elastic"][0], strict=True)]
+            runs[mode] = model.new_engine(options).generate(requests)
+        texts = [model.text_of(*pair) for pair in zip(requests, runs["elastic"][0], strict=True)]
     # Results hold tokens, log-probabilities and a hash of the KV bytes: equality is exact.
     identical = runs["elastic"][0] == runs["plain"][0] == runs["cache"][0]
     facts = {mode: statistics.as_dict() for mode, (_, statistics) in runs.items()}
@@ -69,7 +68,7 @@ def command(
                 "prompts": PROMPTS,
                 "texts": texts,
                 "identical": identical,
-                "tier": session.tier,
+                "tier": model.tier,
                 "modes": facts,
                 "projection": projection,
             }
@@ -89,7 +88,7 @@ def command(
             ("slow-tier bytes per token", lambda f: size(f["slow_bytes_per_token"])),
             ("slow-tier reads while drafting", lambda f: f["draft_slow_reads"]),
         ]
-        title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {session.tier}"
+        title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {model.tier}"
         print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in rows])
         click.echo(f"identical output: {'yes' if identical else 'NO'}\n")
         if projection is not None:

@@ -55,8 +55,8 @@ def command(
             data["prefetch_bytes"] = kernels.prefetch()
             data["disk_read_bytes_per_second"] = disk_bandwidth(reader.path / largest.name)
         if hardware is not None:
-            from elmoe.engine.session import use_threads
             from elmoe.measure.calibrate import calibrate, hardware_of
+            from elmoe.opening import use_threads
             from elmoe.schema.hardware import write_hardware
 
             use_threads("native")

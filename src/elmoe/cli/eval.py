@@ -30,15 +30,16 @@ def command(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Perplexity of STORE's target and of its 4-bit draft on a text file."""
-    from elmoe.engine.session import Session, use_threads
+    from elmoe.engine.options import EngineOptions
     from elmoe.errors import RequestError
+    from elmoe.llm import load
     from elmoe.measure.perplexity import evaluate
     from elmoe.untrusted import read_text
 
     text = read_text(text_path, RequestError, TEXT_LIMIT, "text", "convert it, for example with iconv -t utf-8")
-    with Session(store, backend=backend) as session, progress_bar("windows", windows) as bar:
-        use_threads(backend, threads)
-        result = evaluate(session, text, window, windows, draft_experts, lambda done, total: bar(done))
+    opened = load(store, EngineOptions(), backend=backend, threads=threads)
+    with opened as model, progress_bar("windows", windows) as bar:
+        result = evaluate(model, text, window, windows, draft_experts, lambda done, total: bar(done))
     data = {"target_perplexity": result.target, "draft_perplexity": result.draft, **asdict(result)}
     if as_json:
         print_json(data)

@@ -16,7 +16,7 @@ from elmoe.units import format_bytes
 
 if TYPE_CHECKING:
     from elmoe.engine.request import Output, Request, Result
-    from elmoe.engine.session import Session
+    from elmoe.llm import Model
 
 ENDED = {"eos": "the model ended it", "stop": "a stop string", "length": "--max-tokens"}
 """Why a text ended, in words."""
@@ -67,13 +67,13 @@ def command(
     check_output(timeline_path, force, "timeline")
     prompts = collect_prompts(prompt, prompts_path, chat, system)
     options = serving.options(mode, batch or min(len(prompts) * copies, 16))
-    with serving.session(store, options) as session:
+    with serving.load(store, options) as model:
         if not quiet:
-            click.echo(session.reader_note, err=True)
+            click.echo(model.reader_note, err=True)
         sampling = SamplingParameters(temperature, top_k, top_p, min_p, seed)
-        strings, stop_tokens = split_stops(session.tokenizer, stop)
+        strings, stop_tokens = split_stops(model.tokenizer, stop)
         requests = numbered(
-            Request(line.tokens(session), max_tokens, sampling, strings, ignore_eos, stop_tokens, copies, text=not as_json)
+            Request(line.tokens(model), max_tokens, sampling, strings, ignore_eos, stop_tokens, copies, text=not as_json)
             for line in prompts
         )
         shown = [line.shown for line in prompts for _ in range(copies)]
@@ -82,7 +82,7 @@ def command(
         if trace_path is not None:
             from elmoe.trace import TraceRecorder
 
-            recorder = TraceRecorder(trace_path, session.reader.spec, {"mode": mode, "store": session.path.name})
+            recorder = TraceRecorder(trace_path, model.reader.spec, {"mode": mode, "store": model.path.name})
         timeline = None
         if timeline_path is not None:
             from elmoe.engine.observe import Timeline
@@ -92,7 +92,7 @@ def command(
         results: list[Result | None] = [None] * len(served)
         with recorder:
             try:
-                for outputs in session.engine.run(requests, recorder if trace_path else None, timeline):
+                for outputs in model.engine.run(requests, recorder if trace_path else None, timeline):
                     for output in outputs:
                         place = output.request * copies + output.choice
                         writer.take(output, place)
@@ -101,11 +101,11 @@ def command(
                             raise output.result.error
             finally:
                 writer.close()  # the text comes first: what else is written may fail
-            statistics, finished = session.engine.statistics, [result for result in results if result is not None]
+            statistics, finished = model.engine.statistics, [result for result in results if result is not None]
             facts = statistics.as_dict()
             if as_json:
-                answers = _answers(session, shown, served, finished)
-                told = {"mode": mode, "tier": session.tier, "peak_memory_bytes": peak_memory(), "statistics": facts}
+                answers = _answers(model, shown, served, finished)
+                told = {"mode": mode, "tier": model.tier, "peak_memory_bytes": peak_memory(), "statistics": facts}
                 print_json({**answers[0], "results": answers, **told})
         if timeline_path is not None and timeline is not None:
             timeline.write(timeline_path)
@@ -113,7 +113,7 @@ def command(
         return
     rate = facts["tokens_per_second"]
     click.echo(
-        f"[{mode}; {session.tier}] {statistics.committed} tokens"
+        f"[{mode}; {model.tier}] {statistics.committed} tokens"
         + (f", {rate:.0f} tokens/s" if isinstance(rate, float) else "")
         + (f", acceptance {facts['acceptance_rate']:.1%}" if facts["acceptance_rate"] is not None else "")
         + f", peak memory {format_bytes(peak_memory())}; ended by: {_ends(served, finished)}",
@@ -122,12 +122,12 @@ def command(
 
 
 def _answers(
-    session: Session, prompts: Sequence[str], requests: Sequence[Request], results: Sequence[Result]
+    model: Model, prompts: Sequence[str], requests: Sequence[Request], results: Sequence[Result]
 ) -> list[dict[str, Any]]:  # fmt: skip
     return [
         {
             "prompt": text,
-            "text": session.text_of(request, result),
+            "text": model.text_of(request, result),
             "token_ids": list(result.tokens),
             "logprobs": list(result.logprobs),
             "finish_reason": result.finish,

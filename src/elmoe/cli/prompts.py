@@ -11,7 +11,7 @@ from elmoe.errors import RequestError
 from elmoe.untrusted import load_json, read_text, short, text_of
 
 if TYPE_CHECKING:
-    from elmoe.engine.session import Session
+    from elmoe.llm import Model
 
 PROMPT_LIMIT = 256 << 20
 """Largest file of prompts, bytes."""
@@ -26,11 +26,11 @@ class PromptLine:
     shown: str
     messages: list[dict[str, Any]] | None = None
 
-    def tokens(self, session: Session) -> tuple[int, ...]:
+    def tokens(self, model: Model) -> tuple[int, ...]:
         """Its token ids."""
         if self.messages is None:
-            return session.encode(self.shown)
-        return session.encode(session.chat_prompt(self.messages), rendered=True)
+            return model.encode(self.shown)
+        return model.chat_tokens(self.messages)
 
 
 def collect_prompts(given: tuple[str, ...], path: Path | None, chat: bool, system: str | None) -> list[PromptLine]:

@@ -53,10 +53,10 @@ def record(
     options = replace(serving.options("elastic", min(batch, len(prompts))), all_ranks=all_ranks)
     if every_position:
         options = replace(options, draft_length=options.draft_length or 16, commit_limit=1)
-    with serving.session(store, options) as session:
+    with serving.load(store, options) as model:
         requests = [
             Request(
-                session.encode(text)[:prompt_tokens], max_tokens, SamplingParameters(temperature, seed=seed + index),
+                model.encode(text)[:prompt_tokens], max_tokens, SamplingParameters(temperature, seed=seed + index),
                 ignore_eos=every_position,
             )
             for index, text in enumerate(prompts)
@@ -67,11 +67,11 @@ def record(
         }  # fmt: skip
         with (
             progress_bar("tokens", len(requests) * max_tokens) as bar,
-            TraceRecorder(out, session.reader.spec, run, all_ranks) as recorder,
+            TraceRecorder(out, model.reader.spec, run, all_ranks) as recorder,
         ):
-            for _ in session.engine.run(requests, recorder):
-                bar(session.engine.statistics.committed)
-    statistics = session.engine.statistics
+            for _ in model.engine.run(requests, recorder):
+                bar(model.engine.statistics.committed)
+    statistics = model.engine.statistics
     facts = statistics.as_dict()
     if as_json:
         print_json({"trace": str(out), "statistics": facts})

@@ -52,20 +52,20 @@ def profile(
     from elmoe.bitslice import SamplingParameters
     from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
-    from elmoe.engine.session import Session, use_threads
+    from elmoe.llm import load
     from elmoe.measure.acceptance import BITS, SHARES, profile_acceptance
     from elmoe.trace.acceptance import AcceptanceTable, save_acceptance
 
     prompts = read_prompts(prompts_path)
-    use_threads(backend, threads)
-    with Session(store, EngineOptions(batch=min(batch, len(prompts))), backend, "memory") as session:
+    options = EngineOptions(batch=min(batch, len(prompts)))
+    with load(store, options, backend=backend, reader="memory", threads=threads) as model:
         requests = [
-            Request(session.encode(text)[:prompt_tokens], max_tokens, SamplingParameters(temperature, seed=seed + index))
+            Request(model.encode(text)[:prompt_tokens], max_tokens, SamplingParameters(temperature, seed=seed + index))
             for index, text in enumerate(prompts)
         ]
         with progress_bar("rows", len(BITS) * len(SHARES)) as bar:
             done = iter(range(1, 10**6))
-            rows = profile_acceptance(session, requests, depth, lambda: bar(next(done)))
+            rows = profile_acceptance(model, requests, depth, lambda: bar(next(done)))
     source = f"store {store}; {len(prompts)} prompts x {max_tokens} tokens, temperature {temperature:g}, seed {seed}"
     table = AcceptanceTable(status="measured", source=source, rows=rows)
     save_acceptance(table, out)

@@ -7,7 +7,7 @@ the experts it needs.
 from __future__ import annotations
 
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from elmoe.bitslice import (
     LayerStack,
     LayerWeights,
     NestedMatrix,
+    Places,
     Report,
     RouterWeights,
     Routings,
@@ -31,7 +32,7 @@ from elmoe.bitslice import (
 from elmoe.errors import ModelError
 from elmoe.models.spec import GroupedAttention, ModelSpec, Rope
 
-__all__ = ["AllExperts", "Decoder", "Draft", "ExpertSource", "Routings", "Tokens", "WeightReader"]
+__all__ = ["AllExperts", "Decoder", "Draft", "ExpertSource", "Places", "Routings", "WeightReader"]
 
 AddressTables = tuple[NDArray[np.int64], ...]
 """The (experts, 2) addresses of the MSB and LSB records of each MoE layer."""
@@ -90,14 +91,6 @@ class AllExperts:
 
     def note(self, routings: Routings, draft: bool) -> None:
         """See ``ExpertSource``."""
-
-
-class Tokens(NamedTuple):
-    """One token per row: its id, the cache slot of its sequence and its absolute position, int32 each."""
-
-    ids: NDArray[np.int32]
-    slots: NDArray[np.int32]
-    positions: NDArray[np.int32]
 
 
 class Decoder:
@@ -167,7 +160,8 @@ class Decoder:
 
     def forward(
         self,
-        tokens: Tokens,
+        ids: NDArray[np.int32],
+        places: Places,
         cache: KVCache,
         source: ExpertSource,
         draft: Draft | None = None,
@@ -176,6 +170,7 @@ class Decoder:
     ) -> tuple[NDArray[np.float32], Routings]:
         """Compute the tokens and store their keys and values.
 
+        :param ids: (tokens,) of which ``places`` tells where they are.
         :param draft: None computes the target.
         :param rows: the tokens whose logits are wanted; None is all.
         :param report: takes the spans of the layers and of "logits".
@@ -183,11 +178,11 @@ class Decoder:
         :raises NumericsError: a non-finite value appeared, or an expert's slice was not readable.
         """
         backend, spec = self._backend, self.spec
-        x = backend.embed(self._embedding, tokens.ids)
+        x = backend.embed(self._embedding, ids)
         feed = source.feed(draft is not None)
         routings = backend.forward(
-            self.stack(source.tables), x, cache, tokens.slots, tokens.positions, self._cosine, self._sine, draft=draft,
-            feed=feed, report=report,
+            self.stack(source.tables), x, cache, places, self._cosine, self._sine, draft=draft, feed=feed, report=report
+
         )  # fmt: skip
         if feed is None:
             source.note(routings, draft is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from elmoe.errors import RequestError
@@ -61,6 +62,19 @@ class EngineOptions:
             raise RequestError(f"prefill_chunk is {self.prefill_chunk}, allowed is 1..65536")
         if self.kv_memory is not None and self.kv_memory < 1:
             raise RequestError(f"kv_memory is {self.kv_memory} bytes", "give an amount such as 1GiB")
+        memory, bandwidth = self.fast_memory, self.slow_bandwidth
+        if isinstance(memory, float) and not 0 <= memory <= 1:
+            raise RequestError(f"fast_memory is {memory} of the experts", "give a share of 0.0 to 1.0, or bytes")
+        if isinstance(memory, int) and memory < 0:
+            raise RequestError(f"fast_memory is {memory} bytes", "give an amount such as 4GiB, or a share of 0.0 to 1.0")
+        if bandwidth is not None and not 0 < bandwidth < inf:
+            raise RequestError(f"slow_bandwidth is {bandwidth} bytes/s", "give a bandwidth such as 1.7GB/s")
+        if self.staging_experts < 1:
+            raise RequestError(f"staging_experts is {self.staging_experts}", "use at least 1")
+        if self.commit_limit is not None and self.commit_limit < 1:
+            raise RequestError(f"commit_limit is {self.commit_limit}", "use at least 1")
+        if not 0 <= self.draft_offset <= 16:
+            raise RequestError(f"draft_offset is {self.draft_offset}, allowed is 0..16")
         if self.draft_bits == 8 and enforced:
             raise RequestError("drafts of 8 bits need every LSB slice in memory", "use --reader memory")
 

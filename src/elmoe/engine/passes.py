@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import Backend, Report, Sample
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
-from elmoe.engine.decoder import Decoder, Draft, Routings, Tokens
+from elmoe.engine.decoder import Decoder, Draft, Places, Routings
 from elmoe.engine.kv_cache import PagedCache
 from elmoe.engine.request import Alternatives
 from elmoe.engine.sequence import Proposals, Sequence
@@ -20,11 +20,27 @@ from elmoe.engine.tier import ExpertTier
 
 
 class Row(NamedTuple):
-    """A token to compute: its sequence, position and id."""
+    """A token to compute: its sequence, its position in the text and its id. ``cell``: where in the sequence's pages its
+    keys and values lie; None is the cell of its position. ``parent``: the row of this pass with the token before it; None
+    where the tokens before it are in the cells of their positions. The rows of a chain leave both out."""
 
     sequence: Sequence
     position: int
     token: int
+    cell: int | None = None
+    parent: int | None = None
+
+
+def places_of(rows: list[Row]) -> Places:
+    """Where the rows' tokens are."""
+    slots = np.array([row.sequence.entry.row for row in rows], np.int32)
+    positions = np.array([row.position for row in rows], np.int32)
+    for row in rows:
+        if row.cell is not None:
+            cells = [one.position if one.cell is None else one.cell for one in rows]
+            parents = [-1 if one.parent is None else one.parent for one in rows]
+            return Places(slots, positions, np.array(cells, np.int32), np.array(parents, np.int32))
+    return Places(slots, positions)
 
 
 @dataclass(slots=True)
@@ -97,15 +113,11 @@ class Passes:
     ) -> Pass:
         """Compute rows and sample the first ``sampled`` of them (None: all).
 
-        :raises NumericsError: a value is not finite.
+        :raises NumericsError: a value is not finite. :raises KernelError: the rows are no chain, and the backend needs one.
         """
         count = len(rows) if sampled is None else sampled
         began, waited = perf_counter(), self._tier.waited
-        tokens = Tokens(
-            np.array([row.token for row in rows], np.int32),
-            np.array([row.sequence.entry.row for row in rows], np.int32),
-            np.array([row.position for row in rows], np.int32),
-        )
+        ids, places = np.array([row.token for row in rows], np.int32), places_of(rows)
         if self._script is not None:
             told = [
                 (row.sequence.index, len(row.sequence.tokens) - 1 if i < count else row.position, row.position)
@@ -113,7 +125,9 @@ class Passes:
             ]
             self._script.begin(phase, told, count, float(self._tier.resident.msb.mean()))
         wanted = None if count == len(rows) else np.arange(count)
-        self.logits, routings = self._decoder.forward(tokens, self._cache.kernels, self._tier, draft, wanted, self._report)
+        self.logits, routings = self._decoder.forward(
+            ids, places, self._cache.kernels, self._tier, draft, wanted, self._report
+        )
         samples = [
             self._backend.sample(self.logits[i], row.sequence.sampling, row.position + 1)
             for i, row in enumerate(rows[:count])

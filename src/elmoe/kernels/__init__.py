@@ -21,6 +21,7 @@ from elmoe.bitslice import (
     LayerStack,
     LayerWeights,
     NestedMatrix,
+    Places,
     Report,
     Routed,
     RouterWeights,
@@ -127,9 +128,15 @@ def _handle(owner: Any, make: Any) -> Any:
 
 def _check_offset(offset: float) -> None:
     if offset not in range(17):
-        raise NumericsError(
+        raise KernelError(
             f"native kernels draft with an integral offset within 0..16, not {offset}", "use --backend reference"
         )
+
+
+def _check_chain(places: Places) -> None:
+    """Native attention reads cells 0..position; a tree needs the cells that each token sees."""
+    if places.cells is not None and not places.chain:
+        raise KernelError("native kernels compute chains of tokens, not trees", "use --backend reference")
 
 
 def _matrix(matrix: NestedMatrix) -> Any:
@@ -201,15 +208,16 @@ def attention_block(
     x: NDArray[np.float32],
     cache: KVCache,
     layer: int,
-    slots: NDArray[np.int32],
-    positions: NDArray[np.int32],
+    places: Places,
     cosine: NDArray[np.float32],
     sine: NDArray[np.float32],
 ) -> None:
-    """Add attention to ``x`` in place and write the cache; see ``bitslice.attention_block``."""
+    """Add attention to ``x`` in place and write the cache; see ``bitslice.attention_block``. Chains only."""
+    _check_chain(places)
     try:
         _native.attention_block(
-            _handle(weights, _attention), x, _handle(cache, _cache), layer, slots, positions, cosine, sine
+            _handle(weights, _attention), x, _handle(cache, _cache), layer, places.slots, places.positions,
+            cosine, sine,
         )  # fmt: skip
     except _native.NumericsFailure as error:
         raise NumericsError(str(error), "check the checkpoint's weights") from None
@@ -273,8 +281,7 @@ def forward(
     stack: LayerStack,
     x: NDArray[np.float32],
     cache: KVCache,
-    slots: NDArray[np.int32],
-    positions: NDArray[np.int32],
+    places: Places,
     cosine: NDArray[np.float32],
     sine: NDArray[np.float32],
     *,
@@ -284,7 +291,8 @@ def forward(
     report: Report | None = None,
 ) -> Routings:
     """Run all layers in place on ``x`` in one call; see ``bitslice.forward``. Python is called once per row where there is a
-    hook or a feed, else never; a feed of ``SlicesFeed`` hands out its stretches in native code."""
+    hook or a feed, else never; a feed of ``SlicesFeed`` hands out its stretches in native code. Chains only."""
+    _check_chain(places)
     offset, coarse, allowed, rescale = 8.0, False, None, False
     if draft is not None:
         offset, coarse, allowed, rescale = draft.offset, draft.bits == 4, draft.allowed, draft.rescale
@@ -303,7 +311,7 @@ def forward(
     ready = None if feed is None or slices is not None else feed.next
     try:
         _native.forward(
-            native, x, _handle(cache, _cache), slots, positions, cosine, sine, allowed, rescale, coarse,
+            native, x, _handle(cache, _cache), places.slots, places.positions, cosine, sine, allowed, rescale, coarse,
             offset, routings.ranked, routings.scores, routings.experts, routings.weights, slices, ready,
             None if feed is None and routed is None else decide, times,
         )  # fmt: skip

@@ -15,8 +15,8 @@ from elmoe.bitslice import Backend, Routings, SamplingParameters
 from elmoe.engine.engine import Engine
 from elmoe.engine.observe import ObservedBackend
 from elmoe.engine.request import Request, Result
-from elmoe.engine.session import Session
 from elmoe.kernels.slices import Refill, SlicesFeed
+from elmoe.llm import Model
 from elmoe.measure.replay import ReplayBackend
 from elmoe.policy.planner import Mode
 
@@ -51,7 +51,7 @@ class TimedBackend(ObservedBackend):
 
 
 def benchmark(
-    session: Session,
+    model: Model,
     requests: list[Request],
     modes: Iterable[Mode],
     batches: Iterable[int],
@@ -72,10 +72,10 @@ def benchmark(
     for repeat in range(repeats + 1):
         for case in cases:
             mode, batch = case
-            timed = TimedBackend(replay or session.backend)
-            options = replace(session.engine.options, mode=mode, batch=batch)
-            engine = Engine(session.reader, timed, options, replay)
-            if session.reader.kind == "direct":
+            timed = TimedBackend(replay or model.backend)
+            options = replace(model.engine.options, mode=mode, batch=batch)
+            engine = Engine(model.reader, timed, options, replay)
+            if model.reader.kind == "direct":
                 engine.generate(requests)
             timed.seconds = 0.0
             results, statistics = engine.generate(requests)
@@ -106,12 +106,10 @@ def outcome_of(results: list[Result], replay: ReplayBackend | None) -> Any:
     return results if replay is None else replay.committed_digests()
 
 
-def random_prompts(
-    session: Session, count: int, length: int, max_tokens: int, sampling: SamplingParameters
-) -> list[Request]:
+def random_prompts(model: Model, count: int, length: int, max_tokens: int, sampling: SamplingParameters) -> list[Request]:
     """``count`` requests of random token ids; end-of-sequence tokens are ignored so that all rows do equal work."""
     rng = np.random.default_rng(sampling.seed)
-    vocabulary = session.reader.spec.vocabulary
+    vocabulary = model.reader.spec.vocabulary
     return [
         Request(tuple(rng.integers(0, vocabulary, length).tolist()), max_tokens, sampling, ignore_eos=True)
         for _ in range(count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from elmoe.engine.session import Session
+from elmoe.llm import Model
 
 OPENINGS = (
     "It was a dark night and", "def solve(problem):\n    ", "The king said unto the people,", "CREATE TABLE users (",
@@ -17,9 +17,9 @@ OPENINGS = (
 )  # fmt: skip
 
 
-def joined_openings(session: Session, count: int) -> Iterator[tuple[tuple[int, ...], int]]:
+def joined_openings(model: Model, count: int) -> Iterator[tuple[tuple[int, ...], int]]:
     """(prompt ids, tokens to generate): openings joined to many lengths, 1 to about 150 tokens."""
     for index in range(count):
         parts = [OPENINGS[(index * 7 + 3 * k) % len(OPENINGS)] for k in range(1 + (index * index) % 12)]
-        ids = session.encode("\n".join(parts))
+        ids = model.encode("\n".join(parts))
         yield ids[: 1 + (index * 37) % 150], 4 + (index * 5) % 21

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice.arithmetic import exp, lane_sum, log
-from elmoe.engine.decoder import AllExperts, Draft, Routings, Tokens
+from elmoe.engine.decoder import AllExperts, Draft, Places, Routings
 from elmoe.engine.kv_cache import CacheEntry, PagedCache
-from elmoe.engine.session import Session
 from elmoe.errors import RequestError
+from elmoe.llm import Model
 from elmoe.store.direct import DirectReader
 from elmoe.store.machine import private_memory
 
@@ -87,14 +87,14 @@ class TeacherForcing:
     ``counts`` (MoE layers, experts): how often the target used each expert since it was last set to 0.
     """
 
-    def __init__(self, session: Session, window: int) -> None:
-        spec = session.reader.spec
-        self._decoder = session.engine.decoder
+    def __init__(self, model: Model, window: int) -> None:
+        spec = model.reader.spec
+        self._decoder = model.engine.decoder
         self._decoder.reserve_positions(window)
         self._cache, entry = PagedCache(spec, 1, window), CacheEntry()
         self._cache.bind(entry)
         self._cache.reserve(entry, window)
-        reader = session.reader
+        reader = model.reader
         reader.check_sizes()
         self._source = ReadExperts(reader) if isinstance(reader, DirectReader) else AllExperts(reader)
         self.counts = np.zeros((len(spec.moe_layers), spec.experts), np.int64)
@@ -103,8 +103,8 @@ class TeacherForcing:
         """(up to ``CHUNK``, vocabulary) logits behind each of at most ``window`` tokens, which start at position 0."""
         for start in range(0, len(tokens), CHUNK):
             positions = np.arange(start, min(start + CHUNK, len(tokens)), dtype=np.int32)
-            batch = Tokens(tokens[positions], np.zeros_like(positions), positions)
-            logits, routings = self._decoder.forward(batch, self._cache.kernels, self._source, draft)
+            places = Places(np.zeros_like(positions), positions)
+            logits, routings = self._decoder.forward(tokens[positions], places, self._cache.kernels, self._source, draft)
             if draft is None:
                 for counts, experts in zip(self.counts, routings.experts, strict=True):
                     counts += np.bincount(experts.ravel(), minlength=len(counts))
@@ -112,7 +112,7 @@ class TeacherForcing:
 
 
 def evaluate(
-    session: Session,
+    model: Model,
     text: str,
     window: int = 256,
     windows: int | None = None,
@@ -125,14 +125,14 @@ def evaluate(
         (all of them in the first).
     :raises RequestError: the text is shorter than one window, or the window is longer than the context.
     """
-    spec = session.reader.spec
+    spec = model.reader.spec
     if not 2 <= window <= spec.max_positions:
         raise RequestError(f"a window of {window} tokens does not fit the context of {spec.max_positions}")
-    ids = np.array(session.encode(text), np.int32)
+    ids = np.array(model.encode(text), np.int32)
     count = len(ids) // window if windows is None else min(windows, len(ids) // window)
     if count == 0:
         raise RequestError(f"the text has {len(ids)} tokens, a window needs {window}", "give a longer text or --window")
-    source = TeacherForcing(session, window)
+    source = TeacherForcing(model, window)
     keep = max(spec.top_k, round(share * spec.experts))
     allowed = np.ones((len(spec.moe_layers), spec.experts), np.uint8)
     sums = np.zeros(2)

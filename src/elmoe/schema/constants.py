@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast, get_args
 
 import msgspec
-import yaml
 
 from elmoe.errors import ElmoeError, HardwareError
+from elmoe.extras import naming_extra
 from elmoe.units import format_quantity, parse_quantity
 from elmoe.untrusted import load_yaml, short
+
+with naming_extra("elmoe.schema"):
+    import yaml
 
 Described = TypeVar("Described", bound=msgspec.Struct)
 Status = Literal["published", "derived", "measured", "assumed", "user"]

@@ -82,7 +82,7 @@ class DirectReader(MemoryReader):
         """(file descriptor, offset) of an expert's MSB record; its LSB record lies behind it."""
         file = self._layers[layer].file
         if file not in self._handles:
-            raise StoreError(f"the store '{self.path.name}' is closed", "keep the session open while it is used")
+            raise StoreError(f"the store '{self.path.name}' is closed", "keep it open while it is used")
         return self._handles[file], self.expert_extent(layer, expert)[0]
 
 

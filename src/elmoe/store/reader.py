@@ -130,7 +130,7 @@ class MemoryReader:
     def _file(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a data file; StoreError once the reader is closed."""
         if name not in self._maps:
-            raise StoreError(f"the store '{self.path.name}' is closed", "keep the session open while it is used")
+            raise StoreError(f"the store '{self.path.name}' is closed", "keep it open while it is used")
         return self._maps[name]
 
     def check_sizes(self) -> None:

@@ -1,0 +1,154 @@
+"""The Python API: every error by name, with its mend."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import traceback
+
+import pytest
+
+import elmoe
+from elmoe.errors import BudgetError, KernelError, RequestError, StoreError
+from tests.refused import WHALE, idle, told
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"fast_memry": "4GiB"}, "there is no option 'fast_memry' | did you mean 'fast_memory'?"),
+        ({"xyz": 1}, "there is no option 'xyz' | there are mode, fast_memory"),
+        ({"fast_memory": "4 elephants"}, "'4 elephants' is not an amount of memory"),
+        ({"fast_memory": "25"}, "25%"),
+        ({"kv_memory": "many"}, "not an amount of memory"),
+        ({"slow_bandwidth": "fast"}, "not a bandwidth"),
+        ({"mode": "elastc"}, "the option mode is 'elastc' | use plain, cache, elastic"),
+        ({"split": "half"}, "use msb_first, whole_experts, auto"),
+        ({"backend": "cuda"}, "the option backend is 'cuda' | use native, reference"),
+        ({"reader": "disk"}, "the option reader is 'disk' | use auto, memory, direct"),
+        ({"threads": 0}, "the option threads is 0 | use 1 to 64"),
+        ({"batch": "4"}, "the option batch is '4' | expected int, got str"),
+        ({"batch": 65}, "batch is 65, allowed is 1..64"),
+        ({"options": {"batch": 1}}, "options is a dict | give elmoe.EngineOptions, or keywords"),
+        ({"fast_memory": 1.01}, "fast_memory is 1.01 of the experts | give a share of 0.0 to 1.0"),
+        ({"fast_memory": math.nan}, "fast_memory is nan of the experts"),
+        ({"fast_memory": -5}, "fast_memory is -5 bytes | give an amount such as 4GiB"),
+        ({"slow_bandwidth": 0.0, "reader": "direct"}, "slow_bandwidth is 0.0 bytes/s | give a bandwidth such as 1.7GB/s"),
+        ({"slow_bandwidth": math.inf, "reader": "direct"}, "slow_bandwidth is inf"),
+        ({"staging_experts": 0}, "staging_experts is 0 | use at least 1"),
+        ({"commit_limit": 0}, "commit_limit is 0 | use at least 1"),
+        ({"draft_offset": 16.5}, "draft_offset is 16.5, allowed is 0..16"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_options_that_are_refused(given, words):
+    assert words in told(elmoe.load, "demo", **given)
+
+
+@pytest.mark.parametrize("store", [3, None, b"demo", ["demo"]], ids=repr)
+def test_a_store_that_is_no_path_is_refused(store):
+    assert f"the store is a {type(store).__name__} | give the path of a store, or 'demo'" in told(elmoe.load, store)
+
+
+def test_a_traceback_tells_the_mend(model):
+    with pytest.raises(RequestError) as caught:
+        model.generate(WHALE, temprature=1.0)
+    assert "hint: did you mean 'temperature'?" in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_offset_that_native_kernels_do_not_draft_with_is_named():
+    with elmoe.load("demo", draft_offset=7.5, draft_length=2) as other:
+        assert "integral offset within 0..16, not 7.5 | use --backend reference" in told(
+            other.generate, WHALE, max_tokens=8, ignore_eos=True, error=KernelError
+        )
+        assert idle(other)
+
+
+def test_a_budget_below_the_minimum_and_a_store_that_is_not_there():
+    assert "budget" in told(lambda: elmoe.load("demo", fast_memory="1MiB").generate("x"), error=BudgetError)
+    assert "there is no store 'nowhere'" in told(elmoe.load, "nowhere", error=StoreError)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"temprature": 1.0}, "there is no sampling parameter 'temprature' | did you mean 'temperature'?"),
+        ({"temperature": "hot"}, "the sampling parameter temperature is 'hot' | expected float, got str"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": -1.0}, "temperature is -1.0, allowed is 0..100"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 2.5}, "the sampling parameter max_tokens is 2.5"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"n": 65}, "copies is 65"),
+        ({"logprobs": 21}, "alternatives is 21"),
+        ({"seed": -1}, "the seed is -1"),
+        ({"seed": 1 << 63}, "2^63 - 1"),
+        ({"seed": True}, "the sampling parameter seed is True"),
+        ({"stop": 3}, "the sampling parameter stop is 3"),
+        ({"stop": [""]}, "a stop string is empty"),
+        ({"params": {"n": 2}}, "params is a dict"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_parameters_that_are_refused(model, given, words):
+    assert words in told(model.generate, WHALE, **given)
+    assert words in told(model.stream, WHALE, **given)
+    assert idle(model)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (3, "the prompt is a int"),
+        (None, "the prompt is a NoneType"),
+        (b"bytes", "the prompt is a bytes"),
+        ({"a": 1}, "the prompt is a dict"),
+        ("", "the prompt is empty"),
+        ("\ud800", "is not UTF-8"),
+        ([1, "a"], "the prompt holds a str"),
+        ([1, True], "the prompt holds a bool"),
+        ([1, 10**6], "the prompt has the token id 1000000"),
+        ([-1], "the prompt has the token id -1"),
+        (["a", None], "the prompt is a NoneType"),
+        ([[]], "the prompt is empty"),
+        ("x " * 3000, "the context is 2048"),
+    ],
+    ids=lambda value: repr(value)[:12],
+)
+def test_prompts_that_are_refused(model, prompt, words):
+    assert words in told(model.generate, prompt)
+    assert idle(model)
+
+
+def test_more_of_the_cache_than_its_ceiling_is_refused_with_the_mend():
+    with elmoe.load("demo", kv_memory="1MiB") as small:
+        for call in (small.generate, small.stream):
+            message = told(call, WHALE, max_tokens=2000, error=BudgetError)
+            assert "KV cache" in message and "kv-memory" in message
+        assert small.generate(WHALE, max_tokens=4).text and idle(small)
+
+
+def test_an_unknown_request_is_refused_by_the_engine(model):
+    assert "there is no request 12345" in told(model.engine.abort, 12345)
+
+
+def test_a_closed_model_says_so():
+    model = elmoe.load("demo")
+    open_stream = model.stream(WHALE, max_tokens=100)
+    next(open_stream)
+    assert "closed" not in repr(model)
+    model.close()
+    model.close()
+    assert "closed" in repr(model)
+    assert "the model 'demo' is closed" in told(next, open_stream)
+    for call in (model.generate, model.stream):
+        assert "the model 'demo' is closed | load it again" in told(call, WHALE)
+    assert "is closed" in told(model.chat, [{"role": "user", "content": "x"}])
+    assert "is closed" in told(asyncio.run, model.agenerate(WHALE))
+    assert model.decode(model.encode(WHALE)) == WHALE
+
+
+def test_unknown_names_of_the_package_are_refused():
+    with pytest.raises(AttributeError, match="no attribute 'Modell'"):
+        elmoe.Modell  # noqa: B018
+    assert set(elmoe.__all__) <= set(dir(elmoe))
