@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice.formats.affine4 import AffineMatrix
-from elmoe.bitslice.formats.packing import PackedMatrix
-from elmoe.bitslice.formats.planes6 import PlanesMatrix
+from elmoe.bitslice.formats.packing import PackedMatrix, pack_codes, pack_lanes, unpack_lanes
+from elmoe.bitslice.formats.planes6 import PlanesMatrix, pack_pairs, unpack_pairs
 from elmoe.bitslice.formats.table4 import TableMatrix
 from elmoe.bitslice.matmul import nested_matmul, quantize_activations
-from elmoe.bitslice.nested import BLOCK_ROWS, NestedMatrix
+from elmoe.bitslice.nested import BLOCK_ROWS, NestedMatrix, unpack_plane
 from elmoe.errors import NumericsError
 from elmoe.models.formats import FORMATS, Format
 
@@ -27,6 +28,7 @@ __all__ = [
     "QuantizedMatrix",
     "StackedMatrix",
     "TableMatrix",
+    "concatenated",
     "dequantized_rows",
     "format_of",
     "from_sections",
@@ -100,6 +102,28 @@ def quantized(format: Format, weights: NDArray[np.float32], name: str = "weight"
     if format.name == "nested8":
         return NestedMatrix.from_weights(weights, name)
     return _CLASSES[format.name].from_weights(format.name, weights, name)
+
+
+def concatenated(matrices: list[QuantizedMatrix]) -> QuantizedMatrix:
+    """Matrices of one format one below the other, as one matrix."""
+    first, format = matrices[0], format_of(matrices[0])
+    if len(matrices) == 1:
+        return first
+    rows, sections = sum(one.rows for one in matrices), {}
+    whole = all(one.rows % BLOCK_ROWS == 0 for one in matrices[:-1])
+    planes: dict[str, tuple[Callable[[NDArray], NDArray], Callable[[NDArray], NDArray]]] = {
+        "hi": (unpack_plane, pack_codes),
+        "lo": (unpack_plane, pack_codes) if format.name == "nested8" else (unpack_pairs, pack_pairs),
+    }
+    for section in format.sections:
+        parts = [sections_of(one)[section.name] for one in matrices]
+        if whole:
+            sections[section.name] = np.concatenate(parts)
+        else:
+            unpack, pack = planes.get(section.name, (unpack_lanes, pack_lanes))
+            loose = [unpack(part)[: one.rows] for part, one in zip(parts, matrices, strict=True)]
+            sections[section.name] = pack(np.concatenate(loose))
+    return from_sections(format, rows, first.columns, sections)
 
 
 def matmul(

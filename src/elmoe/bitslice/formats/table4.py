@@ -71,8 +71,9 @@ class TableMatrix(PackedMatrix):
         return self.table.astype(np.float32)[self.nibbles].reshape(-1, self.groups, GROUP)
 
     def dequantize(self, draft: bool = False) -> NDArray[np.float32]:
-        """See ``PackedMatrix``; a draft reads the same bits."""
-        return self._cut(self._values() * self._scales[:, :, None])
+        """See ``PackedMatrix``; a draft reads the same bits. The largest powers of two overflow to infinity."""
+        with np.errstate(over="ignore"):
+            return self._cut(self._values() * self._scales[:, :, None])
 
     def matmul(self, x: Activations, draft: bool, offset: float) -> NDArray[np.float32]:
         """See ``PackedMatrix``."""
