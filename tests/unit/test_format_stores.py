@@ -149,12 +149,16 @@ def test_reads_of_one_slice_are_measured(readers):
 
 
 def test_a_draft_of_one_slice_restricts_experts_only(tmp_path):
-    """With all experts in memory, a draft over one slice is the target itself: every token is accepted."""
+    """Its bits are the target's: with all experts and their own weights every draft token is what the target takes."""
     synthesize(tmp_path / "store", SPEC, 3, formats=STORES["affine4_k"])
+    whole = EngineOptions(mode="elastic", fast_memory=None, draft_length=4, batch=2, draft_rescale=False)
+    half, found = replace(whole, fast_memory=0.5), []
     with open_store(tmp_path / "store") as reader:
-        options = EngineOptions(mode="elastic", fast_memory=1.0, draft_length=4, batch=2)
-        _, statistics = Engine(reader, kernels, options).generate(requests(temperature=0.0))
-    assert statistics.drafted == statistics.accepted > 0
+        for options in (whole, half, replace(half, draft_bits=8)):
+            _, statistics = Engine(reader, kernels, options).generate(requests(temperature=0.0))
+            found.append((statistics.drafted, statistics.accepted, statistics.rejected))
+    assert found[0][1] > 0 and found[0][2] == 0
+    assert found[1] == found[2] and found[1][2] > 0
 
 
 def test_formats_that_do_not_fit_are_refused(tmp_path):
