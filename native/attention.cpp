@@ -52,7 +52,8 @@ float* normed_projection(const AttentionLayer& layer, const float* x, int tokens
     for (int64_t t = 0; t < tokens; ++t)
         kernels().rms_norm(x + t * hidden, layer.norm, normed + t * hidden, static_cast<int>(hidden), layer.epsilon);
     auto* projected = scratch().get<float>(tokens * stride);
-    matmul_all(layer.query_key_value, false, quantize_rows(normed, tokens, static_cast<int>(hidden), -128), projected, stride);
+    const bool extra = layer.query_key_value.packed();
+    matmul_all(layer.query_key_value, quantize_rows(normed, tokens, static_cast<int>(hidden), kFull, extra), projected, stride);
     return projected;
 }
 
@@ -162,7 +163,7 @@ float* attend(const Call& call) {
 void add_output(const AttentionLayer& layer, const float* attended, int tokens, float* x) {
     const int64_t stride = static_cast<int64_t>(layer.output.blocks()) * kBlockRows, hidden = layer.output.rows;
     auto* out = scratch().get<float>(tokens * stride);
-    matmul_all(layer.output, false, quantize_rows(attended, tokens, layer.output.columns, -128), out, stride);
+    matmul_all(layer.output, false, quantize_rows(attended, tokens, layer.output.columns, kFull, layer.output.packed()), out, stride);
     for (int64_t t = 0; t < tokens; ++t)
         for (int64_t i = 0; i < hidden; ++i) x[t * hidden + i] += out[t * stride + i];
 }

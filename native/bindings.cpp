@@ -54,7 +54,7 @@ void bind_nested_matmul(const MatrixHolder& matrix, Input<float, 2> x, Array<flo
     require(side(x, 1) == matrix.matrix.columns && side(y, 1) == matrix.matrix.rows &&
                 x.shape(0) == y.shape(0),
             "x or y does not fit the matrix");
-    require(draft || matrix.matrix.lo, "the LSB slice is not at hand");
+    require(draft || matrix.matrix.whole(), "the LSB slice is not at hand");
     nb::gil_scoped_release release;
     Operation operation;
     matmul_exact(matrix.matrix, draft, whole, x.data(), tokens, y.data());
@@ -116,7 +116,7 @@ void bind_expert_ffn(const ExpertHolder& holder, Input<int64_t, 2> addresses, In
 
 void bind_embed(const MatrixHolder& matrix, Input<int32_t, 1> tokens, Array<float, 2> out) {
     const int count = narrow(side(tokens, 0), kTooLarge);
-    require(out.shape(0) == tokens.shape(0) && side(out, 1) == matrix.matrix.columns && matrix.matrix.lo,
+    require(out.shape(0) == tokens.shape(0) && side(out, 1) == matrix.matrix.columns && matrix.matrix.whole(),
             "embedding arrays do not fit");
     for (size_t i = 0; i < tokens.shape(0); ++i)
         if (tokens.data()[i] < 0 || tokens.data()[i] >= matrix.matrix.rows)
@@ -130,7 +130,7 @@ void bind_logits(Input<float, 1> norm, float epsilon, const MatrixHolder& head, 
     const Matrix& m = head.matrix;
     const int tokens = narrow(side(x, 0), kTooLarge);
     require(side(x, 1) == m.columns && norm.shape(0) == x.shape(1) && out.shape(0) == x.shape(0) &&
-                side(out, 1) == m.rows && m.lo,
+                side(out, 1) == m.rows && m.whole(),
             "vocabulary projection does not fit");
     nb::gil_scoped_release release;
     Operation operation;
@@ -178,7 +178,11 @@ NB_MODULE(_native, m) {
     nb::exception<NumericsFailure>(m, "NumericsFailure");
     nb::class_<MatrixHolder>(m, "Matrix")
         .def(nb::init<int64_t, int64_t, Input<uint8_t, 3>, std::optional<Input<uint8_t, 3>>, Input<uint16_t, 3>>(), nb::arg("rows"),
-             nb::arg("columns"), nb::arg("hi"), nb::arg("lo").none(), nb::arg("scales"));
+             nb::arg("columns"), nb::arg("hi"), nb::arg("lo").none(), nb::arg("scales"))
+        .def(nb::init<int64_t, int64_t, const std::string&, Input<uint8_t, 3>, MatrixHolder::Bytes, MatrixHolder::Halves,
+                      MatrixHolder::Halves, MatrixHolder::Bytes>(),
+             nb::arg("rows"), nb::arg("columns"), nb::arg("format"), nb::arg("hi"), nb::arg("lo").none(), nb::arg("scales").none(),
+             nb::arg("minima").none(), nb::arg("steps").none());
     nb::class_<AttentionHolder>(m, "Attention")
         .def(nb::init<Input<float, 1>, nb::object, std::optional<Input<float, 1>>, std::optional<Input<float, 1>>, nb::object,
                       int64_t, int64_t, int64_t, float>(),
@@ -187,7 +191,10 @@ NB_MODULE(_native, m) {
     nb::class_<RouterHolder>(m, "Router")
         .def(nb::init<Input<float, 1>, Input<float, 2>, int64_t, float, bool>());
     nb::class_<CacheHolder>(m, "Cache").def(nb::init<Array<uint16_t, 6>, Array<uint16_t, 5>, Input<int32_t, 2>>());
-    nb::class_<ExpertHolder>(m, "Expert").def(nb::init<int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>, int64_t, int64_t>());
+    nb::class_<ExpertHolder>(m, "Expert")
+        .def(nb::init<int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>, int64_t, int64_t>())
+        .def(nb::init<int64_t, int64_t, const std::vector<std::string>&, const std::vector<std::vector<int64_t>>&, int64_t,
+                      int64_t>());
     m.def("nested_matmul", &bind_nested_matmul);
     m.def("rms_norm", &bind_rms_norm);
     m.def("attention_block", &bind_attention);

@@ -6,6 +6,7 @@
 
 #include <climits>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "operations.hpp"
@@ -40,19 +41,36 @@ constexpr const char* kTooLarge = "a size does not fit 31 bits";
 inline int64_t groups_of(int64_t length, int64_t group) { return (length + group - 1) / group; }
 
 struct MatrixHolder {
+    using Bytes = std::optional<Input<uint8_t, 3>>;
+    using Halves = std::optional<Input<uint16_t, 3>>;
     Matrix matrix;
     Input<uint8_t, 3> hi;
-    std::optional<Input<uint8_t, 3>> lo;
-    Input<uint16_t, 3> scales;
+    Bytes lo, steps;
+    Halves scales, minima;
 
     MatrixHolder(int64_t rows, int64_t columns, Input<uint8_t, 3> hi_, std::optional<Input<uint8_t, 3>> lo_,
                  Input<uint16_t, 3> scales_)
-        : hi(hi_), lo(lo_), scales(scales_) {
+        : MatrixHolder(rows, columns, "nested8", hi_, lo_, scales_, {}, {}) {}
+
+    MatrixHolder(int64_t rows, int64_t columns, const std::string& format, Input<uint8_t, 3> hi_, Bytes lo_, Halves scales_,
+                 Halves minima_, Bytes steps_)
+        : hi(hi_), lo(lo_), steps(steps_), scales(scales_), minima(minima_) {
         require(rows > 0 && columns > 0, "a matrix has rows and columns");
-        matrix = {narrow(rows, kTooLarge), narrow(columns, kTooLarge), hi.data(), lo ? lo->data() : nullptr, scales.data()};
+        auto data = [](const auto& array) { return array ? array->data() : nullptr; };
+        const Format found = format_named(format);
+        const FormatShape& shape = shape_of(found);
+        matrix = {narrow(rows, kTooLarge), narrow(columns, kTooLarge), hi.data(), data(lo), data(scales), found, data(minima),
+                  data(steps)};
         const int64_t blocks = groups_of(rows, kBlockRows), groups = groups_of(columns, kGroup);
-        auto plane = [&](const auto& a, int64_t last) { return side(a, 0) == blocks && side(a, 1) == groups && side(a, 2) == last; };
-        require(plane(hi, kGroupBytes) && (!lo || plane(*lo, kGroupBytes)) && plane(scales, kBlockRows), "planes do not fit");
+        auto fits = [&](const auto& a, int64_t cells, int64_t last) {
+            return side(a, 0) == blocks && side(a, 1) == cells && side(a, 2) == last;
+        };
+        auto section = [&](const auto& a, int64_t span, int64_t last) {
+            return span ? a && fits(*a, groups_of(groups, span), last) : !a;
+        };
+        require(fits(hi, groups, kGroupBytes) && (!lo || fits(*lo, groups, shape.lo)) && section(scales, shape.scales, kBlockRows) &&
+                    section(minima, shape.minima, kBlockRows) && section(steps, shape.steps ? 1 : 0, shape.steps),
+                "planes do not fit");
     }
 };
 
@@ -63,13 +81,22 @@ struct AttentionHolder {
     AttentionHolder(Input<float, 1> norm, nb::object query_key_value, std::optional<Input<float, 1>> query_norm,
                     std::optional<Input<float, 1>> key_norm, nb::object output, int64_t heads, int64_t kv_heads, int64_t head_dim,
                     float epsilon) {
-        const Matrix& in = nb::cast<MatrixHolder&>(query_key_value).matrix;
+        std::vector<Matrix> parts;
+        if (nb::isinstance<MatrixHolder>(query_key_value))
+            parts.push_back(nb::cast<MatrixHolder&>(query_key_value).matrix);
+        else
+            for (nb::handle part : nb::cast<nb::list>(query_key_value)) parts.push_back(nb::cast<MatrixHolder&>(part).matrix);
+        require(!parts.empty(), "projections do not fit heads");
+        for (size_t i = 0; i < parts.size(); ++i)
+            require(parts[i].columns == parts[0].columns && (i + 1 == parts.size() || parts[i].rows % kBlockRows == 0),
+                    "projections do not fit each other");
+        const Stack in(std::move(parts));
         const Matrix& out = nb::cast<MatrixHolder&>(output).matrix;
         require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
         require(heads <= INT_MAX && head_dim > 0 && head_dim % 16 == 0 && head_dim <= 1024,
                 "head_dim must be a multiple of 16, at most 1024");
         require(in.rows == (heads + 2 * kv_heads) * head_dim && out.columns == heads * head_dim, "projections do not fit heads");
-        require(in.lo && out.lo && side(norm, 0) == in.columns && out.rows == in.columns, "hidden sizes differ");
+        require(in.whole() && out.whole() && side(norm, 0) == in.columns && out.rows == in.columns, "hidden sizes differ");
         require(query_norm.has_value() == key_norm.has_value(), "give both head norms or none");
         require(!query_norm || (side(*query_norm, 0) == head_dim && side(*key_norm, 0) == head_dim),
                 "head norms do not fit head_dim");
@@ -123,16 +150,37 @@ struct ExpertHolder {
     ExpertHolder(int64_t hidden, int64_t width, std::vector<int64_t> msb, std::vector<int64_t> lsb, int64_t msb_bytes,
                  int64_t lsb_bytes) {
         require(hidden > 0 && width > 0 && msb.size() == 6 && lsb.size() == 3, "an expert has 6 MSB and 3 LSB sections");
-        shape = {narrow(hidden, kTooLarge), narrow(width, kTooLarge), msb[0], msb[1], msb[2], msb[3], msb[4], msb[5],
-                 lsb[0], lsb[1], lsb[2]};
-        for (int section = 0; section < 3; ++section) {
-            const int64_t rows = section < 2 ? width : hidden, columns = section < 2 ? hidden : width;
-            const int64_t cells = groups_of(rows, kBlockRows) * groups_of(columns, kGroup);
-            auto lies = [](int64_t at, int64_t bytes, int64_t end) { return at >= 0 && bytes <= end && at <= end - bytes; };
-            require(lies(msb[section], cells * kGroupBytes, msb_bytes) && lies(lsb[section], cells * kGroupBytes, lsb_bytes) &&
-                        lies(msb[3 + section], cells * 2 * kBlockRows, msb_bytes),
-                    "a section of an expert lies outside its record");
-        }
+        auto nested = [&](int i) { return Projection{Format::nested8, msb[i], lsb[i], msb[3 + i], 0, 0}; };
+        shape = {narrow(hidden, kTooLarge), narrow(width, kTooLarge), nested(0), nested(1), nested(2)};
+        check(msb_bytes, lsb_bytes);
+    }
+
+    // `offsets`: of hi, lo, scales, minima, steps of gate, up and down projection, 0 where a format has none.
+    ExpertHolder(int64_t hidden, int64_t width, const std::vector<std::string>& formats,
+                 const std::vector<std::vector<int64_t>>& offsets, int64_t msb_bytes, int64_t lsb_bytes) {
+        require(hidden > 0 && width > 0 && formats.size() == 3 && offsets.size() == 3, "an expert has three projections");
+        auto one = [&](int i) {
+            require(offsets[i].size() == 5, "a projection has five sections at most");
+            return Projection{format_named(formats[i]), offsets[i][0], offsets[i][1], offsets[i][2], offsets[i][3], offsets[i][4]};
+        };
+        shape = {narrow(hidden, kTooLarge), narrow(width, kTooLarge), one(0), one(1), one(2)};
+        check(msb_bytes, lsb_bytes);
+    }
+
+  private:
+    void check(int64_t msb_bytes, int64_t lsb_bytes) const {
+        auto lies = [](int64_t at, int64_t bytes, int64_t end) { return at >= 0 && bytes <= end && at <= end - bytes; };
+        auto fits = [&](const Projection& one, int64_t rows, int64_t columns) {
+            const FormatShape& format = shape_of(one.format);
+            const int64_t blocks = groups_of(rows, kBlockRows), groups = groups_of(columns, kGroup);
+            auto halves = [&](int span) { return span ? blocks * groups_of(groups, span) * 2 * kBlockRows : 0; };
+            return lies(one.hi, blocks * groups * kGroupBytes, msb_bytes) && lies(one.lo, blocks * groups * format.lo, lsb_bytes) &&
+                   lies(one.scales, halves(format.scales), msb_bytes) && lies(one.minima, halves(format.minima), msb_bytes) &&
+                   lies(one.steps, blocks * groups * format.steps, msb_bytes);
+        };
+        require(fits(shape.gate, shape.width, shape.hidden) && fits(shape.up, shape.width, shape.hidden) &&
+                    fits(shape.down, shape.hidden, shape.width),
+                "a section of an expert lies outside its record");
     }
 };
 

@@ -6,40 +6,46 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "formats.hpp"
+
 namespace elmoe {
 
-constexpr int kGroup = 32;          // weights that share a scale
-constexpr int kBlockRows = 16;      // output rows interleaved in a block
-constexpr int kGroupBytes = 256;    // one plane, one group, one block
 constexpr int kQueries = 32;        // attended to together
 constexpr int kTilePositions = 64;  // positions whose keys or values stay in a near cache while all queries use them
 
 // How many bytes ahead weights are asked for; changed between operations only, and no result depends on it.
 extern int prefetch_ahead;
 
-// Of numbers that are not negative. Unsigned, so that the sum does not overflow.
-inline int ceil_div(int value, int divisor) {
-    return static_cast<int>((static_cast<unsigned>(value) + static_cast<unsigned>(divisor) - 1) / static_cast<unsigned>(divisor));
-}
-
-// Planes as they lie in a store: hi, lo (blocks, groups, 256), scales (blocks, groups, 16) fp16 bits.
-struct Matrix {
-    int rows, columns;
-    const uint8_t *hi, *lo;
-    const uint16_t* scales;
-    int blocks() const { return ceil_div(rows, kBlockRows); }
-    int groups() const { return ceil_div(columns, kGroup); }
+// What the packed formats need of a token's group beside its codes and scale: corrections that turn dot products of unsigned
+// integers into those of the signed ones (table: -128 * sum of the codes; zero: -8 * sum; first, second: -32 * sum of a half, or
+// more in a draft), and sum: the token's scale times the sum of its codes.
+struct Extra {
+    int32_t table, zero, first, second;
+    float sum;
 };
+
+// What sums of codes are multiplied with in the corrections: of nested8, and of planes6.
+struct Factors {
+    int nested, planes;
+};
+constexpr Factors kFull = {-128, -32};
+
+// Which integers nibbles stand for: themselves, less 8, or an entry of a table.
+enum class Codes { plain, zero8, nonlinear, e2m1 };
+// Entries of the tables plus 128.
+alignas(16) constexpr uint8_t kNonlinear[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+alignas(16) constexpr uint8_t kE2m1[16] = {128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116};
 
 // Quantised activations of 1 to Kernels::tile tokens, group by group, the tokens of a group side by side: with the number of
 // tokens known at compile time every operand lies at a fixed offset from three pointers. `correction` per group is
 // (offset - 128) * sum(codes), or -128 * sum(codes) for the full product: with it the unsigned nibbles' dot product becomes
-// that of the signed weights.
+// that of the signed weights. `extra` is null where all matrices are nested8.
 struct Tile {
     int tokens;
     int8_t* codes;        // (groups, tokens, 32)
     float* scales;        // (groups, tokens)
     int32_t* correction;  // (groups, tokens)
+    Extra* extra = nullptr;  // (groups, tokens)
 };
 
 // Keys and values of one (slot, layer, kv head): page p begins at keys[p], values[p].
@@ -60,7 +66,7 @@ struct Kernels {
     const char* name;
     int tile;  // most tokens in a tile: their accumulators fit the registers
     // x (columns) -> token `t` of a tile; false if a value is NaN or infinite.
-    bool (*quantize)(const float* x, int columns, const Tile& tile, int t, int factor);
+    bool (*quantize)(const float* x, int columns, const Tile& tile, int t, Factors factors);
     // y[token * stride + row] for the rows of blocks [first, last); rows are written up to the end of a block. Tokens are
     // numbered through the tiles.
     void (*matmul)(const Matrix& matrix, bool draft, int first, int last, const Tile* tiles, int count, float* y,

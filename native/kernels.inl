@@ -58,7 +58,7 @@ inline void store_some(float* p, Lanes a, int count) {
     for (int i = 0; i < count; ++i) p[i] = lane[i];
 }
 
-bool quantize(const float* x, int columns, const Tile& tile, int t, int factor) {
+bool quantize(const float* x, int columns, const Tile& tile, int t, Factors factors) {
     const int groups = ceil_div(columns, kGroup);
     for (int g = 0; g < groups; ++g) {
         const int at = g * tile.tokens + t;
@@ -75,17 +75,21 @@ bool quantize(const float* x, int columns, const Tile& tile, int t, int factor) 
         __builtin_memcpy(&absmax, &bits, 4);
         float scale = absmax / 127.0f;
         tile.scales[at] = scale;
-        int sum = 0;
+        int sums[2] = {0, 0};
         if (scale == 0.0f) {
             for (int i = 0; i < kGroup; ++i) codes[i] = 0;
         } else {
             const Lanes s = set1(scale), bound = set1(127.0f), lower = set1(-127.0f);
             for (int half = 0; half < kGroup; half += 16) {
                 Lanes code = minimum(maximum(rint(load(p + half) / s), lower), bound);
-                sum += store_codes(codes + half, code);
+                sums[half / 16] = store_codes(codes + half, code);
             }
         }
-        tile.correction[at] = factor * sum;
+        const int sum = sums[0] + sums[1];
+        tile.correction[at] = factors.nested * sum;
+        if (tile.extra)
+            tile.extra[at] = {-128 * sum, -8 * sum, factors.planes * sums[0], factors.planes * sums[1],
+                              scale * static_cast<float>(sum)};
     }
     return true;
 }
@@ -104,6 +108,7 @@ inline void tile_product(const Matrix& m, bool draft, int block, const Tile& til
 }
 
 void matmul(const Matrix& m, bool draft, int first, int last, const Tile* tiles, int count, float* y, int64_t stride) {
+    if (m.packed()) return packed_matmul(m, draft, first, last, tiles, count, y, stride);
     for (int block = first; block < last; ++block) {
         float* row = y + static_cast<int64_t>(block) * kBlockRows;
         for (int i = 0; i < count; row += tiles[i].tokens * stride, ++i)

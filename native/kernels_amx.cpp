@@ -183,6 +183,7 @@ void block_product(const Matrix& m, int block, const Tile* tiles, int count, flo
 }
 
 void matmul(const Matrix& m, bool draft, int first, int last, const Tile* tiles, int count, float* y, int64_t stride) {
+    if (m.packed()) return avx512_kernels()->matmul(m, draft, first, last, tiles, count, y, stride);
     int shaped = 0;
     for (int i = 0, together; i < count; i += together) {
         together = 0;

@@ -12,6 +12,10 @@ namespace avx2 {
 constexpr const char* kName = "avx2";
 #include "simd_avx2.inl"
 
+#include "formats_avx2.inl"
+
+#include "formats.inl"
+
 #include "kernels.inl"
 }  // namespace avx2
 }  // namespace

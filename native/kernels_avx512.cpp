@@ -12,6 +12,10 @@ namespace avx512 {
 constexpr const char* kName = "avx512";
 #include "simd_avx512.inl"
 
+#include "formats_avx512.inl"
+
+#include "formats.inl"
+
 #include "kernels.inl"
 }  // namespace avx512
 }  // namespace

@@ -7,6 +7,10 @@ namespace portable {
 constexpr const char* kName = "portable";
 #include "simd_portable.inl"
 
+#include "formats_portable.inl"
+
+#include "formats.inl"
+
 #include "kernels.inl"
 }  // namespace portable
 }  // namespace

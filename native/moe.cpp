@@ -2,8 +2,8 @@
 //
 // For a token with normed input h and experts e of weight w[e]:
 //     y[e] = down[e] * (silu(gate[e] * h) * (up[e] * h)),    x = x + (((0 + w[e1] y[e1]) + w[e2] y[e2]) + ...),  e1 < e2 < ...
-// Each product is a nested matmul: integer dots of groups of 32 inputs, joined by one fp32 chain over ascending groups (see
-// kernels.inl, which bounds the integers). The sum over experts is one fp32 chain in ascending id from zero, multiply then add,
+// Each product has integer dots of groups of 32 inputs, joined by one fp32 chain over ascending groups (see kernels.inl and
+// formats.inl, which bound the integers). The sum over experts is one fp32 chain in ascending id from zero, multiply then add,
 // and is added to x at the end; `chain` continues it instead, so that a layer may be computed in stretches of experts.
 #include <algorithm>
 #include <atomic>
@@ -51,22 +51,23 @@ Pairs pairs_by_expert(const ExpertCall& call) {
 
 std::vector<Active> active_experts(const ExpertCall& call, const std::vector<int>& start) {
     const ExpertShape shape = call.shape;
-    const bool draft = call.draft;
+    const bool draft = call.draft, missing_allowed = draft || !shape.two_slices();
     std::vector<Active> active;
     for (int e = 0; e < call.experts; ++e) {
         const int count = start[e + 1] - start[e];
         if (!count) continue;
         const auto* msb = reinterpret_cast<const uint8_t*>(call.addresses[2 * e]);
         const auto* lsb = reinterpret_cast<const uint8_t*>(call.addresses[2 * e + 1]);
-        if (!msb || (!draft && !lsb))
+        if (!msb || (!missing_allowed && !lsb))
             throw NumericsFailure("expert " + std::to_string(e) + ": the " + (msb ? "LSB" : "MSB") + " slice is not resident");
-        auto matrix = [&](int rows, int columns, int64_t hi, int64_t scales, int64_t lo) {
-            return Matrix{rows, columns, msb + hi, draft ? nullptr : lsb + lo, reinterpret_cast<const uint16_t*>(msb + scales)};
+        auto matrix = [&](int rows, int columns, const Projection& at) {
+            const uint8_t* lo = draft || !shape_of(at.format).lo ? nullptr : lsb + at.lo;
+            return Matrix{rows, columns, msb + at.hi, lo, reinterpret_cast<const uint16_t*>(msb + at.scales), at.format,
+                          reinterpret_cast<const uint16_t*>(msb + at.minima), msb + at.steps};
         };
-        active.push_back({matrix(shape.width, shape.hidden, shape.gate_hi, shape.gate_scales, shape.gate_lo),
-                          matrix(shape.width, shape.hidden, shape.up_hi, shape.up_scales, shape.up_lo),
-                          matrix(shape.hidden, shape.width, shape.down_hi, shape.down_scales, shape.down_lo), start[e], count,
-                          {}, allocate_tiles(count, ceil_div(shape.width, kGroup))});
+        active.push_back({matrix(shape.width, shape.hidden, shape.gate), matrix(shape.width, shape.hidden, shape.up),
+                          matrix(shape.hidden, shape.width, shape.down), start[e], count, {},
+                          allocate_tiles(count, ceil_div(shape.width, kGroup), shape.down.packed())});
     }
     return active;
 }
@@ -74,15 +75,16 @@ std::vector<Active> active_experts(const ExpertCall& call, const std::vector<int
 // Every token is quantised once, then copied into the tiles of its experts.
 void gather_inputs(const ExpertCall& call, const Pairs& pairs, std::vector<Active>& active) {
     const int groups = ceil_div(call.shape.hidden, kGroup);
+    const bool extra = call.shape.gate.packed() || call.shape.up.packed();
     const std::vector<Tile> rows =
-        quantize_rows(call.hidden, call.tokens, call.shape.hidden, correction_factor(call.draft, call.offset), 1);
+        quantize_rows(call.hidden, call.tokens, call.shape.hidden, correction_factors(call.draft, call.offset), extra, 1);
     for (Active& expert : active) {
         const Pair* pair = &pairs.all[expert.first];
         if (expert.count == 1) {
             expert.inputs = {rows[pair->token]};
             continue;
         }
-        expert.inputs = allocate_tiles(expert.count, groups);
+        expert.inputs = allocate_tiles(expert.count, groups, extra);
         for (const Tile& tile : expert.inputs)
             for (int t = 0; t < tile.tokens; ++t, ++pair) {
                 const Tile& row = rows[pair->token];
@@ -91,6 +93,7 @@ void gather_inputs(const ExpertCall& call, const Pairs& pairs, std::vector<Activ
                     std::memcpy(tile.codes + at * kGroup, row.codes + static_cast<int64_t>(g) * kGroup, kGroup);
                     tile.scales[at] = row.scales[g];
                     tile.correction[at] = row.correction[g];
+                    if (extra) tile.extra[at] = row.extra[g];
                 }
             }
     }
@@ -102,11 +105,11 @@ void gate_and_up(const ExpertCall& call, const std::vector<Active>& active, size
     Pool& pool = Pool::instance();
     const bool draft = call.draft;
     const int width = call.shape.width, blocks = ceil_div(width, kBlockRows), count = static_cast<int>(active.size());
-    const int factor = correction_factor(draft, call.offset);
+    const Factors factors = correction_factors(draft, call.offset);
     const int64_t stride = static_cast<int64_t>(blocks) * kBlockRows;
     auto* gate = scratch().get<float>(pairs * stride);
     auto* up = scratch().get<float>(pairs * stride);
-    const int64_t block_bytes = static_cast<int64_t>(ceil_div(call.shape.hidden, kGroup)) * 2 * (2 * kGroupBytes + 2 * kBlockRows);
+    const int64_t block_bytes = active[0].gate.block_bytes() + active[0].up.block_bytes();
     const int wanted = ceil_div(4 * pool.threads(), count);
     const int per_task =
         std::min(blocks, static_cast<int>(std::max<int64_t>(ceil_div(blocks, wanted), (32 << 10) / block_bytes + 1)));
@@ -129,7 +132,7 @@ void gate_and_up(const ExpertCall& call, const std::vector<Active>& active, size
         const float* row = gate + at;
         for (const Tile& tile : expert.inner)
             for (int t = 0; t < tile.tokens; ++t, row += stride)
-                if (!k.quantize(row, width, tile, t, factor)) finite = false;
+                if (!k.quantize(row, width, tile, t, factors)) finite = false;
     });
     if (!finite) throw NumericsFailure("activations hold NaN or infinite values");
 }
@@ -140,8 +143,7 @@ void down_and_combine(const ExpertCall& call, const Pairs& pairs, const std::vec
     Pool& pool = Pool::instance();
     const bool draft = call.draft, chain = call.chain;
     const int hidden = call.shape.hidden, tokens = call.tokens, blocks = ceil_div(hidden, kBlockRows);
-    const int64_t strip =
-        static_cast<int64_t>(ceil_div(call.shape.width, kGroup)) * (2 * kGroupBytes + 2 * kBlockRows) * active.size();
+    const int64_t strip = active[0].down.block_bytes() * static_cast<int64_t>(active.size());
     const int per_task = std::min(
         blocks, static_cast<int>(std::max<int64_t>(ceil_div(blocks, 4 * pool.threads()), (16 << 10) / strip + 1)));
     const size_t width = static_cast<size_t>(per_task) * kBlockRows;

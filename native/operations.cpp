@@ -1,13 +1,12 @@
 // What all operations share: the choice of kernels, rounding mode, scratch, quantised rows, matmul over the pool.
 //
-// Work is split over rows of a matrix, never over its groups, so that a chain of kernels.inl is one thread's. `embed` multiplies
-// a code by its scale: both are exact in fp32, and so is the product.
+// Work is split over rows of a matrix, never over its groups, so that a chain of kernels.inl is one thread's.
 #include "operations.hpp"
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 #include <new>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -98,27 +97,29 @@ void* Scratch::bytes(size_t size) {
     return result;
 }
 
-std::vector<Tile> allocate_tiles(int count, int groups, int largest) {
+std::vector<Tile> allocate_tiles(int count, int groups, bool extra, int largest) {
     if (!largest) largest = kernels().tile;
     auto* codes = scratch().get<int8_t>(static_cast<size_t>(count) * groups * kGroup);
     auto* scales = scratch().get<float>(static_cast<size_t>(count) * groups);
     auto* correction = scratch().get<int32_t>(static_cast<size_t>(count) * groups);
+    auto* more = extra ? scratch().get<Extra>(static_cast<size_t>(count) * groups) : nullptr;
     if (count > largest) largest = ceil_div(count, ceil_div(count, largest));  // 17 tokens: 9 and 8, not 16 and 1
     std::vector<Tile> tiles;
     for (int first = 0; first < count; first += largest) {
         const int64_t at = static_cast<int64_t>(first) * groups;
-        tiles.push_back({std::min(largest, count - first), codes + at * kGroup, scales + at, correction + at});
+        tiles.push_back({std::min(largest, count - first), codes + at * kGroup, scales + at, correction + at,
+                         more ? more + at : nullptr});
     }
     return tiles;
 }
 
-std::vector<Tile> quantize_rows(const float* x, int count, int columns, int factor, int largest) {
-    std::vector<Tile> tiles = allocate_tiles(count, ceil_div(columns, kGroup), largest);
+std::vector<Tile> quantize_rows(const float* x, int count, int columns, Factors factors, bool extra, int largest) {
+    std::vector<Tile> tiles = allocate_tiles(count, ceil_div(columns, kGroup), extra, largest);
     const int size = tiles.empty() ? 1 : tiles[0].tokens;
     std::atomic<bool> finite{true};
     const Kernels& k = kernels();
     auto one = [&](int i, int) {
-        if (!k.quantize(x + static_cast<int64_t>(i) * columns, columns, tiles[i / size], i % size, factor)) finite = false;
+        if (!k.quantize(x + static_cast<int64_t>(i) * columns, columns, tiles[i / size], i % size, factors)) finite = false;
     };
     if (count < 8)
         for (int i = 0; i < count; ++i) one(i, 0);
@@ -131,7 +132,7 @@ std::vector<Tile> quantize_rows(const float* x, int count, int columns, int fact
 void matmul_all(const Matrix& matrix, bool draft, const std::vector<Tile>& tiles, float* y, int64_t stride) {
     const Kernels& k = kernels();
     const int blocks = matrix.blocks(), count = static_cast<int>(tiles.size());
-    const int64_t block_bytes = static_cast<int64_t>(matrix.groups()) * (2 * kGroupBytes + 2 * kBlockRows);
+    const int64_t block_bytes = matrix.block_bytes();
     // A task reads at least 32 KiB, so that claiming is cheap; there are several per thread, so that they balance.
     const int pieces = 4 * Pool::instance().threads();
     const int per_task = static_cast<int>(std::max<int64_t>(ceil_div(blocks, pieces), (32 << 10) / block_bytes + 1));
@@ -142,7 +143,7 @@ void matmul_all(const Matrix& matrix, bool draft, const std::vector<Tile>& tiles
 }
 
 void matmul_exact(const Matrix& matrix, bool draft, int offset, const float* x, int count, float* y) {
-    auto rows = quantize_rows(x, count, matrix.columns, correction_factor(draft, offset));
+    auto rows = quantize_rows(x, count, matrix.columns, correction_factors(draft, offset), matrix.packed());
     if (matrix.rows % kBlockRows == 0) return matmul_all(matrix, draft, rows, y, matrix.rows);
     const int64_t stride = static_cast<int64_t>(matrix.blocks()) * kBlockRows;
     auto* padded = scratch().get<float>(count * stride);
@@ -150,31 +151,27 @@ void matmul_exact(const Matrix& matrix, bool draft, int offset, const float* x, 
     for (int i = 0; i < count; ++i) std::memcpy(y + static_cast<int64_t>(i) * matrix.rows, padded + i * stride, 4 * matrix.rows);
 }
 
-void embed(const Matrix& matrix, const int32_t* tokens, int count, float* out) {
-    const int groups = matrix.groups();
-    auto* codes = scratch().get<float>(kGroup);
-    auto* scale = scratch().get<float>(1);
-    for (int i = 0; i < count; ++i) {
-        const int block = tokens[i] / kBlockRows, n = tokens[i] % kBlockRows;
-        for (int g = 0; g < groups; ++g) {
-            const int64_t at = (static_cast<int64_t>(block) * groups + g) * kGroupBytes;
-            const uint16_t half = matrix.scales[(static_cast<int64_t>(block) * groups + g) * kBlockRows + n];
-            // fp16 to float, exactly: also for subnormal scales
-            const int exponent = half >> 10 & 31, mantissa = half & 1023;
-            *scale = exponent ? static_cast<float>(1024 + mantissa) : static_cast<float>(mantissa);
-            for (int e = exponent ? exponent : 1; e < 25; ++e) *scale *= 0.5f;
-            for (int e = 25; e < exponent; ++e) *scale *= 2.0f;
-            if (exponent == 31)  // of a damaged file: what reads it fails by name
-                *scale = mantissa ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
-            for (int c = 0; c < kGroup; ++c) {
-                const int byte = 64 * (c % 16 / 4) + 4 * n + c % 4, shift = c < 16 ? 0 : 4;
-                const int hi = matrix.hi[at + byte] >> shift & 15, lo = matrix.lo[at + byte] >> shift & 15;
-                codes[c] = static_cast<float>(16 * (hi - 8) + lo);
-            }
-            for (int c = 0; c < kGroup && g * kGroup + c < matrix.columns; ++c)
-                out[static_cast<int64_t>(i) * matrix.columns + g * kGroup + c] = codes[c] * *scale;
-        }
+Stack::Stack(std::vector<Matrix> all) : parts(std::move(all)) {
+    for (const Matrix& part : parts) rows += part.rows, columns = part.columns;
+}
+
+bool Stack::packed() const {
+    return std::any_of(parts.begin(), parts.end(), [](const Matrix& part) { return part.packed(); });
+}
+
+bool Stack::whole() const {
+    return std::all_of(parts.begin(), parts.end(), [](const Matrix& part) { return part.whole(); });
+}
+
+void matmul_all(const Stack& stack, const std::vector<Tile>& tiles, float* y, int64_t stride) {
+    for (const Matrix& part : stack.parts) {
+        matmul_all(part, false, tiles, y, stride);
+        y += part.rows;
     }
+}
+
+void embed(const Matrix& matrix, const int32_t* tokens, int count, float* out) {
+    for (int64_t i = 0; i < count; ++i) dequantize_row(matrix, tokens[i], out + i * matrix.columns);
 }
 
 uint64_t stream_read(const uint8_t* data, int64_t size) {

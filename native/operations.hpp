@@ -59,20 +59,34 @@ class Scratch {
 };
 Scratch& scratch();
 
-// Tiles for `count` tokens in scratch memory, their contents not yet set; `largest` 0 is the kernels' largest.
-std::vector<Tile> allocate_tiles(int count, int groups, int largest = 0);
+// Tiles for `count` tokens in scratch memory, their contents not yet set; `largest` 0 is the kernels' largest. `extra`: whether
+// a matrix that is not nested8 takes them.
+std::vector<Tile> allocate_tiles(int count, int groups, bool extra, int largest = 0);
 // Quantised rows of x (count, columns). Throws NumericsFailure on NaN or infinity.
-std::vector<Tile> quantize_rows(const float* x, int count, int columns, int factor, int largest = 0);
-inline int correction_factor(bool draft, int offset) { return draft ? offset - 128 : -128; }
+std::vector<Tile> quantize_rows(const float* x, int count, int columns, Factors factors, bool extra, int largest = 0);
+// A draft puts `offset` below the upper 4 of 8 bits, and a quarter of it below those of 6.
+inline Factors correction_factors(bool draft, int offset) { return draft ? Factors{offset - 128, offset / 4 - 32} : kFull; }
 
 // y (count, stride) for all blocks of a matrix, over the pool.
 void matmul_all(const Matrix& matrix, bool draft, const std::vector<Tile>& tiles, float* y, int64_t stride);
 // y (count, rows) without padding.
 void matmul_exact(const Matrix& matrix, bool draft, int offset, const float* x, int count, float* y);
 
+// Matrices of several formats one below the other; all but the last fill whole blocks.
+struct Stack {
+    std::vector<Matrix> parts;
+    int rows = 0, columns = 0;
+    explicit Stack(std::vector<Matrix> all = {});
+    int blocks() const { return ceil_div(rows, kBlockRows); }
+    bool packed() const;
+    bool whole() const;
+};
+void matmul_all(const Stack& stack, const std::vector<Tile>& tiles, float* y, int64_t stride);
+
 struct AttentionLayer {
     const float *norm, *query_norm, *key_norm;  // query_norm, key_norm may be null
-    Matrix query_key_value, output;
+    Stack query_key_value;
+    Matrix output;
     int heads, kv_heads, head_dim;
     float epsilon;
 };
@@ -114,10 +128,17 @@ struct RoutingOut {
 
 void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* allowed, bool rescale, const RoutingOut& out);
 
+// Where the sections of a projection lie: `lo` in the LSB record, all others in the MSB record.
+struct Projection {
+    Format format;
+    int64_t hi, lo, scales, minima, steps;
+    bool packed() const { return format != Format::nested8; }
+};
+
 struct ExpertShape {
     int hidden, width;
-    int64_t gate_hi, up_hi, down_hi, gate_scales, up_scales, down_scales;  // offsets in the MSB record
-    int64_t gate_lo, up_lo, down_lo;                                      // offsets in the LSB record
+    Projection gate, up, down;
+    bool two_slices() const { return shape_of(gate.format).lo || shape_of(up.format).lo || shape_of(down.format).lo; }
 };
 
 // Which experts run on which tokens.

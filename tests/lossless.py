@@ -71,10 +71,11 @@ def main() -> None:
     """Run the whole grid and print a JSON summary; exit code 1 at the first difference."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--store", default="demo", help="a store of the demo model, in other formats perhaps")
     parser.add_argument("--every", type=int, default=1, help="run every n-th case only")
     arguments = parser.parse_args()
     began, generations = perf_counter(), 0
-    with load("demo") as model:
+    with load(arguments.store) as model:
         expected = {t: reference(model, arguments.prompts, t) for t in TEMPERATURES}
         cases = grid()[:: arguments.every]
         for index, case in enumerate(cases):

@@ -35,7 +35,7 @@ def poisoned_store(folder: Path) -> Path:
     synthesize(folder / "store", SPEC, seed=3)
     with open_store(folder / "store") as reader:
         offsets = next(entry.offsets for entry in reader.manifest.tensors if entry.name == "embedding")
-        groups = reader.nested("embedding").scales.shape[1]
+        groups = reader.matrix("embedding").scales.shape[1]
     with open(folder / "store" / "dense.bin", "r+b") as file:
         for group in range(groups):
             file.seek(offsets["scales"] + 2 * ((POISON // 16 * groups + group) * 16 + POISON % 16))

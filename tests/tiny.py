@@ -76,7 +76,7 @@ class TinyReader:
             self._addresses.append(addresses)
         self.dense_bytes = sum(m.hi.nbytes * 2 + m.scales.nbytes for m in self._nested.values())
 
-    def nested(self, name: str) -> NestedMatrix:
+    def matrix(self, name: str) -> NestedMatrix:
         return self._nested[name]
 
     def array(self, name: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Types of the compiled module; ``elmoe.kernels`` is its only importer."""
 
 from collections.abc import Callable
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,15 +9,28 @@ from numpy.typing import NDArray
 class NumericsFailure(Exception): ...
 
 class Matrix:
+    @overload
     def __init__(
         self, rows: int, columns: int, hi: NDArray[np.uint8], lo: NDArray[np.uint8] | None, scales: NDArray[np.uint16]
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        format: str,
+        hi: NDArray[np.uint8],
+        lo: NDArray[np.uint8] | None,
+        scales: NDArray[np.uint16] | None,
+        minima: NDArray[np.uint16] | None,
+        steps: NDArray[np.uint8] | None,
     ) -> None: ...
 
 class Attention:
     def __init__(
         self,
         norm: NDArray[np.float32],
-        query_key_value: Matrix,
+        query_key_value: Matrix | list[Matrix],
         query_norm: NDArray[np.float32] | None,
         key_norm: NDArray[np.float32] | None,
         output: Matrix,
@@ -35,7 +49,12 @@ class Cache:
     def __init__(self, keys: NDArray[np.uint16], values: NDArray[np.uint16], table: NDArray[np.int32]) -> None: ...
 
 class Expert:
+    @overload
     def __init__(self, hidden: int, width: int, msb: list[int], lsb: list[int], msb_bytes: int, lsb_bytes: int) -> None: ...
+    @overload
+    def __init__(
+        self, hidden: int, width: int, formats: list[str], offsets: list[list[int]], msb_bytes: int, lsb_bytes: int
+    ) -> None: ...
 
 class Norm:
     def __init__(self, norm: NDArray[np.float32], epsilon: float) -> None: ...

@@ -142,7 +142,7 @@ def dequantized_tensors(reader: WeightReader) -> dict[str, NDArray[np.float32]]:
     names = FAMILIES[spec.family].names
     assert names is not None
     for tensor in tensors(spec):
-        whole = reader.array(tensor.name) if tensor.kind == "floats" else reader.nested(tensor.name).dequantize()
+        whole = reader.array(tensor.name) if tensor.kind == "floats" else reader.matrix(tensor.name).dequantize()
         borders = np.cumsum([part.shape[0] for part in tensor.parts])[:-1]
         for part, rows in zip(tensor.parts, np.split(whole, borders), strict=True):
             values[names[part.role].format(layer=tensor.layer)] = rows

@@ -62,12 +62,12 @@ def test_a_store_holds_the_quantised_weights(tmp_path, changes):
             expected = NestedMatrix.from_weights(theirs)
             return np.array_equal(ours.dequantize(), expected.dequantize()) and np.array_equal(ours.hi, expected.hi)
 
-        assert same(reader.nested("embedding"), weights["model.embed_tokens.weight"])
+        assert same(reader.matrix("embedding"), weights["model.embed_tokens.weight"])
         if not spec.tied_embeddings:
-            assert same(reader.nested("head"), weights["lm_head.weight"])
+            assert same(reader.matrix("head"), weights["lm_head.weight"])
         prefix = "model.layers.1.self_attn."
         stacked = np.concatenate([weights[f"{prefix}{name}_proj.weight"] for name in "qkv"])
-        assert same(reader.nested("layers.1.query_key_value"), stacked)
+        assert same(reader.matrix("layers.1.query_key_value"), stacked)
         assert np.array_equal(reader.array("layers.0.query_norm"), weights["model.layers.0.self_attn.q_norm.weight"])
         for layer in range(len(spec.layers)):
             layout, addresses = reader.expert_layout(layer), reader.expert_addresses(layer)

@@ -175,7 +175,7 @@ def test_gguf_to_store_to_gguf(tmp_path):
     convert_checkpoint(first, tmp_path / "store")
     with open_store(tmp_path / "store") as reader:
         reader.verify()
-        assert reader.nested("embedding").codes.min() == -128
+        assert reader.matrix("embedding").codes.min() == -128
     assert tensors(export(tmp_path / "store", tmp_path / "second.gguf")) == tensors(first)
 
 
@@ -302,7 +302,7 @@ def test_tensors_are_checked(tmp_path):
     nan[2, 5, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
     cases = {
         "is missing": None,
-        "is Q4_0": (TensorType.Q4_0, np.zeros((6, 32, 36), np.uint8)),
+        "is I32": (TensorType.I32, np.zeros((6, 32, 64), np.int32)),
         "has shape": (TensorType.F32, np.zeros((6, 32, 32), np.float32)),
         "NaN": (TensorType.Q8_0, nan),
     }

@@ -154,7 +154,7 @@ def test_damage_is_named(store, damage, message):
 
 def test_a_tensor_that_the_model_lacks_is_named(store):
     with open_store(store) as reader:
-        for ask, name in ((reader.array, "embedding"), (reader.nested, "final_norm"), (reader.nested, "head")):
+        for ask, name in ((reader.array, "embedding"), (reader.matrix, "final_norm"), (reader.matrix, "head")):
             with pytest.raises(StoreError, match=name):
                 ask(name)
 
@@ -192,7 +192,7 @@ def test_views_are_read_only(store):
         with pytest.raises(ValueError, match="read-only"):
             reader.array("final_norm")[0] = 1
         with pytest.raises(ValueError, match="read-only"):
-            reader.nested("embedding").hi[0, 0, 0] = 1
+            reader.matrix("embedding").hi[0, 0, 0] = 1
 
 
 def test_no_store():
@@ -208,7 +208,7 @@ def test_synthetic_stores_are_deterministic(tmp_path):
     assert files[0] == files[1] and files[0]["layer-001.experts"] != files[2]["layer-001.experts"]
     with open_store(tmp_path / "a") as reader:
         reader.verify()
-        values = reader.nested("head").dequantize()
+        values = reader.matrix("head").dequantize()
         assert 0.5 < np.std(values) * np.sqrt(spec.hidden) < 2
 
 

@@ -1,6 +1,6 @@
 """The definition of elmoe's numbers in plain NumPy: the native kernels must equal it bit for bit.
 
-Knows nothing of files, models, policies or time. Imports NumPy and the error tree only.
+Knows nothing of files, policies or time. Imports NumPy, the error tree and the data of formats only.
 """
 
 from elmoe.bitslice.arithmetic import rotary_tables
@@ -18,6 +18,17 @@ from elmoe.bitslice.backend import (
     forward,
 )
 from elmoe.bitslice.expert import ExpertLayout
+from elmoe.bitslice.formats import (
+    Matrix,
+    PackedMatrix,
+    QuantizedMatrix,
+    StackedMatrix,
+    format_of,
+    from_sections,
+    matmul,
+    quantized,
+    sections_of,
+)
 from elmoe.bitslice.matmul import nested_matmul, quantize_activations
 from elmoe.bitslice.moe import RouterWeights, Routing, embed, expert_ffn, logits, route
 from elmoe.bitslice.nested import NestedMatrix, quantize
@@ -33,8 +44,11 @@ __all__ = [
     "KVCache",
     "LayerStack",
     "LayerWeights",
+    "Matrix",
     "NestedMatrix",
+    "PackedMatrix",
     "Places",
+    "QuantizedMatrix",
     "Report",
     "Routed",
     "RouterWeights",
@@ -42,16 +56,22 @@ __all__ = [
     "Routings",
     "Sample",
     "SamplingParameters",
+    "StackedMatrix",
     "attention_block",
     "embed",
     "expert_ffn",
+    "format_of",
     "forward",
+    "from_sections",
     "logits",
+    "matmul",
     "nested_matmul",
     "quantize",
     "quantize_activations",
+    "quantized",
     "rms_norm",
     "rotary_tables",
     "route",
     "sample",
+    "sections_of",
 ]

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice.arithmetic import LANES, exp, lane_sum
-from elmoe.bitslice.matmul import nested_matmul
-from elmoe.bitslice.nested import NestedMatrix
+from elmoe.bitslice.formats import Matrix, matmul
 from elmoe.errors import NumericsError
 
 
@@ -27,10 +26,10 @@ class AttentionWeights:
     """
 
     norm: NDArray[np.float32]
-    query_key_value: NestedMatrix
+    query_key_value: Matrix
     query_norm: NDArray[np.float32] | None
     key_norm: NDArray[np.float32] | None
-    output: NestedMatrix
+    output: Matrix
     heads: int
     kv_heads: int
     head_dim: int
@@ -166,7 +165,7 @@ def attention_block(
     tokens, slots, positions = x.shape[0], places.slots, places.positions
     seen, cells = (None, positions) if places.chain or places.cells is None else (places.seen(), places.cells)
     heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
-    projected = nested_matmul(weights.query_key_value, rms_norm(x, weights.norm, weights.epsilon))
+    projected = matmul(weights.query_key_value, rms_norm(x, weights.norm, weights.epsilon))
     projected = projected.reshape(tokens, heads + 2 * kv_heads, head_dim)
     query, key, value = np.split(projected, [heads, heads + kv_heads], axis=1)
     if weights.query_norm is not None and weights.key_norm is not None:
@@ -187,4 +186,4 @@ def attention_block(
         else:
             keys, values = (part[:, seen[token]] for part in cache.gather(layer, int(slots[token]), max(seen[token]) + 1))
         attended[token] = attend(query[token], keys, values).reshape(-1)
-    x += nested_matmul(weights.output, attended)
+    x += matmul(weights.output, attended)

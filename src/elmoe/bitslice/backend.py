@@ -18,8 +18,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from elmoe.bitslice.attention import AttentionWeights, KVCache, Places, attention_block, rms_norm
 from elmoe.bitslice.expert import ExpertLayout
+from elmoe.bitslice.formats import Matrix
 from elmoe.bitslice.moe import RouterWeights, Routing, expert_ffn, route
-from elmoe.bitslice.nested import NestedMatrix
 from elmoe.bitslice.sampling import Sample, SamplingParameters
 from elmoe.errors import NumericsError
 
@@ -125,7 +125,7 @@ class Backend(Protocol):
     """What the engine asks of the code that computes. Modules satisfy it: ``elmoe.bitslice``, which defines the bits, and
     ``elmoe.kernels``."""
 
-    def embed(self, matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    def embed(self, matrix: Matrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
         """Rows of the embedding: (tokens, hidden)."""
         ...
 
@@ -137,9 +137,7 @@ class Backend(Protocol):
         """Run all layers in place on ``x``; see ``bitslice.forward``."""
         ...
 
-    def logits(
-        self, norm: NDArray[np.float32], epsilon: float, head: NestedMatrix, x: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
+    def logits(self, norm: NDArray[np.float32], epsilon: float, head: Matrix, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Final norm and vocabulary projection: (tokens, vocabulary)."""
         ...
 

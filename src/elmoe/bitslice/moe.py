@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from elmoe.bitslice.arithmetic import exp, lane_sum
 from elmoe.bitslice.attention import rms_norm
 from elmoe.bitslice.expert import ExpertLayout
-from elmoe.bitslice.matmul import nested_matmul
-from elmoe.bitslice.nested import GROUP, NestedMatrix
+from elmoe.bitslice.formats import Matrix, QuantizedMatrix, StackedMatrix, dequantized_rows, matmul
 from elmoe.errors import NumericsError
 
 
@@ -115,7 +114,9 @@ def silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return x / (np.float32(1) + exp(-x))
 
 
-def expert_matrices(layout: ExpertLayout, addresses: NDArray[np.int64], expert: int, draft: bool) -> dict[str, NestedMatrix]:
+def expert_matrices(
+    layout: ExpertLayout, addresses: NDArray[np.int64], expert: int, draft: bool
+) -> dict[str, QuantizedMatrix]:
     """The matrices of an expert whose records lie at ``addresses[expert]`` = (msb, lsb)."""
 
     def record(slice_index: int, size: int) -> NDArray[np.uint8]:
@@ -124,7 +125,7 @@ def expert_matrices(layout: ExpertLayout, addresses: NDArray[np.int64], expert: 
             raise NumericsError(f"expert {expert}: the {('MSB', 'LSB')[slice_index]} slice is not resident")
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
-    lsb = None if draft else record(1, layout.lsb_bytes)
+    lsb = None if draft or not layout.lsb_bytes else record(1, layout.lsb_bytes)
     return layout.unpack(record(0, layout.msb_bytes), lsb)
 
 
@@ -153,26 +154,26 @@ def expert_ffn(
         tokens, place = np.nonzero(experts == expert)
         matrices = expert_matrices(layout, addresses, int(expert), draft)
         inputs = hidden[tokens]
-        gate = nested_matmul(matrices["gate"], inputs, draft, offset=offset)
-        up = nested_matmul(matrices["up"], inputs, draft, offset=offset)
-        down = nested_matmul(matrices["down"], silu(gate) * up, draft, offset=offset)
+        gate = matmul(matrices["gate"], inputs, draft, offset=offset)
+        up = matmul(matrices["up"], inputs, draft, offset=offset)
+        down = matmul(matrices["down"], silu(gate) * up, draft, offset=offset)
         total[tokens] = total[tokens] + weights[tokens, place][:, None] * down
     if not chain:
         x += total
 
 
-def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+def embed(matrix: Matrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """Rows of the embedding, dequantised (exactly): (tokens, hidden) float32."""
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < matrix.rows):
         raise NumericsError(f"token id outside 0..{matrix.rows - 1}")
-    scales = matrix.row_scales[tokens]
-    codes = matrix.codes[tokens].astype(np.float32).reshape(len(tokens), -1, GROUP)
-    return np.ascontiguousarray((codes * scales[:, :, None]).reshape(len(tokens), -1)[:, : matrix.columns])
+    if isinstance(matrix, StackedMatrix):
+        raise NumericsError("an embedding has one format")
+    return dequantized_rows(matrix, tokens)
 
 
-def logits(norm: NDArray[np.float32], epsilon: float, head: NestedMatrix, x: NDArray[np.float32]) -> NDArray[np.float32]:
+def logits(norm: NDArray[np.float32], epsilon: float, head: Matrix, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Final norm and vocabulary projection: (tokens, hidden) -> (tokens, vocabulary) float32, checked finite."""
-    result = nested_matmul(head, rms_norm(x, norm, epsilon))
+    result = matmul(head, rms_norm(x, norm, epsilon))
     if not np.isfinite(result).all():
         raise NumericsError("a logit is NaN or infinite", "check the checkpoint's weights")
     return result

@@ -17,19 +17,32 @@ from elmoe.terminal import progress_bar
     "--tokenizer", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A tokenizer.json in place of the one a GGUF file describes.",
 )  # fmt: skip
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    metavar="[KIND=]FORMAT",
+    help="Format of all matrices, or of a KIND (experts, matrices): nested8, affine4, table4, planes6, or one of their "
+    "variants. Default: what holds the file's type exactly, else the nearest.",
+)
 @json_option
-def command(source: Path, store: Path, tokenizer: Path | None, as_json: bool) -> None:
-    """Convert SOURCE to STORE: a Hugging Face folder, or a GGUF file (qwen3moe, Q8_0 bit for bit, F16, BF16 or F32).
+def command(source: Path, store: Path, tokenizer: Path | None, formats: tuple[str, ...], as_json: bool) -> None:
+    """Convert SOURCE to STORE: a Hugging Face folder, or a GGUF file.
 
-    Resumes where a killed conversion stopped.
+    Q8_0, Q4_0, Q4_1, Q4_K, Q6_K, IQ4_NL, IQ4_XS and MXFP4 are kept bit for bit; for other types a line tells the format and
+    the error. Resumes where a killed conversion stopped.
     """
     from elmoe.convert import convert_checkpoint
+    from elmoe.convert.losses import FormatChoice
     from elmoe.files import check_new_folder
 
     check_new_folder(store, "store")
+    choice, lines = FormatChoice.parse(formats) if formats else None, list[str]()
     with progress_bar("tensors and experts", None) as bar:
-        convert_checkpoint(source, store, lambda done, total: bar(done, total), tokenizer)
+        convert_checkpoint(source, store, lambda done, total: bar(done, total), tokenizer, choice, lines.extend)
     if as_json:
-        print_json({"store": str(store)})
+        print_json({"store": str(store), "formats": lines})
     else:
+        for line in lines:
+            click.echo(line, err=True)
         click.echo(f"wrote {store}; look at it with: elmoe inspect {store}")

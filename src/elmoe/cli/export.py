@@ -15,7 +15,7 @@ from elmoe.terminal import progress_bar
 @click.argument("out", type=click.Path(path_type=Path))
 @json_option
 def command(store: str, out: Path, as_json: bool) -> None:
-    """Write STORE as the GGUF file OUT (qwen3moe, Q8_0), bit for bit: what llama.cpp and its kin read."""
+    """Write STORE as the GGUF file OUT, every tensor in the type that its format is: what llama.cpp and its kin read."""
     from elmoe.convert.gguf_export import export_store
     from elmoe.files import check_output
     from elmoe.store import open_store

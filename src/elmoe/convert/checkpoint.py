@@ -25,7 +25,21 @@ SMALL_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Files of a checkpoint that a store depends on, beside its shards."""
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
+SCALE_SUFFIX = "_scale_inv"
+"""Behind the name of an FP8 tensor: its float32 or BF16 scales, one for each block of the config's ``weight_block_size``."""
+
+
+def _e4m3() -> NDArray[np.float32]:
+    """Values of the 256 codes of F8_E4M3: 1 sign, 4 exponent and 3 mantissa bits, no infinities, two NaN."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    magnitude = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
+    magnitude[code & 127 == 127] = np.nan
+    return np.where(code & 128, -magnitude, magnitude).astype(np.float32)
+
+
+E4M3 = _e4m3()
 
 
 class Shard:
@@ -59,6 +73,10 @@ class Shard:
         """Names of the tensors."""
         return set(self._entries)
 
+    def dtype(self, name: str) -> str:
+        """Type of a tensor's values."""
+        return self._entries[name][0]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, after all its header fields were checked."""
         dtype, shape, begin, end = self._entries[name]
@@ -70,7 +88,7 @@ class Shard:
         return shape
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
-        """Rows [first, last) along the first axis, as float32."""
+        """Rows [first, last) along the first axis, as float32; those of FP8 without their scales."""
         shape = self.shape(name)
         dtype, _, begin, _ = self._entries[name]
         last = shape[0] if last is None else last
@@ -79,6 +97,8 @@ class Shard:
         raw = self._file.read(start, (last - first) * per_row)
         if dtype == "BF16":
             values = (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        elif dtype == "F8_E4M3":
+            values = E4M3[raw]
         else:
             values = raw.view("<f2" if dtype == "F16" else "<f4").astype(np.float32)
         return values.reshape(last - first, *shape[1:])
@@ -98,6 +118,20 @@ def _entry(entry: Any, name: str, file: str) -> tuple[str, tuple[int, ...], int,
     return dtype, tuple(shape), begin, end
 
 
+def _fp8_block(quantization: Any) -> tuple[int, int] | None:
+    """Sides of the blocks of FP8 weights that share a scale; None where nothing is quantised, ConvertError for all else."""
+    if quantization is None:
+        return None
+    block: Any = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    sound = isinstance(block, list) and len(block) == 2 and all(type(side) is int and 0 < side <= 1 << 20 for side in block)
+    if not sound or quantization.get("quant_method") != "fp8":
+        raise ConvertError(
+            "config.json: this 'quantization_config' is not supported",
+            "supported: quant_method 'fp8' with a weight_block_size; or give the checkpoint in BF16 or FP16",
+        )
+    return block[0], block[1]
+
+
 class Checkpoint:
     """A folder with one or many shards."""
 
@@ -106,6 +140,7 @@ class Checkpoint:
             raise ConvertError(f"there is no folder '{folder}'", "give a Hugging Face folder with config.json")
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json")
+        self._block = _fp8_block(self.config.get("quantization_config"))
         if (folder / "model.safetensors.index.json").exists():
             index = read_json(folder / "model.safetensors.index.json").get("weight_map")
             if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
@@ -147,11 +182,42 @@ class Checkpoint:
             raise ConvertError(f"tensor '{name}' is not in '{shard.name}', where the index has it", "complete the download")
         return shard
 
+    def dtype(self, name: str) -> str:
+        """Type of a tensor's values."""
+        return self._shard(name).dtype(name)
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """ConvertError unless a tensor exists with this shape."""
         found = self._shard(name).shape(name)
         if found != shape:
             raise ConvertError(f"tensor '{name}' has shape {list(found)}, the config says {list(shape)}")
+        if self.dtype(name) == "F8_E4M3":
+            self._check_scales(name, shape)
+
+    def _check_scales(self, name: str, shape: tuple[int, ...]) -> None:
+        if self._block is None or len(shape) != 2:
+            raise ConvertError(
+                f"tensor '{name}' is FP8, and the config gives no weight_block_size for it",
+                "supported: matrices of FP8 with block scales (quant_method 'fp8')",
+            )
+        scales = name + SCALE_SUFFIX
+        blocks = tuple(-(-side // block) for side, block in zip(shape, self._block, strict=True))
+        if self._shard(scales).shape(scales) != blocks or self.dtype(scales) not in ("F32", "BF16"):
+            raise ConvertError(f"tensor '{scales}' is not of shape {list(blocks)}, float32 or BF16", "download it anew")
+
+    def scale_names(self, names: set[str]) -> set[str]:
+        """Names of the scales of those tensors that are FP8."""
+        return {name + SCALE_SUFFIX for name in names if self.dtype(name) == "F8_E4M3"}
+
+    def _values(self, name: str, first: int, last: int) -> NDArray[np.float32]:
+        """Rows [first, last) of a tensor, scaled."""
+        values = self._shard(name).rows(name, first, last)
+        if self.dtype(name) != "F8_E4M3" or self._block is None:
+            return values
+        height, width = self._block
+        scales = self._shard(name + SCALE_SUFFIX).rows(name + SCALE_SUFFIX, first // height, -(-last // height))
+        rows = np.arange(first, last) // height - first // height
+        return values * np.repeat(scales, width, axis=1)[rows, : values.shape[1]]
 
     def rows(self, names: list[str], first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """Rows [first, last) of tensors laid one below the other, as float32."""
@@ -161,7 +227,7 @@ class Checkpoint:
             count = shard.shape(name)[0]
             low, high = max(first - before, 0), count if last is None else min(last - before, count)
             if low < high:
-                parts.append(shard.rows(name, low, high))
+                parts.append(self._values(name, low, high))
             before += count
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

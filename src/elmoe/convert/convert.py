@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from elmoe.chat import check_template
+from elmoe.convert.losses import FormatChoice
 from elmoe.convert.source import open_source
 from elmoe.errors import ConvertError
 from elmoe.store import StoreWriter
@@ -17,22 +19,32 @@ def convert_checkpoint(
     store: str | Path,
     progress: Progress | None = None,
     tokenizer: Path | None = None,
+    choice: FormatChoice | None = None,
+    told: Callable[[list[str]], None] | None = None,
 ) -> tuple[str, ...]:
     """Convert a Hugging Face folder or a GGUF file to a store.
 
     :param progress: takes (tensors and experts done, all).
     :param tokenizer: a tokenizer.json in place of the one a GGUF file describes.
+    :param choice: formats of the store; None takes what holds a type exactly, or comes nearest.
+    :param told: takes a line for each type of the source, its format and the error in dB of what was converted now.
     :returns: names of tensors that were left out because they do not matter.
     :raises ConvertError: the checkpoint is incomplete or not supported, or the store cannot be written.
     :raises NumericsError: a weight is NaN or infinite; the message names the tensor.
     """
-    model = open_source(Path(source), tokenizer)
+    model = open_source(Path(source), tokenizer, choice)
     tokenizer_json, template, special_tokens = model.tokenizer(), model.chat_template(), model.special_tokens()
     load_tokenizer(tokenizer_json, "tokenizer.json", ConvertError)
     if template is not None:
         check_template(template, ConvertError)
     model.check()
-    with StoreWriter(Path(store), model.spec, f"converted from {model.name}", model.fingerprint) as writer:
+
+    def fingerprint() -> str:
+        return model.fingerprint() if choice is None else f"{model.fingerprint()} {choice}"
+
+    with StoreWriter(Path(store), model.spec, f"converted from {model.name}", fingerprint, model.formats) as writer:
         writer.write(model, progress)
         writer.finish(tokenizer_json, template, special_tokens)
+    if told is not None:
+        told(model.losses.lines())
     return model.left_out

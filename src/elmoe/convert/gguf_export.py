@@ -1,4 +1,4 @@
-"""Store -> GGUF (Q8_0): codes and scales as they are, norms and routers as float32, tensor by tensor."""
+"""Store -> GGUF: codes and scales as they are, norms and routers as float32, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType as TensorType
+from gguf import GGUFWriter
 from numpy.typing import NDArray
 
-from elmoe.bitslice import NestedMatrix
-from elmoe.bitslice.nested import GROUP
+from elmoe.bitslice import QuantizedMatrix, StackedMatrix
 from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, SPECIAL_TOKENS_KEY, GgufTokenizer, describe, idle_merge
-from elmoe.convert.q8_0 import BLOCK_BYTES, blocks_of
+from elmoe.convert.gguf_writing import FILE_TYPES, tensor_bytes, type_of, write_blocks
 from elmoe.errors import ConvertError, ModelError
 from elmoe.files import whole_file
 from elmoe.models import FAMILIES
 from elmoe.models.family import GgufFamily
+from elmoe.models.formats import split_formats
 from elmoe.models.gguf import metadata_of_spec
 from elmoe.models.spec import ModelSpec
 from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
@@ -50,27 +51,27 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
     tokenizer_json = reader.tokenizer_path.read_bytes()
     tokenizer = describe(tokenizer_json, spec.vocabulary)
     tensors = list(_tensors(reader, gguf))
-    total = sum(_bytes(name, shape, plain) for name, shape, plain, _ in tensors)
+    total = sum(tensor_bytes(name, shape, kind) for name, shape, kind, _ in tensors)
     with whole_file(path, ConvertError, sync=True, folders=True) as partial_path:
         _check_room(path, total + len(tokenizer_json) * 4)
         writer = GGUFWriter(partial_path, gguf.architecture)
         try:
             for key, value in metadata.items():
                 writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, int(value))
+            writer.add_file_type(FILE_TYPES[type_of(reader.expert_layout(spec.moe_layers[0]).formats[0])])
             _add_texts(writer, spec, tokenizer, tokenizer_json)
             if (template := reader.chat_template()) is not None:
                 writer.add_chat_template(template)
             writer.add_string(SPECIAL_TOKENS_KEY, json.dumps(reader.special_tokens))
-            for name, shape, plain, _ in tensors:
-                kind = GGMLQuantizationType.F32 if plain else GGMLQuantizationType.Q8_0
+            for name, shape, kind, _ in tensors:
                 # The writer takes the shape in elements where the type is not said to be bytes.
-                writer.add_tensor_info(name, shape, np.dtype(np.float32), _bytes(name, shape, plain), kind)
+                writer.add_tensor_info(name, shape, np.dtype(np.float32), tensor_bytes(name, shape, kind), kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             done = 0
-            for name, shape, plain, rows in tensors:
-                data = np.empty(_bytes(name, shape, plain), np.uint8)
+            for name, shape, kind, rows in tensors:
+                data = np.empty(tensor_bytes(name, shape, kind), np.uint8)
                 end = 0
                 for part in rows():
                     flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
@@ -85,61 +86,55 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
             writer.close()
 
 
-def _bytes(name: str, shape: tuple[int, ...], plain: bool) -> int:
-    count = int(np.prod(shape, dtype=object))
-    if not plain and shape[-1] % GROUP:
-        raise ConvertError(
-            f"tensor '{name}' has {shape[-1]} columns, Q8_0 needs a multiple of {GROUP}",
-            "this model cannot be written as Q8_0",
-        )
-    return 4 * count if plain else count // GROUP * BLOCK_BYTES
-
-
-def _tensors(reader: MemoryReader, gguf: GgufFamily) -> Iterator[tuple[str, tuple[int, ...], bool, Rows]]:
-    """(name, shape outermost first, whether float32, rows) of every tensor, in the order they are written."""
+def _tensors(reader: MemoryReader, gguf: GgufFamily) -> Iterator[tuple[str, tuple[int, ...], TensorType, Rows]]:
+    """(name, shape outermost first, type, rows) of every tensor, in the order they are written."""
     for tensor in tensors(reader.spec):
-        before = 0
-        for part in tensor.parts:
+        before, formats = 0, [] if tensor.kind == "floats" else split_formats(reader.formats[tensor.name], len(tensor.parts))
+        for index, part in enumerate(tensor.parts):
             name, last = gguf.names[part.role].format(layer=tensor.layer), before + part.shape[0]
             if tensor.kind == "floats":
-                yield name, part.shape, True, partial(_plain, reader, tensor.name)
+                yield name, part.shape, TensorType.F32, partial(_plain, reader, tensor.name)
             else:
-                yield name, part.shape, False, partial(_matrix_rows, reader, tensor.name, before, last, name)
+                kind = type_of(formats[index])
+                yield name, part.shape, kind, partial(_matrix_rows, reader, tensor.name, index, before, last, name)
             before = last
     for layer in range(len(reader.spec.layers)):
         one = feed_forward(reader.spec, layer)
-        for projection in PROJECTIONS:
+        for projection, format in zip(PROJECTIONS, reader.expert_layout(layer).formats, strict=True):
             part = one.part(projection)
             shape = (one.count, *part.shape) if one.kind == "expert" else part.shape
             name = gguf.names[part.role].format(layer=layer)
-            yield name, shape, False, partial(_expert_rows, reader, layer, projection, name)
+            yield name, shape, type_of(format), partial(_expert_rows, reader, layer, projection, name)
 
 
 def _plain(reader: MemoryReader, name: str) -> Iterator[NDArray]:
     yield reader.array(name)
 
 
-def _matrix_rows(reader: MemoryReader, ours: str, first: int, last: int, name: str) -> Iterator[NDArray]:
-    yield from _part_rows(reader.nested(ours), first, last, name)
+def _matrix_rows(reader: MemoryReader, ours: str, part: int, first: int, last: int, name: str) -> Iterator[NDArray]:
+    matrix = reader.matrix(ours)
+    if isinstance(matrix, StackedMatrix):
+        yield from _part_rows(matrix.parts[part], 0, last - first, name)
+    else:
+        yield from _part_rows(matrix, first, last, name)
 
 
 def _expert_rows(reader: MemoryReader, layer: int, projection: str, name: str) -> Iterator[NDArray]:
     layout = reader.expert_layout(layer)
-    for msb, lsb in reader.expert_records(layer):
-        matrix = layout.unpack(msb, lsb)[projection]
+    for records in reader.expert_records(layer):
+        matrix = layout.unpack(*records)[projection]
         yield from _part_rows(matrix, 0, matrix.rows, name)
 
 
-def _part_rows(matrix: NestedMatrix, first: int, last: int, name: str) -> Iterator[NDArray[np.uint8]]:
+def _part_rows(matrix: QuantizedMatrix, first: int, last: int, name: str) -> Iterator[NDArray[np.uint8]]:
     """Blocks of rows [first, last), ``ROW_BLOCK`` at a time."""
     for start in range(first - first % 16, last, ROW_BLOCK):
-        blocks = blocks_of(matrix, start, min(start + ROW_BLOCK, last), name)
+        blocks = write_blocks(matrix, start, min(start + ROW_BLOCK, last), name)
         yield blocks[max(first - start, 0) :]
 
 
 def _add_texts(writer: GGUFWriter, spec: ModelSpec, tokenizer: GgufTokenizer, tokenizer_json: bytes) -> None:
     """The tokenizer and the ids that end a generation."""
-    writer.add_file_type(LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(2)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(tokenizer.pre)

@@ -20,7 +20,7 @@ from gguf import GGUFValueType as ValueType
 from numpy.typing import NDArray
 
 from elmoe.convert.file_reading import SourceFile
-from elmoe.convert.q8_0 import BLOCK_BYTES, split_blocks
+from elmoe.convert.gguf_blocks import FLOATS, SUPPORTED, dequantized
 from elmoe.errors import ConvertError
 
 VERSIONS = (2, 3)
@@ -29,8 +29,6 @@ CHUNK = 1 << 20
 DEFAULT_ALIGNMENT = 32
 MOST_DIMENSIONS, MOST_PARTS = 4, 1000
 DAMAGED = "download the file anew"
-FLOAT_TYPES = {TensorType.F32: 4, TensorType.F16: 2, TensorType.BF16: 2}
-"""Types that are quantised (matrices) or widened (norms, routers), and their bytes per element."""
 _SCALARS = {
     ValueType.UINT8: "B", ValueType.INT8: "b", ValueType.UINT16: "H", ValueType.INT16: "h", ValueType.UINT32: "I",
     ValueType.INT32: "i", ValueType.FLOAT32: "f", ValueType.UINT64: "Q", ValueType.INT64: "q", ValueType.FLOAT64: "d",
@@ -198,28 +196,22 @@ class GgufFile:
         tensor = self.tensor(name)
         if tensor.shape != shape:
             raise ConvertError(f"tensor '{name}' has shape {list(tensor.shape)}, the metadata says {list(shape)}", DAMAGED)
-        if tensor.type not in FLOAT_TYPES and not (matrix and tensor.type == TensorType.Q8_0):
-            allowed = ("Q8_0, " if matrix else "") + ", ".join(kind.name for kind in FLOAT_TYPES)
+        allowed = SUPPORTED if matrix else FLOATS
+        if tensor.type not in allowed:
             raise ConvertError(
-                f"tensor '{name}' is {tensor.type.name}", f"supported: {allowed}; take the Q8_0 or F16 file of the model"
+                f"tensor '{name}' is {tensor.type.name}", f"supported: {', '.join(kind.name for kind in allowed)}"
             )
 
-    def floats(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
-        """Rows [first, last) of a tensor seen as a matrix of its innermost dimension, as float32; not for Q8_0."""
+    def floats(self, name: str) -> NDArray[np.float32]:
+        """A tensor seen as a matrix of its innermost dimension, as float32."""
+        tensor = self._tensors[name][1]
+        return dequantized(tensor.type, self.raw(name), tensor.shape[-1])
+
+    def raw(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.uint8]:
+        """Rows [first, last) of a tensor seen as a matrix of its innermost dimension, as they are in the file."""
         part, tensor = self._tensors[name]
         count = int(np.prod(tensor.shape[:-1], dtype=np.int64))
-        raw = np.ascontiguousarray(part.rows(tensor, first, count if last is None else last))
-        if tensor.type == TensorType.BF16:
-            return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return raw.view("<f2" if tensor.type == TensorType.F16 else "<f4").astype(np.float32)
-
-    def codes(self, name: str, first: int, last: int) -> tuple[NDArray[np.int8], NDArray[np.float16]] | None:
-        """Codes and scales of rows [first, last), as they are in the file; None if the tensor is not Q8_0."""
-        part, tensor = self._tensors[name]
-        if tensor.type != TensorType.Q8_0:
-            return None
-        assert tensor.bytes % BLOCK_BYTES == 0
-        return split_blocks(part.rows(tensor, first, last), name)
+        return part.rows(tensor, first, count if last is None else last)
 
 
 def part_paths(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A GGUF file as the source of a conversion: Q8_0 tensors bit for bit, F32, F16 and BF16 ones quantised."""
+"""A GGUF file as the source of a conversion: bit for bit where a format holds a type exactly, else quantised."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import numpy as np
 from gguf import Keys
 from numpy.typing import NDArray
 
-from elmoe.bitslice import NestedMatrix
+from elmoe.bitslice import QuantizedMatrix, quantized
+from elmoe.bitslice.formats import concatenated
+from elmoe.convert.gguf_blocks import EXACT, dequantized, nearest_format, read_blocks
 from elmoe.convert.gguf_file import GgufFile
 from elmoe.convert.gguf_tokenizer import eos_tokens, rebuild, template_tokens
+from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.convert.source import refuse_leftovers
 from elmoe.errors import ConvertError
 from elmoe.models import FAMILIES
+from elmoe.models.formats import Format, joined_formats
 from elmoe.models.gguf import gguf_family, spec_of_metadata
 from elmoe.models.support import check_supported
 from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor, feed_forward, tensors
@@ -24,7 +28,7 @@ MOST_TOKENS = 1 << 24
 class GgufSource:
     """A GGUF file. See ``elmoe.convert.source.Source``."""
 
-    def __init__(self, path: Path, tokenizer: Path | None = None) -> None:
+    def __init__(self, path: Path, tokenizer: Path | None = None, choice: FormatChoice | None = None) -> None:
         self._file = file = GgufFile(path)
         self.name, self._tokenizer = path.name, tokenizer
         shape = file.tensor("token_embd.weight").shape
@@ -36,10 +40,28 @@ class GgufSource:
         check_supported(self.spec)
         self._names = gguf.names
         self.left_out: tuple[str, ...] = ()
+        self.losses, self._choice = Losses(), choice or FormatChoice()
 
     def fingerprint(self) -> str:
         """See ``Source``."""
         return self._file.fingerprint()
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """See ``Source``."""
+        found = {}
+        for tensor in tensors(self.spec):
+            if tensor.kind == "matrix":
+                names = [name for name, _ in self._parts(tensor)]
+                found[tensor.name] = self._joined(names, self._choice.matrices)
+        for layer in range(len(self.spec.layers)):
+            part = feed_forward(self.spec, layer)
+            names = [self._stacked(part, projection)[0] for projection in PROJECTIONS]
+            found[part.name] = self._joined(names, self._choice.experts if part.kind == "expert" else self._choice.matrices)
+        return found
+
+    def _joined(self, names: list[str], chosen: str | None) -> str:
+        return chosen or joined_formats([nearest_format(self._file.tensor(name).type) for name in names])
 
     def check(self) -> None:
         """See ``Source``."""
@@ -64,16 +86,17 @@ class GgufSource:
             raise ConvertError(f"tensor '{theirs}' holds NaN or infinite values", "download the file anew")
         return values
 
-    def matrix(self, tensor: Tensor, first: int, last: int) -> NestedMatrix:
+    def matrix(self, tensor: Tensor, first: int, last: int, format: Format) -> QuantizedMatrix:
         """See ``store.writer.Weights``."""
-        return self._rows(self._parts(tensor), first, last)
+        return self._rows(self._parts(tensor), first, last, format)
 
-    def projections(self, part: FeedForward, expert: int) -> dict[str, NestedMatrix]:
+    def projections(self, part: FeedForward, expert: int, formats: tuple[Format, ...]) -> dict[str, QuantizedMatrix]:
         """See ``store.writer.Weights``."""
         matrices = {}
-        for projection in PROJECTIONS:
+        for projection, format in zip(PROJECTIONS, formats, strict=True):
             rows = part.shape(projection)[0]
-            matrices[projection] = self._rows([self._stacked(part, projection)], expert * rows, (expert + 1) * rows)
+            stacked = [self._stacked(part, projection)]
+            matrices[projection] = self._rows(stacked, expert * rows, (expert + 1) * rows, format)
         return matrices
 
     def _parts(self, tensor: Tensor) -> list[tuple[str, tuple[int, ...]]]:
@@ -86,23 +109,26 @@ class GgufSource:
         shape = (part.count, *one.shape) if part.kind == "expert" else one.shape
         return self._names[one.role].format(layer=part.layer), shape
 
-    def _rows(self, parts: list[tuple[str, tuple[int, ...]]], first: int, last: int) -> NestedMatrix:
+    def _rows(self, parts: list[tuple[str, tuple[int, ...]]], first: int, last: int, format: Format) -> QuantizedMatrix:
         """Rows [first, last) of tensors laid one below the other, each seen as a matrix."""
-        codes, scales, before = [], [], 0
-        columns = parts[0][1][-1]
+        found, before = [], 0
         for name, shape in parts:
             count = int(np.prod(shape[:-1], dtype=np.int64))
             low, high = max(first - before, 0), min(last - before, count)
             before += count
-            if low >= high:
-                continue
-            stored = self._file.codes(name, low, high)
-            if stored is None:
-                matrix = NestedMatrix.from_weights(self._file.floats(name, low, high), name)
-                stored = matrix.codes[: high - low], matrix.row_scales[: high - low].astype(np.float16)
-            codes.append(stored[0])
-            scales.append(stored[1])
-        return NestedMatrix.from_codes(np.concatenate(codes), np.concatenate(scales), columns)
+            if low < high:
+                found.append(self._tensor_rows(name, shape[-1], low, high, format))
+        return concatenated(found)
+
+    def _tensor_rows(self, name: str, columns: int, first: int, last: int, format: Format) -> QuantizedMatrix:
+        kind, raw = self._file.tensor(name).type, self._file.raw(name, first, last)
+        if EXACT.get(kind) == format.name:
+            self.losses.exact(kind.name, format.name, name)
+            return read_blocks(kind, raw, columns, name)
+        weights = dequantized(kind, raw, columns)
+        matrix = quantized(format, weights, name)
+        self.losses.quantised(kind.name, format.name, name, weights, matrix)
+        return matrix
 
     def tokenizer(self) -> bytes:
         """See ``Source``."""

@@ -8,16 +8,18 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import NestedMatrix
+from elmoe.bitslice import QuantizedMatrix, quantized
 from elmoe.convert.checkpoint import Checkpoint
 from elmoe.convert.file_reading import read_json
+from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.errors import ConvertError, ModelError
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.config import Config
 from elmoe.models.family import Names
+from elmoe.models.formats import Format
 from elmoe.models.spec import ModelSpec
 from elmoe.models.support import check_supported
-from elmoe.models.tensors import PROJECTIONS, FeedForward, Part, Tensor, feed_forward, tensors
+from elmoe.models.tensors import DEFAULT, PROJECTIONS, FeedForward, Part, Tensor, feed_forward, tensors
 from elmoe.store.writer import Weights
 
 HARMLESS = ("rotary_emb.inv_freq", "masked_bias")
@@ -26,11 +28,16 @@ HARMLESS = ("rotary_emb.inv_freq", "masked_bias")
 
 class Source(Weights, Protocol):
     """A model to convert. ``name`` is its folder or file; ``left_out`` names tensors that are not converted and do not
-    matter."""
+    matter; ``losses`` tells, after the conversion, what became of the others."""
 
     name: str
     spec: ModelSpec
     left_out: tuple[str, ...]
+    losses: Losses
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Formats of the store's matrices and feed-forwards, by store name."""
 
     def fingerprint(self) -> str:
         """What tells one source from another."""
@@ -51,11 +58,10 @@ class Source(Weights, Protocol):
 class CheckpointSource:
     """A Hugging Face folder; its matrices are quantised. See :class:`Source`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, choice: FormatChoice | None = None) -> None:
+        self.losses, self._choice = Losses(), choice or FormatChoice()
         self._checkpoint = checkpoint = Checkpoint(folder)
         config = checkpoint.config | _generation_ends(checkpoint)
-        if config.get("quantization_config") is not None:
-            raise ConvertError("config.json: 'quantization_config' is not supported", "give the checkpoint in BF16 or FP16")
         self.name = folder.name
         self.spec = spec_of_config(config)
         names = family_of(config).names
@@ -69,6 +75,14 @@ class CheckpointSource:
         """See :class:`Source`."""
         return self._checkpoint.fingerprint()
 
+    @property
+    def formats(self) -> dict[str, str]:
+        """See :class:`Source`: all matrices are quantised alike."""
+        matrices, experts = self._choice.matrices or DEFAULT, self._choice.experts or DEFAULT
+        found = {tensor.name: matrices for tensor in tensors(self.spec) if tensor.kind == "matrix"}
+        parts = [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
+        return found | {part.name: experts if part.kind == "expert" else matrices for part in parts}
+
     def check(self) -> None:
         """See :class:`Source`."""
         spec, expected = self.spec, set()
@@ -81,6 +95,7 @@ class CheckpointSource:
             for name, shape in shapes.items():
                 self._checkpoint.check(name, shape)
             expected |= shapes.keys()
+        expected |= self._checkpoint.scale_names(expected)
         tied = {self._names["head"]} if spec.tied_embeddings else set()
         others = sorted(self._checkpoint.names() - expected)
         self.left_out = tuple(name for name in others if name.endswith(HARMLESS) or name in tied)
@@ -93,12 +108,18 @@ class CheckpointSource:
             raise ConvertError(f"tensor '{self._parts(tensor)[0]}' holds NaN or infinite values", "download it anew")
         return values
 
-    def matrix(self, tensor: Tensor, first: int, last: int) -> NestedMatrix:
+    def matrix(self, tensor: Tensor, first: int, last: int, format: Format) -> QuantizedMatrix:
         """See ``store.writer.Weights``; NumericsError names the checkpoint's tensor."""
         names = self._parts(tensor)
-        return NestedMatrix.from_weights(self._checkpoint.rows(names, first, last), ", ".join(names))
+        return self._quantised(self._checkpoint.rows(names, first, last), names, format)
 
-    def projections(self, part: FeedForward, expert: int) -> dict[str, NestedMatrix]:
+    def _quantised(self, weights: NDArray[np.float32], names: list[str], format: Format) -> QuantizedMatrix:
+        label = ", ".join(names)
+        matrix = quantized(format, weights, label)
+        self.losses.quantised(self._checkpoint.dtype(names[0]), format.name, label, weights, matrix)
+        return matrix
+
+    def projections(self, part: FeedForward, expert: int, formats: tuple[Format, ...]) -> dict[str, QuantizedMatrix]:
         """See ``store.writer.Weights``; NumericsError names the checkpoint's tensor."""
         stacked = self._stacked(part)
         if stacked is not None:
@@ -109,7 +130,10 @@ class CheckpointSource:
         else:
             names = {projection: self._name(part.part(projection), part.layer, expert) for projection in PROJECTIONS}
             found = {projection: self._checkpoint.rows([name]) for projection, name in names.items()}
-        return {projection: NestedMatrix.from_weights(found[projection], names[projection]) for projection in PROJECTIONS}
+        return {
+            projection: self._quantised(found[projection], [names[projection]], format)
+            for projection, format in zip(PROJECTIONS, formats, strict=True)
+        }
 
     def _feed_forward_shapes(self, part: FeedForward) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the checkpoint's tensors that make a feed-forward."""
@@ -153,8 +177,9 @@ class CheckpointSource:
         return self._checkpoint.special_tokens()
 
 
-def open_source(path: Path, tokenizer: Path | None = None) -> Source:
-    """A GGUF file (``.gguf``), or a Hugging Face folder. ``tokenizer`` is a tokenizer.json to take for a GGUF file's own.
+def open_source(path: Path, tokenizer: Path | None = None, choice: FormatChoice | None = None) -> Source:
+    """A GGUF file (``.gguf``), or a Hugging Face folder. ``tokenizer`` is a tokenizer.json to take for a GGUF file's own;
+    ``choice`` of formats: None takes what is exact, or nearest.
 
     :raises ConvertError: it is neither, or damaged, or not supported.
     """
@@ -162,10 +187,10 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
         if path.suffix.lower() == ".gguf" and not path.is_dir():
             from elmoe.convert.gguf_import import GgufSource
 
-            return GgufSource(path, tokenizer)
+            return GgufSource(path, tokenizer, choice)
         if tokenizer is not None:
             raise ConvertError("--tokenizer is for GGUF files", "a Hugging Face folder has its tokenizer.json inside")
-        return CheckpointSource(path)
+        return CheckpointSource(path, choice)
     except ModelError as error:
         raise ConvertError(str(error), error.hint) from error
 

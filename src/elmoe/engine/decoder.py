@@ -22,7 +22,7 @@ from elmoe.bitslice import (
     KVCache,
     LayerStack,
     LayerWeights,
-    NestedMatrix,
+    Matrix,
     Places,
     Report,
     RouterWeights,
@@ -46,8 +46,8 @@ class WeightReader(Protocol):
         """What the model is."""
         ...
 
-    def nested(self, name: str) -> NestedMatrix:
-        """A nested matrix by its store name."""
+    def matrix(self, name: str) -> Matrix:
+        """A matrix by its store name."""
         ...
 
     def array(self, name: str) -> NDArray[np.float32]:
@@ -100,8 +100,8 @@ class Decoder:
     def __init__(self, reader: WeightReader, backend: Backend, ranks: int | None = None) -> None:
         self.spec = spec = reader.spec
         self._backend = backend
-        self._embedding = reader.nested("embedding")
-        self._head = self._embedding if spec.tied_embeddings else reader.nested("head")
+        self._embedding = reader.matrix("embedding")
+        self._head = self._embedding if spec.tied_embeddings else reader.matrix("head")
         self._final_norm = reader.array("final_norm")
         self._layers = [self._layer_weights(reader, layer, ranks) for layer in range(len(spec.layers))]
         attention = grouped_attention(spec)
@@ -117,10 +117,10 @@ class Decoder:
         norm, dense = reader.array(f"{name}ffn_norm"), layer in spec.dense_layers
         attention = AttentionWeights(
             norm=reader.array(f"{name}attention_norm"),
-            query_key_value=reader.nested(f"{name}query_key_value"),
+            query_key_value=reader.matrix(f"{name}query_key_value"),
             query_norm=reader.array(f"{name}query_norm") if normed else None,
             key_norm=reader.array(f"{name}key_norm") if normed else None,
-            output=reader.nested(f"{name}attention_output"),
+            output=reader.matrix(f"{name}attention_output"),
             heads=grouped.heads,
             kv_heads=grouped.kv_heads,
             head_dim=grouped.head_dim,

@@ -20,8 +20,10 @@ from elmoe.bitslice import (
     KVCache,
     LayerStack,
     LayerWeights,
+    Matrix,
     NestedMatrix,
     Places,
+    QuantizedMatrix,
     Report,
     Routed,
     RouterWeights,
@@ -29,6 +31,9 @@ from elmoe.bitslice import (
     Routings,
     Sample,
     SamplingParameters,
+    StackedMatrix,
+    format_of,
+    sections_of,
 )
 from elmoe.bitslice.expert import PROJECTIONS
 from elmoe.errors import KernelError, NumericsError
@@ -48,6 +53,7 @@ __all__ = [
     "expert_ffn",
     "forward",
     "logits",
+    "matmul",
     "nested_matmul",
     "prefetch",
     "rms_norm",
@@ -139,14 +145,33 @@ def _check_chain(places: Places) -> None:
         raise KernelError("native kernels compute chains of tokens, not trees", "use --backend reference")
 
 
-def _matrix(matrix: NestedMatrix) -> Any:
-    return _native.Matrix(matrix.rows, matrix.columns, matrix.hi, matrix.lo, matrix.scales.view(np.uint16))
+def _matrix(matrix: QuantizedMatrix) -> Any:
+    if isinstance(matrix, NestedMatrix):
+        return _native.Matrix(matrix.rows, matrix.columns, matrix.hi, matrix.lo, matrix.scales.view(np.uint16))
+    found = matrix.sections
+    scales, minima = (found[name].view(np.uint16) if name in found else None for name in ("scales", "minima"))
+    steps = found["steps"].view(np.uint8) if "steps" in found else None
+    name = matrix.format.name
+    return _native.Matrix(matrix.rows, matrix.columns, name, found["hi"], found.get("lo"), scales, minima, steps)
+
+
+def _one_matrix(matrix: Matrix) -> Any:
+    """The native object of a matrix of one format."""
+    if isinstance(matrix, StackedMatrix):
+        raise NumericsError("a matrix of several formats can only project queries, keys and values")
+    return _handle(matrix, _matrix)
 
 
 def _attention(weights: AttentionWeights) -> Any:
+    stacked = weights.query_key_value
+    projection = (
+        [_handle(part, _matrix) for part in stacked.parts]
+        if isinstance(stacked, StackedMatrix)
+        else _handle(stacked, _matrix)
+    )
     return _native.Attention(
-        weights.norm, _handle(weights.query_key_value, _matrix), weights.query_norm, weights.key_norm,
-        _handle(weights.output, _matrix), weights.heads, weights.kv_heads, weights.head_dim, weights.epsilon,
+        weights.norm, projection, weights.query_norm, weights.key_norm, _one_matrix(weights.output),
+        weights.heads, weights.kv_heads, weights.head_dim, weights.epsilon,
     )  # fmt: skip
 
 
@@ -159,9 +184,11 @@ def _cache(cache: KVCache) -> Any:
 
 
 def _expert(layout: ExpertLayout) -> Any:
-    msb = [layout.msb[0][f"{projection}_{kind}"] for kind in ("hi", "scales") for projection in PROJECTIONS]
-    lsb = [layout.lsb[0][f"{name}_lo"] for name in PROJECTIONS]
-    return _native.Expert(layout.hidden, layout.width, msb, lsb, layout.msb_bytes, layout.lsb_bytes)
+    offsets = layout.msb[0] | layout.lsb[0]
+    names = ("hi", "lo", "scales", "minima", "steps")
+    places = [[offsets.get(f"{projection}_{name}", 0) for name in names] for projection in PROJECTIONS]
+    formats = [format.name for format in layout.formats]
+    return _native.Expert(layout.hidden, layout.width, formats, places, layout.msb_bytes, layout.lsb_bytes)
 
 
 def _norm(weights: DenseWeights) -> Any:
@@ -179,21 +206,24 @@ def _stack(stack: LayerStack) -> Any:
     return _native.Stack([_layer(layer) for layer in stack.layers])
 
 
-def nested_matmul(
-    matrix: NestedMatrix, x: NDArray[np.float32], draft: bool = False, offset: float = 8.0, bits: int = 4
+def matmul(
+    matrix: QuantizedMatrix, x: NDArray[np.float32], draft: bool = False, offset: float = 8.0, bits: int = 4
 ) -> NDArray[np.float32]:
-    """(tokens, columns) float32 times the matrix transposed: (tokens, rows) float32. Drafts of 4 bits only."""
+    """(tokens, columns) float32 times the matrix transposed: (tokens, rows) float32. Drafts of the upper 4 bits only."""
     if bits != 4:
         raise NumericsError(f"native kernels draft with 4 bits, not {bits}", "use --backend reference")
     _check_offset(offset)
     y = np.empty((x.shape[0], matrix.rows), np.float32)
-    if matrix.lo is None and not draft:
+    if not draft and "lo" not in sections_of(matrix) and format_of(matrix).slices == 2:
         raise NumericsError("the LSB slice is not at hand")
     try:
         _native.nested_matmul(_handle(matrix, _matrix), x, y, draft, offset)
     except _native.NumericsFailure as error:
         raise NumericsError(str(error), "check the checkpoint's weights") from None
     return y
+
+
+nested_matmul = matmul
 
 
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]:
@@ -327,21 +357,21 @@ def forward(
     return routings
 
 
-def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+def embed(matrix: Matrix, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """Rows of the embedding, dequantised: (tokens, hidden) float32."""
     out = np.empty((len(tokens), matrix.columns), np.float32)
     try:
-        _native.embed(_handle(matrix, _matrix), tokens, out)
+        _native.embed(_one_matrix(matrix), tokens, out)
     except _native.NumericsFailure as error:
         raise NumericsError(str(error)) from None
     return out
 
 
-def logits(norm: NDArray[np.float32], epsilon: float, head: NestedMatrix, x: NDArray[np.float32]) -> NDArray[np.float32]:
+def logits(norm: NDArray[np.float32], epsilon: float, head: Matrix, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Final norm and vocabulary projection: (tokens, hidden) -> (tokens, vocabulary) float32, checked finite."""
     out = np.empty((x.shape[0], head.rows), np.float32)
     try:
-        _native.logits(norm, epsilon, _handle(head, _matrix), x, out)
+        _native.logits(norm, epsilon, _one_matrix(head), x, out)
     except _native.NumericsFailure as error:
         raise NumericsError(str(error), "check the checkpoint's weights") from None
     return out

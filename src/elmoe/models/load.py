@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,7 @@ from elmoe.errors import ModelError
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.sizes import ModelSizes
 from elmoe.models.spec import ModelSpec
+from elmoe.models.tensors import DEFAULT, FLOATS
 from elmoe.untrusted import load_object, read_bytes, short
 
 _LARGEST_CONFIG, _LARGEST_MANIFEST = 1 << 20, 256 << 20
@@ -24,11 +26,31 @@ class _StoredLayer(msgspec.Struct, frozen=True):
     format: str
 
 
+class _StoredTensor(msgspec.Struct, frozen=True):
+    name: str
+    format: str
+
+
 class _Stored(msgspec.Struct, frozen=True):
     """What of a store's manifest says how large the model is."""
 
     model: ModelSpec
     layers: tuple[_StoredLayer, ...]
+    tensors: tuple[_StoredTensor, ...] = ()
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Formats of experts and dense feed-forwards by name; of all other matrices the most frequent one."""
+        found = {f"layers.{layer.layer}.experts": layer.format for layer in self.layers}
+        dense = {one.name: one.format for one in self.tensors if one.format not in (DEFAULT, FLOATS)}
+        found |= {name: format for name, format in dense.items() if name.endswith(".dense_ffn")}
+        matrices = Counter(
+            one.format for one in self.tensors if one.format != FLOATS and not one.name.endswith(".dense_ffn")
+        )
+        for format, _ in matrices.most_common(1):
+            if format != DEFAULT:
+                found["matrices"] = format
+        return found
 
 
 def load_model(name_or_path: str | Path) -> ModelSizes:
@@ -90,8 +112,7 @@ def _model_of_store(folder: Path) -> ModelSizes:
     name = Path(os.path.abspath(folder)).name
     try:
         stored = msgspec.json.decode(raw, type=_Stored)
-        formats = {f"layers.{layer.layer}.experts": layer.format for layer in stored.layers}
-        return ModelSizes(spec=stored.model, name=name, source=str(folder), formats=formats)
+        return ModelSizes(spec=stored.model, name=name, source=str(folder), formats=stored.formats)
     except (msgspec.MsgspecError, ModelError, ValueError, RecursionError) as error:
         raise ModelError(f"'{path}': {short(error)}", "it is no manifest of a store of this version") from None
 

@@ -13,14 +13,18 @@ from functools import cached_property
 import msgspec
 
 from elmoe.errors import ModelError
+from elmoe.models.formats import bits_of
 from elmoe.models.spec import Dense, GroupedAttention, LatentAttention, LayerSpec, ModelSpec, Moe
 
 BITS: dict[str, tuple[float, ...]] = {
-    "nested8": (4.5, 4.0), "table4": (4.25,), "bfloat16": (16.0,), "float32": (32.0,),
+    "nested8": (4.5, 4.0), "affine4": (4.625,), "table4": (4.25,), "planes6": (4.5625, 2.0), "bfloat16": (16.0,),
+    "float32": (32.0,),
 }  # fmt: skip
-"""Bits per weight of each format with its scales, by slices: MSB, then LSB where a format has one.
+"""Bits per weight with scales, by slices: MSB, then LSB where a format has one, of formats that a study may give a model. A
+store's formats (``models.formats``), one or one for each projection, are known beside them.
 
-``nested8``: INT8 with an fp16 scale for 32 weights, which lies with the MSB slice. ``table4``: MXFP4, which has no bit axis.
+``nested8``: INT8 with an fp16 scale for 32 weights, which lies with the MSB slice. ``affine4``: as Q4_K. ``table4``: MXFP4.
+Both have no bit axis. ``planes6``: as Q6_K.
 """
 DEFAULTS = {"experts": "nested8", "matrices": "nested8", "routers": "float32"}
 """Format of each kind of weights: routed experts, everything else dense, routers (fp32, as the engine keeps them)."""
@@ -102,7 +106,7 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A spec with the formats of its weights. ``name`` and ``source`` say what it is and where it was read.
 
     ``formats``: kind of weights (see :data:`DEFAULTS`), or store name of a layer's feed-forward (``layers.3.experts``,
-    ``layers.0.dense_ffn``), to a format of :data:`BITS`.
+    ``layers.0.dense_ffn``), to a format of :data:`BITS` or of a store.
 
     :raises ModelError: a format is not known, or given for what the model does not have.
     """
@@ -118,12 +122,16 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             if key not in DEFAULTS and key not in names:
                 raise ModelError(f"model '{self.name}': a format is given for '{key}', which it does not have")
             if format not in BITS:
-                raise ModelError(
-                    f"model '{self.name}': '{key}' has the unknown format '{format}'", f"known: {', '.join(BITS)}"
-                )
+                try:
+                    bits_of(format)
+                except ModelError:
+                    raise ModelError(
+                        f"model '{self.name}': '{key}' has the unknown format '{format}'", f"known: {', '.join(BITS)}"
+                    ) from None
 
     def _bits(self, kind: str, name: str = "") -> tuple[float, ...]:
-        return BITS[self.formats.get(name) or self.formats.get(kind) or DEFAULTS[kind]]
+        format = self.formats.get(name) or self.formats.get(kind) or DEFAULTS[kind]
+        return BITS.get(format) or bits_of(format)
 
     @cached_property
     def layers(self) -> tuple[LayerSizes, ...]:

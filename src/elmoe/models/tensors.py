@@ -6,18 +6,20 @@ Reader, writer, synthetic stores, sizes, conversion, export and tests iterate th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from elmoe.errors import ModelError
+from elmoe.models.formats import BLOCK_ROWS, JOIN, Format, split_formats
 from elmoe.models.spec import Dense, GroupedAttention, LayerSpec, ModelSpec, Moe
 
 PROJECTIONS = ("gate", "up", "down")
 """Matrices of a feed-forward, in the order of a record."""
-Format = Literal["nested8", "float32"]
-"""How the values of a tensor are stored."""
-Formats = Mapping[str, Format]
-"""Store name of a tensor or of a feed-forward -> format, where it is not the default one of its kind."""
+FLOATS, DEFAULT = "float32", "nested8"
+"""Format of what is not quantised, and of a matrix where nothing else is said."""
+Formats = Mapping[str, str]
+"""Store name of a tensor or of a feed-forward -> name of its format, where it is not the default one of its kind; formats of
+parts, or of gate, up and down projection, are joined by ``+`` where they differ."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,29 @@ class Tensor:
         """Rows of all parts, then the columns."""
         return sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:]
 
-    def format(self, formats: Formats) -> Format:
+    def format(self, formats: Formats) -> str:
         """The format in which a store with these ``formats`` holds the tensor; ModelError for one that it cannot have."""
-        default: Format = "nested8" if self.kind == "matrix" else "float32"
-        found = formats.get(self.name, default)
-        if found != default:
-            raise ModelError(f"tensor '{self.name}' cannot have the format '{found}'", f"supported: {default}")
+        found = formats.get(self.name, DEFAULT if self.kind == "matrix" else FLOATS)
+        if self.kind == "matrix":
+            self.pieces(found)
+        elif found != FLOATS:
+            raise ModelError(f"tensor '{self.name}' cannot have the format '{found[:80]}'", f"supported: {FLOATS}")
         return found
+
+    def pieces(self, format: str) -> dict[str, tuple[Tensor, Format]]:
+        """What of a matrix has one format: the whole, or each part. The keys go before the names of sections: empty, or the
+        part's role and a dot. ModelError for a format that it cannot have."""
+        try:
+            found = split_formats(format, len(self.parts))
+        except ModelError as error:
+            raise ModelError(f"tensor '{self.name}': {error}", error.hint) from None
+        if JOIN not in format:
+            return {"": (self, found[0])}
+        if any(part.shape[0] % BLOCK_ROWS for part in self.parts[:-1]):
+            raise ModelError(
+                f"tensor '{self.name}' has parts of several formats, and their rows do not fill blocks of {BLOCK_ROWS}"
+            )
+        return {f"{part.role}.": (replace(self, parts=(part,)), one) for part, one in zip(self.parts, found, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,15 @@ class FeedForward:
     def shape(self, projection: str) -> tuple[int, int]:
         """(rows, columns) of a projection."""
         return (self.hidden, self.width) if projection == "down" else (self.width, self.hidden)
+
+    def format(self, formats: Formats) -> str:
+        """The format of its records in a store with these ``formats``; ModelError for one that it cannot have."""
+        found = formats.get(self.name, DEFAULT)
+        try:
+            split_formats(found, len(PROJECTIONS))
+        except ModelError as error:
+            raise ModelError(f"'{self.name}': {error}", error.hint) from None
+        return found
 
     def part(self, projection: str) -> Part:
         """The checkpoint's tensor of a projection, of one expert."""
@@ -118,12 +145,9 @@ def feed_forward(spec: ModelSpec, layer: int) -> FeedForward:
 
 def check_formats(spec: ModelSpec, formats: Formats) -> None:
     """ModelError where a map of formats names what the spec does not have, or a format that cannot be."""
-    known = {tensor.name: tensor for tensor in tensors(spec)}
-    parts = {feed_forward(spec, layer).name for layer in range(len(spec.layers))}
-    for name, one in formats.items():
-        if name in known:
-            known[name].format(formats)
-        elif name not in parts:
+    known: dict[str, Tensor | FeedForward] = {tensor.name: tensor for tensor in tensors(spec)}
+    known |= {part.name: part for part in (feed_forward(spec, layer) for layer in range(len(spec.layers)))}
+    for name in formats:
+        if name not in known:
             raise ModelError(f"a format is given for '{name}', which the model does not have")
-        elif one != "nested8":
-            raise ModelError(f"'{name}' cannot have the format '{one}'", "supported: nested8")
+        known[name].format(formats)

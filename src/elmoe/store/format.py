@@ -50,9 +50,9 @@ class TextFile(_Part, frozen=True):
 
 
 class TensorEntry(_Part, frozen=True):
-    """A tensor of ``dense.bin``; kind and shape follow from the model's spec. ``offsets``: of ``data`` (float32), of ``hi``,
-    ``lo``, ``scales`` (nested8), or of ``msb`` and ``lsb`` records (a dense feed-forward). ``checksum``: over these
-    sections."""
+    """A tensor of ``dense.bin``; kind and shape follow from the model's spec. ``offsets``: of ``data`` (float32), of the
+    sections of its format (of each part, where they differ), or of ``msb`` and ``lsb`` records (a dense feed-forward).
+    ``checksum``: over these sections."""
 
     name: str
     format: str
@@ -62,7 +62,8 @@ class TensorEntry(_Part, frozen=True):
 
 class LayerEntry(_Part, frozen=True):
     """The experts of a layer; sizes of their records follow from spec and format. Expert ``e`` has its MSB record at
-    ``offset`` plus ``e`` times the bytes of an expert, its LSB record behind it. ``checksums``: [msb, lsb] by expert."""
+    ``offset`` plus ``e`` times the bytes of an expert, its LSB record, if it has one, behind it. ``checksums``: [msb, lsb]
+    or [msb] by expert."""
 
     layer: int
     file: str

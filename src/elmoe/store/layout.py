@@ -4,35 +4,38 @@ from __future__ import annotations
 
 from elmoe.bitslice import ExpertLayout
 from elmoe.bitslice.expert import PAGE
-from elmoe.bitslice.nested import BLOCK_ROWS, GROUP, GROUP_BYTES, ceil_div
+from elmoe.bitslice.nested import ceil_div
+from elmoe.models.formats import split_formats
 from elmoe.models.spec import ModelSpec
-from elmoe.models.tensors import FeedForward, Format, Formats, Tensor, feed_forward, tensors
+from elmoe.models.tensors import DEFAULT, FLOATS, PROJECTIONS, FeedForward, Formats, Tensor, feed_forward, tensors
 
 ALIGNMENT = 64
 """Alignment of a section in ``dense.bin``, bytes; tensors begin on pages."""
 
 
-def tensor_sections(tensor: Tensor, format: Format) -> dict[str, int]:
+def tensor_sections(tensor: Tensor, format: str) -> dict[str, int]:
     """Section -> bytes, in the order in which they lie in the file."""
-    if format == "float32":
+    if format == FLOATS:
         count = 4
         for side in tensor.shape:
             count *= side
         return {"data": count}
-    rows, columns = tensor.shape
-    cells = ceil_div(rows, BLOCK_ROWS) * ceil_div(columns, GROUP)
-    return {"hi": cells * GROUP_BYTES, "lo": cells * GROUP_BYTES, "scales": cells * 2 * BLOCK_ROWS}
+    return {
+        before + section: size
+        for before, (piece, one) in tensor.pieces(format).items()
+        for section, size in one.bytes_of(*piece.shape).items()
+    }
 
 
-def record_layout(part: FeedForward) -> ExpertLayout:
+def record_layout(part: FeedForward, format: str = DEFAULT) -> ExpertLayout:
     """How one of the experts, or the dense feed-forward, lies in memory."""
-    return ExpertLayout(part.hidden, part.width)
+    return ExpertLayout(part.hidden, part.width, split_formats(format, len(PROJECTIONS)))
 
 
-def record_sections(part: FeedForward) -> dict[str, int]:
-    """Record -> bytes of one expert: its slices."""
-    layout = record_layout(part)
-    return {"msb": layout.msb_bytes, "lsb": layout.lsb_bytes}
+def record_sections(part: FeedForward, format: str = DEFAULT) -> dict[str, int]:
+    """Record -> bytes of one expert: its slices, one or two."""
+    layout = record_layout(part, format)
+    return {"msb": layout.msb_bytes} | ({"lsb": layout.lsb_bytes} if layout.lsb_bytes else {})
 
 
 def store_bytes(spec: ModelSpec, formats: Formats) -> int:
@@ -43,9 +46,9 @@ def store_bytes(spec: ModelSpec, formats: Formats) -> int:
     for layer in range(len(spec.layers)):
         part = feed_forward(spec, layer)
         if part.kind == "dense":
-            end = after_sections(end, record_sections(part))[1]
+            end = after_sections(end, record_sections(part, part.format(formats)))[1]
         else:
-            layers += PAGE + part.count * sum(record_sections(part).values())
+            layers += PAGE + part.count * sum(record_sections(part, part.format(formats)).values())
     return ceil_div(end, PAGE) * PAGE + layers
 
 

@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import ExpertLayout, NestedMatrix
+from elmoe.bitslice import ExpertLayout, Matrix, StackedMatrix, from_sections
 from elmoe.bitslice.expert import PAGE
-from elmoe.bitslice.nested import BLOCK_ROWS, GROUP, GROUP_BYTES, ceil_div
+from elmoe.bitslice.nested import ceil_div
 from elmoe.errors import ModelError, StoreError
 from elmoe.models.spec import ModelSpec
 from elmoe.models.support import check_supported
@@ -99,8 +99,11 @@ class MemoryReader:
         self._sizes: dict[str, int] = {}
         self._check_model()
         self._feed_forwards = [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
+        self.formats: dict[str, str] = {entry.name: entry.format for entry in manifest.tensors}
+        """Format of every tensor and feed-forward, by store name."""
         self._tensors: dict[str, tuple[TensorEntry, Tensor | FeedForward]] = self._match_tensors()
         self._layers: dict[int, LayerEntry] = {layer.layer: layer for layer in manifest.layers}
+        self.formats |= {f"layers.{layer.layer}.experts": layer.format for layer in manifest.layers}
         _check_names("layers", [str(layer) for layer in self.spec.moe_layers], [str(one.layer) for one in manifest.layers])
         roles = {DENSE_FILE: (DENSE_ROLE, 0)} | {layer.file: (EXPERTS_ROLE, layer.layer) for layer in manifest.layers}
         for entry in manifest.files:
@@ -170,13 +173,18 @@ class MemoryReader:
         _check_names("tensors", list(expected), [entry.name for entry in self.manifest.tensors])
         entries = {entry.name: entry for entry in self.manifest.tensors}
         for name, tensor in expected.items():
-            format = tensor.format({}) if isinstance(tensor, Tensor) else "nested8"
-            if entries[name].format != format:
-                raise StoreError(
-                    f"{MANIFEST}: tensors.{name}.format is '{entries[name].format[:20]}', not '{format}'",
-                    "update elmoe, or convert the model anew",
-                )
+            self._check_format(f"tensors.{name}", tensor)
         return {name: (entries[name], tensor) for name, tensor in expected.items()}
+
+    def _check_format(self, where: str, tensor: Tensor | FeedForward) -> None:
+        """StoreError unless a tensor can have the format that the manifest gives it."""
+        try:
+            tensor.format(self.formats)
+        except ModelError as error:
+            raise StoreError(
+                f"{MANIFEST}: {where}.format is '{self.formats[tensor.name][:40]}': {error}",
+                "update elmoe, or convert the model anew",
+            ) from error
 
     def _check_dense_file(self) -> None:
         """StoreError unless the tensors of the spec fill ``dense.bin`` one behind the other, as they are written."""
@@ -206,9 +214,8 @@ class MemoryReader:
         """StoreError unless the experts of each layer fill its file."""
         for layer in self.manifest.layers:
             part, where = self._feed_forwards[layer.layer], f"{MANIFEST}: layers.{layer.layer}"
-            if layer.format != "nested8":
-                raise StoreError(f"{where}.format is '{layer.format[:20]}', not 'nested8'")
-            sections, size = record_sections(part), self._sizes[layer.file]
+            self._check_format(f"layers.{layer.layer}", part)
+            sections, size = record_sections(part, layer.format), self._sizes[layer.file]
             end = layer.offset + part.count * sum(sections.values())
             if layer.offset < PAGE or layer.offset % PAGE or end > size:
                 raise StoreError(f"{where}.offset = {layer.offset} lies outside '{layer.file}'")
@@ -220,7 +227,10 @@ class MemoryReader:
     def _sections(self, name: str) -> list[tuple[str, int, int]]:
         """(section, offset, bytes) of a tensor of ``dense.bin``, as spec and format have it."""
         entry, tensor = self._tensors[name]
-        sizes = record_sections(tensor) if isinstance(tensor, FeedForward) else tensor_sections(tensor, tensor.format({}))
+        if isinstance(tensor, FeedForward):
+            sizes = record_sections(tensor, entry.format)
+        else:
+            sizes = tensor_sections(tensor, entry.format)
         if entry.offsets.keys() != sizes.keys():
             raise StoreError(f"{MANIFEST}: tensors.{name}.offsets does not have {', '.join(sizes)}")
         return [(section, entry.offsets[section], size) for section, size in sizes.items()]
@@ -236,18 +246,15 @@ class MemoryReader:
             raise StoreError(f"the model has no {kind} tensor '{name}'")
         return tensor
 
-    def nested(self, name: str) -> NestedMatrix:
-        """A nested matrix of the dense parts, without a copy."""
-        rows, columns = self._tensor(name, "matrix").shape
-        grid = ceil_div(rows, BLOCK_ROWS), ceil_div(columns, GROUP)
-        hi, lo, scales = self._section_bytes(name)
-        return NestedMatrix(
-            rows,
-            columns,
-            hi.reshape(*grid, GROUP_BYTES),
-            lo.reshape(*grid, GROUP_BYTES),
-            scales.view(np.float16).reshape(*grid, BLOCK_ROWS),
-        )
+    def matrix(self, name: str) -> Matrix:
+        """A matrix of the dense parts, without a copy."""
+        tensor, sections = self._tensor(name, "matrix"), self._section_bytes(name)
+        parts = []
+        for piece, format in tensor.pieces(self.formats[name]).values():
+            found = {section.name: sections.pop(0) for section in format.sections}
+            rows, columns = piece.shape
+            parts.append(from_sections(format, rows, columns, found))
+        return parts[0] if len(parts) == 1 else StackedMatrix(tuple(parts))
 
     def array(self, name: str) -> NDArray[np.float32]:
         """A float32 tensor, without a copy."""
@@ -256,34 +263,40 @@ class MemoryReader:
 
     def expert_layout(self, layer: int) -> ExpertLayout:
         """How an expert of the layer, or its dense feed-forward, lies in memory."""
-        return record_layout(self._feed_forwards[layer])
+        part = self._feed_forwards[layer]
+        return record_layout(part, self.formats[part.name])
 
     def expert_addresses(self, layer: int) -> NDArray[np.int64]:
-        """(experts, 2) addresses of the MSB and LSB records; a dense feed-forward counts as one expert."""
+        """(experts, 2) addresses of the MSB and LSB records, 0 where there is none; a dense feed-forward counts as one
+        expert."""
         part = self._feed_forwards[layer]
         if part.kind == "dense":
-            return np.array([[section.ctypes.data for section in self._section_bytes(part.name)]], np.int64)
-        entry, layout = self._layers[layer], record_layout(part)
+            found = [section.ctypes.data for section in self._section_bytes(part.name)]
+            return np.array([[*found, 0][:2]], np.int64)
+        entry, layout = self._layers[layer], self.expert_layout(layer)
         first = self._file(entry.file).ctypes.data + entry.offset
         msb = first + (layout.msb_bytes + layout.lsb_bytes) * np.arange(part.count, dtype=np.int64)
-        return np.ascontiguousarray(np.stack([msb, msb + layout.msb_bytes], axis=1))
+        lsb = msb + layout.msb_bytes if layout.lsb_bytes else np.zeros_like(msb)
+        return np.ascontiguousarray(np.stack([msb, lsb], axis=1))
 
     def expert_extent(self, layer: int, expert: int) -> tuple[int, int]:
         """(offset, bytes) of an expert in its layer's file: its MSB record, its LSB record behind it."""
-        size = sum(record_sections(self._feed_forwards[layer]).values())
+        layout = self.expert_layout(layer)
+        size = layout.msb_bytes + layout.lsb_bytes
         return self._layers[layer].offset + expert * size, size
 
-    def expert_records(self, layer: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        """MSB and LSB record of each expert of the layer, or of its dense feed-forward, without a copy."""
+    def expert_records(self, layer: int) -> Iterator[tuple[NDArray[np.uint8], ...]]:
+        """The records of each expert of the layer, or of its dense feed-forward, one for each slice, without a copy."""
         part = self._feed_forwards[layer]
         if part.kind == "dense":
-            msb, lsb = self._section_bytes(part.name)
-            yield msb, lsb
+            yield tuple(self._section_bytes(part.name))
             return
-        data, middle = self._file(self._layers[layer].file), record_layout(part).msb_bytes
+        layout, data = self.expert_layout(layer), self._file(self._layers[layer].file)
+        middle = layout.msb_bytes
         for expert in range(part.count):
             start, size = self.expert_extent(layer, expert)
-            yield data[start : start + middle], data[start + middle : start + size]
+            msb, lsb = data[start : start + middle], data[start + middle : start + size]
+            yield (msb, lsb) if layout.lsb_bytes else (msb,)
 
     @property
     def dense_bytes(self) -> int:
@@ -330,7 +343,7 @@ class MemoryReader:
             report(sum(len(part) for part in parts))
         for layer in self.manifest.layers:
             for expert, (sums, records) in enumerate(zip(layer.checksums, self.expert_records(layer.layer), strict=True)):
-                for name, expected, record in zip(("MSB", "LSB"), sums, records, strict=True):
+                for name, expected, record in zip(("MSB", "LSB"), sums, records, strict=False):
                     if checksum(record.data) != expected:
                         wrong.append(f"{layer.file}: expert {expert}, {name} slice")
                 report(sum(len(record) for record in records))

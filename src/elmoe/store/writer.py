@@ -14,12 +14,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import NestedMatrix
+from elmoe.bitslice import QuantizedMatrix, sections_of
 from elmoe.bitslice.expert import PAGE
 from elmoe.bitslice.nested import BLOCK_ROWS, ceil_div
 from elmoe.errors import ConvertError, NumericsError, StoreError
+from elmoe.models.formats import Format
 from elmoe.models.spec import ModelSpec
-from elmoe.models.tensors import FeedForward, Format, Formats, Tensor, check_formats, feed_forward, tensors
+from elmoe.models.tensors import FLOATS, FeedForward, Formats, Tensor, check_formats, feed_forward, tensors
 from elmoe.store.format import (
     DENSE_FILE,
     DENSE_ROLE,
@@ -54,12 +55,12 @@ class Weights(Protocol):
         """The values of a tensor that stays float32."""
         ...
 
-    def matrix(self, tensor: Tensor, first: int, last: int) -> NestedMatrix:
-        """Rows [first, last) of a matrix, quantised; ``first`` is a multiple of ``ROW_BLOCK``."""
+    def matrix(self, tensor: Tensor, first: int, last: int, format: Format) -> QuantizedMatrix:
+        """Rows [first, last) of a matrix, or of one of its parts, in a format; ``first`` is a multiple of ``ROW_BLOCK``."""
         ...
 
-    def projections(self, part: FeedForward, expert: int) -> dict[str, NestedMatrix]:
-        """Gate, up and down of an expert; a dense feed-forward is expert 0."""
+    def projections(self, part: FeedForward, expert: int, formats: tuple[Format, ...]) -> dict[str, QuantizedMatrix]:
+        """Gate, up and down of an expert, each in its format; a dense feed-forward is expert 0."""
         ...
 
 
@@ -128,7 +129,7 @@ class StoreWriter:
             if line.layer.layer not in self.spec.moe_layers or line.file.name != layer_file(line.layer.layer):
                 raise ValueError(line.file.name)
             part, offset = feed_forward(self.spec, line.layer.layer), line.layer.offset
-            sizes = list(record_sections(part).values())
+            sizes = list(record_sections(part, part.format(self._formats)).values())
             for sums in line.layer.checksums:
                 for size, expected in zip(sizes, sums, strict=True):
                     yield [(offset, size)], expected
@@ -137,7 +138,11 @@ class StoreWriter:
                 raise ValueError(line.file.name)
             return
         known = {tensor.name: tensor_sections(tensor, tensor.format(self._formats)) for tensor in tensors(self.spec)}
-        known |= {part.name: record_sections(part) for part in self._feed_forwards() if part.kind == "dense"}
+        known |= {
+            part.name: record_sections(part, part.format(self._formats))
+            for part in self._feed_forwards()
+            if part.kind == "dense"
+        }
         if line.file.name != DENSE_FILE or sorted(known) != sorted(entry.name for entry in line.tensors):
             raise ValueError(line.file.name)
         for entry in line.tensors:
@@ -192,22 +197,23 @@ class StoreWriter:
                 dense.tensor(tensor, self._formats, weights)
                 step()
             for part in parts:
-                dense.record(part, weights)
+                dense.record(part, self._formats, weights)
             self._append(JournalLine(file=_close(handle.fileno(), DENSE_FILE, dense.end), tensors=tuple(dense.entries)))
 
     def _write_layer(self, part: FeedForward, weights: Weights, step: Callable[[], None]) -> None:
-        name, layout, sums = layer_file(part.layer), record_layout(part), []
+        format = part.format(self._formats)
+        name, layout, sums = layer_file(part.layer), record_layout(part, format), []
         with _guarded(self.path), open(self.partial / name, "w+b") as handle:
             handle.write(header_page(EXPERTS_ROLE, part.layer))
             for expert in range(part.count):
-                records = layout.pack(weights.projections(part, expert))
+                records = layout.pack(weights.projections(part, expert, layout.formats))
                 for record in records:
                     handle.write(record.data)
                 sums.append(tuple(checksum(record.data) for record in records))
                 step()
             handle.flush()
-            size = PAGE + part.count * sum(record_sections(part).values())
-            entry = LayerEntry(layer=part.layer, file=name, format="nested8", offset=PAGE, checksums=tuple(sums))
+            size = PAGE + part.count * sum(record_sections(part, format).values())
+            entry = LayerEntry(layer=part.layer, file=name, format=format, offset=PAGE, checksums=tuple(sums))
             self._append(JournalLine(file=_close(handle.fileno(), name, size), layer=entry))
 
     def finish(
@@ -266,28 +272,31 @@ class DenseFile:
         format = tensor.format(formats)
         sizes = tensor_sections(tensor, format)
         offsets, self.end = after_sections(self.end, sizes)
-        if format == "float32":
+        if format == FLOATS:
             values = np.ascontiguousarray(weights.floats(tensor), np.float32)
             if not np.isfinite(values).all():
                 raise NumericsError(f"tensor '{tensor.name}' holds NaN or infinite values", "download the checkpoint anew")
             self._put(values, offsets["data"])
         else:
-            rows = tensor.shape[0]
-            for first in range(0, rows, ROW_BLOCK):
-                matrix = weights.matrix(tensor, first, min(first + ROW_BLOCK, rows))
+            for before, (piece, one) in tensor.pieces(format).items():
+                rows = piece.shape[0]
                 padded = ceil_div(rows, BLOCK_ROWS) * BLOCK_ROWS
-                for section, plane in (("hi", matrix.hi), ("lo", matrix.lo), ("scales", matrix.scales)):
-                    assert plane is not None
-                    self._put(plane, offsets[section] + sizes[section] * first // padded)
+                for first in range(0, rows, ROW_BLOCK):
+                    matrix = weights.matrix(piece, first, min(first + ROW_BLOCK, rows), one)
+                    for section, data in sections_of(matrix).items():
+                        name = before + section
+                        self._put(data, offsets[name] + sizes[name] * first // padded)
         self._enter(tensor.name, format, offsets, sizes)
 
-    def record(self, part: FeedForward, weights: Weights) -> None:
+    def record(self, part: FeedForward, formats: Formats, weights: Weights) -> None:
         """Add a dense feed-forward as the records of one expert."""
-        sizes = record_sections(part)
+        format = part.format(formats)
+        sizes, layout = record_sections(part, format), record_layout(part, format)
         offsets, self.end = after_sections(self.end, sizes)
-        for offset, data in zip(offsets.values(), record_layout(part).pack(weights.projections(part, 0)), strict=True):
+        records = layout.pack(weights.projections(part, 0, layout.formats))
+        for offset, data in zip(offsets.values(), records, strict=True):
             self._put(data, offset)
-        self._enter(part.name, "nested8", offsets, sizes)
+        self._enter(part.name, format, offsets, sizes)
 
     def _put(self, data: NDArray, offset: int) -> None:
         view = np.ascontiguousarray(data).data.cast("B")
@@ -295,7 +304,7 @@ class DenseFile:
             written = os.pwrite(self._handle, view, offset)
             view, offset = view[written:], offset + written
 
-    def _enter(self, name: str, format: Format, offsets: dict[str, int], sizes: dict[str, int]) -> None:
+    def _enter(self, name: str, format: str, offsets: dict[str, int], sizes: dict[str, int]) -> None:
         parts = [os.pread(self._handle, sizes[section], offset) for section, offset in offsets.items()]
         self.entries.append(TensorEntry(name=name, format=format, offsets=offsets, checksum=checksum(*parts)))
 
