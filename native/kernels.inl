@@ -75,20 +75,18 @@ bool quantize(const float* x, int columns, const Tile& tile, int t, Factors fact
         __builtin_memcpy(&absmax, &bits, 4);
         float scale = absmax / 127.0f;
         tile.scales[at] = scale;
-        int sums[2] = {0, 0};
+        int first = 0, second = 0;  // sums of a half's codes; no array, which would go through memory in every group
         if (scale == 0.0f) {
             for (int i = 0; i < kGroup; ++i) codes[i] = 0;
         } else {
             const Lanes s = set1(scale), bound = set1(127.0f), lower = set1(-127.0f);
-            for (int half = 0; half < kGroup; half += 16) {
-                Lanes code = minimum(maximum(rint(load(p + half) / s), lower), bound);
-                sums[half / 16] = store_codes(codes + half, code);
-            }
+            first = store_codes(codes, minimum(maximum(rint(load(p) / s), lower), bound));
+            second = store_codes(codes + 16, minimum(maximum(rint(load(p + 16) / s), lower), bound));
         }
-        const int sum = sums[0] + sums[1];
+        const int sum = first + second;
         tile.correction[at] = factors.nested * sum;
         if (tile.extra)
-            tile.extra[at] = {-128 * sum, -8 * sum, factors.planes * sums[0], factors.planes * sums[1],
+            tile.extra[at] = {-128 * sum, -8 * sum, factors.planes * first, factors.planes * second,
                               scale * static_cast<float>(sum)};
     }
     return true;
