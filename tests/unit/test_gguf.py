@@ -267,7 +267,7 @@ def test_a_begin_token_comes_back():
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"architecture": "llama"}, "architecture 'llama'"),
+        ({"architecture": "falcon"}, "architecture 'falcon'"),
         ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre.*deepseek-llm"),
         ({"model": "llama"}, "tokenizer.ggml.model.*llama"),
         ({"eos": 300}, "end is 300"),
@@ -302,7 +302,7 @@ def test_tensors_are_checked(tmp_path):
     nan[2, 5, :2] = np.frombuffer(np.float16(np.nan).tobytes(), np.uint8)
     cases = {
         "is missing": None,
-        "is Q4_0": (TensorType.Q4_0, np.zeros((6, 32, 36), np.uint8)),
+        "is Q8_1": (TensorType.Q8_1, np.zeros((6, 32, 80), np.uint8)),
         "has shape": (TensorType.F32, np.zeros((6, 32, 32), np.float32)),
         "NaN": (TensorType.Q8_0, nan),
     }

@@ -19,7 +19,7 @@ from elmoe.terminal import progress_bar
 )  # fmt: skip
 @json_option
 def command(source: Path, store: Path, tokenizer: Path | None, as_json: bool) -> None:
-    """Convert SOURCE to STORE: a Hugging Face folder, or a GGUF file (qwen3moe, Q8_0 bit for bit, F16, BF16 or F32).
+    """Convert SOURCE to STORE: a Hugging Face folder, or a GGUF file (Q8_0 bit for bit, other types quantised anew).
 
     Resumes where a killed conversion stopped.
     """
@@ -27,8 +27,11 @@ def command(source: Path, store: Path, tokenizer: Path | None, as_json: bool) ->
     from elmoe.files import check_new_folder
 
     check_new_folder(store, "store")
+    notes: list[str] = []
     with progress_bar("tensors and experts", None) as bar:
-        convert_checkpoint(source, store, lambda done, total: bar(done, total), tokenizer)
+        convert_checkpoint(source, store, lambda done, total: bar(done, total), tokenizer, notes.append)
+    for line in notes:
+        click.echo(line, err=True)
     if as_json:
         print_json({"store": str(store)})
     else:

@@ -101,6 +101,7 @@ def command(
                             raise output.result.error
             finally:
                 writer.close()  # the text comes first: what else is written may fail
+            mode = session.engine.options.mode  # plain where there are no experts
             statistics, finished = session.engine.statistics, [result for result in results if result is not None]
             facts = statistics.as_dict()
             if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from elmoe.chat import check_template
@@ -17,11 +18,13 @@ def convert_checkpoint(
     store: str | Path,
     progress: Progress | None = None,
     tokenizer: Path | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[str, ...]:
     """Convert a Hugging Face folder or a GGUF file to a store.
 
     :param progress: takes (tensors and experts done, all).
     :param tokenizer: a tokenizer.json in place of the one a GGUF file describes.
+    :param tell: takes lines about what the conversion lost.
     :returns: names of tensors that were left out because they do not matter.
     :raises ConvertError: the checkpoint is incomplete or not supported, or the store cannot be written.
     :raises NumericsError: a weight is NaN or infinite; the message names the tensor.
@@ -35,4 +38,7 @@ def convert_checkpoint(
     with StoreWriter(Path(store), model.spec, f"converted from {model.name}", model.fingerprint) as writer:
         writer.write(model, progress)
         writer.finish(tokenizer_json, template, special_tokens)
+    if tell is not None:
+        for line in model.notes():
+            tell(line)
     return model.left_out

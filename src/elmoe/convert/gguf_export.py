@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from elmoe.bitslice import NestedMatrix
 from elmoe.bitslice.nested import GROUP
 from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, SPECIAL_TOKENS_KEY, GgufTokenizer, describe, idle_merge
+from elmoe.convert.head_rows import rows_of_halves
 from elmoe.convert.q8_0 import BLOCK_BYTES, blocks_of
 from elmoe.errors import ConvertError, ModelError
 from elmoe.files import whole_file
 from elmoe.models import FAMILIES
 from elmoe.models.family import GgufFamily
 from elmoe.models.gguf import metadata_of_spec
-from elmoe.models.spec import ModelSpec
+from elmoe.models.spec import GroupedAttention, ModelSpec
 from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
 from elmoe.store import MemoryReader
 from elmoe.store.writer import ROW_BLOCK
@@ -104,7 +105,11 @@ def _tensors(reader: MemoryReader, gguf: GgufFamily) -> Iterator[tuple[str, tupl
             if tensor.kind == "floats":
                 yield name, part.shape, True, partial(_plain, reader, tensor.name)
             else:
-                yield name, part.shape, False, partial(_matrix_rows, reader, tensor.name, before, last, name)
+                rows = partial(_matrix_rows, reader, tensor.name, before, last, name)
+                attention = None if tensor.layer is None else reader.spec.layers[tensor.layer].attention
+                if part.role in gguf.neighbours and isinstance(attention, GroupedAttention):
+                    rows = partial(_neighbours, rows, attention.head_dim)
+                yield name, part.shape, False, rows
             before = last
     for layer in range(len(reader.spec.layers)):
         one = feed_forward(reader.spec, layer)
@@ -121,6 +126,12 @@ def _plain(reader: MemoryReader, name: str) -> Iterator[NDArray]:
 
 def _matrix_rows(reader: MemoryReader, ours: str, first: int, last: int, name: str) -> Iterator[NDArray]:
     yield from _part_rows(reader.nested(ours), first, last, name)
+
+
+def _neighbours(rows: Rows, head_dim: int) -> Iterator[NDArray]:
+    """The rows of a whole tensor, those of a rotated pair side by side."""
+    whole = np.concatenate(list(rows()))
+    yield whole[rows_of_halves(np.arange(len(whole)), head_dim)]
 
 
 def _expert_rows(reader: MemoryReader, layer: int, projection: str, name: str) -> Iterator[NDArray]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from elmoe.convert.file_reading import SourceFile
 from elmoe.convert.q8_0 import BLOCK_BYTES, split_blocks
+from elmoe.convert.requantise import REQUANTISED, dequantised
 from elmoe.errors import ConvertError
 
 VERSIONS = (2, 3)
@@ -198,10 +199,11 @@ class GgufFile:
         tensor = self.tensor(name)
         if tensor.shape != shape:
             raise ConvertError(f"tensor '{name}' has shape {list(tensor.shape)}, the metadata says {list(shape)}", DAMAGED)
-        if tensor.type not in FLOAT_TYPES and not (matrix and tensor.type == TensorType.Q8_0):
-            allowed = ("Q8_0, " if matrix else "") + ", ".join(kind.name for kind in FLOAT_TYPES)
+        allowed = (*((TensorType.Q8_0, *REQUANTISED) if matrix else ()), *FLOAT_TYPES)
+        if tensor.type not in allowed:
+            listed = ", ".join(kind.name for kind in allowed)
             raise ConvertError(
-                f"tensor '{name}' is {tensor.type.name}", f"supported: {allowed}; take the Q8_0 or F16 file of the model"
+                f"tensor '{name}' is {tensor.type.name}", f"supported: {listed}; take the Q8_0 or F16 file of the model"
             )
 
     def floats(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
@@ -209,6 +211,8 @@ class GgufFile:
         part, tensor = self._tensors[name]
         count = int(np.prod(tensor.shape[:-1], dtype=np.int64))
         raw = np.ascontiguousarray(part.rows(tensor, first, count if last is None else last))
+        if tensor.type in REQUANTISED:
+            return dequantised(raw, tensor.type)
         if tensor.type == TensorType.BF16:
             return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
         return raw.view("<f2" if tensor.type == TensorType.F16 else "<f4").astype(np.float32)

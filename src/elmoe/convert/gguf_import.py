@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,26 @@ from numpy.typing import NDArray
 from elmoe.bitslice import NestedMatrix
 from elmoe.convert.gguf_file import GgufFile
 from elmoe.convert.gguf_tokenizer import eos_tokens, rebuild, template_tokens
+from elmoe.convert.head_rows import rows_of_neighbours
+from elmoe.convert.requantise import Losses
 from elmoe.convert.source import refuse_leftovers
 from elmoe.errors import ConvertError
 from elmoe.models import FAMILIES
 from elmoe.models.gguf import gguf_family, spec_of_metadata
+from elmoe.models.spec import GroupedAttention, ModelSpec
 from elmoe.models.support import check_supported
 from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor, feed_forward, tensors
 
 MOST_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the file. ``head_dim``: of a head whose rows lie as neighbours (see ``GgufFamily``), else 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    head_dim: int = 0
 
 
 class GgufSource:
@@ -34,7 +47,9 @@ class GgufSource:
         family, gguf = gguf_family(file.metadata, FAMILIES.values())
         self.spec = spec_of_metadata(file.metadata, family, shape[0], eos, file.__contains__)
         check_supported(self.spec)
-        self._names = gguf.names
+        self._gguf = gguf
+        self._heads = {role: _head_dim(self.spec) for role in gguf.neighbours}
+        self._losses = Losses()
         self.left_out: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
@@ -45,23 +60,23 @@ class GgufSource:
         """See ``Source``."""
         expected = set()
         for tensor in tensors(self.spec):
-            for name, shape in self._parts(tensor):
-                self._file.check(name, shape, matrix=tensor.kind == "matrix")
-                expected.add(name)
+            for one in self._parts(tensor):
+                self._file.check(one.name, one.shape, matrix=tensor.kind == "matrix")
+                expected.add(one.name)
         for layer in range(len(self.spec.layers)):
             part = feed_forward(self.spec, layer)
             for projection in PROJECTIONS:
-                name, shape = self._stacked(part, projection)
-                self._file.check(name, shape, matrix=True)
-                expected.add(name)
+                one = self._stacked(part, projection)
+                self._file.check(one.name, one.shape, matrix=True)
+                expected.add(one.name)
         refuse_leftovers(sorted(self._file.names() - expected), self.spec.family)
 
     def floats(self, tensor: Tensor) -> NDArray[np.float32]:
         """See ``store.writer.Weights``."""
-        ((theirs, shape),) = self._parts(tensor)
-        values = self._file.floats(theirs).reshape(shape)
+        (part,) = self._parts(tensor)
+        values = self._file.floats(part.name).reshape(part.shape)
         if not np.isfinite(values).all():
-            raise ConvertError(f"tensor '{theirs}' holds NaN or infinite values", "download the file anew")
+            raise ConvertError(f"tensor '{part.name}' holds NaN or infinite values", "download the file anew")
         return values
 
     def matrix(self, tensor: Tensor, first: int, last: int) -> NestedMatrix:
@@ -76,33 +91,50 @@ class GgufSource:
             matrices[projection] = self._rows([self._stacked(part, projection)], expert * rows, (expert + 1) * rows)
         return matrices
 
-    def _parts(self, tensor: Tensor) -> list[tuple[str, tuple[int, ...]]]:
-        """(name, shape) of the file's tensors that make one of the store."""
-        return [(self._names[part.role].format(layer=tensor.layer), part.shape) for part in tensor.parts]
+    def _parts(self, tensor: Tensor) -> list[_Part]:
+        """The file's tensors that make one of the store."""
+        names = self._gguf.names
+        return [
+            _Part(names[part.role].format(layer=tensor.layer), part.shape, self._heads.get(part.role, 0))
+            for part in tensor.parts
+        ]
 
-    def _stacked(self, part: FeedForward, projection: str) -> tuple[str, tuple[int, ...]]:
-        """(name, shape) of a projection of all experts, or of the dense feed-forward."""
+    def _stacked(self, part: FeedForward, projection: str) -> _Part:
+        """A projection of all experts, or of the dense feed-forward."""
         one = part.part(projection)
         shape = (part.count, *one.shape) if part.kind == "expert" else one.shape
-        return self._names[one.role].format(layer=part.layer), shape
+        return _Part(self._gguf.names[one.role].format(layer=part.layer), shape)
 
-    def _rows(self, parts: list[tuple[str, tuple[int, ...]]], first: int, last: int) -> NestedMatrix:
+    def _rows(self, parts: list[_Part], first: int, last: int) -> NestedMatrix:
         """Rows [first, last) of tensors laid one below the other, each seen as a matrix."""
         codes, scales, before = [], [], 0
-        columns = parts[0][1][-1]
-        for name, shape in parts:
-            count = int(np.prod(shape[:-1], dtype=np.int64))
+        columns = parts[0].shape[-1]
+        for part in parts:
+            count = int(np.prod(part.shape[:-1], dtype=np.int64))
             low, high = max(first - before, 0), min(last - before, count)
             before += count
             if low >= high:
                 continue
-            stored = self._file.codes(name, low, high)
-            if stored is None:
-                matrix = NestedMatrix.from_weights(self._file.floats(name, low, high), name)
-                stored = matrix.codes[: high - low], matrix.row_scales[: high - low].astype(np.float16)
-            codes.append(stored[0])
-            scales.append(stored[1])
+            order = np.arange(low, high)
+            if part.head_dim:  # whole heads are read, and their rows put in the order of the checkpoint
+                low, high = low - low % part.head_dim, high + -high % part.head_dim
+                order = rows_of_neighbours(order, part.head_dim)
+            stored = self._file.codes(part.name, low, high) or self._quantised(part.name, low, high)
+            codes.append(stored[0][order - low])
+            scales.append(stored[1][order - low])
         return NestedMatrix.from_codes(np.concatenate(codes), np.concatenate(scales), columns)
+
+    def _quantised(self, name: str, first: int, last: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+        """Codes and scales of rows [first, last) of a tensor that is not Q8_0; what is lost is noted."""
+        values = self._file.floats(name, first, last)
+        matrix = NestedMatrix.from_weights(values, name)
+        codes, scales = matrix.codes[: last - first], matrix.row_scales[: last - first].astype(np.float16)
+        self._losses.note(self._file.tensor(name).type.name, name, values, codes, scales)
+        return codes, scales
+
+    def notes(self) -> tuple[str, ...]:
+        """See ``Source``."""
+        return self._losses.lines()
 
     def tokenizer(self) -> bytes:
         """See ``Source``."""
@@ -121,3 +153,9 @@ class GgufSource:
     def special_tokens(self) -> dict[str, str]:
         """See ``Source``."""
         return template_tokens(self._file.metadata)
+
+
+def _head_dim(spec: ModelSpec) -> int:
+    attention = spec.layers[0].attention
+    assert isinstance(attention, GroupedAttention)  # the others are not supported
+    return attention.head_dim

@@ -38,6 +38,9 @@ class Source(Weights, Protocol):
     def check(self) -> None:
         """ConvertError unless all tensors are there, with their shapes and supported types, and no others."""
 
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the conversion so far, line by line: what it lost."""
+
     def tokenizer(self) -> bytes:
         """The tokenizer.json."""
 
@@ -139,6 +142,10 @@ class CheckpointSource:
 
     def _name(self, part: Part, layer: int | None, expert: int = 0) -> str:
         return self._names[part.role].format(layer=layer, expert=expert)
+
+    def notes(self) -> tuple[str, ...]:
+        """See :class:`Source`."""
+        return ()
 
     def tokenizer(self) -> bytes:
         """See :class:`Source`."""
