@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import backend_option, json_option, print_json, threads_option
+from elmoe.cli.common import backend_option, json_option, print_json, store_dir_option, threads_option
 from elmoe.terminal import percent, print_table, progress_bar
 
 TEXT_LIMIT = 1 << 30
@@ -22,12 +22,13 @@ TEXT_LIMIT = 1 << 30
 @click.option("--windows", type=click.IntRange(1), help="Score only this many windows.")
 @click.option("--draft-experts", type=click.FloatRange(0, 1), default=1.0, show_default=True,
               help="Share of each layer's experts the draft may use.")  # fmt: skip
+@store_dir_option
 @threads_option
 @backend_option
 @json_option
 def command(
-    store: str, text_path: Path, window: int, windows: int | None, draft_experts: float, threads: int | None, backend: Any,
-    as_json: bool,
+    store: str, text_path: Path, window: int, windows: int | None, draft_experts: float, store_dir: Path | None,
+    threads: int | None, backend: Any, as_json: bool,
 ) -> None:  # fmt: skip
     """Perplexity of STORE's target and of its 4-bit draft on a text file."""
     from elmoe.engine.session import Session, use_threads
@@ -36,7 +37,7 @@ def command(
     from elmoe.untrusted import read_text
 
     text = read_text(text_path, RequestError, TEXT_LIMIT, "text", "convert it, for example with iconv -t utf-8")
-    with Session(store, backend=backend) as session, progress_bar("windows", windows) as bar:
+    with Session(store, backend=backend, store_dir=store_dir) as session, progress_bar("windows", windows) as bar:
         use_threads(backend, threads)
         result = evaluate(session, text, window, windows, draft_experts, lambda done, total: bar(done))
     data = {"target_perplexity": result.target, "draft_perplexity": result.draft, **asdict(result)}

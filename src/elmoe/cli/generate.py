@@ -55,7 +55,10 @@ def command(
     stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None, timeline_path: Path | None, quiet: bool, force: bool,
     serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
-    """Generate text from STORE (a path, or ``demo``). The output is the target model's in every mode."""
+    """Generate text from STORE: a store, a GGUF file, a Hugging Face folder, or ``demo``.
+
+    The output is the target model's in every mode.
+    """
     from elmoe.bitslice import SamplingParameters
     from elmoe.cli.prompts import collect_prompts
     from elmoe.engine.request import Request, numbered

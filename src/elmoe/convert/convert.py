@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from elmoe.chat import check_template
-from elmoe.convert.source import open_source
+from elmoe.convert.source import Source, open_source
 from elmoe.errors import ConvertError
 from elmoe.store import StoreWriter
 from elmoe.store.writer import Progress
@@ -30,15 +30,20 @@ def convert_checkpoint(
     :raises NumericsError: a weight is NaN or infinite; the message names the tensor.
     """
     model = open_source(Path(source), tokenizer)
-    tokenizer_json, template, special_tokens = model.tokenizer(), model.chat_template(), model.special_tokens()
-    load_tokenizer(tokenizer_json, "tokenizer.json", ConvertError)
-    if template is not None:
-        check_template(template, ConvertError)
     model.check()
-    with StoreWriter(Path(store), model.spec, f"converted from {model.name}", model.fingerprint) as writer:
-        writer.write(model, progress)
-        writer.finish(tokenizer_json, template, special_tokens)
+    convert_source(model, Path(store), progress)
     if tell is not None:
         for line in model.notes():
             tell(line)
     return model.left_out
+
+
+def convert_source(model: Source, store: Path, progress: Progress | None = None, written: Progress | None = None) -> None:
+    """Convert an open source that was checked. ``written`` takes (bytes of the store, all of them)."""
+    tokenizer_json, template, special_tokens = model.tokenizer(), model.chat_template(), model.special_tokens()
+    load_tokenizer(tokenizer_json, "tokenizer.json", ConvertError)
+    if template is not None:
+        check_template(template, ConvertError)
+    with StoreWriter(store, model.spec, f"converted from {model.name}", model.fingerprint) as writer:
+        writer.write(model, progress, written)
+        writer.finish(tokenizer_json, template, special_tokens)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType as TensorType
 from gguf import Keys
 from numpy.typing import NDArray
 
 from elmoe.bitslice import NestedMatrix
-from elmoe.convert.gguf_file import GgufFile
+from elmoe.convert.effort import conversion_memory, conversion_seconds
+from elmoe.convert.gguf_file import FLOAT_TYPES, GgufFile
 from elmoe.convert.gguf_tokenizer import eos_tokens, rebuild, template_tokens
 from elmoe.convert.head_rows import rows_of_neighbours
 from elmoe.convert.requantise import Losses
@@ -23,6 +26,8 @@ from elmoe.models.support import check_supported
 from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor, feed_forward, tensors
 
 MOST_TOKENS = 1 << 24
+PIECE = 4 << 20
+"""Weights that are quantised at a time."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,28 @@ class GgufSource:
 
     def _quantised(self, name: str, first: int, last: int) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
         """Codes and scales of rows [first, last) of a tensor that is not Q8_0; what is lost is noted."""
-        values = self._file.floats(name, first, last)
-        matrix = NestedMatrix.from_weights(values, name)
-        codes, scales = matrix.codes[: last - first], matrix.row_scales[: last - first].astype(np.float16)
-        self._losses.note(self._file.tensor(name).type.name, name, values, codes, scales)
-        return codes, scales
+        found = []
+        step = max(16, PIECE // self._file.tensor(name).shape[-1])
+        for start in range(first, last, step):
+            values = self._file.floats(name, start, min(start + step, last))
+            matrix = NestedMatrix.from_weights(values, name)
+            codes, scales = matrix.codes[: len(values)], matrix.row_scales[: len(values)].astype(np.float16)
+            self._losses.note(self._file.tensor(name).type.name, name, values, codes, scales)
+            found.append((codes, scales))
+        return np.concatenate([codes for codes, _ in found]), np.concatenate([scales for _, scales in found])
+
+    def seconds(self) -> float:
+        """See ``Source``."""
+        counts = {"floats": 0, "exact": 0, "requantised": 0}
+        for name in self._file.names():
+            tensor = self._file.tensor(name)
+            kind = "exact" if tensor.type == TensorType.Q8_0 else "floats" if tensor.type in FLOAT_TYPES else "requantised"
+            counts[kind] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
+        return conversion_seconds(**counts)
+
+    def memory(self) -> int:
+        """See ``Source``."""
+        return conversion_memory(self.spec)
 
     def notes(self) -> tuple[str, ...]:
         """See ``Source``."""

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import NestedMatrix
 from elmoe.convert.checkpoint import Checkpoint
+from elmoe.convert.effort import conversion_memory, conversion_seconds, weights_of
 from elmoe.convert.file_reading import read_json
+from elmoe.convert.identity import is_source
 from elmoe.errors import ConvertError, ModelError
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.config import Config
@@ -37,6 +39,12 @@ class Source(Weights, Protocol):
 
     def check(self) -> None:
         """ConvertError unless all tensors are there, with their shapes and supported types, and no others."""
+
+    def seconds(self) -> float:
+        """About how long a conversion takes."""
+
+    def memory(self) -> int:
+        """About how many bytes of memory it takes."""
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the conversion so far, line by line: what it lost."""
@@ -143,6 +151,14 @@ class CheckpointSource:
     def _name(self, part: Part, layer: int | None, expert: int = 0) -> str:
         return self._names[part.role].format(layer=layer, expert=expert)
 
+    def seconds(self) -> float:
+        """See :class:`Source`."""
+        return conversion_seconds(weights_of(self.spec))
+
+    def memory(self) -> int:
+        """See :class:`Source`."""
+        return conversion_memory(self.spec)
+
     def notes(self) -> tuple[str, ...]:
         """See :class:`Source`."""
         return ()
@@ -166,7 +182,7 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
     :raises ConvertError: it is neither, or damaged, or not supported.
     """
     try:
-        if path.suffix.lower() == ".gguf" and not path.is_dir():
+        if not path.is_dir() and (path.suffix.lower() == ".gguf" or is_source(path)):
             from elmoe.convert.gguf_import import GgufSource
 
             return GgufSource(path, tokenizer)

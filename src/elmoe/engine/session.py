@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from elmoe.bitslice import Backend
+from elmoe.convert.cache import stored
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.engine import Engine
 from elmoe.engine.observe import Timeline
@@ -54,7 +55,8 @@ def use_threads(backend: BackendName, threads: int | None = None) -> None:
 
 
 class Session:
-    """An open store that answers with text. A context manager.
+    """An open store that answers with text; a GGUF file or a Hugging Face folder is converted into the cache ``store_dir``
+    before (see ``convert.cache``). A context manager.
 
     ``reader``: ``memory`` maps the store, a budget is accounted only; ``direct`` enforces the budget and reads experts past
     the page cache; ``auto`` is direct for a budget in bytes, or for a store larger than the memory available, where no
@@ -67,9 +69,10 @@ class Session:
         options: EngineOptions | None = None,
         backend: BackendName = "native",
         reader: Reader = "auto",
+        store_dir: Path | None = None,
     ) -> None:
         self.backend, options = load_backend(backend), options or EngineOptions()
-        self.path = resolve_store(store)
+        self.path = resolve_store(stored(store, store_dir))
         store_bytes, available = sum(file.bytes for file in read_manifest(self.path).files), available_memory()
         kind = reader if reader != "auto" else _choose_reader(options, store_bytes, available)
         self.reader_note = (
