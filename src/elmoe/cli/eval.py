@@ -40,16 +40,19 @@ def command(
     with Session(store, backend=backend, store_dir=store_dir) as session, progress_bar("windows", windows) as bar:
         use_threads(backend, threads)
         result = evaluate(session, text, window, windows, draft_experts, lambda done, total: bar(done))
+        dense = not session.reader.spec.moe_layers
     data = {"target_perplexity": result.target, "draft_perplexity": result.draft, **asdict(result)}
     if as_json:
         print_json(data)
         return
+    draft = (f"draft (4 bits, {draft_experts:.0%} of experts)", f"{result.draft_nats:.4f}", f"{result.draft:.3f}")
     print_table(
         f"{result.tokens} positions in windows of {window}",
         ("model", "nats per token", "perplexity"),
         [
             ("target (8 bits, natural routing)", f"{result.target_nats:.4f}", f"{result.target:.3f}"),
-            (f"draft (4 bits, {draft_experts:.0%} of experts)", f"{result.draft_nats:.4f}", f"{result.draft:.3f}"),
+            *([] if dense else [draft]),
         ],
     )
-    click.echo(f"same most likely token: {percent(result.agreement)}")
+    if not dense:
+        click.echo(f"same most likely token: {percent(result.agreement)}")

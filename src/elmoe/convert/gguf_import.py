@@ -17,7 +17,7 @@ from elmoe.convert.gguf_file import FLOAT_TYPES, GgufFile
 from elmoe.convert.gguf_tokenizer import eos_tokens, rebuild, template_tokens
 from elmoe.convert.head_rows import rows_of_neighbours
 from elmoe.convert.requantise import Losses
-from elmoe.convert.source import refuse_leftovers
+from elmoe.convert.source import PIECE, refuse_leftovers
 from elmoe.errors import ConvertError
 from elmoe.models import FAMILIES
 from elmoe.models.gguf import gguf_family, spec_of_metadata
@@ -26,8 +26,6 @@ from elmoe.models.support import check_supported
 from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor, feed_forward, tensors
 
 MOST_TOKENS = 1 << 24
-PIECE = 4 << 20
-"""Weights that are quantised at a time."""
 
 
 @dataclass(frozen=True)

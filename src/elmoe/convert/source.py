@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import NestedMatrix
+from elmoe.bitslice.nested import BLOCK_ROWS
 from elmoe.convert.checkpoint import Checkpoint
 from elmoe.convert.effort import conversion_memory, conversion_seconds, weights_of
 from elmoe.convert.file_reading import read_json
@@ -22,6 +23,8 @@ from elmoe.models.support import check_supported
 from elmoe.models.tensors import PROJECTIONS, FeedForward, Part, Tensor, feed_forward, tensors
 from elmoe.store.writer import Weights
 
+PIECE = 4 << 20
+"""Weights that are quantised at a time."""
 HARMLESS = ("rotary_emb.inv_freq", "masked_bias")
 """Ends of the names of tensors that hold constants, which a spec implies."""
 
@@ -119,8 +122,21 @@ class CheckpointSource:
             names = {"gate": stacked[0], "up": stacked[0], "down": stacked[1]}
         else:
             names = {projection: self._name(part.part(projection), part.layer, expert) for projection in PROJECTIONS}
-            found = {projection: self._checkpoint.rows([name]) for projection, name in names.items()}
+            return {projection: self._whole(names[projection], *part.shape(projection)) for projection in PROJECTIONS}
         return {projection: NestedMatrix.from_weights(found[projection], names[projection]) for projection in PROJECTIONS}
+
+    def _whole(self, name: str, rows: int, columns: int) -> NestedMatrix:
+        """A tensor quantised piece by piece: the floats of a large one take much memory."""
+        step = max(BLOCK_ROWS, PIECE // columns // BLOCK_ROWS * BLOCK_ROWS)
+        pieces = [
+            NestedMatrix.from_weights(self._checkpoint.rows([name], first, min(first + step, rows)), name)
+            for first in range(0, rows, step)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        planes = zip(*((one.hi, one.lo, one.scales) for one in pieces), strict=True)
+        hi, lo, scales = (np.concatenate([part for part in plane if part is not None]) for plane in planes)
+        return NestedMatrix(rows, columns, hi, lo, scales)
 
     def _feed_forward_shapes(self, part: FeedForward) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the checkpoint's tensors that make a feed-forward."""
