@@ -15,11 +15,12 @@ from elmoe.convert.head_rows import rows_of_halves, rows_of_neighbours
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
-from elmoe.errors import ConvertError, ModelError, RequestError
+from elmoe.errors import ConvertError, ModelError, RequestError, TraceError
 from elmoe.models import FAMILIES, spec_of_config
 from elmoe.models.gguf import gguf_family
 from elmoe.models.support import check_supported
 from elmoe.store import open_direct, open_store
+from elmoe.trace import TraceRecorder
 from tests.checkpoints import random_weights, write_checkpoint
 
 LLAMA = dict(
@@ -68,6 +69,12 @@ def test_drafts_are_refused_by_name(tmp_path):
         for changes in ({"draft_length": 3}, {"draft_top_k": 1}):
             with pytest.raises(RequestError, match=rf"{next(iter(changes))} is .*no experts"):
                 Engine(reader, bitslice, EngineOptions(**changes))
+
+
+def test_there_is_no_routing_to_record(tmp_path):
+    with pytest.raises(TraceError, match="a llama model has no experts"):
+        TraceRecorder(tmp_path / "trace.parquet", spec_of_config(LLAMA))
+    assert not list(tmp_path.iterdir())
 
 
 @CONFIGS
