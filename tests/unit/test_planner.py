@@ -11,7 +11,6 @@ from elmoe.errors import BudgetError
 from elmoe.policy.acceptance import Acceptance
 from elmoe.policy.budget import FastTierSizes, SlotPlan, TierShape, plan_slots
 from elmoe.policy.planner import DRAFT_GAIN, DRAFT_LENGTHS, Plan, Planner, best, popularity, splits
-from elmoe.policy.residency import ResidentSet
 from tests.planning import EXPERTS, LAYERS, LITTLE, LSB, MSB, SHAPE, SIZES, SKEWED, choose, filled, with_reads
 
 # --- what is chosen
