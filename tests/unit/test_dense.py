@@ -147,7 +147,7 @@ def test_a_gguf_architecture_is_not_a_family():
 
 
 def rewritten(path, out, metadata=(), extra=(), kinds=None):
-    """A GGUF file with more metadata and tensors, matrices in another type."""
+    """A GGUF file with more metadata and tensors, matrices in another type, or in those that ``kinds`` gives by name."""
     source = GgufFile(path)
     writer = gguf.GGUFWriter(out, source.metadata["general.architecture"])
     for key, value in source.metadata.items():
@@ -161,7 +161,7 @@ def rewritten(path, out, metadata=(), extra=(), kinds=None):
     for one in gguf.GGUFReader(path).tensors:
         values, kind = gguf.quants.dequantize(one.data, one.tensor_type), one.tensor_type
         if one.tensor_type == gguf.GGMLQuantizationType.Q8_0 and kinds is not None:
-            kind = kinds
+            kind = kinds(one.name) if callable(kinds) else kinds
         data = one.data if kind == one.tensor_type else gguf.quants.quantize(values, kind)
         writer.add_tensor(one.name, data, raw_dtype=kind)
     for name, values in extra:
@@ -229,6 +229,32 @@ def test_exact_types_keep_their_values_and_blocks(tmp_path, config, choice):
     convert_checkpoint(path, tmp_path / "back", told=lines.extend)
     (line,) = lines
     assert ": exact (" in line
+    same_values_and_blocks(path, tmp_path, config)
+
+
+@CONFIGS
+def test_queries_keys_and_values_of_several_types(tmp_path, config):
+    """As files named Q4_K_M have them."""
+    with open_store(store(tmp_path, config | WIDE)) as reader:
+        export_store(reader, tmp_path / "model.gguf")
+    kinds = {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q8_0", "ffn_down": "Q4_1", "token_embd": "Q8_0"}
+
+    def kind_of(name):
+        found = [kind for role, kind in kinds.items() if f"{role}." in name]
+        return gguf.GGMLQuantizationType[found[0] if found else "Q4_0"]
+
+    path, lines = rewritten(tmp_path / "model.gguf", tmp_path / "other.gguf", kinds=kind_of), []
+    convert_checkpoint(path, tmp_path / "back", told=lines.extend)
+    assert len(lines) == 3 and all(": exact (" in line for line in lines)
+    same_values_and_blocks(path, tmp_path, config)
+    with open_store(tmp_path / "back") as reader:
+        assert reader.formats["layers.2.query_key_value"] == "affine4_0+affine4_1+nested8"
+        assert reader.formats["layers.2.dense_ffn"] == "affine4_0+affine4_0+affine4_1"
+        first, second = (Engine(reader, backend, EngineOptions()).generate(REQUESTS)[0] for backend in (bitslice, kernels))
+        assert first == second
+
+
+def same_values_and_blocks(path, tmp_path, config):
     values, heads = values_of(path), {"query": 8, "key": 4, "value": 4}
     with open_store(tmp_path / "back") as reader:
         found = reader.matrix("layers.2.query_key_value").dequantize()
