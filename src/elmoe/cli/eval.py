@@ -51,7 +51,7 @@ def command(
         f"{result.tokens} positions in windows of {window}",
         ("model", "nats per token", "perplexity"),
         [
-            ("target (8 bits, natural routing)", f"{result.target_nats:.4f}", f"{result.target:.3f}"),
+            ("target (all bits, natural routing)", f"{result.target_nats:.4f}", f"{result.target:.3f}"),
             *([] if dense else [draft]),
         ],
     )
