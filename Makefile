@@ -25,12 +25,15 @@ check: .venv/.check ## lint, format, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-parity: .venv/.parity build/templates ## comparison with transformers (installs PyTorch)
+parity: .venv/.parity build/templates build/tokenizers ## comparison with transformers (installs PyTorch)
 	$(BIN)/python -m pytest tests/parity -s
 
 # Real chat templates of other projects, to render as transformers does.
 build/templates:
 	$(BIN)/python tests/parity/fetch_templates.py $@
+
+build/tokenizers:
+	$(BIN)/python tests/parity/fetch_tokenizers.py $@
 
 # The whole losslessness grid; `make test` runs a sample of it.
 full-grid: .venv/.test ## the whole losslessness grid and 1,000 random schedules

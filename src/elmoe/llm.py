@@ -46,20 +46,23 @@ QUANTITIES: dict[str, Callable[[str], int | float]] = {
 
 def load(
     store: str | Path, options: EngineOptions | None = None, *, backend: BackendName = "native", reader: Reader = "auto",
-    threads: int | None = None, **changes: Any,
+    threads: int | None = None, store_dir: str | Path | None = None, **changes: Any,
 ) -> Model:  # fmt: skip
     """Open a store to generate text.
 
-    :param store: the folder that ``elmoe convert`` wrote, or ``demo`` for the embedded model.
+    :param store: a GGUF file (the first of a split one), a Hugging Face folder, the folder that ``elmoe convert`` wrote, or
+        ``demo`` for the embedded model. The first two are converted once, which is told on standard error.
     :param options: how to serve; keywords change single fields of it. Without it 16 sequences are served at once.
     :param backend: ``native`` kernels, or ``reference``, their NumPy definition: the same bits, slowly.
     :param reader: ``memory`` maps the store and only accounts a budget; ``direct`` enforces the budget and reads experts
         from disk; ``auto`` is direct for a budget in bytes or a store larger than the memory available.
     :param threads: kernel threads of this process, 1 to 64; None is all its processors.
+    :param store_dir: where converted models are kept; None is ``elmoe/stores`` in the user's cache folder.
     :param changes: fields of :class:`EngineOptions`: ``fast_memory`` (bytes, a share of the experts between 0.0 and 1.0, or
         text such as ``"4GiB"`` or ``"25%"``), ``kv_memory`` (bytes or text), ``slow_bandwidth`` (bytes per second, or text
         such as ``"1.7GB/s"``), ``batch``, ``mode``, ``draft_length`` and others.
     :raises StoreError: there is no readable store.
+    :raises ConvertError: a file or folder is damaged or not supported, or cannot be converted.
     :raises BudgetError: the budget is below the minimum.
     :raises RequestError: an unknown keyword, or a value that is out of range.
     """
@@ -67,7 +70,7 @@ def load(
         raise RequestError(f"the store is a {type(store).__name__}", "give the path of a store, or 'demo'")
     if options is not None and not isinstance(options, EngineOptions):
         raise RequestError(f"options is a {type(options).__name__}", "give elmoe.EngineOptions, or keywords")
-    own = ("backend", "reader", "threads")
+    own = ("backend", "reader", "threads", "store_dir")
     refuse_unknown(changes, [*(field.name for field in fields(EngineOptions)), *own], "option")
     for name, allowed, value in (("backend", BackendName, backend), ("reader", Reader, reader)):
         if value not in get_args(allowed):
@@ -78,7 +81,8 @@ def load(
               for name, value in changes.items()}  # fmt: skip
     chosen = with_arguments(options or EngineOptions(batch=BATCH), parsed, "option")
     check_types(chosen, "option")
-    kernels, opened = load_backend(backend), open_to_serve(store, chosen, backend, reader)
+    folder = None if store_dir is None else Path(store_dir)
+    kernels, opened = load_backend(backend), open_to_serve(store, chosen, backend, reader, folder)
     try:
         model = Model(opened, kernels)
     except BaseException:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from elmoe.bitslice import Backend
+from elmoe.convert.cache import stored
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.tier import ExpertTier
@@ -56,14 +57,17 @@ class Opened:
     tier: str
 
 
-def open_to_serve(store: str | Path, options: EngineOptions, backend: BackendName, wanted: Reader) -> Opened:
-    """Open a store with the reader that is ``wanted``.
+def open_to_serve(
+    store: str | Path, options: EngineOptions, backend: BackendName, wanted: Reader, store_dir: Path | None = None
+) -> Opened:  # fmt: skip
+    """Open a store with the reader that is ``wanted``; a GGUF file or a Hugging Face folder is converted into the cache
+    ``store_dir`` before (see ``convert.cache``).
 
     ``memory`` maps the store, a budget is accounted only; ``direct`` enforces the budget and reads experts past the page
     cache; ``auto`` is direct for a budget in bytes, or for a store larger than the memory available, where no budget means
     what is available.
     """
-    path = resolve_store(store)
+    path = resolve_store(stored(store, store_dir))
     store_bytes, available = sum(file.bytes for file in read_manifest(path).files), available_memory()
     kind = wanted if wanted != "auto" else _choose_reader(options, store_bytes, available)
     note = f"reader: {kind} ({format_bytes(store_bytes)} store, {format_bytes(available)} of memory available)"

@@ -67,13 +67,25 @@ def size(value: float | None) -> str | None:
 
 
 @contextmanager
-def progress_bar(description: str, total: float | None, bytes_: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; yields a function of the amount done so far and, once known, the total."""
+def progress_bar(
+    description: str, total: float | None, bytes_: bool = False, rate: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr, of bytes perhaps with their rate; yields a function of the amount done so far and, once
+    known, the total."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     done = DownloadColumn() if bytes_ else MofNCompleteColumn()
     label = TextColumn("{task.description}", markup=False)
-    with Progress(label, BarColumn(), done, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    columns = [label, BarColumn(), done, *([TransferSpeedColumn()] if rate else []), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(shown(description), total=total)
         yield lambda completed, total=None: progress.update(task, completed=completed, total=total)

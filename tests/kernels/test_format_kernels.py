@@ -150,8 +150,8 @@ def test_attention_of_several_formats(machine):
             np.zeros((1, 1), np.int32),
         )  # fmt: skip
         x = np.random.default_rng(1).standard_normal((5, hidden)).astype(np.float32)
-        positions = np.arange(5, dtype=np.int32)
-        backend.attention_block(weights, x, cache, 0, Places(np.zeros(5, np.int32), positions), cosine, sine)
+        places = Places(np.zeros(5, np.int32), np.arange(5, dtype=np.int32))
+        backend.attention_block(weights, x, cache, 0, places, cosine, sine)
         results.append((x.tobytes(), cache.keys.tobytes(), cache.values.tobytes()))
     assert results[0] == results[1]
 

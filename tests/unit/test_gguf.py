@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from elmoe.convert import convert_checkpoint
 from elmoe.convert.gguf_export import export_store
 from elmoe.convert.gguf_file import GgufFile
-from elmoe.convert.gguf_tokenizer import QWEN2_PATTERN, describe, rebuild
+from elmoe.convert.gguf_tokenizer import describe, rebuild
+from elmoe.convert.pre_tokenizers import QWEN2_PATTERN
 from elmoe.errors import ConvertError, ElmoeError
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.gguf import metadata_of_spec
@@ -267,9 +268,9 @@ def test_a_begin_token_comes_back():
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"architecture": "llama"}, "architecture 'llama'"),
-        ({"pre": "deepseek-llm"}, "tokenizer.ggml.pre.*deepseek-llm"),
-        ({"model": "llama"}, "tokenizer.ggml.model.*llama"),
+        ({"architecture": "falcon"}, "architecture 'falcon'"),
+        ({"pre": "kimi-k2"}, "tokenizer.ggml.pre.*kimi-k2"),
+        ({"model": "t5"}, "tokenizer.ggml.model.*t5"),
         ({"eos": 300}, "end is 300"),
         ({"metadata": {"rope.freq_base": 0.0}}, r"qwen3moe\.rope\.freq_base"),
         ({"metadata": {"expert_used_count": 7}}, r"qwen3moe\.expert_used_count"),
@@ -289,7 +290,7 @@ def test_unsupported_files_are_named(tmp_path, changes, message):
 
 
 def test_a_given_tokenizer_mends_an_unknown_one(tmp_path):
-    path = write_gguf(tmp_path / "model.gguf", random_parts(), pre="deepseek-llm")
+    path = write_gguf(tmp_path / "model.gguf", random_parts(), pre="kimi-k2")
     (tmp_path / "tokenizer.json").write_bytes(byte_tokenizer())
     convert_checkpoint(path, tmp_path / "store", tokenizer=tmp_path / "tokenizer.json")
     assert (tmp_path / "store" / "tokenizer.json").read_bytes() == byte_tokenizer()
@@ -303,6 +304,7 @@ def test_tensors_are_checked(tmp_path):
     cases = {
         "is missing": None,
         "is I32": (TensorType.I32, np.zeros((6, 32, 64), np.int32)),
+        "is Q8_1": (TensorType.Q8_1, np.zeros((6, 32, 80), np.uint8)),
         "has shape": (TensorType.F32, np.zeros((6, 32, 32), np.float32)),
         "NaN": (TensorType.Q8_0, nan),
     }

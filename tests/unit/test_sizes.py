@@ -35,6 +35,8 @@ PUBLISHED = {
     "glm-4.5-air": (106e9, 12e9, 0),
     "glm-4.7-flash": (30e9, 3e9, 0),  # its name, "30B-A3B", rounded
     "qwen2.5-coder-7b": (7.61e9, 7.61e9, 2),
+    "qwen3-0.6b": (0.596e9, 0.44e9, 0),  # its card counts the tied embedding in the total alone
+    "smollm2-135m": (135e6, 135e6, 1),
 }
 
 

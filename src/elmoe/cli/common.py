@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,6 +65,10 @@ class IntegerList(click.ParamType):
 force_option = click.option("--force", is_flag=True, help="Replace output files that exist.")
 seed_type = click.IntRange(0, (1 << 63) - 1)
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
+store_dir_option = click.option(
+    "--store-dir", type=click.Path(file_okay=False, path_type=Path),
+    help="Where stores of GGUF files and Hugging Face folders are kept [default: elmoe/stores in $XDG_CACHE_HOME].",
+)  # fmt: skip
 threads_option = click.option("--threads", type=click.IntRange(1, 64), help="Kernel threads [default: all cores].")
 backend_option = click.option(
     "--backend", type=click.Choice(["native", "reference"]), default="native", show_default=True,
@@ -105,6 +110,7 @@ SERVING_OPTIONS = (
     ),
     click.option("--draft-length", type=int, help="Draft exactly this many tokens [default: chosen as it runs]."),
     click.option("--draft-top-k", type=int, help="Experts per token of the draft [default: the model's]."),
+    store_dir_option,
     threads_option,
     backend_option,
 )  # fmt: skip
@@ -123,6 +129,7 @@ class Serving:
     prefill_chunk: int | None
     draft_length: int | None
     draft_top_k: int | None
+    store_dir: Path | None
     threads: int | None
     backend: Any
 
@@ -141,7 +148,7 @@ class Serving:
         """An open model with the kernels' threads set: all cores of this process by default."""
         from elmoe.llm import load
 
-        return load(store, options, backend=self.backend, reader=self.reader, threads=self.threads)
+        return load(store, options, backend=self.backend, reader=self.reader, threads=self.threads, store_dir=self.store_dir)
 
 
 def serving_options(command: Callable) -> Callable:

@@ -27,6 +27,7 @@ def command(
 ) -> None:  # fmt: skip
     """What this machine can do: instruction set, threads, memory and disk bandwidth, native kernels."""
     from elmoe import __version__, kernels
+    from elmoe.convert.cache import stored
     from elmoe.engine.prefetch_distance import choose_prefetch_distance
     from elmoe.files import check_output
     from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
@@ -43,7 +44,8 @@ def command(
         "cores": cores,
         "available_memory_bytes": available,
     }
-    with open_store(store) as reader:
+    path = stored(store)
+    with open_store(path) as reader:
         data["store_bytes"] = sum(file.bytes for file in reader.manifest.files)
         if not quick:
             # Beyond any last-level cache where memory allows.
@@ -60,7 +62,7 @@ def command(
             from elmoe.schema.hardware import write_hardware
 
             use_threads("native")
-            direct = open_direct(store)
+            direct = open_direct(path)
             with direct:
                 machine = calibrate(direct, slow_bandwidth)
             write_hardware(hardware_of(machine, available, shutil.disk_usage(reader.path).total), hardware)

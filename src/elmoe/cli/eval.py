@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import backend_option, json_option, print_json, threads_option
+from elmoe.cli.common import backend_option, json_option, print_json, store_dir_option, threads_option
 from elmoe.terminal import percent, print_table, progress_bar
 
 TEXT_LIMIT = 1 << 30
@@ -22,12 +22,13 @@ TEXT_LIMIT = 1 << 30
 @click.option("--windows", type=click.IntRange(1), help="Score only this many windows.")
 @click.option("--draft-experts", type=click.FloatRange(0, 1), default=1.0, show_default=True,
               help="Share of each layer's experts the draft may use.")  # fmt: skip
+@store_dir_option
 @threads_option
 @backend_option
 @json_option
 def command(
-    store: str, text_path: Path, window: int, windows: int | None, draft_experts: float, threads: int | None, backend: Any,
-    as_json: bool,
+    store: str, text_path: Path, window: int, windows: int | None, draft_experts: float, store_dir: Path | None,
+    threads: int | None, backend: Any, as_json: bool,
 ) -> None:  # fmt: skip
     """Perplexity of STORE's target and of its 4-bit draft on a text file."""
     from elmoe.engine.options import EngineOptions
@@ -37,19 +38,22 @@ def command(
     from elmoe.untrusted import read_text
 
     text = read_text(text_path, RequestError, TEXT_LIMIT, "text", "convert it, for example with iconv -t utf-8")
-    opened = load(store, EngineOptions(), backend=backend, threads=threads)
+    opened = load(store, EngineOptions(), backend=backend, threads=threads, store_dir=store_dir)
     with opened as model, progress_bar("windows", windows) as bar:
         result = evaluate(model, text, window, windows, draft_experts, lambda done, total: bar(done))
+        dense = not model.spec.moe_layers
     data = {"target_perplexity": result.target, "draft_perplexity": result.draft, **asdict(result)}
     if as_json:
         print_json(data)
         return
+    draft = (f"draft (4 bits, {draft_experts:.0%} of experts)", f"{result.draft_nats:.4f}", f"{result.draft:.3f}")
     print_table(
         f"{result.tokens} positions in windows of {window}",
         ("model", "nats per token", "perplexity"),
         [
-            ("target (8 bits, natural routing)", f"{result.target_nats:.4f}", f"{result.target:.3f}"),
-            (f"draft (4 bits, {draft_experts:.0%} of experts)", f"{result.draft_nats:.4f}", f"{result.draft:.3f}"),
+            ("target (all bits, natural routing)", f"{result.target_nats:.4f}", f"{result.target:.3f}"),
+            *([] if dense else [draft]),
         ],
     )
-    click.echo(f"same most likely token: {percent(result.agreement)}")
+    if not dense:
+        click.echo(f"same most likely token: {percent(result.agreement)}")

@@ -55,7 +55,10 @@ def command(
     stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None, timeline_path: Path | None, quiet: bool, force: bool,
     serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
-    """Generate text from STORE (a path, or ``demo``). The output is the target model's in every mode."""
+    """Generate text from STORE: a store, a GGUF file, a Hugging Face folder, or ``demo``.
+
+    The output is the target model's in every mode.
+    """
     from elmoe.bitslice import SamplingParameters
     from elmoe.cli.prompts import collect_prompts
     from elmoe.engine.request import Request, numbered
@@ -101,6 +104,7 @@ def command(
                             raise output.result.error
             finally:
                 writer.close()  # the text comes first: what else is written may fail
+            mode = model.engine.options.mode  # plain where there are no experts
             statistics, finished = model.engine.statistics, [result for result in results if result is not None]
             facts = statistics.as_dict()
             if as_json:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import msgspec
 
-from elmoe.cli.common import json_option, print_json
+from elmoe.cli.common import json_option, print_json, store_dir_option
 from elmoe.terminal import print_table, progress_bar, size
 
 
 @click.command("inspect")
 @click.argument("store")
 @click.option("--verify", "do_verify", is_flag=True, help="Recompute every checksum.")
+@store_dir_option
 @json_option
-def command(store: str, do_verify: bool, as_json: bool) -> None:
+def command(store: str, do_verify: bool, store_dir: Path | None, as_json: bool) -> None:
     """What is in STORE, its sizes per tier, and whether its checksums hold."""
+    from elmoe.convert.cache import stored
     from elmoe.engine.fitting import smallest_budget
     from elmoe.engine.kv_cache import PAGE_POSITIONS
     from elmoe.engine.tier import tier_sizes
     from elmoe.store import open_store
 
-    with open_store(store) as reader:
+    with open_store(stored(store, store_dir)) as reader:
         spec = reader.spec
         if do_verify:
             total = sum(file.bytes for file in reader.manifest.files)

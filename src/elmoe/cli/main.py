@@ -22,6 +22,7 @@ VERBS = {
     "demo": "The whole story on the embedded model: plain and elastic decoding side by side.",
     "convert": "Convert a Hugging Face folder or a GGUF file to a store.",
     "export": "Write a store as a GGUF file.",
+    "cache": "List or remove models that were converted when they were first used.",
     "inspect": "Show what is in a store, and verify its checksums.",
     "generate": "Generate text.",
     "eval": "Perplexity of the target and of its draft on a text.",

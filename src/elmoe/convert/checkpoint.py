@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from elmoe.chat import choose_template, special_tokens_of, templates_of
 from elmoe.convert.file_reading import SourceFile, read_json
+from elmoe.convert.identity import SMALL_FILES
 from elmoe.errors import ConvertError
 from elmoe.tokenizer import TOKENIZER_LIMIT
 from elmoe.untrusted import load_object, read_bytes, short
@@ -20,11 +21,6 @@ from elmoe.untrusted import load_object, read_bytes, short
 HEADER_LIMIT = 100 << 20
 """Bytes of the largest safetensors header that is read (the format's own limit)."""
 MOST_DIMENSIONS = 8
-SMALL_FILES = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""Files of a checkpoint that a store depends on, beside its shards."""
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 SCALE_SUFFIX = "_scale_inv"
 """Behind the name of an FP8 tensor: its float32 or BF16 scales, one for each block of the config's ``weight_block_size``."""

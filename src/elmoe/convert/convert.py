@@ -7,7 +7,7 @@ from pathlib import Path
 
 from elmoe.chat import check_template
 from elmoe.convert.losses import FormatChoice
-from elmoe.convert.source import open_source
+from elmoe.convert.source import Source, open_source
 from elmoe.errors import ConvertError
 from elmoe.store import StoreWriter
 from elmoe.store.writer import Progress
@@ -33,18 +33,19 @@ def convert_checkpoint(
     :raises NumericsError: a weight is NaN or infinite; the message names the tensor.
     """
     model = open_source(Path(source), tokenizer, choice)
+    model.check()
+    convert_source(model, Path(store), progress)
+    if told is not None:
+        told(model.losses.lines())
+    return model.left_out
+
+
+def convert_source(model: Source, store: Path, progress: Progress | None = None, written: Progress | None = None) -> None:
+    """Convert an open source that was checked. ``written`` takes (bytes of the store, all of them)."""
     tokenizer_json, template, special_tokens = model.tokenizer(), model.chat_template(), model.special_tokens()
     load_tokenizer(tokenizer_json, "tokenizer.json", ConvertError)
     if template is not None:
         check_template(template, ConvertError)
-    model.check()
-
-    def fingerprint() -> str:
-        return model.fingerprint() if choice is None else f"{model.fingerprint()} {choice}"
-
-    with StoreWriter(Path(store), model.spec, f"converted from {model.name}", fingerprint, model.formats) as writer:
-        writer.write(model, progress)
+    with StoreWriter(store, model.spec, f"converted from {model.name}", model.fingerprint, model.formats) as writer:
+        writer.write(model, progress, written)
         writer.finish(tokenizer_json, template, special_tokens)
-    if told is not None:
-        told(model.losses.lines())
-    return model.left_out

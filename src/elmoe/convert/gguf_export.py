@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from elmoe.bitslice import QuantizedMatrix, StackedMatrix
 from elmoe.convert.gguf_tokenizer import ALL_EOS_KEY, SPECIAL_TOKENS_KEY, GgufTokenizer, describe, idle_merge
 from elmoe.convert.gguf_writing import FILE_TYPES, tensor_bytes, type_of, write_blocks
+from elmoe.convert.head_rows import rows_of_halves
 from elmoe.errors import ConvertError, ModelError
 from elmoe.files import whole_file
 from elmoe.models import FAMILIES
 from elmoe.models.family import GgufFamily
 from elmoe.models.formats import split_formats
 from elmoe.models.gguf import metadata_of_spec
-from elmoe.models.spec import ModelSpec
+from elmoe.models.spec import GroupedAttention, ModelSpec
 from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
 from elmoe.store import MemoryReader
 from elmoe.store.writer import ROW_BLOCK
@@ -58,7 +59,8 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
         try:
             for key, value in metadata.items():
                 writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, int(value))
-            writer.add_file_type(FILE_TYPES[type_of(reader.expert_layout(spec.moe_layers[0]).formats[0])])
+            layer = min(spec.moe_layers, default=0)
+            writer.add_file_type(FILE_TYPES[type_of(reader.expert_layout(layer).formats[0])])
             _add_texts(writer, spec, tokenizer, tokenizer_json)
             if (template := reader.chat_template()) is not None:
                 writer.add_chat_template(template)
@@ -96,7 +98,11 @@ def _tensors(reader: MemoryReader, gguf: GgufFamily) -> Iterator[tuple[str, tupl
                 yield name, part.shape, TensorType.F32, partial(_plain, reader, tensor.name)
             else:
                 kind = type_of(formats[index])
-                yield name, part.shape, kind, partial(_matrix_rows, reader, tensor.name, index, before, last, name)
+                rows = partial(_matrix_rows, reader, tensor.name, index, before, last, name)
+                attention = None if tensor.layer is None else reader.spec.layers[tensor.layer].attention
+                if part.role in gguf.neighbours and isinstance(attention, GroupedAttention):
+                    rows = partial(_neighbours, rows, attention.head_dim)
+                yield name, part.shape, kind, rows
             before = last
     for layer in range(len(reader.spec.layers)):
         one = feed_forward(reader.spec, layer)
@@ -117,6 +123,12 @@ def _matrix_rows(reader: MemoryReader, ours: str, part: int, first: int, last: i
         yield from _part_rows(matrix.parts[part], 0, last - first, name)
     else:
         yield from _part_rows(matrix, first, last, name)
+
+
+def _neighbours(rows: Rows, head_dim: int) -> Iterator[NDArray]:
+    """The rows of a whole tensor, those of a rotated pair side by side."""
+    whole = np.concatenate(list(rows()))
+    yield whole[rows_of_halves(np.arange(len(whole)), head_dim)]
 
 
 def _expert_rows(reader: MemoryReader, layer: int, projection: str, name: str) -> Iterator[NDArray]:

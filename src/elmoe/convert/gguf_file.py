@@ -7,7 +7,6 @@ walked through, file or no file) and makes several arrays for every token of the
 from __future__ import annotations
 
 import json
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +20,22 @@ from numpy.typing import NDArray
 
 from elmoe.convert.file_reading import SourceFile
 from elmoe.convert.gguf_blocks import FLOATS, SUPPORTED, dequantized
+from elmoe.convert.identity import part_paths
 from elmoe.errors import ConvertError
 
 VERSIONS = (2, 3)
+SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+"""Metadata of a part: its number from 0, how many parts there are, and the tensors of all of them."""
 CHUNK = 1 << 20
 """Bytes of a header read at a time."""
 DEFAULT_ALIGNMENT = 32
-MOST_DIMENSIONS, MOST_PARTS = 4, 1000
+MOST_DIMENSIONS = 4
 DAMAGED = "download the file anew"
 _SCALARS = {
     ValueType.UINT8: "B", ValueType.INT8: "b", ValueType.UINT16: "H", ValueType.INT16: "h", ValueType.UINT32: "I",
     ValueType.INT32: "i", ValueType.FLOAT32: "f", ValueType.UINT64: "Q", ValueType.INT64: "q", ValueType.FLOAT64: "d",
     ValueType.BOOL: "?",
 }  # fmt: skip
-_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class GgufPart:
         if self._end < 4 or self._take(4) != b"GGUF":
             raise ConvertError(f"'{self.name}' is no GGUF file", "give a .gguf file, or a Hugging Face folder")
         version = self._number("I", "the version")
+        if version not in VERSIONS and version.to_bytes(4, "little")[::-1] in [
+            one.to_bytes(4, "little") for one in VERSIONS
+        ]:
+            raise ConvertError(f"'{self.name}' is big-endian", "supported: little-endian files of version 2 and 3")
         if version not in VERSIONS:
             raise ConvertError(
                 f"'{self.name}' has GGUF version {version}", "supported: little-endian files of version 2 and 3"
@@ -164,11 +169,25 @@ class GgufFile:
         self.parts = [GgufPart(part) for part in part_paths(path)]
         self.metadata = self.parts[0].metadata
         self._tensors: dict[str, tuple[GgufPart, Tensor]] = {}
+        self._check_parts()
         for part in self.parts:
             for name, tensor in part.tensors.items():
                 if name in self._tensors:
                     raise ConvertError(f"tensor '{name}' is in more than one part of '{path.name}'", DAMAGED)
                 self._tensors[name] = part, tensor
+
+    def _check_parts(self) -> None:
+        """ConvertError unless the parts say that they belong together; those of other programs may say nothing."""
+        said = [tuple(part.metadata.get(key) for key in SPLIT_KEYS) for part in self.parts]
+        total = sum(len(part.tensors) for part in self.parts)
+        for index, (part, (number, count, tensors)) in enumerate(zip(self.parts, said, strict=True)):
+            expected = index, len(self.parts), total if number is not None else said[0][2]
+            for key, found, right in zip(SPLIT_KEYS, (number, count, tensors), expected, strict=True):
+                if found is not None and found != right:
+                    raise ConvertError(
+                        f"'{part.name}' does not belong to '{self.path.name}': its '{key}' is {found!r}, expected {right}",
+                        "download all parts of one model",
+                    )
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -212,14 +231,3 @@ class GgufFile:
         part, tensor = self._tensors[name]
         count = int(np.prod(tensor.shape[:-1], dtype=np.int64))
         return part.rows(tensor, first, count if last is None else last)
-
-
-def part_paths(path: Path) -> list[Path]:
-    """All files of a model, given its only or its first one."""
-    match = _SPLIT_NAME.fullmatch(path.name)
-    if match is None:
-        return [path]
-    stem, number, count = match[1], int(match[2]), int(match[3])
-    if number != 1 or not 0 < count <= MOST_PARTS:
-        raise ConvertError(f"'{path.name}' is not the first part of a split file", "give the part ...-00001-of-...")
-    return [path.with_name(f"{stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1)]

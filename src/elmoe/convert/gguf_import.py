@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +12,32 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import QuantizedMatrix, quantized
 from elmoe.bitslice.formats import concatenated
-from elmoe.convert.gguf_blocks import EXACT, dequantized, nearest_format, read_blocks
+from elmoe.bitslice.nested import BLOCK_ROWS
+from elmoe.convert.effort import conversion_memory, conversion_seconds
+from elmoe.convert.gguf_blocks import EXACT, FLOATS, dequantized, nearest_format, read_blocks
 from elmoe.convert.gguf_file import GgufFile
 from elmoe.convert.gguf_tokenizer import eos_tokens, rebuild, template_tokens
+from elmoe.convert.head_rows import rows_of_neighbours
 from elmoe.convert.losses import FormatChoice, Losses
-from elmoe.convert.source import refuse_leftovers
+from elmoe.convert.source import PIECE, refuse_leftovers, told_apart
 from elmoe.errors import ConvertError
 from elmoe.models import FAMILIES
 from elmoe.models.formats import Format, joined_formats
 from elmoe.models.gguf import gguf_family, spec_of_metadata
+from elmoe.models.spec import GroupedAttention, ModelSpec
 from elmoe.models.support import check_supported
 from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor, feed_forward, tensors
 
 MOST_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the file. ``head_dim``: of a head whose rows lie as neighbours (see ``GgufFamily``), else 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    head_dim: int = 0
 
 
 class GgufSource:
@@ -38,13 +53,14 @@ class GgufSource:
         family, gguf = gguf_family(file.metadata, FAMILIES.values())
         self.spec = spec_of_metadata(file.metadata, family, shape[0], eos, file.__contains__)
         check_supported(self.spec)
-        self._names = gguf.names
+        self._gguf = gguf
+        self._heads = {role: _head_dim(self.spec) for role in gguf.neighbours}
         self.left_out: tuple[str, ...] = ()
         self.losses, self._choice = Losses(), choice or FormatChoice()
 
     def fingerprint(self) -> str:
         """See ``Source``."""
-        return self._file.fingerprint()
+        return told_apart(self._file.fingerprint(), self._choice)
 
     @property
     def formats(self) -> dict[str, str]:
@@ -52,11 +68,11 @@ class GgufSource:
         found = {}
         for tensor in tensors(self.spec):
             if tensor.kind == "matrix":
-                names = [name for name, _ in self._parts(tensor)]
+                names = [one.name for one in self._parts(tensor)]
                 found[tensor.name] = self._joined(names, self._choice.matrices)
         for layer in range(len(self.spec.layers)):
             part = feed_forward(self.spec, layer)
-            names = [self._stacked(part, projection)[0] for projection in PROJECTIONS]
+            names = [self._stacked(part, projection).name for projection in PROJECTIONS]
             found[part.name] = self._joined(names, self._choice.experts if part.kind == "expert" else self._choice.matrices)
         return found
 
@@ -67,23 +83,23 @@ class GgufSource:
         """See ``Source``."""
         expected = set()
         for tensor in tensors(self.spec):
-            for name, shape in self._parts(tensor):
-                self._file.check(name, shape, matrix=tensor.kind == "matrix")
-                expected.add(name)
+            for one in self._parts(tensor):
+                self._file.check(one.name, one.shape, matrix=tensor.kind == "matrix")
+                expected.add(one.name)
         for layer in range(len(self.spec.layers)):
             part = feed_forward(self.spec, layer)
             for projection in PROJECTIONS:
-                name, shape = self._stacked(part, projection)
-                self._file.check(name, shape, matrix=True)
-                expected.add(name)
+                one = self._stacked(part, projection)
+                self._file.check(one.name, one.shape, matrix=True)
+                expected.add(one.name)
         refuse_leftovers(sorted(self._file.names() - expected), self.spec.family)
 
     def floats(self, tensor: Tensor) -> NDArray[np.float32]:
         """See ``store.writer.Weights``."""
-        ((theirs, shape),) = self._parts(tensor)
-        values = self._file.floats(theirs).reshape(shape)
+        (part,) = self._parts(tensor)
+        values = self._file.floats(part.name).reshape(part.shape)
         if not np.isfinite(values).all():
-            raise ConvertError(f"tensor '{theirs}' holds NaN or infinite values", "download the file anew")
+            raise ConvertError(f"tensor '{part.name}' holds NaN or infinite values", "download the file anew")
         return values
 
     def matrix(self, tensor: Tensor, first: int, last: int, format: Format) -> QuantizedMatrix:
@@ -99,36 +115,62 @@ class GgufSource:
             matrices[projection] = self._rows(stacked, expert * rows, (expert + 1) * rows, format)
         return matrices
 
-    def _parts(self, tensor: Tensor) -> list[tuple[str, tuple[int, ...]]]:
-        """(name, shape) of the file's tensors that make one of the store."""
-        return [(self._names[part.role].format(layer=tensor.layer), part.shape) for part in tensor.parts]
+    def _parts(self, tensor: Tensor) -> list[_Part]:
+        """The file's tensors that make one of the store."""
+        names = self._gguf.names
+        return [
+            _Part(names[part.role].format(layer=tensor.layer), part.shape, self._heads.get(part.role, 0))
+            for part in tensor.parts
+        ]
 
-    def _stacked(self, part: FeedForward, projection: str) -> tuple[str, tuple[int, ...]]:
-        """(name, shape) of a projection of all experts, or of the dense feed-forward."""
+    def _stacked(self, part: FeedForward, projection: str) -> _Part:
+        """A projection of all experts, or of the dense feed-forward."""
         one = part.part(projection)
         shape = (part.count, *one.shape) if part.kind == "expert" else one.shape
-        return self._names[one.role].format(layer=part.layer), shape
+        return _Part(self._gguf.names[one.role].format(layer=part.layer), shape)
 
-    def _rows(self, parts: list[tuple[str, tuple[int, ...]]], first: int, last: int, format: Format) -> QuantizedMatrix:
+    def _rows(self, parts: list[_Part], first: int, last: int, format: Format) -> QuantizedMatrix:
         """Rows [first, last) of tensors laid one below the other, each seen as a matrix."""
         found, before = [], 0
-        for name, shape in parts:
-            count = int(np.prod(shape[:-1], dtype=np.int64))
+        for part in parts:
+            count = math.prod(part.shape[:-1])
             low, high = max(first - before, 0), min(last - before, count)
             before += count
-            if low < high:
-                found.append(self._tensor_rows(name, shape[-1], low, high, format))
+            step = max(BLOCK_ROWS, PIECE // part.shape[-1] // BLOCK_ROWS * BLOCK_ROWS)
+            found += [self._piece(part, start, min(start + step, high), format) for start in range(low, high, step)]
         return concatenated(found)
 
-    def _tensor_rows(self, name: str, columns: int, first: int, last: int, format: Format) -> QuantizedMatrix:
-        kind, raw = self._file.tensor(name).type, self._file.raw(name, first, last)
+    def _piece(self, part: _Part, first: int, last: int, format: Format) -> QuantizedMatrix:
+        """Rows [first, last) of one tensor."""
+        kind, columns, raw = self._file.tensor(part.name).type, part.shape[-1], self._raw(part, first, last)
         if EXACT.get(kind) == format.name:
-            self.losses.exact(kind.name, format.name, name)
-            return read_blocks(kind, raw, columns, name)
+            self.losses.exact(kind.name, format.name, part.name)
+            return read_blocks(kind, raw, columns, part.name)
         weights = dequantized(kind, raw, columns)
-        matrix = quantized(format, weights, name)
-        self.losses.quantised(kind.name, format.name, name, weights, matrix)
+        matrix = quantized(format, weights, part.name)
+        self.losses.quantised(kind.name, format.name, part.name, weights, matrix)
         return matrix
+
+    def _raw(self, part: _Part, first: int, last: int) -> NDArray[np.uint8]:
+        """Rows as they are in the file, in the order of the checkpoint: of neighbours, whole heads are read."""
+        if not part.head_dim:
+            return self._file.raw(part.name, first, last)
+        low = first - first % part.head_dim
+        raw = self._file.raw(part.name, low, last + -last % part.head_dim)
+        return raw[rows_of_neighbours(np.arange(first, last), part.head_dim) - low]
+
+    def seconds(self) -> float:
+        """See ``Source``."""
+        counts = {"floats": 0, "exact": 0, "requantised": 0}
+        for name in self._file.names():
+            tensor = self._file.tensor(name)
+            kind = "exact" if tensor.type in EXACT else "floats" if tensor.type in FLOATS else "requantised"
+            counts[kind] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
+        return conversion_seconds(**counts)
+
+    def memory(self) -> int:
+        """See ``Source``."""
+        return conversion_memory(self.spec, self.formats)
 
     def tokenizer(self) -> bytes:
         """See ``Source``."""
@@ -147,3 +189,9 @@ class GgufSource:
     def special_tokens(self) -> dict[str, str]:
         """See ``Source``."""
         return template_tokens(self._file.metadata)
+
+
+def _head_dim(spec: ModelSpec) -> int:
+    attention = spec.layers[0].attention
+    assert isinstance(attention, GroupedAttention)  # the others are not supported
+    return attention.head_dim

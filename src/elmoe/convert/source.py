@@ -9,8 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import QuantizedMatrix, quantized
+from elmoe.bitslice.formats import concatenated
+from elmoe.bitslice.nested import BLOCK_ROWS
 from elmoe.convert.checkpoint import Checkpoint
+from elmoe.convert.effort import conversion_memory, conversion_seconds, weights_of
 from elmoe.convert.file_reading import read_json
+from elmoe.convert.identity import is_source
 from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.errors import ConvertError, ModelError
 from elmoe.models import family_of, spec_of_config
@@ -22,6 +26,8 @@ from elmoe.models.support import check_supported
 from elmoe.models.tensors import DEFAULT, PROJECTIONS, FeedForward, Part, Tensor, feed_forward, tensors
 from elmoe.store.writer import Weights
 
+PIECE = 4 << 20
+"""Weights that are quantised at a time."""
 HARMLESS = ("rotary_emb.inv_freq", "masked_bias")
 """Ends of the names of tensors that hold constants, which a spec implies."""
 
@@ -40,10 +46,16 @@ class Source(Weights, Protocol):
         """Formats of the store's matrices and feed-forwards, by store name."""
 
     def fingerprint(self) -> str:
-        """What tells one source from another."""
+        """What tells one source, and formats asked for, from another."""
 
     def check(self) -> None:
         """ConvertError unless all tensors are there, with their shapes and supported types, and no others."""
+
+    def seconds(self) -> float:
+        """About how long a conversion takes."""
+
+    def memory(self) -> int:
+        """About how many bytes of memory it takes."""
 
     def tokenizer(self) -> bytes:
         """The tokenizer.json."""
@@ -73,7 +85,7 @@ class CheckpointSource:
 
     def fingerprint(self) -> str:
         """See :class:`Source`."""
-        return self._checkpoint.fingerprint()
+        return told_apart(self._checkpoint.fingerprint(), self._choice)
 
     @property
     def formats(self) -> dict[str, str]:
@@ -129,11 +141,24 @@ class CheckpointSource:
             names = {"gate": stacked[0], "up": stacked[0], "down": stacked[1]}
         else:
             names = {projection: self._name(part.part(projection), part.layer, expert) for projection in PROJECTIONS}
-            found = {projection: self._checkpoint.rows([name]) for projection, name in names.items()}
+            return {
+                projection: self._whole(names[projection], *part.shape(projection), format)
+                for projection, format in zip(PROJECTIONS, formats, strict=True)
+            }
         return {
             projection: self._quantised(found[projection], [names[projection]], format)
             for projection, format in zip(PROJECTIONS, formats, strict=True)
         }
+
+    def _whole(self, name: str, rows: int, columns: int, format: Format) -> QuantizedMatrix:
+        """A tensor quantised piece by piece: the floats of a large one take much memory."""
+        step = max(BLOCK_ROWS, PIECE // columns // BLOCK_ROWS * BLOCK_ROWS)
+        return concatenated(
+            [
+                self._quantised(self._checkpoint.rows([name], first, min(first + step, rows)), [name], format)
+                for first in range(0, rows, step)
+            ]
+        )
 
     def _feed_forward_shapes(self, part: FeedForward) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the checkpoint's tensors that make a feed-forward."""
@@ -164,6 +189,14 @@ class CheckpointSource:
     def _name(self, part: Part, layer: int | None, expert: int = 0) -> str:
         return self._names[part.role].format(layer=layer, expert=expert)
 
+    def seconds(self) -> float:
+        """See :class:`Source`."""
+        return conversion_seconds(weights_of(self.spec))
+
+    def memory(self) -> int:
+        """See :class:`Source`."""
+        return conversion_memory(self.spec, self.formats)
+
     def tokenizer(self) -> bytes:
         """See :class:`Source`."""
         return self._checkpoint.tokenizer()
@@ -184,7 +217,7 @@ def open_source(path: Path, tokenizer: Path | None = None, choice: FormatChoice 
     :raises ConvertError: it is neither, or damaged, or not supported.
     """
     try:
-        if path.suffix.lower() == ".gguf" and not path.is_dir():
+        if not path.is_dir() and (path.suffix.lower() == ".gguf" or is_source(path)):
             from elmoe.convert.gguf_import import GgufSource
 
             return GgufSource(path, tokenizer, choice)
@@ -193,6 +226,11 @@ def open_source(path: Path, tokenizer: Path | None = None, choice: FormatChoice 
         return CheckpointSource(path, choice)
     except ModelError as error:
         raise ConvertError(str(error), error.hint) from error
+
+
+def told_apart(fingerprint: str, choice: FormatChoice) -> str:
+    """A source's fingerprint, with the formats that were asked for."""
+    return fingerprint if choice == FormatChoice() else f"{fingerprint} {choice}"
 
 
 def refuse_leftovers(names: list[str], family: str) -> None:

@@ -184,7 +184,7 @@ class Decoder:
             self.stack(source.tables), x, cache, places, self._cosine, self._sine, draft=draft, feed=feed, report=report
 
         )  # fmt: skip
-        if feed is None:
+        if feed is None and spec.moe_layers:
             source.note(routings, draft is not None)
         if rows is not None:
             x = np.ascontiguousarray(x[rows])

@@ -49,10 +49,9 @@ class Engine:
         script: Script | None = None,
         text: TextFactory | None = None,
     ) -> None:
-        self.options = options = options or EngineOptions()
         self.spec, self._reader = reader.spec, reader
         enforced = isinstance(reader, DirectReader)
-        options.check(self.spec, enforced)
+        self.options = options = (options or EngineOptions()).checked(self.spec, enforced)
         self.fitting = Fitting(reader, options)
         self.decoder = Decoder(reader, backend, self.spec.experts if options.all_ranks else None)
         self.cache = PagedCache(self.spec, options.batch, self.spec.max_positions, self.fitting.cache_pages)
@@ -61,8 +60,9 @@ class Engine:
             TierShape.of(self.fitting.sizes_beside(0)), options.mode, options.split if enforced else options.fixed_split,
             options.draft_length, reads=enforced,
         )  # fmt: skip
-        widest = max(self.spec.moe(layer).width for layer in self.spec.moe_layers)
-        chunk = options.prefill_chunk or prefill_chunk(self.spec.top_k, widest, reads=enforced)
+        layers = self.spec.moe_layers or self.spec.dense_layers
+        widest = max(self.spec.layers[layer].feed_forward.width for layer in layers)
+        chunk = options.prefill_chunk or prefill_chunk(max(1, self.spec.top_k), widest, reads=enforced)
         self.scheduler = Scheduler(self.spec, self.cache, options.batch, chunk, text, options.keep_kv_digest)
         self._passes = Passes(self.decoder, backend, self.cache, self.tier, script)
         rules = DraftRules(

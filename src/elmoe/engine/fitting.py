@@ -89,9 +89,10 @@ class Fitting:
         return plan_slots(self.budget(sizes), sizes, self._options.fixed_split)
 
     def make_tier(self) -> ExpertTier:
-        """The fast tier: enforced over a ``direct`` reader, accounted over a ``memory`` one. It stays warm."""
+        """The fast tier: enforced over a ``direct`` reader, accounted over a ``memory`` one. It stays warm. A model without
+        experts has nothing to read from a slow tier."""
         options = self._options
-        if isinstance(self._reader, DirectReader):
+        if isinstance(self._reader, DirectReader) and self._spec.moe_layers:
             pool = ReadPool(READ_THREADS)
             pool.set_bandwidth(options.slow_bandwidth or 0.0)
             return DirectTier(self._reader, options.residency, pool, options.prefetch)

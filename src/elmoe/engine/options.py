@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Literal
 
@@ -50,8 +50,17 @@ class EngineOptions:
     commit_limit: int | None = None
     all_ranks: bool = False
 
+    def checked(self, spec: ModelSpec, enforced: bool) -> EngineOptions:
+        """These options for a model: one without experts has no slices to keep or to draft with, and decodes plainly.
+        RequestError names an option that is out of range."""
+        self.check(spec, enforced)
+        return self if spec.moe_layers else replace(self, mode="plain")
+
     def check(self, spec: ModelSpec, enforced: bool) -> None:
         """RequestError naming an option that is out of range."""
+        for name in ("draft_length", "draft_top_k") if not spec.moe_layers else ():
+            if getattr(self, name):
+                raise RequestError(f"{name} is {getattr(self, name)}, and the model has no experts to draft with")
         if not 1 <= self.batch <= MAX_BATCH:
             raise RequestError(f"batch is {self.batch}, allowed is 1..{MAX_BATCH}")
         if self.draft_length is not None and not 0 <= self.draft_length <= MAX_DRAFT:

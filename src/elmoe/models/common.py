@@ -1,12 +1,29 @@
-"""Parts of configurations that several families spell alike: what every model has, grouped and latent attention, experts."""
+"""Parts of configurations that several families spell alike: what every model has, grouped and latent attention, experts;
+and GGUF's metadata of dense models with grouped-query attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+from elmoe.errors import ModelError
 from elmoe.models.config import Config
 from elmoe.models.spec import Dense, GroupedAttention, LatentAttention, LayerSpec, ModelSpec, Moe, Router
+
+GROUPED_KEYS = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+"""Key of config.json -> GGUF's key, for dense models."""
+GROUPED_REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps")
+"""Those that a GGUF file must have."""
 
 
 def model(config: Config, family: str, layers: Iterable[LayerSpec], epsilon: float, positions: int) -> ModelSpec:
@@ -89,3 +106,40 @@ def sigmoid_router(config: Config, normalize: bool, groups: int, kept: int, scal
         kept_groups=config.integer("topk_group", default=kept), group_score="best_two",
         scaling=config.number("routed_scaling_factor", scaling),
     )  # fmt: skip
+
+
+def grouped_metadata(spec: ModelSpec) -> dict[str, int | float]:
+    """GGUF's metadata of a dense model; ModelError where its layers differ, which GGUF cannot say."""
+    attention, dense = spec.layers[0].attention, spec.layers[0].feed_forward
+    assert isinstance(attention, GroupedAttention) and attention.rope is not None and isinstance(dense, Dense)
+    if len(set(spec.layers)) > 1:
+        raise ModelError("the layers differ", "GGUF describes all of them by one: this model cannot be written")
+    return {
+        "block_count": len(spec.layers),
+        "context_length": spec.max_positions,
+        "embedding_length": spec.hidden,
+        "feed_forward_length": dense.width,
+        "attention.head_count": attention.heads,
+        "attention.head_count_kv": attention.kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "attention.layer_norm_rms_epsilon": spec.norm_epsilon,
+        "rope.freq_base": attention.rope.theta,
+        "rope.dimension_count": attention.head_dim,
+        "vocab_size": spec.vocabulary,
+    }
+
+
+def grouped_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
+    """GGUF's metadata that must have one of these values in a file of a dense model."""
+    attention = spec.layers[0].attention
+    assert isinstance(attention, GroupedAttention)
+    return {
+        "attention.value_length": (attention.head_dim,),
+        "rope.dimension_count": (attention.head_dim,),
+        "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (1.0, 0.0),
+        "rope.scale_linear": (1.0, 0.0),
+        "rope.scaling.attn_factor": (1.0, 0.0),
+        "expert_count": (0,),
+    }

@@ -21,7 +21,8 @@ class GgufFamily:
     ``fixed``: metadata that must have one of these values where it is present, the first of which is written on export.
     ``config``: what config.json would say beside ``keys``. ``names``: see :data:`Names`; experts are stacked in one tensor.
     ``recognise``: tells families of one architecture apart. ``metadata``: what export writes; it raises ModelError for a
-    spec that GGUF cannot describe.
+    spec that GGUF cannot describe. ``neighbours``: roles whose rows are so ordered within a head that the rotary embedding
+    pairs neighbours (2i, 2i + 1), where the checkpoint and the store pair halves.
     """
 
     architecture: str
@@ -32,6 +33,7 @@ class GgufFamily:
     fixed: Callable[[ModelSpec], Mapping[str, tuple[Any, ...]]] = lambda spec: {}
     config: Mapping[str, Any] = field(default_factory=dict)
     recognise: Callable[[Mapping[str, Any]], bool] = lambda metadata: True
+    neighbours: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,17 @@ from elmoe.errors import ModelError
 from elmoe.models.config import Config
 from elmoe.models.family import Family, GgufFamily
 from elmoe.models.spec import MOST, ModelSpec
+from elmoe.untrusted import short
 
 IGNORED = (
     "rope.scaling.original_context_length", "rope.scaling.finetuned", "attention.sliding_window", "attention.causal",
 )  # fmt: skip
 """Metadata keys that change nothing in the architectures here, as in llama.cpp: lengths of a scaling that is refused, and
 windows that only other architectures use."""
+ROPE_FACTORS = "rope_freqs.weight"
+"""Llama 3.1's factors of the rotary frequencies."""
+ROADMAP = ("gpt-oss", "deepseek2", "glm4moe", "llama (Mixtral)", "olmoe", "qwen2", "qwen2moe", "granitemoe")
+"""Architectures that are planned."""
 
 
 def gguf_family(metadata: Mapping[str, Any], families: Iterable[Family]) -> tuple[Family, GgufFamily]:
@@ -25,7 +30,11 @@ def gguf_family(metadata: Mapping[str, Any], families: Iterable[Family]) -> tupl
         if gguf.architecture == name and gguf.recognise(metadata):
             return family, gguf
     supported = ", ".join(sorted({gguf.architecture for _, gguf in known}))
-    raise ModelError(f"architecture {name!r} is not supported", f"supported: {supported}")
+    experts = " with experts" if any(gguf.architecture == name for _, gguf in known) else ""
+    raise ModelError(
+        f"architecture {short(name, 40)!r}{experts} is not supported",
+        f"supported: {supported}; on the roadmap: {', '.join(ROADMAP)}",
+    )
 
 
 def spec_of_metadata(
@@ -50,10 +59,13 @@ def spec_of_metadata(
     layers = config["num_hidden_layers"]
     if isinstance(layers, bool) or not isinstance(layers, int) or not 0 < layers <= MOST["layers"]:
         raise ModelError(f"metadata '{gguf.architecture}.block_count' is {layers!r}", f"supported: 1 to {MOST['layers']}")
-    router = gguf.names["router"]
-    config["mlp_only_layers"] = [layer for layer in range(layers) if not has(router.format(layer=layer))]
-    if len(config["mlp_only_layers"]) == layers:
-        raise ModelError(f"tensor '{router.format(layer=0)}' is missing", "the file has no layer with experts")
+    if "router" in gguf.names:
+        router = gguf.names["router"]
+        config["mlp_only_layers"] = [layer for layer in range(layers) if not has(router.format(layer=layer))]
+        if len(config["mlp_only_layers"]) == layers:
+            raise ModelError(f"tensor '{router.format(layer=0)}' is missing", "the file has no layer with experts")
+    if has(ROPE_FACTORS):
+        raise ModelError(f"tensor '{ROPE_FACTORS}' scales the rotary embedding", "rope type 'llama3' is on the roadmap")
     config["tie_word_embeddings"] = not has(gguf.names["head"])
     try:
         spec = family.read_config(Config(config, "metadata"))

@@ -22,8 +22,6 @@ def check_supported(spec: ModelSpec) -> None:
 
 
 def _unsupported(spec: ModelSpec) -> Iterator[str]:
-    if not spec.moe_layers:
-        yield "it has no layer with experts"
     if spec.multipliers != Multipliers():
         yield "it has multipliers"
     attentions = {layer.attention for layer in spec.layers}

@@ -17,7 +17,7 @@ import msgspec
 
 from elmoe.errors import ConvertError, RequestError
 from elmoe.files import check_new_folder
-from elmoe.store.format import FileEntry, LayerEntry, TensorEntry
+from elmoe.store.format import DENSE_FILE, FileEntry, LayerEntry, TensorEntry
 
 JOURNAL = "journal.jsonl"
 _OURS = re.compile(r"journal\.jsonl|manifest\.json|dense\.bin|layer-\d{3,}\.experts|tokenizer\.json|chat_template\.jinja")
@@ -26,7 +26,8 @@ _BEGIN = b'{"fingerprint":"'
 
 
 class JournalLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A finished data file with its manifest entries; the first line holds the fingerprint of the source instead."""
+    """A finished data file with its manifest entries; without a file, tensors of ``dense.bin`` that are on the disk. The
+    first line holds the fingerprint of the source instead."""
 
     fingerprint: str | None = None
     file: FileEntry | None = None
@@ -121,7 +122,7 @@ class Journal:
             raise ConvertError(busy, "wait for its end, or choose another name")
 
     def resume(self, fingerprint: str, holds: Callable[[JournalLine], bool]) -> None:
-        """Keep the lines of files that are as they were written (``holds``); begin anew for another source."""
+        """Keep the lines of what is as it was written (``holds``); begin anew for another source."""
         raw, found = os.pread(self._handle, os.fstat(self._handle).st_size, 0), []
         for text in raw.split(b"\n"):
             try:
@@ -129,8 +130,8 @@ class Journal:
             except (msgspec.DecodeError, RecursionError):
                 break  # the line that was being written when the process died
         same = bool(found) and found[0].fingerprint == fingerprint
-        self.lines = [found[0], *(line for line in found[1:] if line.file and holds(line))] if same else []
-        kept = {line.file.name for line in self.lines if line.file}
+        self.lines = [found[0], *(line for line in found[1:] if (line.file or line.tensors) and holds(line))] if same else []
+        kept = {line.file.name if line.file else DENSE_FILE for line in self.lines[1:]}
         for name in os.listdir(self.partial):
             if name != JOURNAL and name not in kept:
                 os.unlink(self.partial / name)

@@ -51,7 +51,10 @@ def resolve_store(name: str | Path) -> Path:
     """A path, or the embedded store for ``demo``; StoreError if there is no store."""
     path = DEMO if str(name) == "demo" else Path(name)
     if not path.is_dir():
-        raise StoreError(f"there is no store '{name}'", "give the directory that `elmoe convert` wrote, or `demo`")
+        raise StoreError(
+            f"there is no store '{name}'",
+            "give a GGUF file, a Hugging Face folder, a folder that `elmoe convert` wrote, or `demo`",
+        )
     if not (path / MANIFEST).is_file():
         raise StoreError(f"'{name}' has no {MANIFEST}", "it is not a store, or its conversion did not finish")
     return path

@@ -44,8 +44,12 @@ from elmoe.store.reader import MemoryReader
 
 ROW_BLOCK = 4096
 """Rows of a large matrix quantised at a time."""
+SAFE_BYTES = 256 << 20
+"""Bytes of ``dense.bin`` after which they are put on the disk and noted, so that a resume goes on behind them."""
 Progress = Callable[[int, int], None]
 """Takes tensors and experts written, and all there are."""
+Step = Callable[[int, int], None]
+"""Takes tensors and experts that were written since, and their bytes."""
 
 
 class Weights(Protocol):
@@ -108,14 +112,15 @@ class StoreWriter:
         return {line.file.name for line in self._journal.lines if line.file}
 
     def _holds(self, line: JournalLine) -> bool:
-        """Whether a finished file is as it was written: its size and all checksums."""
-        assert line.file is not None
+        """Whether a finished file, or the noted part of ``dense.bin``, is as it was written: its size and all checksums."""
+        name = line.file.name if line.file else DENSE_FILE
         try:
             parts = list(self._sections(line))
-            with open(self.partial / line.file.name, "rb") as handle:
+            with open(self.partial / name, "rb") as handle:
                 role = (DENSE_ROLE, 0) if line.layer is None else (EXPERTS_ROLE, line.layer.layer)
-                check_header(handle.read(PAGE), line.file.name, *role)
-                return os.fstat(handle.fileno()).st_size == line.file.bytes and all(
+                check_header(handle.read(PAGE), name, *role)
+                whole = line.file is None or os.fstat(handle.fileno()).st_size == line.file.bytes
+                return whole and all(
                     checksum(*(os.pread(handle.fileno(), size, offset) for offset, size in sections)) == expected
                     for sections, expected in parts
                 )
@@ -123,9 +128,9 @@ class StoreWriter:
             return False
 
     def _sections(self, line: JournalLine) -> Iterator[tuple[list[tuple[int, int]], str]]:
-        """([(offset, bytes)], checksum) of all that is in a finished file; ValueError where it is no file of this store."""
-        assert line.file is not None
+        """([(offset, bytes)], checksum) of all that a line notes; ValueError where it is no file of this store."""
         if line.layer is not None:
+            assert line.file is not None
             if line.layer.layer not in self.spec.moe_layers or line.file.name != layer_file(line.layer.layer):
                 raise ValueError(line.file.name)
             part, offset = feed_forward(self.spec, line.layer.layer), line.layer.offset
@@ -143,8 +148,9 @@ class StoreWriter:
             for part in self._feed_forwards()
             if part.kind == "dense"
         }
-        if line.file.name != DENSE_FILE or sorted(known) != sorted(entry.name for entry in line.tensors):
-            raise ValueError(line.file.name)
+        noted = {entry.name for entry in line.tensors}
+        if not (noted <= set(known) if line.file is None else line.file.name == DENSE_FILE and noted == set(known)):
+            raise ValueError(DENSE_FILE)
         for entry in line.tensors:
             yield [(entry.offsets[name], size) for name, size in known[entry.name].items()], entry.checksum
 
@@ -163,44 +169,60 @@ class StoreWriter:
                 "run the same command again: it begins anew",
             )
 
-    def write(self, weights: Weights, progress: Progress | None = None) -> None:
-        """Write ``dense.bin``, then the experts of layer after layer. NumericsError names a tensor that is not finite."""
+    def write(self, weights: Weights, progress: Progress | None = None, written: Progress | None = None) -> None:
+        """Write ``dense.bin``, then the experts of layer after layer. NumericsError names a tensor that is not finite.
+
+        :param written: takes the bytes that are done, and all of the store.
+        """
         parts = self._feed_forwards()
         routed = [part for part in parts if part.kind == "expert"]
         names = list(tensors(self.spec))
-        done, total = 0, len(names) + sum(part.count for part in routed)
+        done = size = 0
+        total, total_size = len(names) + sum(part.count for part in routed), store_bytes(self.spec, self._formats)
 
-        def step(count: int = 1) -> None:
-            nonlocal done
-            done += count
-            if progress is not None:
+        def step(count: int, added: int) -> None:
+            nonlocal done, size
+            done, size = done + count, min(size + added, total_size)
+            if progress is not None and count:
                 progress(done, total)
+            if written is not None:
+                written(size, total_size)
 
-        if DENSE_FILE in self.finished:
-            step(len(names))
+        finished = {line.file.name: line.file.bytes for line in self._journal.lines if line.file}
+        if DENSE_FILE in finished:
+            step(len(names), finished[DENSE_FILE])
         else:
             self._write_dense(names, [part for part in parts if part.kind == "dense"], weights, step)
         for part in routed:
-            if layer_file(part.layer) in self.finished:
-                step(part.count)
+            if layer_file(part.layer) in finished:
+                step(part.count, finished[layer_file(part.layer)])
             else:
                 self._write_layer(part, weights, step)
+        step(0, total_size)  # headers and padding
 
-    def _write_dense(
-        self, names: list[Tensor], parts: list[FeedForward], weights: Weights, step: Callable[[], None]
-    ) -> None:
-        with _guarded(self.path), open(self.partial / DENSE_FILE, "w+b") as handle:
-            handle.write(header_page(DENSE_ROLE, 0))
-            handle.flush()
-            dense = DenseFile(handle.fileno())
-            for tensor in names:
-                dense.tensor(tensor, self._formats, weights)
-                step()
-            for part in parts:
-                dense.record(part, self._formats, weights)
+    def _write_dense(self, names: list[Tensor], parts: list[FeedForward], weights: Weights, step: Step) -> None:
+        found = {entry.name: entry for line in self._journal.lines if not line.file for entry in line.tensors}
+        with _guarded(self.path), open(self.partial / DENSE_FILE, "r+b" if found else "w+b") as handle:
+            if not found:
+                handle.write(header_page(DENSE_ROLE, 0))
+                handle.flush()
+            dense, noted, safe = DenseFile(handle.fileno(), found), len(found), 0
+            everything: list[Tensor | FeedForward] = [*names, *parts]
+            for one in everything:
+                before = dense.end
+                if isinstance(one, Tensor):
+                    dense.tensor(one, self._formats, weights)
+                else:
+                    dense.record(one, self._formats, weights)
+                step(int(isinstance(one, Tensor)), dense.end - before)
+                safe += dense.end - before
+                if safe >= SAFE_BYTES and len(dense.entries) > noted:
+                    os.fsync(handle.fileno())
+                    self._append(JournalLine(tensors=tuple(dense.entries[noted:])))
+                    noted, safe = len(dense.entries), 0
             self._append(JournalLine(file=_close(handle.fileno(), DENSE_FILE, dense.end), tensors=tuple(dense.entries)))
 
-    def _write_layer(self, part: FeedForward, weights: Weights, step: Callable[[], None]) -> None:
+    def _write_layer(self, part: FeedForward, weights: Weights, step: Step) -> None:
         format = part.format(self._formats)
         name, layout, sums = layer_file(part.layer), record_layout(part, format), []
         with _guarded(self.path), open(self.partial / name, "w+b") as handle:
@@ -210,7 +232,7 @@ class StoreWriter:
                 for record in records:
                     handle.write(record.data)
                 sums.append(tuple(checksum(record.data) for record in records))
-                step()
+                step(1, sum(record.nbytes for record in records))
             handle.flush()
             size = PAGE + part.count * sum(record_sections(part, format).values())
             entry = LayerEntry(layer=part.layer, file=name, format=format, offset=PAGE, checksums=tuple(sums))
@@ -228,7 +250,8 @@ class StoreWriter:
                 os.fsync(handle.fileno())
             return TextFile(name=name, checksum=checksum(data))
 
-        lines = sorted(self._journal.lines, key=lambda line: -1 if line.layer is None else line.layer.layer)
+        finished = [line for line in self._journal.lines if line.file]
+        lines = sorted(finished, key=lambda line: -1 if line.layer is None else line.layer.layer)
         with _guarded(self.path):
             manifest = Manifest(
                 format=FORMAT, version=VERSION, model=self.spec, source=self._source,
@@ -260,10 +283,10 @@ class StoreWriter:
 
 
 class DenseFile:
-    """``dense.bin`` while it is written."""
+    """``dense.bin`` while it is written. ``found``: entries of tensors that an earlier attempt has written."""
 
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
+    def __init__(self, handle: int, found: dict[str, TensorEntry]) -> None:
+        self._handle, self._found = handle, found
         self.entries: list[TensorEntry] = []
         self.end = PAGE
 
@@ -272,6 +295,8 @@ class DenseFile:
         format = tensor.format(formats)
         sizes = tensor_sections(tensor, format)
         offsets, self.end = after_sections(self.end, sizes)
+        if self._is_there(tensor.name, format, offsets):
+            return
         if format == FLOATS:
             values = np.ascontiguousarray(weights.floats(tensor), np.float32)
             if not np.isfinite(values).all():
@@ -293,10 +318,20 @@ class DenseFile:
         format = part.format(formats)
         sizes, layout = record_sections(part, format), record_layout(part, format)
         offsets, self.end = after_sections(self.end, sizes)
+        if self._is_there(part.name, format, offsets):
+            return
         records = layout.pack(weights.projections(part, 0, layout.formats))
         for offset, data in zip(offsets.values(), records, strict=True):
             self._put(data, offset)
         self._enter(part.name, format, offsets, sizes)
+
+    def _is_there(self, name: str, format: str, offsets: dict[str, int]) -> bool:
+        """Whether a tensor was written where it belongs; its entry is taken over."""
+        entry = self._found.get(name)
+        if entry is None or (entry.format, entry.offsets) != (format, offsets):
+            return False
+        self.entries.append(entry)
+        return True
 
     def _put(self, data: NDArray, offset: int) -> None:
         view = np.ascontiguousarray(data).data.cast("B")

@@ -28,6 +28,8 @@ class TraceRecorder:
     def __init__(
         self, path: str | Path, model: ModelSpec, run: dict[str, Any] | None = None, all_ranks: bool = False
     ) -> None:
+        if not model.moe_layers:
+            raise TraceError(f"a {model.family} model has no experts, so there is no routing to record")
         self._file = PartialFile(path)
         ranks = self._ranks = model.experts if all_ranks else min(2 * model.top_k, model.experts)
         self._schema = table_schema(

@@ -1,0 +1,64 @@
+"""``elmoe cache``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from elmoe.cli.common import json_option, print_json, store_dir_option
+from elmoe.cli.suggesting import SuggestingGroup
+
+
+@click.group("cache", cls=SuggestingGroup)
+def command() -> None:
+    """Models that were given as a GGUF file or a Hugging Face folder, and converted when they were first used. Every
+    subcommand has --json.
+    """
+
+
+@command.command("list")
+@store_dir_option
+@json_option
+def list_command(store_dir: Path | None, as_json: bool) -> None:
+    """What is in the cache: sources, sizes, and whether they are whole."""
+    from elmoe.convert.cache import default_folder, entries
+    from elmoe.terminal import print_table, size
+
+    found = list(entries(store_dir))
+    if as_json:
+        rows = [
+            {
+                "name": one.entry.name, "source": one.entry.path, "store": str(one.store), "bytes": one.bytes,
+                "made": one.entry.made, "whole": one.whole,
+            }
+            for one in found
+        ]  # fmt: skip
+        print_json({"folder": str(store_dir or default_folder()), "rows": rows})
+        return
+    print_table(
+        f"{store_dir or default_folder()}: {len(found)} models",
+        ("source", "size", "converted"),
+        [(one.entry.path, size(one.bytes), one.entry.made if one.whole else "not finished") for one in found],
+    )
+
+
+@command.command("remove")
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="Remove all models.")
+@store_dir_option
+@json_option
+def remove_command(name: str | None, everything: bool, store_dir: Path | None, as_json: bool) -> None:
+    """Remove NAME from the cache: the name of a store or of its source, or the source's path. The source stays."""
+    from elmoe.convert.cache import entries, remove
+    from elmoe.units import format_bytes
+
+    if everything == (name is not None):
+        raise click.UsageError("give one name, or --all")
+    names = [name] if name is not None else [one.folder.name for one in entries(store_dir)]
+    removed = [one for wanted in names for one in remove(wanted, store_dir)]
+    if as_json:
+        print_json({"removed": [one.entry.path for one in removed], "bytes": sum(one.bytes for one in removed)})
+        return
+    for one in removed:
+        click.echo(f"removed {one.entry.name} ({format_bytes(one.bytes)}), converted from {one.entry.path}")

@@ -1,0 +1,37 @@
+"""Names of tensors that dense families with grouped-query attention share, in Hugging Face folders and in GGUF files."""
+
+from __future__ import annotations
+
+_LAYER, _BLOCK = "model.layers.{layer}.", "blk.{layer}."
+
+GROUPED = {
+    "embedding": "model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "final_norm": "model.norm.weight",
+    "attention_norm": _LAYER + "input_layernorm.weight",
+    "query": _LAYER + "self_attn.q_proj.weight",
+    "key": _LAYER + "self_attn.k_proj.weight",
+    "value": _LAYER + "self_attn.v_proj.weight",
+    "query_norm": _LAYER + "self_attn.q_norm.weight",
+    "key_norm": _LAYER + "self_attn.k_norm.weight",
+    "attention_output": _LAYER + "self_attn.o_proj.weight",
+    "ffn_norm": _LAYER + "post_attention_layernorm.weight",
+    **{f"dense_{name}": _LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
+}
+"""In a Hugging Face folder: see ``models.family.Names``."""
+
+GROUPED_GGUF = {
+    "embedding": "token_embd.weight",
+    "head": "output.weight",
+    "final_norm": "output_norm.weight",
+    "attention_norm": _BLOCK + "attn_norm.weight",
+    "query": _BLOCK + "attn_q.weight",
+    "key": _BLOCK + "attn_k.weight",
+    "value": _BLOCK + "attn_v.weight",
+    "query_norm": _BLOCK + "attn_q_norm.weight",
+    "key_norm": _BLOCK + "attn_k_norm.weight",
+    "attention_output": _BLOCK + "attn_output.weight",
+    "ffn_norm": _BLOCK + "ffn_norm.weight",
+    **{f"dense_{name}": _BLOCK + f"ffn_{name}.weight" for name in ("gate", "up", "down")},
+}
+"""In a GGUF file."""

@@ -1,0 +1,41 @@
+"""Qwen3 (``Qwen3ForCausalLM``, GGUF ``qwen3``), dense: as Qwen3-MoE, with one feed-forward in place of experts."""
+
+from __future__ import annotations
+
+import msgspec
+
+from elmoe.models.common import GROUPED_KEYS, GROUPED_REQUIRED, grouped_attention, grouped_fixed, grouped_metadata, model
+from elmoe.models.config import Config
+from elmoe.models.family import Family, GgufFamily
+from elmoe.models.names import GROUPED, GROUPED_GGUF
+from elmoe.models.spec import Dense, LayerSpec, ModelSpec
+
+
+def read_config(config: Config) -> ModelSpec:
+    """The spec of a configuration; ModelError names any value that is not supported."""
+    config.must_be("hidden_act", "silu")
+    config.must_be("use_sliding_window", False)
+    layers, bias = config.layers(), config.flag("attention_bias", False)
+    attention = grouped_attention(config, query_key_norm="head", query_key_value_bias=bias, output_bias=bias)
+    dense = Dense(width=config.integer("intermediate_size"))
+    specs = (
+        LayerSpec(attention=msgspec.structs.replace(attention, window=window), feed_forward=dense)
+        for window in config.windows(layers, ["full_attention"] * layers)
+    )
+    return model(config, FAMILY.name, specs, epsilon=1e-6, positions=32768)
+
+
+FAMILY = Family(
+    name="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    read_config=read_config,
+    names=GROUPED,
+    gguf=GgufFamily(
+        architecture="qwen3",
+        keys=GROUPED_KEYS,
+        required=GROUPED_REQUIRED,
+        names=GROUPED_GGUF,
+        metadata=grouped_metadata,
+        fixed=grouped_fixed,
+    ),
+)
