@@ -255,3 +255,23 @@ def test_plain_steps_are_learned_from_once(monkeypatch):
         planner.begin_run()
         planner.plan(1, SIZES, SIZES.minimum, np.zeros((LAYERS, EXPERTS)))
     assert learned == [(pytest.approx(0.2), 5), (pytest.approx(0.6), 5)]
+
+
+def test_a_plain_step_that_read_nothing_teaches_the_same_by_either_way():
+    """The short way of the steps in memory, where drafts rest."""
+    told = []
+    for short in (False, True):
+        planner = Planner(TierShape.of(LITTLE), reads=False)
+        for step in range(9):
+            planner.plan(2, LITTLE, LITTLE.all_experts, np.zeros((1, 16)))
+            planner.observe_planning(1e-7)
+            seconds = 0.001 * (1 + step % 3)
+            if short:
+                planner.observe_plain_step(2, 0.9 * seconds, seconds)
+            else:
+                planner.observe_target(2, 0.9 * seconds, 0.0)
+                planner.observe_step(2, 0, 0, seconds)
+        planner.begin_run()
+        planner.plan(1, LITTLE, LITTLE.all_experts, np.zeros((1, 16)))
+        told.append((planner.correction(False), float(planner.costs.target_seconds(2)), planner.chosen))
+    assert told[0] == told[1]

@@ -73,7 +73,12 @@ class TierManager:
         planner, tier = self.planner, self._tier
         if not planner.chooses and not tier.enforced:
             return
-        for done in outcome.passes:
+        passes = outcome.passes
+        if len(passes) == 1 and passes[0].phase == "plain" and not tier.enforced:
+            done = passes[0]
+            planner.observe_plain_step(len(outcome.verdicts), done.ended - done.began, seconds)
+            return
+        for done in passes:
             planner.observe_target(len(done.rows), done.seconds, done.waited)
         if tier.enforced:
             self._learn_reads()

@@ -153,6 +153,7 @@ class Planner:
         self._popular = False  # whether the last choice knew the popularity of experts
         self._settled = 0.0, 0.0  # residents by kind of slice that count as all slots in use
         self._steps: deque[_Step] = deque(maxlen=MOST_WAITING)  # not learned from yet
+        self._passes: deque[tuple[int, float]] = deque(maxlen=MOST_WAITING)  # tokens and seconds of passes that read nothing
         self._resting = self._drafting = self._since_plain = 0  # plain steps, steps with drafts; since a plain step
         self._wait, self._tried = SETTLED, False
 
@@ -182,8 +183,11 @@ class Planner:
     def standing(self, sequences: int, sizes: FastTierSizes) -> Plan | None:
         """The plan of the next step where the last choice stands, None where :meth:`plan` would choose. Hot: a
         small model in memory takes 0.2 ms a step."""
-        if self._stale or sizes is not self._sizes or sequences != self._sequences or self._choice_due:
+        if self._stale or sizes is not self._sizes or sequences != self._sequences or self._choice_due():
             return None
+        chosen = self.chosen
+        if chosen is not None and chosen.draft_length == 0 and self._resting < self._wait:
+            return chosen
         return self._deviation()
 
     def _deviation(self) -> Plan:
@@ -201,7 +205,6 @@ class Planner:
             length = min(TRIAL, length)
         return chosen if length == chosen.draft_length else replace(chosen, draft_length=length)
 
-    @property
     def _choice_due(self) -> bool:
         """Whether enough time has passed since the last choice, and there is a choice: of slices, or of drafts that are
         under way. A small model in memory rests for long, where a choice takes a tenth of a step."""
@@ -221,6 +224,9 @@ class Planner:
         if not self._chooses:
             self.chosen = Plan(plans[0], int(lengths[0]), None)
             return
+        for count, seconds in self._passes:
+            costs.observe_target(count, seconds)
+        self._passes.clear()
         costs.fold()
         self._learn_steps()
         if counts.any():
@@ -327,6 +333,17 @@ class Planner:
         if self.chosen is not None and self._chooses:
             self._count(drafted > 0, self.chosen)
             self._steps.append((drafted, sequences, slow_bytes, seconds))
+
+    def observe_plain_step(self, sequences: int, compute: float, seconds: float) -> None:
+        """Learn from a step of plain decoding that read nothing; instead of ``observe_target`` and ``observe_step``.
+
+        As cheap as can be: drafts rest in most steps of a small model. :param compute: seconds of its target pass.
+        """
+        if self._chooses:
+            self._passed += compute
+            self._resting, self._since_plain = self._resting + 1, 0
+            self._passes.append((sequences, compute))
+            self._steps.append((0, sequences, 0, seconds))
 
     def _learn_steps(self) -> None:
         """Correct the modes by the steps since the last choice. Plain ones in a row count by their mean: the step that ends
