@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 
-.PHONY: help demo test full check parity peers full-grid docs wheel clean
+.PHONY: help demo test full check fuzz mutants parity peers full-grid docs wheel clean
 
 help: ## what each target does (this list)
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -39,6 +39,15 @@ build/tokenizers:
 full-grid: .venv/.test ## the whole losslessness grid and 1,000 random schedules
 	$(BIN)/python -m tests.lossless
 	$(BIN)/python -m tests.schedules --count 1000
+
+# `make fuzz FUZZ_SECONDS=600` for less; inputs that fail are kept in build/fuzz.
+FUZZ_SECONDS ?= 3600
+fuzz: .venv/.test ## an hour of changed files through all readers
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
+
+# Hours; results are kept in build/mutants, and a run that was stopped goes on.
+mutants: .venv/.test ## a sample of changes of the source, each of which a test must notice
+	$(BIN)/python -m tools.mutants
 
 # llama.cpp, to compare with (about 16 minutes, once).
 peers: .venv/.installed ## build llama.cpp for the benchmarks

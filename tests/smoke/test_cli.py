@@ -34,10 +34,15 @@ def test_demo():
         "hit rate",
         "slow tier",
         "simulated tier",
+        "so there are no reads to save, and drafts are work in addition",
+        "enforced budget, direct reads, throttled to 0.1 GB/s",
+        "With half of the model on a disk, plain decoding waits for it",
     ):
-        assert text in run.stdout
+        assert text in " ".join(run.stdout.split())
     data = elmoe_json("demo", "--max-tokens", "16")
     assert data["identical"] is True and set(data["modes"]) == {"plain", "cache", "elastic"}
+    rates = data["on_disk"]["tokens_per_second"]
+    assert rates["elastic"] > rates["plain"] > 0 and rates["cache"] > rates["plain"]
     assert data["modes"]["elastic"]["draft_slow_reads"] == 0 and data["modes"]["elastic"]["acceptance_rate"] > 0.3
 
 

@@ -12,6 +12,7 @@ from elmoe.cli.main import cli
 from elmoe.errors import ElmoeError, HardwareError, ModelError
 from elmoe.files import write_whole
 from elmoe.models.load import load_model
+from elmoe.units import format_bytes
 
 SMALL = ["--model", "qwen3-30b-a3b", "--prompts", "mt_bench", "--batch", "1,4"]
 
@@ -36,6 +37,18 @@ def test_simulate_gives_a_row_for_each_case():
     assert row["tokens_per_second"] > 0 and row["acceptance"] == "0.6"
     assert all(share <= 1 + 1e-9 for share in row["busy"].values())
     assert row["joules_per_token"]["low"] < row["joules_per_token"]["high"]
+
+
+def test_the_tables_show_what_the_help_promises():
+    data = ("simulate", *SMALL, "--hardware", "xpu", "--hardware", "elmoe3d_8gb", "--form", "ar")
+    rows = [row for row in json.loads(run(*data, "--json").stdout)["rows"] if row["batch"] == 4]
+    told = run(*data).stdout
+    assert "batch 4: energy, bytes and the busiest unit, simulated" in " ".join(told.split())
+    for row in rows:
+        unit, share = max(row["busy"].items(), key=lambda item: item[1])
+        joules, count = row["joules_per_token"]["middle"], format_bytes(sum(row["bytes_per_token"].values()))
+        line = next(line for line in told.split("mJ/token")[1].splitlines() if row["system"] in line)
+        assert f"{1e3 * joules:.1f}" in line and count in line and f"{unit} {share:.0%}" in line
 
 
 def test_a_copied_preset_with_another_bandwidth_works(tmp_path):

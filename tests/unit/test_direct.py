@@ -141,6 +141,15 @@ def test_a_failing_read_fails_its_request_only(reader, reference, error, words, 
     assert engine.generate(requests())[0] == reference[0.8]
 
 
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_refuses_direct_reads_late_is_told_with_the_mend(reader, error):
+    engine = Engine(reader, kernels, EngineOptions(fast_memory=0.4, draft_length=3, batch=2))
+    engine.tier._pool.inject_failure(error, 5)
+    with pytest.raises(StoreError, match=rf"layer-00\d\.experts.*{os.strerror(error)}") as caught:
+        engine.generate(requests())
+    assert "--reader memory" in str(caught.value.hint)
+
+
 def test_a_file_truncated_while_open(store, tmp_path, reference):
     copy = tmp_path / "copy"
     shutil.copytree(store, copy)

@@ -25,6 +25,7 @@ from elmoe.models.gguf import metadata_of_spec
 from elmoe.models.tensors import PROJECTIONS, feed_forward
 from elmoe.models.tensors import tensors as model_tensors
 from elmoe.store import open_store
+from elmoe.store.format import NO_SHAPES
 from tests.checkpoints import expert_name, tiny_config, write_checkpoint
 
 TEXTS = ("The whale's tail,  and 12345 fish!\n\n  x", "naïve e\u0301tude — 東京 🐋\tend", "def f(x):\r\n    return x", " ")
@@ -165,9 +166,12 @@ def test_the_demo_goes_there_and_back(tmp_path):
     export("demo", tmp_path / "demo.gguf")
     convert_checkpoint(tmp_path / "demo.gguf", tmp_path / "store")
     with open_store("demo") as demo:
-        assert {name: data for name, data in content(demo.path).items() if name != "MODEL_CARD.md"} == content(
-            tmp_path / "store"
-        )
+        before = {name: data for name, data in content(demo.path).items() if name != "MODEL_CARD.md"}
+    after, shapes = content(tmp_path / "store"), slice(20, 28)  # its files are older: they do not know their shapes
+    assert before.keys() == after.keys()
+    for name, data in after.items():
+        written = name.endswith((".bin", ".experts"))
+        assert before[name] == (data[: shapes.start] + NO_SHAPES + data[shapes.stop :] if written else data), name
 
 
 def test_gguf_to_store_to_gguf(tmp_path):

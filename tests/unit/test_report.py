@@ -13,10 +13,11 @@ from elmoe.errors import HardwareError
 from elmoe.report.figures import bars, tornado
 from elmoe.report.overview import overview
 from elmoe.report.page import write_page
+from elmoe.report.section import read_section
 from elmoe.report.systems import all_rows, busiest, energy_parts, summary_table, system_words
 from elmoe.schema.hardware import load_hardware, preset_text
 from elmoe.sim.grid import Grid, run_grid
-from elmoe.sim.result import SimulationResult, read_result, result_of, write_result
+from elmoe.sim.result import SimulationResult, averaged, read_result, result_of, write_result
 from elmoe.systems.forms import Odds
 
 
@@ -154,3 +155,27 @@ def test_names_are_shown_as_they_are(tmp_path, result):
         row["system"] = row["system"].replace("mine", "<script>alert(1)</script>")
     body, _ = page(tmp_path, overview(rows, {}, "x", file="<b>.json"))
     assert "<script>alert" not in body and "&lt;script&gt;alert" in body and "<b>.json" not in body
+
+
+@pytest.mark.parametrize("plot", [{}, {"data": []}, {"data": {}, "layout": {}}, {"data": [], "layout": []},
+                                  {"data": [], "layout": {"height": "<b>"}}])  # fmt: skip
+def test_a_section_with_a_damaged_plot_is_refused(tmp_path, plot):
+    path, whole = tmp_path / "s.json", {"data": [], "layout": {"height": 300}}
+    section = {"name": "n", "title": "t", "claim": "c", "verdict": "v", "command": "x"}
+    for one, told in ((whole, None), (plot, "not a section of a report: a plot has|height of a plot")):
+        path.write_text(json.dumps(section | {"figures": [{"title": "f", "plot": one}]}))
+        if told is None:
+            page(tmp_path, read_section(path))
+        else:
+            with pytest.raises(HardwareError, match=told):
+                read_section(path)
+
+
+def test_means_leave_out_rows_that_were_not_simulated(result):
+    row = next(row for row in result.rows if row["system"] == "xPU" or row["form"] == "ar")
+    left_out = {key: row[key] for key in ("system", "form", "model", "batch", "acceptance")} | {
+        "prompts": "other", "error": "it does not fit",
+    }  # fmt: skip
+    key = (row["system"], row["form"], row["acceptance"]), row["batch"]
+    assert averaged([row, left_out])[key] == (row["tokens_per_second"], row["speedup"])
+    assert not averaged([left_out])

@@ -8,6 +8,8 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from elmoe.engine.request import Request
 from elmoe.errors import BudgetError, ElmoeError, RequestError, StoreError
 from elmoe.llm import load
 from elmoe.measure.perplexity import STRETCH, evaluate
+from elmoe.opening import HEADROOM, _choose_reader
 from elmoe.store.synthetic import synthesize
 from tests.tiny import tiny_spec
 
@@ -59,6 +62,41 @@ def test_a_mapped_file_that_has_shrunk_is_named_before_work(store, tmp_path):
             model.engine.generate([Request((5, 6), 3)])
         with pytest.raises(StoreError, match=r"layer-002\.experts' has 4096 bytes"):
             evaluate(model, TEXT, 40, 1)
+
+
+SHRINKS_BETWEEN_STEPS = """
+import os, sys
+from elmoe.engine.options import EngineOptions
+from elmoe.engine.request import Request
+from elmoe.errors import StoreError
+from elmoe.llm import load
+
+with load(sys.argv[1], EngineOptions(mode="plain"), reader="memory") as model:
+    try:
+        for count, _ in enumerate(model.engine.run([Request((5, 6), 40)])):
+            if count == 3:
+                for layer in (0, 2, 3):
+                    os.truncate(f"{sys.argv[1]}/layer-{layer:03d}.experts", 4096)
+    except StoreError as error:
+        print(error)
+"""
+
+
+def test_a_mapped_file_that_shrinks_during_a_run_is_named_and_no_crash(store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    command = [sys.executable, "-c", SHRINKS_BETWEEN_STEPS, str(tmp_path / "store")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.returncode
+    assert "layer-000.experts' has 4096 bytes" in run.stdout
+
+
+def test_a_mapped_file_that_is_replaced_by_renaming_stays(store, tmp_path):
+    shutil.copytree(store, tmp_path / "store")
+    with load(tmp_path / "store", reader="memory") as model:
+        expected = model.engine.generate([Request((5, 6), 3)])[0]
+        (tmp_path / "short").write_bytes(b"x")
+        os.replace(tmp_path / "short", tmp_path / "store" / "layer-002.experts")
+        assert model.engine.generate([Request((5, 6), 3)])[0] == expected
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
@@ -124,3 +162,23 @@ def test_further_engines_on_an_open_model_have_caches_of_their_own(store):
         (result,), _ = other.generate([request])
         assert (result.tokens, model.text_of(request, result)) == (answer.token_ids, answer.text)
         assert other.cache is not model.engine.cache and model.engine.options.batch == 16
+
+
+def test_the_choice_of_the_reader_leaves_room_for_everything_else():
+    available = 8 << 30
+    for more, kind in ((0, "memory"), (1, "direct")):
+        assert _choose_reader(EngineOptions(), available - HEADROOM + more, available) == kind
+    assert _choose_reader(EngineOptions(fast_memory=1 << 20), 1, available) == "direct"
+    assert _choose_reader(EngineOptions(fast_memory=0.5), 1, available) == "memory"
+
+
+def test_direct_reads_are_tried_at_the_begin_of_pages(store, monkeypatch):
+    offsets, real = [], os.preadv
+
+    def preadv(handle, buffers, offset, *more):
+        offsets.append(offset)
+        return real(handle, buffers, offset, *more)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with load(store, reader="direct"):
+        assert offsets and all(offset % 4096 == 0 for offset in offsets)

@@ -12,12 +12,13 @@ import pytest
 
 from elmoe import bitslice
 from elmoe.convert import convert_checkpoint
+from elmoe.convert.losses import FormatChoice
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import StoreError
 from elmoe.models import spec_of_config
-from elmoe.store import open_store
+from elmoe.store import open_direct, open_store
 from elmoe.store.synthetic import synthesize
 from tests.checkpoints import tiny_config, write_checkpoint
 
@@ -150,6 +151,65 @@ def test_damage_is_named(store, damage, message):
     damage(store)
     with pytest.raises(StoreError, match=message):
         open_store(store)
+
+
+def forget_shapes(store: Path) -> None:
+    """As stores of before the files knew the shapes of their tensors."""
+    for path in (store / "dense.bin", *store.glob("*.experts")):
+        overwrite(path, 20, bytes(8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m["model"].update(vocabulary=299),
+        lambda m: m["model"].update(vocabulary=304),
+        lambda m: m["model"].update(hidden=47),
+        lambda m: ffn(m, 0).update(width=39),
+        lambda m: ffn(m, 1).update(width=63),
+    ],
+    ids=["vocabulary of the same blocks", "larger", "norms of the same pages", "experts", "dense"],
+)
+def test_a_size_that_leaves_no_trace_in_sizes_of_files_is_found(store, change):
+    edit(store, change)
+    with pytest.raises(StoreError, match=r"'dense\.bin' holds tensors of other shapes than those of the model"):
+        open_store(store)
+    with pytest.raises(StoreError, match="other shapes"):
+        open_direct(store)
+
+
+def test_files_of_two_stores_are_no_store(store, tmp_path):
+    other = write_checkpoint(tmp_path / "source", tiny_config(mlp_only_layers=[1], moe_intermediate_size=37))
+    convert_checkpoint(other, tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "layer-002.experts", store / "layer-002.experts")
+    with pytest.raises(StoreError, match=r"'layer-002\.experts' holds tensors of other shapes"):
+        open_store(store)
+
+
+def test_older_stores_open_and_values_behind_the_end_of_a_tensor_are_found(store):
+    forget_shapes(store)
+    with open_store(store) as reader, open_direct(store):
+        reader.verify()
+    for change, name in (
+        (lambda m: m["model"].update(vocabulary=299), "embedding"),
+        (lambda m: m["model"].update(hidden=47), "final_norm"),
+    ):
+        original = (store / "manifest.json").read_text()
+        edit(store, change)
+        for opener in (open_store, open_direct):
+            with pytest.raises(StoreError, match=r"is larger in dense\.bin than the model says") as caught:
+                opener(store)
+            assert name in str(caught.value) or "norm" in str(caught.value)
+        (store / "manifest.json").write_text(original)
+
+
+@pytest.mark.parametrize("name", ["planes6", "affine4_k", "table4_mx", "experts=table4_nl"])
+def test_older_stores_of_other_formats_open(tmp_path, name):
+    source = write_checkpoint(tmp_path / "source", tiny_config(mlp_only_layers=[1]))
+    convert_checkpoint(source, tmp_path / "store", choice=FormatChoice.parse([name]))
+    forget_shapes(tmp_path / "store")
+    with open_store(tmp_path / "store") as reader, open_direct(tmp_path / "store"):
+        reader.verify()
 
 
 def test_a_tensor_that_the_model_lacks_is_named(store):

@@ -7,6 +7,7 @@ import json
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from elmoe.convert.gguf_tokenizer import describe
 from elmoe.errors import ConvertError, RequestError, StoreError
 from elmoe.text import TextStream
 from elmoe.tokenizer import encode, load_tokenizer
@@ -89,3 +90,30 @@ def test_text_that_is_no_unicode_and_no_text_are_refused():
         encode(tokenizer, "caf\udce9")
     with pytest.raises(RequestError, match="empty"):
         encode(tokenizer, "")
+
+
+def test_an_id_for_which_tokenizers_would_take_gigabytes_is_refused():
+    for number in (1 << 24, 268435460, (1 << 31) - 1):
+        data = json.loads(of_bytes().to_str())
+        data["model"]["vocab"]["!"] = number
+        with pytest.raises(StoreError, match=f"'t.json' has a token with the id {number}"):
+            load_tokenizer(json.dumps(data).encode(), "t.json")
+        with pytest.raises(ConvertError, match=f"the id {number}"):
+            describe(json.dumps(data).encode(), 300)
+    data = json.loads(of_bytes().to_str())
+    data["added_tokens"] = [{"id": 1 << 30, "content": "x", "single_word": False, "lstrip": False, "rstrip": False,
+                             "normalized": False, "special": True}]  # fmt: skip
+    with pytest.raises(StoreError, match="the id 1073741824"):
+        load_tokenizer(json.dumps(data, separators=(",", ":")).encode(), "t.json")
+
+
+def test_a_long_number_in_the_text_of_a_token_is_no_id():
+    tokenizer = of_bytes()
+    tokenizer.add_tokens([": 123456789012"])
+    assert encode(loaded(tokenizer), ": 123456789012") == (257,)
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_no_traceback():
+    tokenizer = Tokenizer(models.Unigram([("a", -1.0)]))
+    with pytest.raises(RequestError, match="the tokenizer fails on 'abc'"):
+        encode(loaded(tokenizer), "abc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from itertools import combinations
 
 import msgspec
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from elmoe.errors import TraceError
-from elmoe.trace import TRACE_VERSION, TraceRecorder, read_trace
+from elmoe.trace import TRACE_VERSION, TraceRecorder, read_facts, read_trace
 from elmoe.trace.format import METADATA_KEY, TracedModel, TraceHeader, table_schema
 from elmoe.trace.replacement import belady_misses, hit_rates
 from elmoe.trace.summary import summarise
@@ -198,3 +199,45 @@ def test_a_number_of_the_header_out_of_bounds_is_told(tmp_path, header):
 def test_a_name_that_is_no_text_is_told(tmp_path):
     with pytest.raises(TraceError):
         read_trace(str(tmp_path / "x\udce9"))
+
+
+def test_columns_whose_kind_or_names_are_damaged_are_refused(tmp_path):
+    record(tmp_path / "a.trace")
+    table = pq.read_table(tmp_path / "a.trace")
+    plain = table.set_column(table.column_names.index("experts"), "experts", pa.array([[1]] * 3, pa.list_(pa.uint16())))
+    pq.write_table(plain.replace_schema_metadata(table.schema.metadata), tmp_path / "list.trace")
+    raw = (tmp_path / "a.trace").read_bytes()
+    (tmp_path / "name.trace").write_bytes(raw.replace(b"sequence", b"seq\xffence"))
+    for name in ("list.trace", "name.trace"):
+        for reader in (read_trace, read_facts):
+            with pytest.raises(TraceError, match=name):
+                reader(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lengths": (1 << 29,)}, {"layers": 1 << 40}, {"ranks": 1 << 70}, {"lengths": (2, 1 << 28)}]
+)
+def test_a_header_of_facts_that_asks_for_gigabytes_is_refused(tmp_path, changes):
+    header = {"version": 1, "layers": 1, "ranks": 1, "experts": 4, "top_k": 1, "source": "x", "prompts": [1] * len(
+        changes.get("lengths", (2,))), "lengths": [2]} | changes  # fmt: skip
+    schema = pa.schema(
+        [("sequence", pa.int32()), ("position", pa.int32()), ("experts", pa.list_(pa.uint16(), 1))],
+        metadata={b"elmoe_facts": json.dumps(header)},
+    )
+    rows = {"sequence": [0, 0], "position": [0, 1], "experts": [[1], [2]]}
+    pq.write_table(pa.table(rows, schema=schema), tmp_path / "a.facts")
+    tracemalloc.start()
+    with pytest.raises(TraceError, match=r"expert ids|not those that the header promises|no sequence, layer"):
+        read_facts(tmp_path / "a.facts")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1 << 28
+
+
+def test_a_name_that_is_not_utf_8_stays_in_the_message(tmp_path):
+    path = tmp_path / "st\udce9"
+    for content in (None, b"x"):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(TraceError, match="st\udce9"):
+            read_trace(path)

@@ -223,3 +223,42 @@ def test_what_cannot_be_read_back_never_becomes_a_store(source, tmp_path, monkey
     with pytest.raises(ConvertError, match="what was written"):
         convert_checkpoint(source, tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_what_an_earlier_attempt_finished_is_kept_as_it_is(source, tmp_path, stopped):
+    before = {path.name: path.stat().st_ino for path in stopped.iterdir() if path.name != "journal.jsonl"}
+    marks = {name: (stopped / name).stat().st_mtime_ns for name in before}
+    finished = json.loads("[" + ",".join((stopped / "journal.jsonl").read_text().splitlines()) + "]")
+    names = {line["file"]["name"] for line in finished if line.get("file")}
+    assert {"dense.bin", "layer-000.experts", "layer-001.experts"} <= names
+    convert_checkpoint(source, tmp_path / "store")
+    for name in names:
+        found = (tmp_path / "store" / name).stat()
+        assert (found.st_ino, found.st_mtime_ns) == (before[name], marks[name]), name
+
+
+def test_a_conversion_that_finds_no_room_lets_go_of_its_target(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+        with pytest.raises(ConvertError, match="more bytes of disk") as kept:  # a traceback keeps the writer alive
+            convert_checkpoint(source, tmp_path / "store")
+    convert_checkpoint(source, tmp_path / "store")
+    assert kept.value.hint and (tmp_path / "store").is_dir()
+
+
+def test_what_is_written_is_put_on_the_disk_before_the_rename(source, tmp_path, monkeypatch):
+    synced, opened = [], len(os.listdir("/proc/self/fd"))
+    real = os.fsync
+
+    def fsync(handle):
+        number = handle if isinstance(handle, int) else handle.fileno()
+        synced.append(os.readlink(f"/proc/self/fd/{number}"))
+        return real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    convert_checkpoint(source, tmp_path / "store")
+    partial = str(tmp_path / "store.partial")
+    names = ("", "/journal.jsonl", "/dense.bin", "/layer-002.experts", "/tokenizer.json", "/manifest.json")
+    assert {partial + name for name in names} <= set(synced) and synced[-1] == str(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == opened

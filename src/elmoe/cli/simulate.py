@@ -12,7 +12,7 @@ import click
 
 from elmoe.cli.common import IntegerList, force_option, json_option, print_json
 from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
-from elmoe.terminal import number, print_table, progress_bar
+from elmoe.terminal import number, print_table, progress_bar, size
 
 
 @click.command()
@@ -81,6 +81,27 @@ def command(
     _show(rows)
 
 
+def _show_costs(rows: list[dict[str, Any]], model: str, batch: int) -> None:
+    """Joules, bytes and the busiest unit of one batch size: mean over prompts."""
+    from statistics import fmean
+
+    from elmoe.report.systems import busiest, simulated
+
+    groups: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
+    for row in simulated(rows):
+        if row["batch"] == batch:
+            groups.setdefault((row["system"], row["form"], row["acceptance"]), []).append(row)
+    print_table(
+        f"{model}, batch {batch}: energy, bytes and the busiest unit, simulated",
+        ("system", "form", "acceptance", "mJ/token", "bytes/token", "busiest unit"),
+        [
+            (*key, number(1e3 * fmean(row["joules_per_token"]["middle"] for row in group), 1),
+             size(fmean(sum(row["bytes_per_token"].values()) for row in group)), "{} {:.0%}".format(*busiest(group[0])))
+            for key, group in groups.items()
+        ],
+    )  # fmt: skip
+
+
 def _show(rows: list[dict[str, Any]]) -> None:
     """A table per model: mean over prompts."""
     from elmoe.sim.result import averaged
@@ -99,6 +120,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
                 for key in dict.fromkeys(key for key, _ in table)
             ],
         )  # fmt: skip
+        _show_costs(mine, model, batches[-1])
     errors = sorted({f"{row['system']}, {row['model']}: {row['error']}" for row in rows if "error" in row})
     for error in errors:
         click.echo(f"left out: {error}", err=True)

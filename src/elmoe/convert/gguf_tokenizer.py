@@ -19,7 +19,8 @@ from elmoe.chat import special_tokens_of
 from elmoe.convert.pre_tokenizers import PRE_TOKENIZERS, name_of
 from elmoe.convert.sentencepiece import sentencepiece
 from elmoe.errors import ConvertError, ElmoeError
-from elmoe.untrusted import load_object
+from elmoe.tokenizer import load_tokenizer
+from elmoe.untrusted import load_object, short
 
 GIVE_TOKENIZER = "give the model's tokenizer.json with --tokenizer"
 _SPECIAL_KEYS = {
@@ -58,10 +59,12 @@ def describe(tokenizer_json: bytes, vocabulary: int) -> GgufTokenizer:
     :raises ConvertError: it is no byte-level BPE with a known pre-tokenizer, or has more tokens than the ``vocabulary``.
     """
     try:
-        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+        tokenizer = load_tokenizer(tokenizer_json, "tokenizer.json", ConvertError)
         data = json.loads(tokenizer.to_str())  # as the library understood it: defaults filled in, merges in pairs
+    except ConvertError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
-        raise ConvertError(f"tokenizer.json is not readable: {error}") from error
+        raise ConvertError(f"tokenizer.json is not readable: {short(error)}") from error
     model = data["model"]
     plain = model["type"] == "BPE" and not any(
         model.get(key) for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
@@ -243,9 +246,9 @@ def _carried(text: Any, tokens: list[str]) -> bytes:
     """The tokenizer.json that a file carries, if its tokens are those of the file."""
     key = Keys.Tokenizer.HF_JSON
     try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ConvertError(f"metadata '{key}' is not readable: {error}", GIVE_TOKENIZER) from error
+        tokenizer = load_tokenizer(str(text).encode(), f"metadata {key}", ConvertError)
+    except ConvertError as error:
+        raise ConvertError(str(error), GIVE_TOKENIZER) from error
     for token, index in tokenizer.get_vocab(with_added_tokens=True).items():
         if index >= len(tokens) or tokens[index] != token:
             raise ConvertError(f"metadata '{key}' and '{Keys.Tokenizer.LIST}' differ at token {index}", GIVE_TOKENIZER)

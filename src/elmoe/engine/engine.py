@@ -102,6 +102,7 @@ class Engine:
             batch = self.scheduler.schedule()
             if not batch.decoding and not batch.chunks:
                 return self.scheduler.commit(batch)  # what was aborted
+            self._check_files()
             plan = self._manager.plan(len(self.scheduler.running))
             began = perf_counter()
             proposals = self._drafter.draft(batch, plan) if plan.draft_length else {}
@@ -163,8 +164,7 @@ class Engine:
 
     def _expect(self, sizes: FastTierSizes, recorder: TraceRecorder | None = None, timeline: Timeline | None = None) -> None:
         """Requests with these sizes are about to come: count into new statistics and tell those who watch."""
-        if isinstance(self._reader, MemoryReader) and not self.fitting.enforced:
-            self._reader.check_sizes()
+        self._check_files()
         self.statistics = statistics = Statistics(dense_bytes=self._reader.dense_bytes)
         self._counting, self._began = StatisticsObserver(statistics), (perf_counter(), self.tier.bytes_read)
         traces = [] if recorder is None else [TraceObserver(recorder)]
@@ -173,6 +173,11 @@ class Engine:
         self.tier.begin_run(statistics, timeline)
         self._manager.expect(sizes, self.fitting.budget(sizes))
         self._expected = True
+
+    def _check_files(self) -> None:
+        """StoreError where a mapped file was shortened: reading it would end the process. A few microseconds."""
+        if isinstance(self._reader, MemoryReader) and not self.fitting.enforced:
+            self._reader.check_sizes()
 
     def _end_run(self) -> None:
         """Nobody is served: complete the statistics."""

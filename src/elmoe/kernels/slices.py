@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,6 +70,10 @@ class SlicesFeed:
 
 def read_failed(failure: SliceReadFailure) -> StoreError:
     """The error of a slice that cannot be read: it names the file, the expert and the reason."""
+    refused = any(os.strerror(code) in str(failure) for code in (errno.EINVAL, errno.EOPNOTSUPP))
+    if refused:  # a file system that took O_DIRECT at open, and at the first page
+        hint = "its file system refuses direct reads: use --reader memory, or copy the store to another one"
+        return StoreError(str(failure), hint)
     return StoreError(str(failure), "check the disk, then `elmoe inspect --verify`")
 
 

@@ -31,6 +31,13 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     plot: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        data, layout = self.plot.get("data"), self.plot.get("layout")
+        if not isinstance(data, list) or not isinstance(layout, dict):
+            raise ValueError("a plot has a list 'data' and an object 'layout'")
+        if not isinstance(layout.get("height", 0), int | float | None):
+            raise ValueError("the height of a plot is no number")
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
     """``claim``: what is tested, ``verdict``: what came out, in words. ``command`` makes the section anew; ``date``: when it

@@ -46,7 +46,7 @@ class DirectReader(MemoryReader):
             raise StoreError(f"'{name}' has {found} bytes, the manifest says {size}", "truncated: copy it anew")
         content = private_memory(size if name == DENSE_FILE else PAGE)
         _read(handle, name, memoryview(content), 0)
-        check_header(content[:PAGE], name, role, layer)
+        self._shapes[name] = check_header(content[:PAGE], name, role, layer)
         self._sizes[name] = size
         if name == DENSE_FILE:
             self._maps[name] = np.frombuffer(content, np.uint8)

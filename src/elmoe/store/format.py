@@ -27,7 +27,9 @@ MAGIC = b"ELMOESTR"
 MANIFEST = "manifest.json"
 DENSE_FILE = "dense.bin"
 DENSE_ROLE, EXPERTS_ROLE = 0, 1
-_HEADER = struct.Struct("<8sIII")
+_HEADER = struct.Struct("<8sIII8s")
+NO_SHAPES = b"\0" * 8
+"""In place of the digest of shapes, in stores of before it was written."""
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -93,20 +95,21 @@ def layer_file(layer: int) -> str:
     return f"layer-{layer:03d}.experts"
 
 
-def header_page(role: int, layer: int) -> bytes:
-    """The first page of a data file."""
-    return _HEADER.pack(MAGIC, DATA_VERSION, role, layer).ljust(PAGE, b"\0")
+def header_page(role: int, layer: int, shapes: bytes) -> bytes:
+    """The first page of a data file. ``shapes``: see ``layout.shapes_digest``."""
+    return _HEADER.pack(MAGIC, DATA_VERSION, role, layer, shapes).ljust(PAGE, b"\0")
 
 
-def check_header(page: bytes, name: str, role: int, layer: int) -> None:
-    """Raise StoreError where a data file does not begin as it must."""
+def check_header(page: bytes, name: str, role: int, layer: int) -> bytes:
+    """The digest of shapes in a data file, or ``NO_SHAPES``; StoreError where it does not begin as it must."""
     if len(page) < _HEADER.size or page[:8] != MAGIC:
         raise StoreError(f"'{name}' does not begin with the magic of an elmoe data file", "the file is damaged or foreign")
-    _, version, found_role, found_layer = _HEADER.unpack_from(page)
+    _, version, found_role, found_layer, found_shapes = _HEADER.unpack_from(page)
     if version > DATA_VERSION:
         raise StoreError(f"'{name}' has version {version}, this elmoe reads up to {DATA_VERSION}", "update elmoe")
     if (found_role, found_layer) != (role, layer):
         raise StoreError(f"'{name}' is the file of another role or layer", "convert the model anew")
+    return bytes(found_shapes)
 
 
 def check_name(name: str, field: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from elmoe.bitslice import ExpertLayout
 from elmoe.bitslice.expert import PAGE
 from elmoe.bitslice.nested import ceil_div
@@ -36,6 +38,15 @@ def record_sections(part: FeedForward, format: str = DEFAULT) -> dict[str, int]:
     """Record -> bytes of one expert: its slices, one or two."""
     layout = record_layout(part, format)
     return {"msb": layout.msb_bytes} | ({"lsb": layout.lsb_bytes} if layout.lsb_bytes else {})
+
+
+def shapes_digest(spec: ModelSpec) -> bytes:
+    """8 bytes that tell whether two specs have the same tensors: sizes that share blocks and pages leave no trace in
+    the sizes of a store's files."""
+    lines = [f"{tensor.name} {tensor.kind} {list(tensor.shape)}" for tensor in tensors(spec)]
+    parts = (feed_forward(spec, layer) for layer in range(len(spec.layers)))
+    lines += [f"{part.name} {part.kind} {[part.count, part.hidden, part.width]}" for part in parts]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
 
 
 def store_bytes(spec: ModelSpec, formats: Formats) -> int:

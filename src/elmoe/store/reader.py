@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import ExpertLayout, Matrix, StackedMatrix, from_sections
 from elmoe.bitslice.expert import PAGE
-from elmoe.bitslice.nested import ceil_div
+from elmoe.bitslice.nested import BLOCK_ROWS, NestedMatrix, ceil_div
 from elmoe.errors import ModelError, StoreError
 from elmoe.models.spec import ModelSpec
 from elmoe.models.support import check_supported
@@ -26,7 +27,9 @@ from elmoe.store.format import (
     DENSE_ROLE,
     EXPERTS_ROLE,
     FORMAT,
+    MAGIC,
     MANIFEST,
+    NO_SHAPES,
     VERSION,
     LayerEntry,
     Manifest,
@@ -35,7 +38,7 @@ from elmoe.store.format import (
     check_name,
     checksum,
 )
-from elmoe.store.layout import after_sections, record_layout, record_sections, tensor_sections
+from elmoe.store.layout import after_sections, record_layout, record_sections, shapes_digest, tensor_sections
 from elmoe.tokenizer import TOKENIZER_LIMIT, load_tokenizer
 from elmoe.untrusted import read_bytes, read_text
 
@@ -45,19 +48,40 @@ if TYPE_CHECKING:
 MANIFEST_LIMIT = 256 << 20
 """Bytes of the largest manifest that is read."""
 DEMO = Path(__file__).resolve().parent.parent / "presets" / "demo"
+GIVE_STORE = "give a GGUF file, a Hugging Face folder, a folder that `elmoe convert` wrote, or `demo`"
 
 
 def resolve_store(name: str | Path) -> Path:
     """A path, or the embedded store for ``demo``; StoreError if there is no store."""
     path = DEMO if str(name) == "demo" else Path(name)
-    if not path.is_dir():
-        raise StoreError(
-            f"there is no store '{name}'",
-            "give a GGUF file, a Hugging Face folder, a folder that `elmoe convert` wrote, or `demo`",
-        )
+    if os.path.isfile(path):
+        kind, hint = _kind_of_file(path)
+        raise StoreError(f"'{name}' is {kind}, not the directory of a store", hint)
+    if not os.path.isdir(path):  # os.path: a name that is too long, or holds a NUL, is there neither
+        raise StoreError(f"there is no store '{name}'", GIVE_STORE)
+    if not (path / MANIFEST).is_file() and (path / "config.json").is_file():
+        raise StoreError(f"'{name}' is a checkpoint, not a store", "convert it first: elmoe convert CHECKPOINT STORE")
     if not (path / MANIFEST).is_file():
         raise StoreError(f"'{name}' has no {MANIFEST}", "it is not a store, or its conversion did not finish")
     return path
+
+
+def _kind_of_file(path: Path) -> tuple[str, str]:
+    """What a file is that was given in place of a store, and the mend."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(64)
+    except OSError:
+        begin = b""
+    if begin.startswith(b"GGUF"):
+        return "a GGUF file", "convert it first: elmoe convert FILE.gguf STORE"
+    if path.suffix == ".safetensors" or begin[8:9] == b"{":
+        return "a safetensors file", "give the folder it is in"
+    if path.name == MANIFEST or begin.startswith(MAGIC):
+        return "a file of a store", "give the directory it is in"
+    if begin.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer", "run `git lfs pull` in its folder"
+    return "a file", GIVE_STORE
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -88,8 +112,9 @@ def read_manifest(path: Path) -> Manifest:
 class MemoryReader:
     """A store mapped into memory, read-only; the page cache is its tier. A context manager.
 
-    A file that is shortened while it is mapped ends the process when it is read beyond its new end (SIGBUS):
-    ``check_sizes`` tells of it before work begins, and nothing can during it. Replace a store's files by renaming others.
+    A file that is shortened while it is mapped ends the process when it is read beyond its new end (SIGBUS). ``check_sizes``
+    tells of it, and the engine asks before each step; what happens within a step it cannot tell. Replace a store's files by
+    renaming others: those that are mapped stay.
     """
 
     kind = "memory"
@@ -99,7 +124,9 @@ class MemoryReader:
         self.manifest = manifest = read_manifest(path)
         self.spec: ModelSpec = manifest.model
         self._maps: dict[str, NDArray[np.uint8]] = {}
+        self._views: dict[str, mmap.mmap] = {}
         self._sizes: dict[str, int] = {}
+        self._shapes: dict[str, bytes] = {}
         self._check_model()
         self._feed_forwards = [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
         self.formats: dict[str, str] = {entry.name: entry.format for entry in manifest.tensors}
@@ -116,6 +143,7 @@ class MemoryReader:
             self._open(entry.name, entry.bytes, *roles[entry.name])
         self._check_dense_file()
         self._check_layer_files()
+        self._check_shapes()
         for text in filter(None, (manifest.tokenizer, manifest.chat_template)):
             check_name(text.name, "tokenizer or chat template")
             if not (path / text.name).is_file():
@@ -132,6 +160,7 @@ class MemoryReader:
     def close(self) -> None:
         """Let go of the mappings; views handed out keep theirs alive."""
         self._maps.clear()
+        self._views.clear()
 
     def _file(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a data file; StoreError once the reader is closed."""
@@ -141,11 +170,10 @@ class MemoryReader:
 
     def check_sizes(self) -> None:
         """StoreError that names a file which is shorter now than it was when the store was opened."""
-        for name, size in self._sizes.items():
-            with suppress(OSError):  # a file whose name has gone is mapped still
-                found = (self.path / name).stat().st_size
-                if found < size:
-                    raise StoreError(f"'{name}' has {found} bytes, and had {size} when the store was opened", "copy it anew")
+        for name, view in self._views.items():
+            found, size = view.size(), self._sizes[name]  # of the mapped file, whatever its name is now
+            if found < size:
+                raise StoreError(f"'{name}' has {found} bytes, and had {size} when the store was opened", "copy it anew")
 
     def _open(self, name: str, size: int, role: int, layer: int) -> None:
         file = self.path / name
@@ -159,9 +187,21 @@ class MemoryReader:
                 view.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
             raise StoreError(f"'{name}' cannot be opened: {error.strerror}") from error
-        check_header(view[:PAGE], name, role, layer)
+        self._shapes[name] = check_header(view[:PAGE], name, role, layer)
         self._sizes[name] = size
-        self._maps[name] = np.frombuffer(view, np.uint8)
+        self._views[name], self._maps[name] = view, np.frombuffer(view, np.uint8)
+
+    def _check_shapes(self) -> None:
+        """StoreError where a file holds tensors of other shapes than the model's: some leave no trace in its size."""
+        expected = shapes_digest(self.spec)
+        for name, found in self._shapes.items():
+            if found not in (expected, NO_SHAPES):
+                raise StoreError(
+                    f"'{name}' holds tensors of other shapes than those of the model in {MANIFEST}",
+                    "the store is damaged, or mixed from two: convert the model anew",
+                )
+        if self._shapes[DENSE_FILE] == NO_SHAPES:
+            self._check_padding()
 
     def _check_model(self) -> None:
         try:
@@ -212,6 +252,25 @@ class MemoryReader:
                     )  # fmt: skip
         if ceil_div(end, PAGE) * PAGE != limit:
             raise StoreError(f"{MANIFEST}: the model's tensors fill {end} of {limit} bytes of {DENSE_FILE}", damaged)
+
+    def _check_padding(self) -> None:
+        """StoreError where ``dense.bin`` holds values behind the end of a tensor: the model's sizes are too small. For files
+        that do not know the shapes of their tensors; of matrices those of the default format, which older stores have."""
+        for name, (_, tensor) in self._tensors.items():
+            if isinstance(tensor, FeedForward):
+                continue
+            if tensor.kind == "matrix":
+                matrix = self.matrix(name)
+                if not isinstance(matrix, NestedMatrix):
+                    continue
+                behind: NDArray = matrix.scales[-1, :, (tensor.shape[0] - 1) % BLOCK_ROWS + 1 :]
+            else:
+                _, offset, size = self._sections(name)[0]
+                behind = self._file(DENSE_FILE)[offset + size : ceil_div(offset + size, PAGE) * PAGE]
+            if behind.any():
+                raise StoreError(
+                    f"{MANIFEST}: '{name}' is larger in {DENSE_FILE} than the model says", "convert the model anew"
+                )
 
     def _check_layer_files(self) -> None:
         """StoreError unless the experts of each layer fill its file."""

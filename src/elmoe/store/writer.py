@@ -39,7 +39,7 @@ from elmoe.store.format import (
     layer_file,
 )
 from elmoe.store.journal import Journal, JournalLine, sync_directory
-from elmoe.store.layout import after_sections, record_layout, record_sections, store_bytes, tensor_sections
+from elmoe.store.layout import after_sections, record_layout, record_sections, shapes_digest, store_bytes, tensor_sections
 from elmoe.store.reader import MemoryReader
 
 ROW_BLOCK = 4096
@@ -82,6 +82,7 @@ class StoreWriter:
     ) -> None:
         self.path, self.spec, self._source, self._formats = Path(path), spec, source, formats or {}
         self._ask, self._fingerprint = fingerprint, fingerprint()
+        self._shapes = shapes_digest(spec)
         check_formats(spec, self._formats)
         self._journal = journal = Journal(self.path)
         self.partial = journal.partial
@@ -118,11 +119,15 @@ class StoreWriter:
             parts = list(self._sections(line))
             with open(self.partial / name, "rb") as handle:
                 role = (DENSE_ROLE, 0) if line.layer is None else (EXPERTS_ROLE, line.layer.layer)
-                check_header(handle.read(PAGE), name, *role)
+                shapes = check_header(handle.read(PAGE), name, *role)
                 whole = line.file is None or os.fstat(handle.fileno()).st_size == line.file.bytes
-                return whole and all(
-                    checksum(*(os.pread(handle.fileno(), size, offset) for offset, size in sections)) == expected
-                    for sections, expected in parts
+                return (
+                    shapes == self._shapes
+                    and whole
+                    and all(
+                        checksum(*(os.pread(handle.fileno(), size, offset) for offset, size in sections)) == expected
+                        for sections, expected in parts
+                    )
                 )
         except (OSError, StoreError, KeyError, ValueError, OverflowError):
             return False
@@ -204,7 +209,7 @@ class StoreWriter:
         found = {entry.name: entry for line in self._journal.lines if not line.file for entry in line.tensors}
         with _guarded(self.path), open(self.partial / DENSE_FILE, "r+b" if found else "w+b") as handle:
             if not found:
-                handle.write(header_page(DENSE_ROLE, 0))
+                handle.write(header_page(DENSE_ROLE, 0, self._shapes))
                 handle.flush()
             dense, noted, safe = DenseFile(handle.fileno(), found), len(found), 0
             everything: list[Tensor | FeedForward] = [*names, *parts]
@@ -226,7 +231,7 @@ class StoreWriter:
         format = part.format(self._formats)
         name, layout, sums = layer_file(part.layer), record_layout(part, format), []
         with _guarded(self.path), open(self.partial / name, "w+b") as handle:
-            handle.write(header_page(EXPERTS_ROLE, part.layer))
+            handle.write(header_page(EXPERTS_ROLE, part.layer, self._shapes))
             for expert in range(part.count):
                 records = layout.pack(weights.projections(part, expert, layout.formats))
                 for record in records:

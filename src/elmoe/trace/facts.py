@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
 from elmoe.files import whole_file
-from elmoe.trace.format import FACTS_KEY, METADATA_KEY, Trace, read_trace
+from elmoe.trace.format import FACTS_KEY, METADATA_KEY, Trace, open_parquet, read_trace
 from elmoe.trace.summary import committed_rows
 from elmoe.untrusted import decode_json, load_object
 
@@ -156,24 +156,18 @@ def read_facts(path: str | Path) -> RoutingFacts:
 
     :raises TraceError: it is neither, from the future, damaged, or too large.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
-            metadata = (schema.metadata or {}).get(FACTS_KEY)
-            if metadata is not None:
-                header = _header(path, metadata)
-                if not schema.equals(_table_schema(header)):
-                    raise TraceError(f"'{path}' does not have the columns of a version {header.version} facts file")
-                _check_size(max(rows, len(header.lengths) * max(header.lengths)) * header.layers * header.ranks)
-                table = file.read()
-    except FileNotFoundError:
-        raise TraceError(f"there is no trace '{path}'") from None
-    except (pa.ArrowException, OSError) as error:
-        raise TraceError(f"'{path}' is not a readable Parquet file: {error}", "write it anew") from error
+    with open_parquet(path) as file:
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+        metadata = (schema.metadata or {}).get(FACTS_KEY)
+        if metadata is not None:
+            header = _header(path, metadata)
+            _check_size(max(rows, len(header.lengths) * max(header.lengths)) * header.layers * header.ranks)
+            if not schema.equals(_table_schema(header)):
+                raise TraceError(f"'{path}' does not have the columns of a version {header.version} facts file")
+            table = file.read()
+        elif (schema.metadata or {}).get(METADATA_KEY) is not None and "experts" in schema.names:
+            _check_size(rows * int(getattr(schema.field("experts").type, "list_size", 1)))
     if metadata is None:
-        if (schema.metadata or {}).get(METADATA_KEY) is not None:
-            width = schema.field("experts").type.list_size if "experts" in schema.names else 1
-            _check_size(rows * int(width))
         return facts_of_trace(read_trace(path))
     try:
         return _facts_of_table(header, table)
@@ -193,15 +187,17 @@ def _header(path: str | Path, metadata: bytes) -> FactsHeader:
 
 def _facts_of_table(header: FactsHeader, table: pa.Table) -> RoutingFacts:
     lengths, prompts = _counts(header.lengths), _counts(header.prompts)
-    computed = np.arange(lengths.max()) < lengths[:, None]
-    sequence, position = np.nonzero(computed)
-    same = table.num_rows == len(sequence) and all(
+    if table.num_rows != sum(header.lengths):
+        raise TraceError("the rows are not those that the header promises")
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.arange(len(sequence)) - (np.cumsum(lengths) - lengths)[sequence]
+    same = all(
         np.array_equal(table.column(name).to_numpy(), values)
         for name, values in (("sequence", sequence), ("position", position))
     )
     if not same:
         raise TraceError("the rows are not those that the header promises")
-    ranked = np.zeros((*computed.shape, header.layers, header.ranks), np.uint16)
+    ranked = np.zeros((len(lengths), int(lengths.max()), header.layers, header.ranks), np.uint16)
     flat = table.column("experts").combine_chunks().flatten().to_numpy(zero_copy_only=False)
     if flat.dtype != np.uint16 or flat.size != len(sequence) * header.layers * header.ranks:
         raise TraceError("the experts have missing values")

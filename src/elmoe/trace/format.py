@@ -24,6 +24,8 @@ and free-form ``run``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,20 +133,33 @@ class Trace:
         return flat.reshape(self.table.num_rows, len(self.header.model.moe_layers), self.header.ranks)
 
 
-def read_trace(path: str | Path) -> Trace:
-    """Read and check a trace; TraceError if it is no trace, from the future, or damaged."""
+@contextmanager
+def open_parquet(path: str | Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file to read from; what fails in the block because the file is damaged is a TraceError."""
     try:
         with pq.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
-            header = _checked_header(path, schema)
-            width = len(header.model.moe_layers) * header.ranks
-            if rows * max(1, width) > MAX_TRACE_IDS:
-                raise TraceError(f"'{path}' holds {rows} rows of {width} ids, more than {MAX_TRACE_IDS} ids", "record less")
-            table = file.read()
+            yield file
     except FileNotFoundError:
         raise TraceError(f"there is no trace '{path}'") from None
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is not UTF-8
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # ValueError: names that are no text
         raise TraceError(f"'{path}' is not a readable Parquet file: {short(error)}", "record it anew") from error
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read and check a trace; TraceError if it is no trace, from the future, or damaged."""
+    with open_parquet(path) as file:
+        schema, rows = file.schema_arrow, file.metadata.num_rows
+        header = _checked_header(path, schema)
+        width = len(header.model.moe_layers) * header.ranks
+        if rows * max(1, width) > MAX_TRACE_IDS:
+            raise TraceError(f"'{path}' holds {rows} rows of {width} ids, more than {MAX_TRACE_IDS} ids", "record less")
+        table = file.read()
     trace = Trace(header, table)
     try:
         _check_rows(trace)
