@@ -68,7 +68,9 @@ class Timeline:
         reading = _union([(span.began, span.ended) for span in self.spans if span.track.startswith("read ")])
         waits = [(span.began, span.ended) for span in self.spans if span.track == "waits"]
         total = sum(end - begin for begin, end in reading)
-        return 1 - sum(end - begin for begin, end in _union(waits)) / total if total else None
+        if not total:
+            return None
+        return max(0.0, 1 - sum(end - begin for begin, end in _union(waits)) / total)  # a wait may outlast its read a little
 
     def write(self, path: Path) -> None:
         """As a Chrome trace; nothing without spans."""
