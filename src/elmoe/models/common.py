@@ -108,17 +108,14 @@ def sigmoid_router(config: Config, normalize: bool, groups: int, kept: int, scal
     )  # fmt: skip
 
 
-def grouped_metadata(spec: ModelSpec) -> dict[str, int | float]:
-    """GGUF's metadata of a dense model; ModelError where its layers differ, which GGUF cannot say."""
-    attention, dense = spec.layers[0].attention, spec.layers[0].feed_forward
-    assert isinstance(attention, GroupedAttention) and attention.rope is not None and isinstance(dense, Dense)
-    if len(set(spec.layers)) > 1:
-        raise ModelError("the layers differ", "GGUF describes all of them by one: this model cannot be written")
+def attention_metadata(spec: ModelSpec) -> dict[str, int | float]:
+    """GGUF's metadata of what all families with grouped-query attention have."""
+    attention = spec.layers[0].attention
+    assert isinstance(attention, GroupedAttention) and attention.rope is not None
     return {
         "block_count": len(spec.layers),
         "context_length": spec.max_positions,
         "embedding_length": spec.hidden,
-        "feed_forward_length": dense.width,
         "attention.head_count": attention.heads,
         "attention.head_count_kv": attention.kv_heads,
         "attention.key_length": attention.head_dim,
@@ -130,8 +127,8 @@ def grouped_metadata(spec: ModelSpec) -> dict[str, int | float]:
     }
 
 
-def grouped_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
-    """GGUF's metadata that must have one of these values in a file of a dense model."""
+def attention_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
+    """GGUF's metadata that must have one of these values where attention is grouped and nothing is scaled."""
     attention = spec.layers[0].attention
     assert isinstance(attention, GroupedAttention)
     return {
@@ -141,5 +138,18 @@ def grouped_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
         "rope.scaling.factor": (1.0, 0.0),
         "rope.scale_linear": (1.0, 0.0),
         "rope.scaling.attn_factor": (1.0, 0.0),
-        "expert_count": (0,),
     }
+
+
+def grouped_metadata(spec: ModelSpec) -> dict[str, int | float]:
+    """GGUF's metadata of a dense model; ModelError where its layers differ, which GGUF cannot say."""
+    dense = spec.layers[0].feed_forward
+    assert isinstance(dense, Dense)
+    if len(set(spec.layers)) > 1:
+        raise ModelError("the layers differ", "GGUF describes all of them by one: this model cannot be written")
+    return attention_metadata(spec) | {"feed_forward_length": dense.width}
+
+
+def grouped_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
+    """GGUF's metadata that must have one of these values in a file of a dense model."""
+    return attention_fixed(spec) | {"expert_count": (0,)}

@@ -1,4 +1,4 @@
-"""Names of tensors that dense families with grouped-query attention share, in Hugging Face folders and in GGUF files."""
+"""Names of tensors that families with grouped-query attention share, in Hugging Face folders and in GGUF files."""
 
 from __future__ import annotations
 
