@@ -106,3 +106,15 @@ def test_reads_are_measured_up_to_drafts_of_six_tokens(length, measured):
     for token in range(8):
         history.observe({0: 1}, tokens[:, token : token + 1], found, np.array([100.0, 200.0, 400.0]))
     assert (history.ratios[2] == pytest.approx(history.ratios[1])) != measured
+
+
+def test_what_nobody_asks_for_stays_bounded():
+    """Choices may be rare: their wait is in proportion to what the last one took, and that to what it had to look at."""
+    asked, silent = ReadHistory(LENGTHS, MSB, LSB), ReadHistory(LENGTHS, MSB, LSB)
+    tokens, found = stream(2000, 12), residents(13)
+    for token in range(2000):
+        for history in (asked, silent):
+            history.observe({0: 1}, tokens[:, token : token + 1], found, FLAT)
+        assert len(silent._waiting) < 256 and len(silent._touched) < 300 and len(silent._passes) < 300
+        assert np.isfinite(asked.ratios).all()
+    assert silent.ratios == pytest.approx(asked.ratios)

@@ -18,6 +18,8 @@ DECAY = 0.95
 """Decay of the measured bytes per pass."""
 PRIOR = 2.0
 """Weight of the modelled bytes, in passes."""
+MOST_WAITING = 256
+"""Passes that wait at most: where choices are rare, memory and the time of the next one stay bounded."""
 LONGEST = 6
 """Longest draft whose reads are measured. Those of longer ones stand to their model as those of this one."""
 
@@ -64,6 +66,9 @@ class ReadHistory:
             nothing. :param settled: (MSB, LSB) slices that must be resident, or its bytes tell of slices just changed.
         """
         self._waiting.append((sequences, experts, found, modelled, settled))
+        if len(self._waiting) >= MOST_WAITING:
+            self._look()
+            self._learn()
 
     def _look(self) -> None:
         """Look at the passes that wait."""
