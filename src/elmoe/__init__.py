@@ -11,11 +11,11 @@ The names below load what they need at their first use; their types are in ``__i
 """
 
 __version__ = "0.1.0"
-__all__ = ["EngineOptions", "Generation", "Model", "Piece", "SamplingParams", "load"]
+__all__ = ["ElmoeError", "EngineOptions", "Generation", "Model", "Piece", "SamplingParams", "load"]
 
 _HOMES = {
-    "EngineOptions": "elmoe.engine.options", "Generation": "elmoe.generation", "Model": "elmoe.llm",
-    "Piece": "elmoe.generation", "SamplingParams": "elmoe.generation", "load": "elmoe.llm",
+    "ElmoeError": "elmoe.errors", "EngineOptions": "elmoe.engine.options", "Generation": "elmoe.generation",
+    "Model": "elmoe.llm", "Piece": "elmoe.generation", "SamplingParams": "elmoe.generation", "load": "elmoe.llm",
 }  # fmt: skip
 
 

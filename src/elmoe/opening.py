@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from elmoe.bitslice import Backend
-from elmoe.convert.cache import stored
+from elmoe.convert.cache import naming_mend, stored
 from elmoe.engine.direct_tier import DirectTier
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.tier import ExpertTier
@@ -67,7 +67,13 @@ def open_to_serve(
     cache; ``auto`` is direct for a budget in bytes, or for a store larger than the memory available, where no budget means
     what is available.
     """
-    path = resolve_store(stored(store, store_dir))
+    given = stored(store, store_dir)
+    path = resolve_store(given)
+    with naming_mend(store, given):
+        return _open(path, options, backend, wanted)
+
+
+def _open(path: Path, options: EngineOptions, backend: BackendName, wanted: Reader) -> Opened:
     store_bytes, available = sum(file.bytes for file in read_manifest(path).files), available_memory()
     kind = wanted if wanted != "auto" else _choose_reader(options, store_bytes, available)
     note = f"reader: {kind} ({format_bytes(store_bytes)} store, {format_bytes(available)} of memory available)"

@@ -22,7 +22,7 @@ from elmoe.cli.main import cli
 from elmoe.convert import cache, convert_checkpoint, identity
 from elmoe.convert.cache import Telling, stored
 from elmoe.convert.gguf_export import export_store
-from elmoe.errors import ConvertError, ElmoeError
+from elmoe.errors import ConvertError, ElmoeError, StoreError
 from elmoe.store import open_store, writer
 from tests.checkpoints import tiny_config, write_checkpoint
 from tests.unit.test_dense import LLAMA
@@ -119,9 +119,82 @@ def test_a_source_that_changed_is_converted_anew_and_the_reason_is_told(tmp_path
         shutil.rmtree(path)
         expected = "goes on where it stopped"
     again = Path(stored(source, tmp_path / "cache", told.telling))
-    assert again == path and len(told.lines) == 2 and expected in told.lines[1]
-    assert (contents(path)["dense.bin"] == first["dense.bin"]) == (how != "content")
-    assert stored(source, tmp_path / "cache", told.telling) == path and len(told.lines) == 2
+    assert (again == path) == (how == "gone") and len(told.lines) == 2 and expected in told.lines[1]
+    assert (contents(again)["dense.bin"] == first["dense.bin"]) == (how != "content")
+    assert stored(source, tmp_path / "cache", told.telling) == again and len(told.lines) == 2
+    assert sorted(one.name for one in again.parent.iterdir()) == sorted([cache.ENTRY, again.name])  # nothing of before
+
+
+def test_a_store_is_never_taken_for_that_of_another_source(tmp_path):
+    """Whatever happens to the entry: the store's own name tells whose it is."""
+    source, told = file_of(LLAMA, tmp_path), Told()
+    path = Path(stored(source, tmp_path / "cache", told.telling))
+    first, entry = contents(path), path.parent / cache.ENTRY
+    for damage in ("", "{", "[]", '{"path": "x", "name": "../x", "identity": {}}'):
+        entry.write_text(damage)
+        assert stored(source, tmp_path / "cache", told.telling) == path and len(told.lines) == 1
+    other = file_of(LLAMA | {"num_hidden_layers": 2}, tmp_path, "other.gguf")
+    shutil.move(other, source)
+    again = Path(stored(source, tmp_path / "cache", told.telling))
+    assert again != path and contents(again)["dense.bin"] != first["dense.bin"]
+    with open_store(again) as reader:
+        assert len(reader.spec.layers) == 2
+
+
+def test_a_store_that_lost_its_manifest_is_made_anew(tmp_path):
+    source, told = file_of(LLAMA, tmp_path), Told()
+    path = Path(stored(source, tmp_path / "cache", told.telling))
+    before = contents(path)
+    (path / "manifest.json").unlink()
+    assert Path(stored(source, tmp_path / "cache", told.telling)) == path and contents(path) == before
+
+
+def test_a_damaged_store_in_the_cache_is_named_with_what_mends_it(tmp_path):
+    source = file_of(LLAMA, tmp_path)
+    path = Path(stored(source, tmp_path / "cache", Told().telling))
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError) as caught:
+        elmoe.load(source, store_dir=tmp_path / "cache")
+    assert "elmoe cache remove" in caught.value.hint and path.name in caught.value.hint
+    (removed,) = cache.remove(path.name, tmp_path / "cache")
+    assert removed.store == path
+    with elmoe.load(source, store_dir=tmp_path / "cache") as model:
+        assert model.generate([5], max_tokens=1).token_ids
+
+
+@pytest.mark.parametrize(
+    "name", ["entry.json.gguf", "m" * 240 + ".gguf", os.fsdecode(b"m\xff\xfe.gguf"), "ä b;c.gguf", "-x.gguf"]
+)
+def test_any_name_of_a_file(tmp_path, name):
+    source, told = file_of(LLAMA, tmp_path), Told()
+    source = source.rename(tmp_path / name)
+    path = stored(source, tmp_path / "cache", told.telling)
+    assert stored(source, tmp_path / "cache", told.telling) == path and len(told.lines) == 1
+    (one,) = cache.entries(tmp_path / "cache")
+    assert one.whole and cache.remove(str(source), tmp_path / "cache") == [one]
+
+
+def test_pipes_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert stored(tmp_path / "pipe", tmp_path / "cache") == tmp_path / "pipe"  # no source: it is not opened
+    folder = folder_of(LLAMA, tmp_path)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    os.mkfifo(folder / "generation_config.json")
+    with pytest.raises(ConvertError, match=r"generation_config\.json' is not a regular file"):
+        stored(folder, tmp_path / "cache", Told().telling)
+
+
+def test_everything_in_a_cache_can_be_removed(tmp_path):
+    root = tmp_path / "cache"
+    stored(file_of(LLAMA, tmp_path), root, Told().telling)
+    (root / "damaged").mkdir()
+    (root / "damaged" / cache.ENTRY).write_text("{")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / cache.ENTRY).write_text("{}")
+    (root / "link").symlink_to(tmp_path / "elsewhere")
+    result = CliRunner().invoke(cli, ["cache", "remove", "--all", "--store-dir", str(root)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert [one.name for one in root.iterdir()] == ["link"] and (tmp_path / "elsewhere" / cache.ENTRY).exists()
 
 
 def test_a_bad_source_leaves_the_store_of_the_good_one(tmp_path):
@@ -157,9 +230,9 @@ def test_a_killed_conversion_goes_on(tmp_path, config, after):
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, capture_output=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
     (place,) = (tmp_path / "cache").iterdir()
-    assert not (place / "model").exists()
-    journal = (place / "model.partial" / "journal.jsonl").read_text().splitlines()
-    assert len(journal) >= after
+    (partial,) = (one for one in place.iterdir() if one.is_dir())
+    assert partial.suffix == ".partial" and not (place / partial.stem).exists()
+    assert len((partial / "journal.jsonl").read_text().splitlines()) >= after
     told = Told()
     path = Path(stored(source, tmp_path / "cache", told.telling))
     assert "goes on where it stopped" in told.lines[0]
@@ -245,7 +318,7 @@ def test_split_files(tmp_path):
         stored(second, tmp_path / "cache", told.telling)
     data = second.read_bytes()
     second.write_bytes(data[:-64] + bytes(64))
-    assert Path(stored(first, tmp_path / "cache", told.telling)) == path
+    assert Path(stored(first, tmp_path / "cache", told.telling)) != path
     assert "'m-00002-of-00002.gguf' has another content" in told.lines[1]
     second.unlink()
     with pytest.raises(ConvertError, match=r"'m-00002-of-00002\.gguf' is missing"):
@@ -296,7 +369,7 @@ def test_python_and_the_command_line_take_files(tmp_path, monkeypatch, capfd):
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
-    assert call("inspect", str(source), "--verify")["path"] == "model"
+    assert call("inspect", str(source), "--verify")["path"].startswith("model-")
     assert call("export", str(source), str(tmp_path / "again.gguf"))["bytes"] > 0
     row = call("cache", "list")["rows"][0]
     assert row["source"] == str(source) and row["whole"] and row["bytes"] > 100_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import elmoe
 from tests.refused import WHALE, idle, told
 from tests.templated import templated_store
@@ -143,3 +145,15 @@ def test_options_come_as_an_object_or_as_keywords():
         chosen = other.engine.options
         assert (chosen.mode, chosen.batch, chosen.draft_length) == ("plain", 3, 2)
         assert other.spec.vocabulary > 0 and other.spec.max_positions == 2048
+
+
+def test_a_refused_batch_takes_nothing_from_the_next(tmp_path):
+    """The requests before the one that is refused are given up: what they held is free again."""
+    with elmoe.load("demo", batch=2, kv_memory=200_000) as model:
+        alone = model.generate("Hi", max_tokens=30).token_ids
+        with pytest.raises(elmoe.ElmoeError):
+            model.generate(["Hi", "Hello " * 200], max_tokens=30)
+        assert model.generate("Hi", max_tokens=30).token_ids == alone
+        with pytest.raises(elmoe.ElmoeError):
+            model.generate(["Hi", "Hi", "Hello " * 200], max_tokens=30)
+        assert model.generate(["Hi", "Yes"], max_tokens=30)[0].token_ids == alone

@@ -17,14 +17,15 @@ from elmoe.terminal import progress_bar
 @json_option
 def command(store: str, out: Path, store_dir: Path | None, as_json: bool) -> None:
     """Write STORE as the GGUF file OUT, every tensor in the type that its format is: what llama.cpp and its kin read."""
-    from elmoe.convert.cache import stored
+    from elmoe.convert.cache import naming_mend, stored
     from elmoe.convert.gguf_export import export_store
     from elmoe.files import check_output
     from elmoe.store import open_store
 
     if not out.exists():  # one that exists is refused by the export itself
         check_output(out, what="file", folders=True)
-    with open_store(stored(store, store_dir)) as reader, progress_bar("writing", None, bytes_=True) as bar:
+    path = stored(store, store_dir)
+    with naming_mend(store, path), open_store(path) as reader, progress_bar("writing", None, bytes_=True) as bar:
         export_store(reader, out, lambda done, total: bar(done, total))
     if as_json:
         print_json({"file": str(out), "bytes": out.stat().st_size})

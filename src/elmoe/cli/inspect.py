@@ -18,13 +18,14 @@ from elmoe.terminal import print_table, progress_bar, size
 @json_option
 def command(store: str, do_verify: bool, store_dir: Path | None, as_json: bool) -> None:
     """What is in STORE, its sizes per tier, and whether its checksums hold."""
-    from elmoe.convert.cache import stored
+    from elmoe.convert.cache import naming_mend, stored
     from elmoe.engine.fitting import smallest_budget
     from elmoe.engine.kv_cache import PAGE_POSITIONS
     from elmoe.engine.tier import tier_sizes
     from elmoe.store import open_store
 
-    with open_store(stored(store, store_dir)) as reader:
+    path = stored(store, store_dir)
+    with naming_mend(store, path), open_store(path) as reader:
         spec = reader.spec
         if do_verify:
             total = sum(file.bytes for file in reader.manifest.files)

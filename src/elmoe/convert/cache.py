@@ -1,18 +1,19 @@
 """Models that were given as a GGUF file or a Hugging Face folder: converted once into a cache, and found again there.
 
-A cache is a folder with one folder for each source: ``entry.json``, written before the conversion begins, and the store,
-which appears when it is whole. A killed conversion is resumed by the next start; a source that has changed is converted
-anew.
+A cache is a folder with one folder for each source: ``entry.json``, which tells of it, and the store, which appears when it
+is whole. A store's name ends with a digest of its source's identity: whatever happens to other files, a store is never taken
+for that of another source. A killed conversion is resumed by the next start; a source that has changed is converted anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from elmoe.convert.identity import difference, identity, is_source
+from elmoe.convert.identity import difference, identity, is_source, printable
 from elmoe.errors import ConvertError, StoreError
 from elmoe.files import write_whole
 from elmoe.units import format_bytes
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 RECIPE = 2
 """How sources are converted. Raised when the same source gives another store: what is cached is then converted anew."""
 ENTRY = "entry.json"
+LONGEST_NAME = 80
+"""Characters of a source's name in the name of its folder and of its store."""
+UNREADABLE = "(its entry cannot be read)"
 Bar = Callable[[str, float], AbstractContextManager[Callable[..., None]]]
 """A progress bar: takes a description and the bytes of the whole, yields a function of the bytes done."""
 
@@ -45,7 +49,8 @@ class Telling:
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """A source in the cache. ``path``: where it was; ``identity``: see ``convert.identity``; ``made``: when, UTC."""
+    """A source in the cache. ``path``: where it was; ``name``: of the store; ``identity``: see ``convert.identity``;
+    ``made``: when, UTC."""
 
     path: str
     name: str
@@ -70,7 +75,12 @@ class Cached:
     @property
     def whole(self) -> bool:
         """Whether the conversion has finished."""
-        return (self.store / "manifest.json").is_file()
+        return is_whole(self.store)
+
+
+def is_whole(store: Path) -> bool:
+    """Whether a store is there."""
+    return (store / "manifest.json").is_file()
 
 
 def default_folder() -> Path:
@@ -92,37 +102,48 @@ def stored(model: str | Path, folder: Path | None = None, telling: Telling | Non
     if path.suffix.lower() == ".gguf" and source.suffix.lower() != ".gguf":
         source = Path(os.path.abspath(path))  # a link to a blob: its own name tells of the parts
     found = identity(source)
+    digest = hashlib.blake2b(json.dumps([RECIPE, found], sort_keys=True).encode(), digest_size=8).hexdigest()
     place = root / f"{_plain(source.name)}-{hashlib.blake2b(os.fsencode(source), digest_size=6).hexdigest()}"
+    store = place / f"{_plain(source.stem if source.is_file() else source.name)}-{digest}"
+    if is_whole(store):
+        return store
     old = read_entry(place)
-    if old is not None and old.whole and (old.entry.identity, old.entry.recipe) == (found, RECIPE):
-        return old.store
-    for other in entries(root) if old is None else ():
-        if other.whole and (other.entry.identity, other.entry.recipe) == (found, RECIPE):
+    for other in entries(root) if old is None else ():  # the source may have been moved
+        if other.whole and other.store.name.endswith(f"-{digest}"):
             return other.store
-    return _convert(source, place, found, old, telling or _telling())
+    return _convert(source, store, found, old, telling or _telling())
 
 
-def _convert(source: Path, place: Path, found: dict[str, Any], old: Cached | None, telling: Telling) -> Path:
-    """Convert a source into its place in the cache, after saying why and what it takes."""
+@contextmanager
+def naming_mend(model: str | Path, store: str | Path) -> Iterator[None]:
+    """Errors of a store that ``stored`` found for a model say how to have it converted anew."""
+    try:
+        yield
+    except StoreError as error:
+        if Path(store) == Path(model):
+            raise
+        raise StoreError(str(error), f"elmoe cache remove {Path(store).name}: the next start converts it anew") from error
+
+
+def _convert(source: Path, store: Path, found: dict[str, Any], old: Cached | None, telling: Telling) -> Path:
+    """Convert a source into its store in the cache, after saying why and what it takes."""
     from elmoe.convert.convert import convert_source
     from elmoe.convert.source import open_source
     from elmoe.store.reader import MemoryReader
 
-    model = open_source(source)
+    model, place = open_source(source), store.parent
     model.check()
     _say(source, place, model, old, found, telling)
-    name = _plain(source.stem if source.is_file() else source.name)
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-    entry = Entry(path=str(source), name=name, identity=found, recipe=RECIPE, made=made)
-    if old is not None and (old.entry.identity, old.entry.recipe) != (found, RECIPE):
-        shutil.rmtree(old.store, ignore_errors=True)
     hint = "choose another folder with --store-dir"
     try:
         place.mkdir(parents=True, exist_ok=True)
+        if store.exists():  # damaged: whole ones are not converted again
+            shutil.rmtree(store)
     except OSError as error:
         raise ConvertError(f"cannot write the cache '{place}': {error.strerror}", hint) from error
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+    entry = Entry(path=printable(str(source)), name=store.name, identity=found, recipe=RECIPE, made=made)
     write_whole(place / ENTRY, msgspec.json.format(msgspec.json.encode(entry), indent=1), ConvertError)
-    store = place / entry.name
     try:
         with telling.bar("converting", model_bytes(model)) as bar:
             convert_source(model, store, written=lambda done, total: bar(done, total))
@@ -135,6 +156,9 @@ def _convert(source: Path, place: Path, found: dict[str, Any], old: Cached | Non
         if "bytes of disk" in str(error):
             raise ConvertError(str(error), f"free some disk, or {hint}") from error
         raise
+    if old is not None and old.entry.name != store.name:  # of the source as it was; what stays of it is only disk
+        for left in (old.store, old.store.with_name(old.store.name + ".partial")):
+            shutil.rmtree(left, ignore_errors=True)
     for line in model.losses.lines():
         telling.line(line)
     return store
@@ -167,21 +191,26 @@ def read_entry(folder: Path) -> Cached | None:
     """An entry of a cache; None where the folder is none, or not readable."""
     with suppress(OSError, msgspec.MsgspecError, ValueError):
         entry = msgspec.json.decode((folder / ENTRY).read_bytes(), type=Entry)
-        if _plain(entry.name) == entry.name:
-            return Cached(folder, entry, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        if _plain(entry.name, len(entry.name)) == entry.name:
+            return Cached(folder, entry, _bytes_of(folder))
     return None
 
 
 def entries(folder: Path | None = None) -> Iterator[Cached]:
-    """All entries of a cache, by name."""
+    """All entries of a cache, by name; those that cannot be read, too, so that they can be removed. Links are none."""
     root = folder or default_folder()
     names: list[str] = []
     with suppress(OSError):
         names = sorted(os.listdir(root))
     for name in names:
-        found = read_entry(root / name)
-        if found is not None:
-            yield found
+        place = root / name
+        if not place.is_symlink() and (place / ENTRY).is_file():
+            damaged = Entry(path=UNREADABLE, name="unreadable", identity={})
+            yield read_entry(place) or Cached(place, damaged, _bytes_of(place))
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def remove(name: str, folder: Path | None = None) -> list[Cached]:
@@ -190,7 +219,7 @@ def remove(name: str, folder: Path | None = None) -> list[Cached]:
     found = [
         one
         for one in entries(folder)
-        if name in (one.entry.name, one.folder.name, Path(one.entry.path).name) or wanted == one.entry.path
+        if name in (one.entry.name, one.folder.name, Path(one.entry.path).name) or printable(wanted) == one.entry.path
     ]
     if not found:
         raise ConvertError(f"the cache has no '{short(name)}'", "elmoe cache list shows what it has")
@@ -198,13 +227,13 @@ def remove(name: str, folder: Path | None = None) -> list[Cached]:
         try:
             shutil.rmtree(one.folder)
         except OSError as error:
-            raise ConvertError(f"cannot remove '{one.folder}': {error.strerror}") from error
+            raise ConvertError(f"cannot remove '{one.folder}': {error.strerror or error}") from error
     return found
 
 
-def _plain(name: str) -> str:
-    """A name without characters that a shell or a manifest would stumble over."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".-") or "_"
+def _plain(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name without characters that a shell or a manifest would stumble over, cut where it is long."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".-")[:longest] or "_"
 
 
 def _telling() -> Telling:

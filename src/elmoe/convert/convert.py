@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from elmoe.chat import check_template
+from elmoe.convert.identity import printable
 from elmoe.convert.losses import FormatChoice
 from elmoe.convert.source import Source, open_source
 from elmoe.errors import ConvertError
@@ -46,6 +47,8 @@ def convert_source(model: Source, store: Path, progress: Progress | None = None,
     load_tokenizer(tokenizer_json, "tokenizer.json", ConvertError)
     if template is not None:
         check_template(template, ConvertError)
-    with StoreWriter(store, model.spec, f"converted from {model.name}", model.fingerprint, model.formats) as writer:
+    with StoreWriter(
+        store, model.spec, f"converted from {printable(model.name)}", model.fingerprint, model.formats
+    ) as writer:
         writer.write(model, progress, written)
         writer.finish(tokenizer_json, template, special_tokens)

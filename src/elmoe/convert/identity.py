@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def is_source(path: Path) -> bool:
             return (path / "config.json").is_file() and not (path / "manifest.json").is_file()
         if path.suffix.lower() == ".gguf":
             return path.is_file()
+        if not path.is_file():  # a pipe would never answer
+            return False
         with open(path, "rb") as file:
             return file.read(4) == b"GGUF"
     except (OSError, ValueError):
@@ -62,13 +65,15 @@ def identity(path: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for file in source_files(path):
+        if file.exists() and not file.is_file():
+            raise ConvertError(f"'{file}' is not a regular file", "give a copy of it")
         try:
             with open(file, "rb") as handle:
                 size, digest = handle.seek(0, 2), hashlib.blake2b(digest_size=8)
                 for at in range(SAMPLES + 1):  # the first at the begin, the last at the end
                     handle.seek((size - SAMPLE) * at // SAMPLES if at and size > SAMPLE else 0)
                     digest.update(handle.read(SAMPLE if at else HEAD))
-            found[file.name] = [size, file.stat().st_mtime_ns, digest.hexdigest()]
+            found[printable(file.name)] = [size, file.stat().st_mtime_ns, digest.hexdigest()]
         except FileNotFoundError:
             if not path.is_dir():
                 raise ConvertError(
@@ -77,6 +82,11 @@ def identity(path: Path) -> dict[str, Any]:
         except OSError as error:
             raise ConvertError(f"'{file}' cannot be read: {error.strerror}") from error
     return found
+
+
+def printable(path: str) -> str:
+    """A path as text that JSON can hold, whatever its bytes."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> str:

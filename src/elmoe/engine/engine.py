@@ -137,7 +137,8 @@ class Engine:
         numbers: list[int] = []
         self.scheduler.together = True
         try:
-            numbers += [self.add(request) for request in requests]
+            for request in requests:
+                numbers.append(self.add(request))  # one by one: where one is refused, those before it are abandoned
             self.scheduler.first_request = numbers[0] if numbers else 0
             while self.has_work:
                 yield self.step()
