@@ -24,7 +24,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.text import Text
 
     cells = [[Text("-" if cell is None else shown(cell)) for cell in row] for row in rows]
-    table = Table(title=Text(shown(title)), title_justify="left", title_style="italic")
+    table = Table()
     for index, column in enumerate(columns):
         # The first column holds names, which may wrap; numbers stay whole.
         table.add_column(Text(column), justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
@@ -33,10 +33,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH, highlight=False)
+    console.print(Text(shown(title), style="italic"), soft_wrap=True)
     if Measurement.get(console, console.options.update(max_width=10_000), table).minimum <= console.width:
         console.print(table)
         return
-    console.print(Text(shown(title)), soft_wrap=True)
     for row in cells:
         for column, cell in zip(columns, row, strict=True):
             console.print(Text(f"  {column}: " if column else "") + cell, soft_wrap=True)
@@ -59,6 +59,11 @@ def percent(value: float | None) -> str | None:
 def number(value: float | None, digits: int = 2) -> str | None:
     """A fixed number of digits."""
     return None if value is None else f"{value:.{digits}f}"
+
+
+def small_number(value: float) -> str:
+    """One digit after the point, and more where the number is below one."""
+    return f"{value:.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
 
 
 def size(value: float | None) -> str | None:
@@ -89,3 +94,4 @@ def progress_bar(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(shown(description), total=total)
         yield lambda completed, total=None: progress.update(task, completed=completed, total=total)
+        progress.update(task, completed=progress.tasks[task].total)  # also where a text ended early

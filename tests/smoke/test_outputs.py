@@ -43,16 +43,6 @@ def test_a_mistyped_verb_is_answered_with_the_nearest(words, near):
     assert near in told(elmoe(*words))
 
 
-@pytest.mark.parametrize(
-    "verb",
-    ["", "demo", "convert", "export", "inspect", "generate", "eval", "bench", "trace", "trace record", "trace profile",
-     "trace synthesise", "synth", "simulate", "report", "doctor"],
-)  # fmt: skip
-def test_help_fits_in_eighty_columns(verb):
-    done = elmoe(*verb.split(), "--help", COLUMNS="80")
-    assert done.returncode == 0 and max(map(len, done.stdout.decode().splitlines())) <= 80
-
-
 def test_an_output_that_exists_is_kept_without_force(tmp_path):
     result = tmp_path / "r.json"
     assert elmoe("simulate", *QUICK, "--out", str(result)).returncode == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from elmoe.errors import BudgetError
 from elmoe.kernels.slices import Refill, refill_layer
 from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots, prefill_chunk
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, refill, updated_hotness
+from elmoe.units import format_bytes
 
 SIZES = FastTierSizes(dense=1000, kv=100, staging=50, msb=(9, 9, 12), lsb=(8, 8, 11), experts=16, top_k=2)
 
@@ -37,7 +40,7 @@ def test_the_two_corners():
 
 def test_a_budget_below_the_minimum_names_it():
     assert plan_slots(SIZES.minimum, SIZES).msb == (2, 2, 2)
-    with pytest.raises(BudgetError, match=str(SIZES.minimum)) as error:
+    with pytest.raises(BudgetError, match=re.escape(f"below the minimum of {format_bytes(SIZES.minimum)} ")) as error:
         plan_slots(SIZES.minimum - 1, SIZES)
     assert "MiB" in (error.value.hint or "")
 

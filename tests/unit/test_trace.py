@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from functools import cache
 from itertools import combinations
 
 import msgspec
@@ -140,6 +141,7 @@ def test_belady_is_the_least(seed):
     rng = np.random.default_rng(seed)
     experts, slots, uses = 5, 2, rng.random((7, 5)) < 0.4
 
+    @cache
     def least(step: int, cached: frozenset[int]) -> int:
         if step == len(uses):
             return 0

@@ -9,16 +9,21 @@ import click
 from elmoe.cli.common import IntegerList, Serving, json_option, print_json, seed_type, serving_options
 from elmoe.terminal import number, percent, print_table, progress_bar, size
 
+WORDS = """acceptance: share of draft tokens that the model took. MSB hits: share of upper bits (MSB slices) found in memory.
+slow bytes: read from disk, or what would be in a simulated tier; plain mode keeps nothing in memory. overhead: time
+outside of kernels and reads. identical: the same tokens in every row."""
+"""What the columns mean."""
+
 
 @click.command("bench")
 @click.argument("store")
 @click.option("--modes", default="plain,cache,elastic", show_default=True, help="Comma-separated modes.")
 @click.option("--batch", "batches", type=IntegerList(), default="1,4", show_default=True, help="Batch sizes.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=32, show_default=True, help="Random tokens of a prompt.")
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of an answer.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs per row; medians are shown.")
-@click.option("--temperature", type=float, default=0.0, show_default=True)
-@click.option("--seed", type=seed_type, default=0, show_default=True, help="Of the random prompt tokens and of sampling.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--seed", type=seed_type, default=0, show_default=True, help="Of random prompts and of sampling.")
 @click.option("--replay", "traces", multiple=True, type=click.Path(exists=True, dir_okay=False),
               help="Take prompts, tokens, routing and acceptance from a trace of `elmoe trace record --every-position`; may "
               "be repeated for traces of other resident shares.")  # fmt: skip
@@ -28,7 +33,7 @@ def command(
     store: str, modes: str, batches: tuple[int, ...], prompt_tokens: int, max_tokens: int, repeats: int, temperature: float,
     seed: int, traces: tuple[str, ...], serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
-    """Throughput of STORE for modes and batch sizes; every row must give the same tokens."""
+    """Measure the throughput of STORE in modes and batch sizes; every row must give the same tokens."""
     from elmoe.bitslice import SamplingParameters
     from elmoe.errors import RequestError
     from elmoe.measure.benchmark import benchmark, random_prompts
@@ -70,3 +75,4 @@ def command(
             for row in rows
         ],
     )  # fmt: skip
+    click.echo(WORDS)

@@ -12,8 +12,9 @@ from elmoe.cli.suggesting import SuggestingGroup
 
 @click.group("cache", cls=SuggestingGroup)
 def command() -> None:
-    """Models that were given as a GGUF file or a Hugging Face folder, and converted when they were first used. Every
-    subcommand has --json.
+    """List or remove models that were converted when they were first used.
+
+    A GGUF file or a Hugging Face folder is converted once, and kept in a folder: the cache. Every subcommand has --json.
     """
 
 
@@ -21,7 +22,7 @@ def command() -> None:
 @store_dir_option
 @json_option
 def list_command(store_dir: Path | None, as_json: bool) -> None:
-    """What is in the cache: sources, sizes, and whether they are whole."""
+    """List the cache: sources, sizes, and whether they are whole."""
     from elmoe.convert.cache import default_folder, entries
     from elmoe.terminal import print_table, size
 
@@ -49,7 +50,9 @@ def list_command(store_dir: Path | None, as_json: bool) -> None:
 @store_dir_option
 @json_option
 def remove_command(name: str | None, everything: bool, store_dir: Path | None, as_json: bool) -> None:
-    """Remove NAME from the cache: the name of a store or of its source, or the source's path. The source stays."""
+    """Remove a model from the cache; its source stays.
+
+    NAME is the name of a store or of its source, or the path of the source."""
     from elmoe.convert.cache import entries, remove
     from elmoe.units import format_bytes
 

@@ -80,33 +80,36 @@ budget = Quantity("SIZE|PERCENT", parse_fast_memory)
 SERVING_OPTIONS = (
     click.option(
         "--fast-memory", type=budget,
-        help="Budget of the fast tier: 2GiB, or 25% of the experts.",
+        help="Memory for the model: 2GiB, which is enforced, or 25% of the experts, which is simulated.",
     ),
     click.option(
         "--reader", type=click.Choice(["auto", "memory", "direct"]), default="auto", show_default=True,
-        help="memory: the whole store in memory, a budget is accounted only. direct: the budget is enforced, experts are "
+        help="memory: the whole store in memory, a budget is simulated. direct: the budget is enforced, experts are "
         "read from disk. auto: direct for a budget in bytes, or a store larger than the memory available.",
     ),
     click.option(
-        "--slow-bandwidth", type=Quantity("BYTES/S", parse_bandwidth), help="Throttle the disk (direct reader): 1.7GB/s."
+        "--slow-bandwidth", type=Quantity("BYTES/S", parse_bandwidth),
+        help="Read the disk no faster than this: 1.7GB/s (direct reader).",
     ),
     click.option(
         "--split", type=click.Choice(["auto", "msb_first", "whole_experts"]), default="auto", show_default=True,
-        help="How the budget is divided: all MSB slices first (paper), whole experts, or by modelled tokens/s.",
+        help="What fills the budget first: the upper bits of all experts (msb_first, as in the paper), all bits of fewer "
+        "experts (whole_experts), or what promises more tokens/s (auto).",
     ),
     click.option(
         "--policy", type=click.Choice(["decayed", "lru", "lfu", "static", "random"]), default="decayed", show_default=True,
-        help="Which slices stay in the fast tier.",
+        help="Which experts stay in memory: those used often of late (decayed), last (lru), most (lfu), in the first "
+        "step (static), or any (random).",
     ),
     click.option(
         "--kv-memory", type=Quantity("SIZE", parse_bytes),
-        help="Ceiling of the KV cache, 1GiB for example; experts use what it leaves [default: what the batch needs for "
-        "the full context, at most half of the memory available, or what the budget leaves].",
+        help="Largest KV cache, for example 1GiB; experts use the rest [default: enough for the batch with the whole "
+        "context, but at most half of the memory available, or the rest of the budget].",
     ),
     click.option(
         "--prefill-chunk", type=click.IntRange(1, 1 << 16),
-        help="Prompt tokens of one step: fewer let running texts wait less, more compute prompts faster [default: 256 in "
-        "memory, up to 1024 where experts are read].",
+        help="Prompt tokens of one step: with fewer, other texts wait less; with more, prompts are faster [default: 256 "
+        "in memory, up to 1024 if experts are read from disk].",
     ),
     click.option("--draft-length", type=int, help="Draft exactly this many tokens [default: chosen as it runs]."),
     click.option("--draft-top-k", type=int, help="Experts per token of the draft [default: the model's]."),

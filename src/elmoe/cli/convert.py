@@ -23,14 +23,14 @@ from elmoe.terminal import progress_bar
     multiple=True,
     metavar="[KIND=]FORMAT",
     help="Format of all matrices, or of a KIND (experts, matrices): nested8, affine4, table4, planes6, or one of their "
-    "variants. Default: what holds the file's type exactly, else the nearest.",
+    "variants [default: the one that holds the file's type exactly, else the nearest].",
 )
 @json_option
 def command(source: Path, store: Path, tokenizer: Path | None, formats: tuple[str, ...], as_json: bool) -> None:
     """Convert SOURCE to STORE: a Hugging Face folder, or a GGUF file.
 
     Q8_0, Q4_0, Q4_1, Q4_K, Q6_K, IQ4_NL, IQ4_XS and MXFP4 are kept bit for bit; for other types a line tells the format and
-    the error. Resumes where a killed conversion stopped.
+    the error. If a conversion was interrupted, the same command continues it.
     """
     from elmoe.convert import convert_checkpoint
     from elmoe.convert.losses import FormatChoice

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,24 +28,28 @@ REPEATS = 2
 DISK, DISK_TOKENS = 0.1e9, 24
 """Bytes per second and tokens of the run whose experts are on a throttled disk."""
 MODES = ("plain", "cache", "elastic")
-IN_MEMORY = """All of the model (32 MB) is in memory, so there are no reads to save, and drafts are work in addition: elastic
-is slower than plain. The slow bytes above are what would be read from a disk."""
-ON_DISK = """With half of the model on a disk, plain decoding waits for it. `cache` keeps the experts used most in memory,
-and `elastic` drafts with those too. Which of the two is the faster depends on disk, model and batch: see `elmoe bench`."""
-NEXT = """
-go on, from the folder of the checkout:
-  . .venv/bin/activate
-  elmoe generate demo --prompt "The whale"
-  elmoe doctor
+IN_MEMORY = """The whole model (32 MB) is in memory, so no read can be saved, and drafts are additional work.
+Bytes from the slow tier are what a disk would have to read with this budget. MSB slices are the upper
+4 bits of an expert's weights, LSB slices the lower 4; drafts use MSB slices in memory alone."""
+ON_DISK = """Half of the experts' bytes are on a slow disk now. plain reads each expert that it needs, cache keeps the
+experts used most in memory, elastic drafts with those too and chooses the draft length as it runs."""
+PROJECTION = """xpu has plain DRAM alone; hb_xpu and elmoe3d_8gb add 8 GB of faster DRAM, bonded to the processor.
+ar: plain decoding. elastic: drafts by the experts in the faster DRAM."""
+NEXT = """  elmoe generate demo --prompt "The whale"
+  elmoe generate model.gguf --chat --prompt "Hello"     # your own model: a GGUF file or a Hugging Face folder
+  elmoe doctor"""
+NEXT_SIMULATION = """
   elmoe simulate --hardware xpu --hardware elmoe3d_8gb --model qwen3-30b-a3b --out result.json"""
 """What to try after the demo."""
 
 
 @click.command("demo")
-@click.option("--max-tokens", type=click.IntRange(1, 1024), default=64, show_default=True)
-@click.option("--draft-length", type=click.IntRange(1, 16), default=4, show_default=True)
-@click.option("--fast-memory", type=budget, default="50%", show_default=True, help="Budget of the fast tier.")
-@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Write the projection as an HTML page too.")
+@click.option("--max-tokens", type=click.IntRange(1, 1024), default=64, show_default=True, help="Tokens of each text.")
+@click.option("--draft-length", type=click.IntRange(1, 16), default=4, show_default=True,
+              help="Tokens of a draft, in the first table.")  # fmt: skip
+@click.option("--fast-memory", type=budget, default="50%", show_default=True, help="Memory for experts, in the first table.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write the table of simulated hardware as an HTML page too.")  # fmt: skip
 @force_option
 @threads_option
 @json_option
@@ -49,7 +57,7 @@ def command(
     max_tokens: int, draft_length: int, fast_memory: int | float, report: Path | None, force: bool, threads: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Write text with the embedded model, plainly and elastically; then what hybrid-bonded hardware would give."""
+    """Write text with the embedded model, without and with drafts; then simulate hardware with two memories."""
     from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
     from elmoe.files import check_output
@@ -69,7 +77,7 @@ def command(
     slow = EngineOptions(fast_memory=0.5, slow_bandwidth=DISK)
     with load("demo", slow, reader="direct", threads=threads) as larger:
         short = [replace(request, max_tokens=min(max_tokens, DISK_TOKENS)) for request in requests]
-        options = replace(options, fast_memory=0.5, slow_bandwidth=DISK)
+        options = replace(options, fast_memory=0.5, slow_bandwidth=DISK, draft_length=None)
         on_disk, same = _measured(larger, short, options)
         identical = identical and same
     rates = {mode: statistics.as_dict()["tokens_per_second"] for mode, (_, statistics) in on_disk.items()}
@@ -104,20 +112,35 @@ def command(
         ]
         title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {model.tier}"
         print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in rows])
-        click.echo(f"{IN_MEMORY}\n")
+        click.echo(f"{IN_MEMORY}\n{_compared({mode: f['tokens_per_second'] for mode, f in facts.items()})}\n")
         print_table(
-            f"the same, {larger.tier}: tokens per second (measured)", ("", *rates),
-            [("tokens per second", *(number(rate, 0) for rate in rates.values())),
+            f"the same, {short[0].max_tokens} tokens each, {larger.tier}", ("", *rates),
+            [("tokens per second (measured)", *(number(rate, 0) for rate in rates.values())),
              ("x plain", *(number(rate / rates["plain"], 1) for rate in rates.values()))],
         )  # fmt: skip
-        click.echo(f"{ON_DISK}\n\nidentical output: {'yes' if identical else 'NO'}\n")
+        click.echo(f"{ON_DISK}\n{_compared(rates)}\n\nidentical output: {'yes' if identical else 'NO'}\n")
         if projection is not None:
             _show(projection, report)
         elif absent is not None:
             click.echo(f"{absent}\nhint: {absent.hint}", err=True)
-        click.echo(NEXT)
+        click.echo(_next(absent is None))
     if not identical:
         raise SystemExit(1)
+
+
+def _compared(rates: dict[str, float]) -> str:
+    """How fast the modes were, in words."""
+    fastest = max(rates, key=lambda mode: rates[mode])
+    others = " and ".join(f"{rates[fastest] / rate:.1f}x {mode}" for mode, rate in rates.items() if mode != fastest)
+    return f"Here {fastest} was the fastest: {others}."
+
+
+def _next(simulator: bool) -> str:
+    """What to try after the demo; how to put ``elmoe`` on the path, where it is not."""
+    script, found = Path(sys.prefix) / "bin" / "activate", shutil.which("elmoe")
+    here = not script.is_file() or (found is not None and Path(found).parent == script.parent)
+    activate = "" if here else f"  . {shlex.quote(os.path.relpath(script))}\n"
+    return f"\ngo on with:\n{activate}{NEXT}{NEXT_SIMULATION if simulator else ''}"
 
 
 def _measured(model: Any, requests: list[Any], options: Any) -> tuple[dict[str, Any], bool]:
@@ -159,5 +182,6 @@ def _show(rows: list[dict[str, Any]], report: Path | None) -> None:
         ("system, form", *(f"batch {batch}" for batch in batches)),
         [(", ".join(case), *(number(rates[*case, batch]) for batch in batches)) for case in cases],
     )
+    click.echo(PROJECTION)
     if report is not None:
         click.echo(f"wrote {report}")

@@ -19,13 +19,17 @@ from elmoe.units import format_bytes, parse_bandwidth
 @click.option("--quick", is_flag=True, help="Leave out the bandwidth measurements.")
 @click.option("--hardware", type=click.Path(dir_okay=False, path_type=Path),
               help="Write this machine, measured on the store, for `elmoe simulate --hardware`.")  # fmt: skip
-@click.option("--slow-bandwidth", type=Quantity("BYTES/S", parse_bandwidth), help="With --hardware: the throttle in force.")
+@click.option(
+    "--slow-bandwidth",
+    type=Quantity("BYTES/S", parse_bandwidth),
+    help="With --hardware: measure with the disk read no faster than this.",
+)
 @force_option
 @json_option
 def command(
     store: str, quick: bool, hardware: Path | None, slow_bandwidth: float | None, force: bool, as_json: bool
 ) -> None:  # fmt: skip
-    """What this machine can do: instruction set, threads, memory and disk bandwidth, native kernels."""
+    """Tell what this machine can do: instruction set, threads, memory and disk bandwidth; and advise."""
     from elmoe import __version__, kernels
     from elmoe.convert.cache import stored
     from elmoe.engine.prefetch_distance import choose_prefetch_distance
@@ -38,6 +42,7 @@ def command(
     cores, available = processors(), available_memory()
     data: dict[str, object] = {
         "elmoe": __version__,
+        "store": store,
         "native_kernels": True,  # importing elmoe.kernels fails without them
         "variant": kernels.variant(),
         "variants": list(kernels.variants()),
@@ -84,7 +89,7 @@ def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("kernels for this processor", data["variant"] + (f" (also {', '.join(others)})" if others else "")),
         ("processors to use", f"{cores}" + (f" of {os.cpu_count()}" if os.cpu_count() != cores else "")),
         ("memory available", format_bytes(data["available_memory_bytes"])),
-        ("size of the store", format_bytes(data["store_bytes"])),
+        (f"size of the store '{data['store']}'", format_bytes(data["store_bytes"])),
     ]
     for threads in sorted({1, cores}):
         rate = data.get(f"memory_read_bytes_per_second_{threads}_threads")

@@ -17,11 +17,12 @@ TEXT_LIMIT = 1 << 30
 
 @click.command("eval")
 @click.argument("store")
-@click.option("--text", "text_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--text", "text_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Text file to score.")  # fmt: skip
 @click.option("--window", type=click.IntRange(2), default=256, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=click.IntRange(1), help="Score only this many windows.")
 @click.option("--draft-experts", type=click.FloatRange(0, 1), default=1.0, show_default=True,
-              help="Share of each layer's experts the draft may use.")  # fmt: skip
+              help="Share of each layer's experts that the draft may use.")  # fmt: skip
 @store_dir_option
 @threads_option
 @backend_option
@@ -30,7 +31,7 @@ def command(
     store: str, text_path: Path, window: int, windows: int | None, draft_experts: float, store_dir: Path | None,
     threads: int | None, backend: Any, as_json: bool,
 ) -> None:  # fmt: skip
-    """Perplexity of STORE's target and of its 4-bit draft on a text file."""
+    """Measure the perplexity of STORE and of its 4-bit draft on a text file."""
     from elmoe.engine.options import EngineOptions
     from elmoe.errors import RequestError
     from elmoe.llm import load

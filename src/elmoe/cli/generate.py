@@ -15,10 +15,11 @@ from elmoe.cli.common import PromptText, Serving, force_option, json_option, pri
 from elmoe.units import format_bytes
 
 if TYPE_CHECKING:
+    from elmoe.cli.prompts import PromptLine
     from elmoe.engine.request import Output, Request, Result
     from elmoe.llm import Model
 
-ENDED = {"eos": "the model ended it", "stop": "a stop string", "length": "--max-tokens"}
+ENDED = {"eos": "the model", "stop": "a stop string", "length": "--max-tokens"}
 """Why a text ended, in words."""
 
 
@@ -29,16 +30,22 @@ ENDED = {"eos": "the model ended it", "stop": "a stop string", "length": "--max-
               "a batch.")  # fmt: skip
 @click.option("--prompts", "prompts_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help='A file of JSON lines: "text", {"prompt": ...} or {"messages": [...]}.')  # fmt: skip
-@click.option("--chat", is_flag=True, help="Put each prompt through the store's chat template as a user message.")
+@click.option("--chat", is_flag=True, help="Each prompt is a message of the user, written with the model's chat template.")
 @click.option("--system", type=PromptText(), help="System message before each prompt of --chat.")
-@click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True)
-@click.option("--max-tokens", type=click.IntRange(1, 1 << 24), default=128, show_default=True)
+@click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True,
+              help="plain: no drafts, nothing is kept in memory. cache: the experts used most are kept. elastic: these also "
+              "draft.")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(1, 1 << 24), default=128, show_default=True,
+              help="Tokens of an answer at most.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1, 64), help="Sequences served at once [default: all prompts, up to 16].")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(0, 1 << 24), default=0, show_default=True, help="0 is off.")
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--min-p", type=float, default=0.0, show_default=True)
-@click.option("--seed", type=seed_type, default=0, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--top-k", type=click.IntRange(0, 1 << 24), default=0, show_default=True,
+              help="Sample among the k most likely tokens; 0 is off.")  # fmt: skip
+@click.option("--top-p", type=float, default=1.0, show_default=True,
+              help="Sample among the most likely tokens that have this probability together; 1 is off.")  # fmt: skip
+@click.option("--min-p", type=float, default=0.0, show_default=True,
+              help="Sample among tokens with this share of the highest probability; 0 is off.")  # fmt: skip
+@click.option("--seed", type=seed_type, default=0, show_default=True, help="Equal seeds give equal answers.")
 @click.option("--n", "copies", type=click.IntRange(1, 64), default=1, show_default=True, help="Answers to each prompt.")
 @click.option("--stop", multiple=True, type=PromptText(), help="End the text before this string; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, help="Do not stop at the end-of-sequence token.")
@@ -55,9 +62,9 @@ def command(
     stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None, timeline_path: Path | None, quiet: bool, force: bool,
     serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
-    """Generate text from STORE: a store, a GGUF file, a Hugging Face folder, or ``demo``.
+    """Generate text from STORE: a store, a GGUF file, a Hugging Face folder, or `demo`.
 
-    The output is the target model's in every mode.
+    The output is the same in every mode.
     """
     from elmoe.bitslice import SamplingParameters
     from elmoe.cli.prompts import collect_prompts
@@ -91,7 +98,7 @@ def command(
             from elmoe.engine.observe import Timeline
 
             timeline = Timeline()
-        writer = _Writer([""] * len(shown) if quiet else shown, silent=as_json)
+        writer = _Writer([""] * len(shown) if quiet else _headings(prompts, copies), silent=as_json)
         results: list[Result | None] = [None] * len(served)
         with recorder:
             try:
@@ -138,6 +145,11 @@ def _answers(
         }
         for text, request, result in zip(prompts, requests, results, strict=True)
     ]
+
+
+def _headings(prompts: Sequence[PromptLine], copies: int) -> list[str]:
+    """What is printed before each answer: a text that is continued as it is, a message on a line of its own."""
+    return [line.shown if line.messages is None else f"{line.shown}\n" for line in prompts for _ in range(copies)]
 
 
 class _Writer:
@@ -188,7 +200,7 @@ def _ends(requests: Sequence[Request], results: Sequence[Result]) -> str:
         if result.finish == "length" and len(result.tokens) < request.max_tokens:
             reason = "the context is full"
         if result.finish == "eos" and len(result.tokens) <= 1:
-            reason = "the model ended it at once"
+            reason = "the model, at once"
         reasons[reason] += 1
     if len(results) == 1:
         return next(iter(reasons))

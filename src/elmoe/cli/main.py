@@ -19,19 +19,19 @@ from elmoe.extras import naming_extra
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 VERBS = {
-    "demo": "The whole story on the embedded model: plain and elastic decoding side by side.",
+    "demo": "Text of the embedded model with and without drafts, and simulated hardware.",
     "convert": "Convert a Hugging Face folder or a GGUF file to a store.",
     "export": "Write a store as a GGUF file.",
     "cache": "List or remove models that were converted when they were first used.",
-    "inspect": "Show what is in a store, and verify its checksums.",
+    "inspect": "Show the sizes of a store, and verify its checksums.",
     "generate": "Generate text.",
-    "eval": "Perplexity of the target and of its draft on a text.",
-    "bench": "Throughput, acceptance, hit rates and bytes for modes and batch sizes.",
-    "trace": "Record the facts of a run, and look at them.",
-    "synth": "Write a store with a config's shapes and random weights, for benchmarks.",
-    "simulate": "Price systems x models x batch sizes on described hardware.",
-    "report": "One HTML page from result files.",
-    "doctor": "What this machine can do: kernels, threads, memory and disk bandwidth.",
+    "eval": "Measure the perplexity of a model and of its 4-bit draft on a text.",
+    "bench": "Measure throughput, acceptance, hit rates and bytes of modes and batch sizes.",
+    "trace": "Record the routing and the drafts of a run, and look at them.",
+    "synth": "Write a store of random weights with a model's shapes, for benchmarks.",
+    "simulate": "Simulate models on described hardware: speed, energy and bytes.",
+    "report": "Write one HTML page from result files.",
+    "doctor": "Tell what this machine can do: kernels, threads, memory and disk bandwidth.",
 }
 
 
@@ -58,7 +58,10 @@ class LazyGroup(SuggestingGroup):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="elmoe")
 def cli() -> None:
-    """Elastic self-speculative decoding for Mixture-of-Experts models over two memory tiers."""
+    """Run Mixture-of-Experts language models in less memory than they need, with identical output.
+
+    Start with `elmoe demo`. Then give a GGUF file or a Hugging Face folder to `elmoe generate`.
+    """
 
 
 def main() -> None:

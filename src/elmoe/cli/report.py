@@ -11,11 +11,12 @@ from elmoe.cli.common import force_option, json_option, print_json
 
 @click.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True,
+              help="The page.")  # fmt: skip
 @force_option
 @json_option
 def command(results: tuple[Path, ...], out: Path, force: bool, as_json: bool) -> None:
-    """A page from RESULTS: files of `elmoe simulate --out` and of the studies in experiments/."""
+    """Write a page from RESULTS: files of `elmoe simulate --out` and of the studies in experiments/."""
     from elmoe.errors import HardwareError
     from elmoe.files import check_output
     from elmoe.report.overview import overview

@@ -12,20 +12,31 @@ import click
 
 from elmoe.cli.common import IntegerList, force_option, json_option, print_json
 from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
-from elmoe.terminal import number, print_table, progress_bar, size
+from elmoe.terminal import number, print_table, progress_bar, size, small_number
+
+FORM_WORDS = {
+    "ar": "nothing, plain decoding", "eagle": "a head of one layer", "small_lm": "a separate small model",
+    "quant": "a 4-bit copy", "elastic": "4-bit slices of the experts in the fast memory",
+}  # fmt: skip
 
 
 @click.command()
 @click.option(
-    "--hardware", multiple=True, default=SYSTEMS, help="Preset or YAML file; repeat it. The first is the reference."
+    "--hardware",
+    multiple=True,
+    default=SYSTEMS,
+    help="Preset or YAML file; repeat it. The first is the reference [default: xpu and the paper's systems].",
 )
-@click.option("--model", multiple=True, default=MODELS, help="Preset, config.json, checkpoint folder or store; repeat it.")
-@click.option("--prompts", multiple=True, default=PROMPTS, help="Locality preset or file of `elmoe trace fit`; repeat it.")
+@click.option("--model", multiple=True, default=MODELS, help="Preset, config.json, Hugging Face folder or store; repeat "
+              "it [default: the paper's models].")  # fmt: skip
+@click.option("--prompts", multiple=True, default=PROMPTS, help="How local the routing is: a preset, or a file of "
+              "`elmoe trace fit`; repeat it [default: the paper's four prompt sets].")  # fmt: skip
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Routing facts or a recording to replay instead of synthetic ones.")  # fmt: skip
-@click.option("--batch", type=IntegerList(), default="1,2,4,8,16", show_default=True)
+@click.option("--batch", type=IntegerList(), default="1,2,4,8,16", show_default=True, help="Sequences served at once.")
 @click.option("--form", "forms", multiple=True, type=click.Choice(["ar", "eagle", "small_lm", "quant", "elastic"]),
-              help="Plain (ar) or speculative [default: all].")  # fmt: skip
+              help="ar: plain decoding. Others, by what drafts: a one-layer head (eagle), a small model (small_lm), a 4-bit "
+              "copy (quant), experts in the fast memory (elastic) [default: all].")  # fmt: skip
 @click.option("--acceptance", multiple=True, help="Of elastic drafts: a probability, or a measured table (`demo`, a file of "
               "`elmoe trace profile`); repeat it [default: 0.33, 0.6, 0.91, the paper's range].")  # fmt: skip
 @click.option(
@@ -36,14 +47,14 @@ from elmoe.terminal import number, print_table, progress_bar, size
     "--timeline", type=click.Path(dir_okay=False, path_type=Path), help="Write the last system's steps for Perfetto."
 )
 @force_option
-@click.option("--show-preset", metavar="NAME", help="Print a hardware preset to copy, and stop.")
+@click.option("--show-preset", metavar="NAME", help="Print a preset of hardware or of a model to copy, and stop.")
 @json_option
 def command(
     hardware: tuple[str, ...], model: tuple[str, ...], prompts: tuple[str, ...], trace: Path | None, batch: tuple[int, ...],
     forms: tuple[Any, ...], acceptance: tuple[str, ...], context: int, out: Path | None, timeline: Path | None,
     force: bool, show_preset: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Price serving on described hardware: tokens/s, joules per token, bytes and utilisation."""
+    """Simulate models on described hardware: tokens/s, joules and bytes per token, and the busiest unit."""
     from elmoe.files import check_output
     from elmoe.schema.hardware import load_hardware, preset_names, preset_text
     from elmoe.sim.grid import PAPER_ODDS, Grid, check_names, run_grid
@@ -51,9 +62,12 @@ def command(
     from elmoe.systems.forms import FORMS
 
     if show_preset is not None:
-        if show_preset not in preset_names():
-            raise click.BadParameter(f"'{show_preset}' is none of {', '.join(preset_names())}", param_hint="--show-preset")
-        click.echo(preset_text(show_preset), nl=False)
+        from elmoe.models.load import model_names, model_text
+
+        if show_preset not in (*preset_names(), *model_names()):
+            known = f"hardware: {', '.join(preset_names())}; models: {', '.join(model_names())}"
+            raise click.BadParameter(f"there is no preset '{show_preset}'. {known}", param_hint="--show-preset")
+        click.echo((preset_text if show_preset in preset_names() else model_text)(show_preset), nl=False)
         return
     if not batch or min(batch) < 1:
         raise click.BadParameter("batch sizes start at 1", param_hint="--batch")
@@ -95,11 +109,22 @@ def _show_costs(rows: list[dict[str, Any]], model: str, batch: int) -> None:
         f"{model}, batch {batch}: energy, bytes and the busiest unit, simulated",
         ("system", "form", "acceptance", "mJ/token", "bytes/token", "busiest unit"),
         [
-            (*key, number(1e3 * fmean(row["joules_per_token"]["middle"] for row in group), 1),
+            (*key, small_number(1e3 * fmean(row["joules_per_token"]["middle"] for row in group)),
              size(fmean(sum(row["bytes_per_token"].values()) for row in group)), "{} {:.0%}".format(*busiest(group[0])))
             for key, group in groups.items()
         ],
     )  # fmt: skip
+
+
+def _words(rows: list[dict[str, Any]]) -> list[str]:
+    """What the words in the tables mean."""
+    forms = [f"{form}: {FORM_WORDS[form]}" for form in dict.fromkeys(row["form"] for row in rows) if form in FORM_WORDS]
+    rivals = any(row["acceptance"] == "preset" for row in rows)
+    return [
+        "form, by what drafts: " + "; ".join(forms) + ".",
+        "acceptance: probability that the model accepts a draft token" + ("; preset: that of the form." if rivals else "."),
+        "busiest unit: main and fast are the memories, compute the processor, each with the share of time it works.",
+    ]
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -121,6 +146,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
             ],
         )  # fmt: skip
         _show_costs(mine, model, batches[-1])
+    for line in _words(rows):
+        click.echo(line)
     errors = sorted({f"{row['system']}, {row['model']}: {row['error']}" for row in rows if "error" in row})
     for error in errors:
         click.echo(f"left out: {error}", err=True)

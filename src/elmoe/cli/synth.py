@@ -14,10 +14,10 @@ from elmoe.terminal import progress_bar
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--layers", type=click.IntRange(1), help="Write only this many layers.")
-@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True, help="Of the weights.")
 @json_option
 def command(config: Path, store: Path, layers: int | None, seed: int, as_json: bool) -> None:
-    """Write STORE with the shapes of a Hugging Face CONFIG (config.json) and deterministic random weights."""
+    """Write STORE with random weights and the shapes of CONFIG, a model's config.json."""
     from elmoe.errors import ConvertError
     from elmoe.files import check_new_folder
     from elmoe.models import spec_of_config

@@ -14,10 +14,20 @@ from elmoe.cli.trace_facts import fit, import_, synthesise
 from elmoe.cli.trace_profile import profile, read_prompts
 from elmoe.terminal import percent, print_table, progress_bar
 
+SUMMARY_WORDS = {
+    "rows": "rows by phase",
+    "acceptance": "first tokens of drafts that were accepted",
+    "busiest_over_mean": "tokens of a layer's busiest expert, times the mean",
+    "routing_covered_by": "share of the routing of the experts used most",
+    "reuse": "experts that the token before used too",
+    "reuse_if_independent": "the same, if tokens were independent",
+}
+"""Names of a summary's numbers, for people."""
+
 
 @click.group("trace", cls=SuggestingGroup)
 def command() -> None:
-    """Record the facts of a run (routing, draft agreement), and look at them. Every subcommand has --json."""
+    """Record the routing and the drafts of a run, and look at them. Every subcommand has --json."""
 
 
 @command.command("record")
@@ -26,14 +36,14 @@ def command() -> None:
 @click.option("--prompts", "prompts_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text file, one prompt per line.")  # fmt: skip
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts after this many tokens.")
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--temperature", type=float, default=0.8, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of an answer at most.")
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the most likely token.")
 @click.option("--seed", type=seed_type, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
-@click.option("--batch", type=click.IntRange(1, 64), default=8, show_default=True)
+@click.option("--batch", type=click.IntRange(1, 64), default=8, show_default=True, help="Sequences served at once.")
 @click.option("--every-position", is_flag=True,
-              help="Draft anew from every position, as a replay needs [--draft-length is 16 then].")  # fmt: skip
+              help="Draft again from every position, for `elmoe bench --replay` [draft length: 16].")  # fmt: skip
 @click.option("--all-ranks", is_flag=True,
-              help="Rank every expert, so that the trace tells what a draft runs whatever is resident.")  # fmt: skip
+              help="Record the rank of every expert, so that a replay may keep other experts in memory.")  # fmt: skip
 @serving_options
 @force_option
 @json_option
@@ -41,7 +51,7 @@ def record(
     store: str, out: Path, prompts_path: Path, prompt_tokens: int | None, max_tokens: int, temperature: float, seed: int,
     batch: int, every_position: bool, all_ranks: bool, serving: Serving, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Serve the prompts elastically and write the trace OUT (Parquet)."""
+    """Answer prompts with drafts, and write the trace OUT (Parquet)."""
     from elmoe.files import check_output
 
     check_output(out, force, "trace")
@@ -83,7 +93,10 @@ def record(
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @json_option
 def show(path: Path, as_json: bool) -> None:
-    """What is in a trace: rows by phase, acceptance, and how skewed and how local its routing is."""
+    """Summarise a trace: rows, acceptance, locality.
+
+    Acceptance is of the first tokens of drafts. Locality: how uneven the use of experts is, and how often a token uses
+    experts of the token before it."""
     from elmoe.trace import read_trace
     from elmoe.trace.summary import summarise
 
@@ -91,17 +104,20 @@ def show(path: Path, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    rows: list[tuple[str, Any]] = [(name.replace("_", " "), _shown(value)) for name, value in summary.items()]
-    print_table(str(path), ("", "value"), rows)
+    print_table(
+        str(path), ("", "value"), [(SUMMARY_WORDS.get(name, name), _shown(value)) for name, value in summary.items()]
+    )
 
 
 @command.command("policies")
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
-              help="Of each layer's experts that the cache holds.")  # fmt: skip
+              help="Share of each layer's experts that the cache holds.")  # fmt: skip
 @json_option
 def policies(path: Path, share: float, as_json: bool) -> None:
-    """Hit rates of the residency policies on a trace or a facts file, and Belady's optimum."""
+    """Compare hit rates of the policies of `--policy` on a trace.
+
+    PATH is a trace or a facts file. belady is the best that a cache can do if it knows the future."""
     from elmoe.trace import read_facts
     from elmoe.trace.replacement import hit_rates_of
 

@@ -25,7 +25,7 @@ output_path = click.Path(dir_okay=False, path_type=Path)
 @force_option
 @json_option
 def import_(source: Path, out: Path, kind: Any, model: str | None, force: bool, as_json: bool) -> None:
-    """Import the routing of others: SRC to OUT."""
+    """Import routing that other programs recorded: SRC to OUT."""
     from elmoe.files import check_output
 
     check_output(out, force, "")
@@ -58,7 +58,9 @@ def _brief(value: Any) -> str:
 @force_option
 @json_option
 def fit(path: Path, out: Path, force: bool, as_json: bool) -> None:
-    """Fit how local the routing of TRACE is (a recording or a facts file), for `synthesise`; write OUT (JSON)."""
+    """Measure how local the routing of TRACE is, for `synthesise`.
+
+    TRACE is a recording or a facts file. OUT is JSON."""
     from elmoe.files import check_output
 
     check_output(out, force, "locality")
@@ -101,23 +103,29 @@ def fit(path: Path, out: Path, force: bool, as_json: bool) -> None:
 @click.command("synthesise")
 @click.argument("source", metavar="FIT")
 @click.argument("out", type=output_path)
-@click.option("--experts", type=click.IntRange(1), required=True, help="Per layer.")
-@click.option("--top-k", type=click.IntRange(1), required=True)
-@click.option("--layers", type=click.IntRange(1), required=True, help="MoE layers.")
-@click.option("--sequences", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--positions", type=click.IntRange(1), default=96, show_default=True, help="Per sequence.")
-@click.option("--prompt", type=click.IntRange(1), default=1, show_default=True, help="Of them, the prompt's.")
+@click.option("--experts", type=click.IntRange(1), required=True, help="Experts of a layer.")
+@click.option("--top-k", type=click.IntRange(1), required=True, help="Experts per token.")
+@click.option("--layers", type=click.IntRange(1), required=True, help="Layers with experts.")
+@click.option("--sequences", type=click.IntRange(1), default=16, show_default=True, help="Texts.")
+@click.option(
+    "--positions", type=click.IntRange(1), default=96, show_default=True, help="Tokens of a text, its prompt included."
+)
+@click.option("--prompt", type=click.IntRange(1), default=1, show_default=True, help="Tokens of its prompt.")
 @click.option("--ranks", type=click.IntRange(1), help="Experts ranked [default: twice top-k].")
-@click.option("--popularity", "popularity_path", type=input_path, help="Of `elmoe trace import`, in place of the fit's own.")
-@click.option("--domain", help="Of the popularity [default: the mean of all].")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--popularity", "popularity_path", type=input_path, help="A file of `elmoe trace import`, used instead of FIT's own."
+)
+@click.option("--domain", help="Which domain of --popularity [default: the mean of all].")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random draws.")
 @force_option
 @json_option
 def synthesise(
     source: str, out: Path, experts: int, top_k: int, layers: int, sequences: int, positions: int, prompt: int,
     ranks: int | None, popularity_path: Path | None, domain: str | None, seed: int, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write synthetic routing facts OUT with the locality FIT: a file, or mt_bench, gsm8k, alpaca or humaneval."""
+    """Write synthetic routing OUT that is as local as FIT says.
+
+    FIT is a file of `elmoe trace fit`, or a preset: mt_bench, gsm8k, alpaca or humaneval."""
     from elmoe.files import check_output
 
     check_output(out, force, "facts file")

@@ -32,10 +32,10 @@ def read_prompts(path: Path) -> list[str]:
 @click.option("--prompts", "prompts_path", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text file, one prompt per line.")  # fmt: skip
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts after this many tokens.")
-@click.option("--max-tokens", type=click.IntRange(2), default=96, show_default=True)
-@click.option("--temperature", type=float, default=0.8, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(2), default=96, show_default=True, help="Tokens of an answer at most.")
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the most likely token.")
 @click.option("--seed", type=seed_type, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
-@click.option("--batch", type=click.IntRange(1, 64), default=16, show_default=True)
+@click.option("--batch", type=click.IntRange(1, 64), default=16, show_default=True, help="Sequences served at once.")
 @click.option("--depth", type=click.IntRange(1, 64), default=16, show_default=True, help="Tokens per draft.")
 @threads_option
 @backend_option
@@ -45,7 +45,10 @@ def profile(
     store: str, out: Path, prompts_path: Path, prompt_tokens: int | None, max_tokens: int, temperature: float, seed: int,
     batch: int, depth: int, threads: int | None, backend: Any, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure how often drafts are accepted on STORE, by bits, resident share, depth and confidence; write OUT (JSON)."""
+    """Measure how often drafts are accepted on STORE.
+
+    By bits, share of the experts in memory, position in the draft, and confidence. OUT is JSON, for `elmoe simulate
+    --acceptance`."""
     from elmoe.files import check_output
 
     check_output(out, force, "acceptance table")

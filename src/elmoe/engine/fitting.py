@@ -16,6 +16,7 @@ from elmoe.kernels.reads import ReadPool
 from elmoe.policy.budget import FastTierSizes, SlotPlan, check_budget, plan_slots
 from elmoe.store.direct import DirectReader
 from elmoe.store.machine import available_memory
+from elmoe.units import format_bytes
 
 READ_THREADS = 4
 """Reads in flight: 1 or 2 saturate an NVMe disk with slices of megabytes; small slices want more."""
@@ -51,8 +52,8 @@ class Fitting:
         self.page_bytes = PAGE_POSITIONS * self._spec.kv_bytes_per_position
         if options.kv_memory is not None and options.kv_memory < self.page_bytes:
             raise BudgetError(
-                f"kv_memory of {options.kv_memory} bytes does not hold one page of {PAGE_POSITIONS} positions, "
-                f"{self.page_bytes} bytes",
+                f"kv_memory of {format_bytes(options.kv_memory)} does not hold one page of {PAGE_POSITIONS} positions, "
+                f"{format_bytes(self.page_bytes)}",
                 f"give at least --kv-memory {-(-self.page_bytes // 1024)}KiB",
             )
         most = options.batch * pages_for(self._spec.max_positions)

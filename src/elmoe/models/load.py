@@ -91,8 +91,13 @@ def _preset_configs() -> tuple[dict[str, Any], ...]:
     return tuple(_preset(name) for name in model_names())
 
 
+def model_text(name: str) -> str:
+    """A preset's config.json, to copy and change."""
+    return (files("elmoe.presets") / "models" / f"{name}.json").read_text(encoding="utf-8")
+
+
 def _preset(name: str) -> dict[str, Any]:
-    return _object((files("elmoe.presets") / "models" / f"{name}.json").read_bytes(), f"{name}.json")
+    return _object(model_text(name).encode(), f"{name}.json")
 
 
 def model_of_config(config: dict[str, Any], name: str, where: str) -> ModelSizes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elmoe.errors import BudgetError
+from elmoe.units import format_bytes
 
 Split = Literal["msb_first", "whole_experts"]
 """Corners of the slice split: the paper's (all MSB slices before any LSB slice), or what an expert cache does."""
@@ -87,8 +88,9 @@ def check_budget(budget: int, sizes: FastTierSizes, minimum: int) -> None:
     if budget < minimum:
         slices = f" + top-{sizes.top_k} MSB slices per layer" if minimum > sizes.fixed else ""
         raise BudgetError(
-            f"the fast-memory budget of {budget} bytes is below the minimum of {minimum} bytes "
-            f"(dense {sizes.dense} + KV {sizes.kv} + staging {sizes.staging}{slices})",
+            f"the fast-memory budget of {format_bytes(budget)} is below the minimum of {format_bytes(minimum)} "
+            f"(dense parts {format_bytes(sizes.dense)} + KV cache {format_bytes(sizes.kv)} + staging "
+            f"{format_bytes(sizes.staging)}{slices})",
             f"give at least --fast-memory {-(-minimum // 2**20)}MiB, or lower the context or the batch",
         )
 

@@ -56,7 +56,10 @@ def facts_of(model: ModelSizes, prompts: str, trace: Path | None = None) -> Rout
         return read_facts(trace)
     spec = model.spec
     if not spec.moe_layers:
-        raise ModelError(f"model '{model.name}' has no layer with experts", "there is no routing to replay")
+        raise ModelError(
+            f"model '{model.name}' has no layer with experts",
+            "the simulator replays the routing of Mixture-of-Experts models; it does not price dense ones",
+        )
     layers = min(SAMPLED_LAYERS, len(spec.moe_layers))
     return synthesise(load_locality(prompts), spec.experts, spec.top_k, layers, SEQUENCES, POSITIONS, SEED, prompt=PROMPT)
 
