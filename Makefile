@@ -62,11 +62,11 @@ peers: .venv/.installed ## build llama.cpp for the benchmarks
 # Installed in place: Python files take effect at once, a change of native code rebuilds.
 .venv/.installed: .venv/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.11" "nanobind>=2.9"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[sim]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[sim,server]"
 	touch $@
 
 .venv/.test: .venv/.installed
-	$(BIN)/python -m pip install --quiet "hypothesis>=6.100" "pytest>=8"
+	$(BIN)/python -m pip install --quiet "httpx>=0.27" "hypothesis>=6.100" "openai>=1.60" "pytest>=8"
 	touch $@
 
 .venv/.check: .venv/.test

@@ -8,7 +8,10 @@ from importlib.util import find_spec
 
 from elmoe.errors import MissingExtraError
 
-EXTRAS = {"sim": ("plotly", "pyarrow", "yaml")}
+EXTRAS = {
+    "sim": ("plotly", "pyarrow", "yaml"),
+    "server": ("fastapi", "httptools", "prometheus_client", "pydantic", "uvicorn"),
+}
 """Extra -> the modules it brings."""
 
 

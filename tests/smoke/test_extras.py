@@ -55,6 +55,12 @@ def test_a_verb_without_its_extra_says_which(arguments, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_server_names_its_extra():
+    run = verb("serve", "demo", modules=EXTRAS["server"])
+    error, hint = run.stderr.strip().splitlines()
+    assert run.returncode == 1 and error.startswith("error: elmoe serve needs '") and "'elmoe[server]'" in hint, run.stderr
+
+
 def test_text_needs_no_extra():
     run = verb("generate", "demo", "--prompt", "The whale", "--max-tokens", "4", "--json")
     assert run.returncode == 0 and json.loads(run.stdout), run.stderr
@@ -99,7 +105,7 @@ def test_a_broken_install_is_not_called_an_extra():
 
 def test_extras_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distributions = {"yaml": "pyyaml"}
+    distributions = {"yaml": "pyyaml", "prometheus_client": "prometheus-client"}
     for extra, modules in EXTRAS.items():
         brought = {item.split(">")[0] for item in project["optional-dependencies"][extra]}
         assert brought == {distributions.get(module, module) for module in modules}

@@ -87,6 +87,10 @@ class Engine:
         """End a request; the next step reports what it wrote. RequestError if it is not being served."""
         self.scheduler.abort(request)
 
+    def prompt_progress(self) -> dict[int, int]:
+        """Positions that are computed of each request whose prompt is under way, by its id."""
+        return {one.request_id: one.computed for one in self.scheduler.running if one.uncomputed}
+
     @property
     def has_work(self) -> bool:
         """Whether requests are being served, or have ended unreported."""

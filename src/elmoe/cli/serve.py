@@ -1,0 +1,93 @@
+"""``elmoe serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elmoe.cli.common import Quantity, Serving, json_option, serving_options
+from elmoe.units import parse_bytes
+
+LOOPBACK = ("127.", "localhost", "::1")
+"""How addresses begin that other machines do not reach."""
+LONGEST_KEYS = 1 << 20
+"""Bytes of the largest file of keys."""
+
+file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command("serve")
+@click.argument("store")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of this machine.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--model-name", help="Name of the model for clients [default: the store's].")
+@click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True)
+@click.option("--batch", type=click.IntRange(1, 64), default=16, show_default=True, help="Answers that run at once.")
+@click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True,
+              help="Answers that may wait; further ones are refused with 429.")  # fmt: skip
+@click.option("--api-key", "keys", multiple=True, envvar="ELMOE_API_KEY", help="Key that clients send; may be "
+              "repeated. Also taken from $ELMOE_API_KEY, which other users of this machine do not see.")  # fmt: skip
+@click.option("--api-key-file", type=file, help="File of keys, one a line.")
+@click.option("--cors-origins", multiple=True, help="Origin of a web page that may use the server, such as "
+              "https://chat.example; may be repeated. * is all.")  # fmt: skip
+@click.option("--tls-cert", type=file, help="Certificate (PEM) for HTTPS.")
+@click.option("--tls-key", type=file, help="Its key (PEM).")
+@click.option("--max-body", type=Quantity("SIZE", parse_bytes), default="4MiB", show_default=True, help="Largest body.")
+@click.option("--max-prompt", type=click.IntRange(1), help="Most tokens of a prompt [default: the context].")
+@click.option("--max-n", type=click.IntRange(1, 64), default=16, show_default=True, help="Most answers to one request.")
+@click.option("--max-connections", type=click.IntRange(1, 100_000), default=512, show_default=True)
+@click.option("--body-timeout", type=click.FloatRange(0.1, 3600), default=30, show_default=True,
+              help="Seconds that a request may take to arrive.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(1, 1e6), default=3600, show_default=True,
+              help="Seconds that a request may take, waiting included.")  # fmt: skip
+@serving_options
+@json_option
+def command(
+    store: str, host: str, port: int, model_name: str | None, mode: Any, batch: int, queue: int, keys: tuple[str, ...],
+    api_key_file: Path | None, cors_origins: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, max_body: int,
+    max_prompt: int | None, max_n: int, max_connections: int, body_timeout: float, timeout: float, serving: Serving,
+    as_json: bool,
+) -> int:  # fmt: skip
+    """Serve STORE to clients of OpenAI's API: a store, a GGUF file, a Hugging Face folder, or ``demo``.
+
+    Listens on this machine alone unless --host says otherwise. The log goes to standard error, with --json as JSON lines; it
+    never holds prompts or answers. The first Ctrl-C finishes what runs, the second ends it.
+    """
+    import logging
+
+    from elmoe.server.app import create_app
+    from elmoe.server.listening import bound_socket, check_tls, serve
+    from elmoe.server.logs import configure
+    from elmoe.server.settings import Settings
+
+    configure(as_json)
+    log = logging.getLogger("elmoe.server")
+    check_tls(tls_cert, tls_key)
+    keys = (*keys, *_keys_of(api_key_file))
+    listener = bound_socket(host, port)  # before the model is loaded, which may take minutes
+    if not keys and not host.startswith(LOOPBACK):
+        log.warning("other machines may use this server, and no key is asked for: give --api-key-file")
+    with listener, serving.load(store, serving.options(mode, batch)) as model:
+        log.info("loaded", extra={"facts": {"reader": model.reader_note, "tier": model.tier}})
+        settings = Settings(
+            model_name or model.path.name, keys, cors_origins, queue, max_body, max_prompt, max_n, timeout,
+            body_timeout, connections=max_connections,
+        )  # fmt: skip
+        ordered = serve(create_app(model, settings), listener, tls_cert, tls_key)
+    return 0 if ordered else 130
+
+
+def _keys_of(path: Path | None) -> tuple[str, ...]:
+    """The keys of a file; RequestError where it has none."""
+    if path is None:
+        return ()
+    from elmoe.errors import RequestError
+    from elmoe.untrusted import read_text
+
+    lines = read_text(path, RequestError, LONGEST_KEYS, "file of keys").splitlines()
+    found = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not found:
+        raise RequestError(f"'{path}' holds no key", "write one key a line")
+    return found

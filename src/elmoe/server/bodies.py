@@ -1,0 +1,77 @@
+"""Reading bodies: bounded in size, time and depth, strict JSON alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+
+from elmoe.errors import RequestError
+from elmoe.server.errors import ApiError
+from elmoe.server.settings import Settings
+from elmoe.units import format_bytes
+from elmoe.untrusted import load_object
+
+_CLOSE = {"connection": "close"}
+
+
+class BoundedRequest(Request):
+    """A request whose body may not be larger, slower or deeper than the settings say."""
+
+    async def body(self) -> bytes:
+        """The whole body."""
+        if not hasattr(self, "_body"):
+            settings: Settings = self.app.state.settings
+            if self.method in ("POST", "PUT", "PATCH"):
+                kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
+                if kind != "application/json":  # a form of another site's page could send anything else
+                    raise ApiError(415, "the content type is not application/json", "content-type", "unsupported_media_type")
+            length = self.headers.get("content-length", "")
+            if length.isdigit() and int(length) > settings.body_bytes:
+                raise _too_large(settings)
+            try:
+                async with asyncio.timeout(settings.body_seconds):
+                    self._body = await self._bounded(settings)
+            except TimeoutError:
+                told = f"the body did not arrive within {settings.body_seconds:g} s"
+                raise ApiError(408, told, None, "timeout", _CLOSE) from None
+        return self._body
+
+    async def _bounded(self, settings: Settings) -> bytes:
+        parts, size = [], 0
+        async for part in self.stream():
+            parts.append(part)
+            size += len(part)
+            if size > settings.body_bytes:
+                raise _too_large(settings)
+        return b"".join(parts)
+
+    async def json(self) -> Any:
+        """The body as an object."""
+        raw = await self.body()
+        try:
+            return load_object(raw, "the body", RequestError, non_finite=False)
+        except RequestError as error:
+            raise ApiError(400, str(error).replace("'the body'", "the body"), None, "invalid_json") from None
+
+
+def _too_large(settings: Settings) -> ApiError:
+    told = f"the body is larger than {format_bytes(settings.body_bytes)}: shorten it"
+    return ApiError(413, told, None, "body_too_large", _CLOSE)
+
+
+class BoundedRoute(APIRoute):
+    """A route that reads its bodies so."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See ``APIRoute``."""
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            return await handler(BoundedRequest(request.scope, request.receive))
+
+        return bounded

@@ -1,0 +1,256 @@
+"""The wire format: answers, streams, and refusals that name the field."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from elmoe.server.schemas import ChatCompletion, Completion, ErrorBody
+
+CHAT = {"model": "whale", "messages": [{"role": "user", "content": "What is a whale?"}], "max_tokens": 12, "temperature": 0}
+TEXT = {"model": "whale", "prompt": "The whale", "max_tokens": 12, "temperature": 0}
+
+
+def post(api, path, body):
+    return api.post(path, json=body)
+
+
+def events(response):
+    """The events of a stream, without the last."""
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
+    assert response.headers["content-type"].startswith("text/event-stream") and lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_completion_is_what_the_model_writes(api, model):
+    answer = Completion.model_validate(post(api, "/v1/completions", TEXT).json())
+    alone = model.generate("The whale", max_tokens=12)
+    assert answer.choices[0].text == alone.text and answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(alone.prompt_token_ids), 12)
+
+
+def test_a_chat_is_what_the_model_writes(api, model):
+    answer = ChatCompletion.model_validate(post(api, "/v1/chat/completions", CHAT).json())
+    assert answer.choices[0].message.content == model.chat(CHAT["messages"], max_tokens=12).text
+    shouting = CHAT | {"chat_template_kwargs": {"shout": "LOUD"}}
+    loud = post(api, "/v1/chat/completions", shouting).json()["choices"][0]["message"]["content"]
+    assert loud == model.generate(model.chat_tokens(CHAT["messages"], shout="LOUD"), max_tokens=12).text
+
+
+def test_all_sampling_parameters_reach_the_engine(api, model):
+    sampling = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 7}
+    answer = post(api, "/v1/completions", TEXT | sampling | {"n": 3, "logprobs": 2, "max_tokens": 20}).json()
+    alone = model.generate("The whale", n=3, logprobs=2, max_tokens=20, **sampling)
+    together = [alone, *alone.others]
+    assert [choice["text"] for choice in answer["choices"]] == [one.text for one in together]
+    assert [choice["logprobs"]["token_logprobs"] for choice in answer["choices"]] == [list(one.logprobs) for one in together]
+    assert answer["seed"] == 7 and answer["usage"]["completion_tokens"] == 60
+    assert answer["usage"]["prompt_tokens"] == len(alone.prompt_token_ids)
+    first = answer["choices"][0]["logprobs"]
+    assert "".join(first["tokens"]) == alone.text and len(first["top_logprobs"][0]) == 2
+    assert first["text_offset"][1] == len(first["tokens"][0])
+
+
+def test_a_seed_that_was_drawn_is_told_and_repeats(api):
+    body = TEXT | {"temperature": 1.5, "max_tokens": 16}
+    drawn = post(api, "/v1/completions", body).json()
+    again = post(api, "/v1/completions", body | {"seed": drawn["seed"]}).json()
+    assert drawn["choices"] == again["choices"]
+
+
+def test_stop_strings_and_special_tokens_end_a_text(api, model):
+    text = model.generate("The whale", max_tokens=60).text
+    word = text.split()[3]
+    answer = post(api, "/v1/completions", TEXT | {"max_tokens": 60, "stop": [word, "<|endoftext|>"]}).json()["choices"][0]
+    assert answer["text"] == text[: text.index(word)] and answer["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("several", [1, 2])
+def test_a_stream_is_the_whole_answer_in_pieces(api, several):
+    body = CHAT | {"n": several, "seed": 3, "temperature": 0.7, "logprobs": True, "top_logprobs": 2, "max_tokens": 24}
+    whole = post(api, "/v1/chat/completions", body).json()
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *pieces, last = events(post(api, "/v1/chat/completions", body | options))
+    assert last["choices"] == [] and last["usage"] == whole["usage"] and all(piece["usage"] is None for piece in pieces)
+    for choice in whole["choices"]:
+        own = [one for piece in pieces for one in piece["choices"] if one["index"] == choice["index"]]
+        assert "".join(one["delta"]["content"] for one in own) == choice["message"]["content"]
+        assert [entry for one in own if one["logprobs"] for entry in one["logprobs"]["content"]] == choice["logprobs"][
+            "content"
+        ]
+        assert [one["finish_reason"] for one in own] == [None] * (len(own) - 1) + ["length"]
+        assert [one["delta"].get("role") for one in own] == ["assistant"] + [None] * (len(own) - 1)
+
+
+def test_a_stream_of_several_prompts(api):
+    body = TEXT | {"prompt": ["The whale", "The sea", "A ship"]}
+    whole = post(api, "/v1/completions", body).json()
+    pieces = events(
+        post(api, "/v1/completions", body | {"stream": True, "stream_options": {"continuous_usage_stats": True}})
+    )
+    texts = ["".join(one["text"] for p in pieces for one in p["choices"] if one["index"] == index) for index in range(3)]
+    assert texts == [choice["text"] for choice in whole["choices"]] and len(set(texts)) == 3
+    assert pieces[-1]["usage"] == whole["usage"]
+
+
+def test_progress_of_a_prompt_is_told(store):
+    from fastapi.testclient import TestClient
+
+    import elmoe
+    from elmoe.server.app import create_app
+    from elmoe.server.settings import Settings
+
+    with elmoe.load(store, prefill_chunk=64) as model, TestClient(create_app(model, Settings("whale"))) as api:
+        body = TEXT | {"prompt": "The whale and the sea. " * 100, "stream": True, "return_progress": True}
+        told = [
+            event["prompt_progress"] for event in events(post(api, "/v1/completions", body)) if "prompt_progress" in event
+        ]
+    done = [one["processed"] for one in told]
+    assert len(done) >= 3 and done == sorted(set(done)) and done[-1] < told[0]["total"]
+
+
+def test_tokens_and_texts(api, model):
+    told = post(api, "/tokenize", {"content": "The whale"}).json()
+    assert told["tokens"] == list(model.encode("The whale", False)) and told["count"] == len(told["tokens"])
+    assert post(api, "/detokenize", {"tokens": told["tokens"]}).json() == {"content": "The whale"}
+    chat = post(api, "/tokenize", {"messages": CHAT["messages"]}).json()["tokens"]
+    assert chat == list(model.chat_tokens(CHAT["messages"]))
+    assert post(api, "/tokenize", {"content": ""}).json()["tokens"] == []
+
+
+def test_what_is_served(api, model):
+    (card,) = api.get("/v1/models").json()["data"]
+    assert card["id"] == "whale" and card["max_model_len"] == model.spec.max_positions
+    assert api.get("/v1/models/whale").json() == card and api.get("/v1/models/other").status_code == 404
+    props = api.get("/props").json()
+    assert props["slots"] == 16 and props["chat_template"] == model.reader.chat_template()
+    assert api.get("/health").json() == {"status": "ok"}
+
+
+UNKNOWN, VALUE = "unknown_parameter", "invalid_value"
+PART = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
+REFUSED = [
+    ({"modl": "x"}, "modl", UNKNOWN),
+    ({"model": "other"}, "model", "model_not_found"),
+    ({"model": 1}, "model", VALUE),
+    ({"messages": []}, "messages", VALUE),
+    ({"messages": None}, "messages", VALUE),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", VALUE),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "unsupported_value"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
+    ({"messages": [{"role": "user", "content": 1}]}, "messages.0.content", VALUE),
+    ({"messages": PART}, "messages.0.content.0.type", "unsupported_value"),
+    ({"messages": [{"role": "user", "content": "sea " * 2000}]}, "messages", "context_length_exceeded"),
+    ({"tools": []}, "tools", "unsupported_parameter"),
+    ({"temperature": "hot"}, "temperature", VALUE),
+    ({"temperature": -1}, "temperature", VALUE),
+    ({"temperature": True}, "temperature", VALUE),
+    ({"temperature": 1e-5}, None, VALUE),
+    ({"top_p": 0}, "top_p", VALUE),
+    ({"top_k": 1.5}, "top_k", VALUE),
+    ({"max_tokens": 0}, "max_tokens", VALUE),
+    ({"n": 9}, "n", VALUE),
+    ({"n": 65}, "n", VALUE),
+    ({"stop": ["a", ""]}, "stop.1", VALUE),
+    ({"stop": ["a"] * 17}, "stop", VALUE),
+    ({"seed": 1 << 64}, "seed", VALUE),
+    ({"top_logprobs": 2}, "top_logprobs", VALUE),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", VALUE),
+    ({"stream_options": {"include_usage": True}}, "stream_options", VALUE),
+    ({"stream": True, "stream_options": {"include": True}}, "stream_options.include", UNKNOWN),
+    ({"logit_bias": {"x": 1}}, "logit_bias", VALUE),
+    ({"logit_bias": {"1": 101}}, "logit_bias.1", VALUE),
+    ({"response_format": {"type": "xml"}}, "response_format.type", VALUE),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", VALUE),
+    ({"store": True}, "store", VALUE),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "param", "code"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_wrong_field_is_named(api, change, param, code):
+    response = post(api, "/v1/chat/completions", CHAT | change)
+    error = ErrorBody.model_validate(response.json()).error
+    assert response.status_code == (404 if code == "model_not_found" else 400) and error.type.endswith("_error")
+    assert (error.param, error.code) == (param, code), error.message
+
+
+def test_a_prompt_that_is_too_long_says_by_how_much(api):
+    response = post(api, "/v1/completions", TEXT | {"prompt": [5] * 1510})
+    assert "1510 tokens, 10 more than the 1500" in response.json()["error"]["message"]
+    assert (
+        post(api, "/v1/completions", TEXT | {"prompt": "x" * 900_000}).json()["error"]["code"] == "context_length_exceeded"
+    )
+
+
+@pytest.mark.parametrize("prompt", ["", [], [-1], [4096], [1, "a"], [[]], [[1], "a"], {}, None, 5])
+def test_prompts_that_are_none(api, prompt):
+    response = post(api, "/v1/completions", TEXT | {"prompt": prompt})
+    assert response.status_code == 400 and response.json()["error"]["param"].startswith("prompt")
+
+
+JSON = {"content-type": "application/json"}
+BODIES = [
+    (b"", 400), (b"{", 400), (b"[]", 400), (b"null", 400), (b"\xff\xfe", 400), (b'{"model": NaN}', 400),
+    (b'{"model": "whale", "model": "whale", "prompt": "x"}', 400), (b"[" * 200_000, 400), (b'{"a":' * 100_000, 400),
+    (b'{"model": "whale", "prompt": "\\ud800"}', 400), (b'{"seed": ' + b"9" * 10_000 + b"}", 400), (b" " * (2 << 20), 413),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status"), BODIES, ids=lambda value: str(value)[:20])
+def test_bodies_that_are_no_requests(api, body, status):
+    response = api.post("/v1/completions", content=body, headers=JSON)
+    assert response.status_code == status and ErrorBody.model_validate(response.json())
+
+
+def test_forms_and_other_paths_and_methods(api):
+    assert api.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+    assert api.get("/v1/nothing").json()["error"]["message"] == "there is no /v1/nothing"
+    assert api.get("/v1/completions").status_code == 405
+
+
+def test_a_template_that_refuses(tmp_path):
+    from fastapi.testclient import TestClient
+
+    import elmoe
+    from elmoe.server.app import create_app
+    from elmoe.server.settings import Settings
+    from tests.templated import templated_store
+
+    store = templated_store(tmp_path, "{{ raise_exception('no ' + messages[0].role) }}")
+    with elmoe.load(store) as model, TestClient(create_app(model, Settings("whale"))) as api:
+        error = post(api, "/v1/chat/completions", CHAT).json()["error"]
+    assert error["param"] == "messages" and "no user" in error["message"]
+
+
+def test_penalties_and_grammars_are_passed_on_or_refused(api):
+    """Never taken without effect."""
+    from dataclasses import fields
+
+    from elmoe.generation import SamplingParams
+
+    known = {field.name for field in fields(SamplingParams)}
+    for change in (
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 1.5},
+        {"repetition_penalty": 1.5},
+        {"logit_bias": {"5": 5}},
+    ):
+        (name,) = change
+        response = post(api, "/v1/chat/completions", CHAT | change)
+        assert response.status_code == (200 if name in known else 400), response.text
+        assert name in known or response.json()["error"]["param"] == name
+    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
+    plain = post(api, "/v1/chat/completions", CHAT | {"response_format": {"type": "text"}} | neutral)
+    assert plain.json()["choices"] == post(api, "/v1/chat/completions", CHAT).json()["choices"]
+
+
+def test_the_description_names_all_routes_and_fields(api):
+    description = api.get("/openapi.json").json()
+    assert {"/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/tokenize", "/detokenize", "/props"} <= set(
+        description["paths"]
+    )
+    assert {"temperature", "messages", "response_format"} <= set(
+        description["components"]["schemas"]["ChatBody"]["properties"]
+    )
