@@ -85,6 +85,11 @@ class Schedules:
         if own.random() < 0.15:
             prompt[own.integers(length)] = POISON
         sampling = SamplingParameters(float(own.choice([0.0, 0.9])), seed=int(own.integers(5)))
+        if own.random() < 0.3:
+            sampling = replace(
+                sampling, presence_penalty=float(own.choice([0, 0.7])), frequency_penalty=float(own.choice([0, 0.4, -0.2])),
+                repetition_penalty=float(own.choice([1, 1.2])), logit_bias=((int(own.integers(6, POISON)), 3.0),),
+            )  # fmt: skip
         stop = (f"{own.integers(10)}é",) if own.random() < 0.3 else ()
         return Request(
             tuple(prompt.tolist()), int(own.integers(1, 90)), sampling, stop, ignore_eos=bool(own.random() < 0.5),

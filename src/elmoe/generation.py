@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from secrets import randbits
 from time import perf_counter
@@ -32,8 +32,14 @@ class SamplingParams:
     :param max_tokens: most tokens of an answer. :param ignore_eos: go on behind the model's end.
     :param stop: a string, or several, that end the text and are not part of it; the text of a special token, such as
         ``<|im_end|>``, ends it as well.
+    :param presence_penalty: subtracted from the logit of every token that the answer holds, -2 to 2.
+    :param frequency_penalty: subtracted as often as the answer holds the token, -2 to 2.
+    :param repetition_penalty: divides positive logits, and multiplies others, of tokens that prompt or answer hold, 0.001 to
+        100; 1 is off.
+    :param logit_bias: token id -> what is added to its logit before all else, -100 to 100.
     :param n: answers to draw of each prompt, 1 to 64; the prompt is computed once.
-    :param logprobs: most likely tokens, 0 to 20, whose log-probabilities are reported at every position.
+    :param logprobs: most likely tokens, 0 to 20, whose log-probabilities are reported at every position. They, and
+        those of the tokens drawn, are the model's own: before bias, penalties, grammar and temperature.
     :raises RequestError: a value is of the wrong type; one that is out of range is refused where it is used.
     """
 
@@ -47,6 +53,10 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "sampling parameter")
@@ -60,7 +70,11 @@ class SamplingParams:
     def request(self, prompt: Sequence[int], tokenizer: Tokenizer) -> Request:
         """A prompt of token ids as a request to the engine."""
         strings, tokens = split_stops(tokenizer, [self.stop] if isinstance(self.stop, str) else self.stop)
-        sampling = SamplingParameters(self.temperature, self.top_k, self.top_p, self.min_p, self.seed or 0)
+        sampling = SamplingParameters(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.seed or 0,
+            presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty, logit_bias=tuple((self.logit_bias or {}).items()),
+        )  # fmt: skip
         return Request(
             tuple(prompt), self.max_tokens, sampling, strings, self.ignore_eos, tokens, self.n, self.logprobs, text=True
         )

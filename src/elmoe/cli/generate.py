@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from elmoe.cli.common import PromptText, Serving, force_option, json_option, print_json, seed_type, serving_options
+from elmoe.cli.common import (
+    LogitBias,
+    PromptText,
+    Serving,
+    force_option,
+    json_option,
+    print_json,
+    seed_type,
+    serving_options,
+)
 from elmoe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -38,6 +47,28 @@ ENDED = {"eos": "the model ended it", "stop": "a stop string", "length": "--max-
 @click.option("--top-k", type=click.IntRange(0, 1 << 24), default=0, show_default=True, help="0 is off.")
 @click.option("--top-p", type=float, default=1.0, show_default=True)
 @click.option("--min-p", type=float, default=0.0, show_default=True)
+@click.option(
+    "--presence-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Lower the logits of tokens that the answer holds, -2 to 2.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Lower them as often as the answer holds the token, -2 to 2.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Divide logits of tokens that prompt or answer hold; 1 is off.",
+)
+@click.option("--logit-bias", type=LogitBias(), multiple=True, help="Add to the logit of a token id; may be repeated.")
 @click.option("--seed", type=seed_type, default=0, show_default=True)
 @click.option("--n", "copies", type=click.IntRange(1, 64), default=1, show_default=True, help="Answers to each prompt.")
 @click.option("--stop", multiple=True, type=PromptText(), help="End the text before this string; may be repeated.")
@@ -51,7 +82,8 @@ ENDED = {"eos": "the model ended it", "stop": "a stop string", "length": "--max-
 @json_option
 def command(
     store: str, prompt: tuple[str, ...], prompts_path: Path | None, chat: bool, system: str | None, mode: Any,
-    max_tokens: int, batch: int | None, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, copies: int,
+    max_tokens: int, batch: int | None, temperature: float, top_k: int, top_p: float, min_p: float, presence_penalty: float,
+    frequency_penalty: float, repetition_penalty: float, logit_bias: tuple[tuple[int, float], ...], seed: int, copies: int,
     stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None, timeline_path: Path | None, quiet: bool, force: bool,
     serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
@@ -73,7 +105,9 @@ def command(
     with serving.load(store, options) as model:
         if not quiet:
             click.echo(model.reader_note, err=True)
-        sampling = SamplingParameters(temperature, top_k, top_p, min_p, seed)
+        sampling = SamplingParameters(
+            temperature, top_k, top_p, min_p, seed, 0, presence_penalty, frequency_penalty, repetition_penalty, logit_bias
+        )
         strings, stop_tokens = split_stops(model.tokenizer, stop)
         requests = numbered(
             Request(line.tokens(model), max_tokens, sampling, strings, ignore_eos, stop_tokens, copies, text=not as_json)

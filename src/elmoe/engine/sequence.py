@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from elmoe.bitslice import Sample, SamplingParameters
+from elmoe.bitslice import History, Sample
 from elmoe.engine.kv_cache import CacheEntry
 from elmoe.engine.request import Alternatives, FinishReason, Output, Request, Result
 from elmoe.errors import ElmoeError
@@ -50,9 +50,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         drawn = self.request.sampling
-        self.sampling = SamplingParameters(
-            drawn.temperature, drawn.top_k, drawn.top_p, drawn.min_p, drawn.seed, drawn.choice + self.choice
-        )
+        self.sampling = replace(drawn, choice=drawn.choice + self.choice) if self.choice else drawn
+        self.history = History.of(drawn, self.request.prompt)
 
     @property
     def output(self) -> list[int]:
@@ -73,6 +72,8 @@ class Sequence:
         """Append one token of the target and see whether the sequence ends with it."""
         token = sample.token
         self.tokens.append(token)
+        if self.history is not None:
+            self.history.push(token)
         self.logprobs.append(sample.logprob)
         if self.request.alternatives:
             self.alternatives.append(alternatives)
