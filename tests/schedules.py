@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
@@ -20,6 +21,7 @@ from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.errors import BudgetError, NumericsError, RequestError
+from elmoe.grammar import Grammars
 from elmoe.store import open_direct, open_store
 from elmoe.store.synthetic import synthesize
 from elmoe.text import TextStream
@@ -43,6 +45,19 @@ def poisoned_store(folder: Path) -> Path:
     return folder / "store"
 
 
+SCHEMAS = ({"type": "object"}, {"type": "array", "items": {"enum": ["a", 12, True]}, "maxItems": 9}, {"type": "number"})
+
+
+def grammars() -> Grammars:
+    """A token is a character, but for the end of sequence and what the model has beyond."""
+    ids = {chr(33 + index): index for index in range(94)}
+    del ids[chr(33 + SPEC.eos_tokens[0])]
+    tokenizer = Tokenizer(models.BPE(ids | {"<eos>": SPEC.eos_tokens[0]}, []))
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.decoder = decoders.ByteLevel()
+    return Grammars(tokenizer, SPEC.vocabulary, SPEC.eos_tokens)
+
+
 def words(ids) -> str:
     """A decoding of its own for every token, some of several characters."""
     return "".join(f"{token}é " for token in ids)
@@ -63,6 +78,7 @@ class Schedules:
             self.memory, kernels, EngineOptions(mode="plain", keep_kv_digest=True, batch=1), text=text_stream
         )
         self.seen: dict[str, int] = defaultdict(int)
+        self._grammars = grammars()
 
     def close(self) -> None:
         self.memory.close()
@@ -95,6 +111,7 @@ class Schedules:
             tuple(prompt.tolist()), int(own.integers(1, 90)), sampling, stop, ignore_eos=bool(own.random() < 0.5),
             stop_tokens=(int(own.integers(97)),) if own.random() < 0.2 else (), copies=int(own.choice([1, 1, 1, 2, 3])),
             alternatives=int(own.choice([0, 0, 2])), text=bool(own.random() < 0.5),
+            grammar=self._grammars.json(SCHEMAS[int(own.integers(3))]) if own.random() < 0.2 else None,
         )  # fmt: skip
 
     def options(self, rng: np.random.Generator, direct: bool) -> EngineOptions:
@@ -158,6 +175,7 @@ class Schedules:
         expected = self.alone(request)[choice]
         assert tuple(tokens) == result.tokens, "what steps report is what the result holds"
         self.seen[result.finish] += 1
+        self.seen["grammars"] += request.grammar is not None
         if result.finish == "aborted":
             assert result.tokens == expected.tokens[: len(result.tokens)]
             assert result.logprobs == expected.logprobs[: len(result.logprobs)]

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from elmoe.errors import MissingExtraError
 
-EXTRAS = {"sim": ("plotly", "pyarrow", "yaml")}
+EXTRAS = {"sim": ("plotly", "pyarrow", "yaml"), "server": ("llguidance",)}
 """Extra -> the modules it brings."""
 
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from secrets import randbits
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elmoe.arguments import check_types
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.request import Alternatives, FinishReason, Output, Request
 from elmoe.errors import RequestError
+from elmoe.grammar import Grammars
 from elmoe.tokenizer import split_stops
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class SamplingParams:
     :param repetition_penalty: divides positive logits, and multiplies others, of tokens that prompt or answer hold, 0.001 to
         100; 1 is off.
     :param logit_bias: token id -> what is added to its logit before all else, -100 to 100.
+    :param json_schema: the answer is JSON of this schema, as text or data; it ends where the JSON does. Needs the extra
+        ``server``. :param json_object: the answer is any JSON object.
     :param n: answers to draw of each prompt, 1 to 64; the prompt is computed once.
     :param logprobs: most likely tokens, 0 to 20, whose log-probabilities are reported at every position. They, and
         those of the tokens drawn, are the model's own: before bias, penalties, grammar and temperature.
@@ -57,18 +60,30 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    json_object: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "sampling parameter")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise RequestError(f"the seed is {self.seed}", "give 0 to 2^63 - 1, or None to draw one")
+        if self.json_schema is not None and self.json_object:
+            raise RequestError("json_schema and json_object are both given", "give one of them")
 
     def seeded(self) -> SamplingParams:
         """With a seed: one is drawn if there is none."""
         return self if self.seed is not None else replace(self, seed=randbits(SEED_BITS))
 
-    def request(self, prompt: Sequence[int], tokenizer: Tokenizer) -> Request:
-        """A prompt of token ids as a request to the engine."""
+    def request(self, prompt: Sequence[int], tokenizer: Tokenizer, grammars: Grammars | None = None) -> Request:
+        """A prompt of token ids as a request to the engine.
+
+        :param grammars: of the model (``Model.grammars``); a schema needs them.
+        :raises RequestError: the schema cannot be used. :raises MissingExtraError: llguidance is not installed.
+        """
+        wanted = True if self.json_object else self.json_schema
+        if wanted is not None and grammars is None:
+            raise RequestError("JSON of a schema needs the grammars of the model", "give Model.grammars")
+        grammar = None if wanted is None or grammars is None else grammars.json(wanted)
         strings, tokens = split_stops(tokenizer, [self.stop] if isinstance(self.stop, str) else self.stop)
         sampling = SamplingParameters(
             self.temperature, self.top_k, self.top_p, self.min_p, self.seed or 0,
@@ -76,8 +91,9 @@ class SamplingParams:
             repetition_penalty=self.repetition_penalty, logit_bias=tuple((self.logit_bias or {}).items()),
         )  # fmt: skip
         return Request(
-            tuple(prompt), self.max_tokens, sampling, strings, self.ignore_eos, tokens, self.n, self.logprobs, text=True
-        )
+            tuple(prompt), self.max_tokens, sampling, strings, self.ignore_eos, tokens, self.n, self.logprobs, text=True,
+            grammar=grammar,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

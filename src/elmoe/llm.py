@@ -19,6 +19,7 @@ from elmoe.engine.request import Request, Result, numbered
 from elmoe.errors import RequestError
 from elmoe.extras import naming_extra
 from elmoe.generation import Collector, Generation, Piece, SamplingParams
+from elmoe.grammar import Grammars
 from elmoe.models.spec import ModelSpec
 from elmoe.opening import BackendName, Opened, Reader, load_backend, open_to_serve, use_threads
 from elmoe.stepping import Stepper, Ticket
@@ -139,7 +140,8 @@ class Model:
     in worker threads and serve all that wait as one batch.
 
     What measures and benchmarks use beside text: ``path`` of the store, its ``reader`` and ``tokenizer``, the ``backend``,
-    the ``engine`` that serves, ``reader_note`` (why this reader) and ``tier`` (what the fast tier is).
+    the ``engine`` that serves, the ``grammars`` of its tokens, ``reader_note`` (why this reader) and ``tier`` (what the fast
+    tier is).
     """
 
     def __init__(self, opened: Opened, backend: Backend) -> None:
@@ -147,6 +149,7 @@ class Model:
         self.reader_note, self.tier = opened.note, opened.tier
         self.tokenizer = tokenizer = opened.reader.tokenizer()
         self._decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
+        self.grammars = Grammars(tokenizer, self.spec.vocabulary, self.spec.eos_tokens)
         self.engine = self.new_engine(opened.options)
         self._stepper = Stepper(self.engine, f"the model '{self.path.name}' is closed")
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
@@ -360,7 +363,7 @@ class Model:
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"params is a {type(params).__name__}", "give elmoe.SamplingParams, or keywords")
         chosen = with_arguments(params or SamplingParams(), sampling, "sampling parameter").seeded()
-        return numbered(chosen.request(self._ids(prompt), self.tokenizer) for prompt in prompts)
+        return numbered(chosen.request(self._ids(prompt), self.tokenizer, self.grammars) for prompt in prompts)
 
     def _ids(self, prompt: object) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -127,7 +127,8 @@ class Passes:
     ) -> Pass:
         """Compute rows and sample the first ``sampled`` of them (None: all).
 
-        :raises NumericsError: a value is not finite. :raises KernelError: the rows are no chain, and the backend needs one.
+        :raises NumericsError: a value is not finite. :raises RequestError: a grammar cannot be followed.
+        :raises KernelError: the rows are no chain, and the backend needs one.
         """
         count = len(rows) if sampled is None else sampled
         began, waited = perf_counter(), self._tier.waited
@@ -145,7 +146,7 @@ class Passes:
         sample = self._backend.sample
         samples = [
             sample(self.logits[i], row.sequence.sampling, row.position + 1)
-            if row.sequence.history is None
+            if not row.sequence.adjusts
             else self._sample_adjusted(i, rows, proposals)
             for i, row in enumerate(rows[:count])
         ]
@@ -158,11 +159,9 @@ class Passes:
         return done
 
     def _sample_adjusted(self, index: int, rows: list[Row], proposals: Proposals) -> Sample:
-        """Sample a row of a sequence whose tokens so far change what is drawn."""
+        """Sample a row of a sequence that adjusts what is drawn from."""
         row, logits = rows[index], self.logits[index]
-        history = row.sequence.history
-        assert history is not None
-        adjusted = history.adjust(logits, drafted_up_to(index, rows, proposals))
+        adjusted = row.sequence.adjust(logits, drafted_up_to(index, rows, proposals))
         return self._backend.sample(logits, row.sequence.sampling, row.position + 1, adjusted)
 
 

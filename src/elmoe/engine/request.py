@@ -9,10 +9,11 @@ from typing import Literal
 
 from elmoe.bitslice import SamplingParameters
 from elmoe.errors import ElmoeError, RequestError
+from elmoe.grammar import Grammar
 
 FinishReason = Literal["eos", "stop", "length", "aborted", "failed"]
-"""``eos``: an end-of-sequence token; ``stop``: a stop string or stop token; ``length``: ``max_tokens`` or the context;
-``aborted``: by the caller; ``failed``: an error of this request alone."""
+"""``eos``: an end-of-sequence token; ``stop``: a stop string or stop token, or the grammar is complete; ``length``:
+``max_tokens`` or the context; ``aborted``: by the caller; ``failed``: an error of this request alone."""
 MOST_COPIES, MOST_ALTERNATIVES = 64, 20
 RANGES = {
     "temperature": (0.0, 100.0), "top_p": (1e-9, 1.0), "min_p": (0.0, 1.0),
@@ -28,7 +29,8 @@ class Request:
 
     ``stop``: strings that end the text (not included in it); ``stop_tokens``: ids that end it, as an end-of-sequence token
     does. ``copies``: answers to draw, each with its index as the choice of its noise. ``text``: whether outputs carry text
-    as it is made. ``alternatives``: most likely tokens whose log-probabilities are reported for each position.
+    as it is made. ``alternatives``: most likely tokens whose log-probabilities are reported for each position. ``grammar``:
+    what the answer may be; it ends where this is complete.
     """
 
     prompt: tuple[int, ...]
@@ -40,6 +42,7 @@ class Request:
     copies: int = 1
     alternatives: int = 0
     text: bool = False
+    grammar: Grammar | None = None
 
     def check(self, vocabulary: int, max_positions: int) -> None:
         """Raise RequestError where the request cannot be served."""
