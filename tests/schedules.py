@@ -98,6 +98,10 @@ class Schedules:
         own = np.random.default_rng(int(rng.integers(300)))
         length = int(own.choice([1, 2, 15, 16, 17, 63, 64, 65, 130, 200]))
         prompt = own.integers(6, POISON, length)
+        if own.random() < 0.5:  # begins as others do
+            shared = np.random.default_rng(int(own.integers(3))).integers(6, POISON, 160)
+            begun = min(length, int(own.choice([64, 100, 128, 160])))
+            prompt[:begun] = shared[:begun]
         if own.random() < 0.15:
             prompt[own.integers(length)] = POISON
         sampling = SamplingParameters(float(own.choice([0.0, 0.9])), seed=int(own.integers(5)))
@@ -123,6 +127,7 @@ class Schedules:
             kv_memory=int(rng.choice([3, 5, 7, 14, 60])) * page, prefill_chunk=int(rng.choice([1, 7, 16, 33, 64, 300])),
             keep_kv_digest=True, split=str(rng.choice(["auto", "msb_first", "whole_experts"])),  # type: ignore[arg-type]
             staging_experts=int(rng.choice([2, 4, 16])),
+            prefix_cache=[False, True, page, 4 * page][int(rng.integers(4))],
         )  # fmt: skip
 
     def run(self, seed: int) -> None:
@@ -158,10 +163,14 @@ class Schedules:
             for choice in range(request.copies):
                 self._check(request, choice, results[number, choice], tokens[number, choice], texts[number, choice])
         cache = engine.cache
+        assert cache.bytes_in_use == cache.bytes_resting, "pages are lost"
+        cache.forget_prefixes()
+        assert cache.bytes_in_use == 0, "pages are lost"
         assert (cache.free_pages, cache.free_rows) == (cache.pages, options.batch), "pages or rows are lost"
         assert (cache.kernels.table == -1).all()
         assert engine.statistics.draft_slow_reads == 0
         self.seen["mixed passes"] += engine.statistics.phases["mixed"].steps
+        self.seen["cached tokens"] += engine.statistics.cached_tokens
         self.seen["drafts"] += engine.statistics.verifications
         for number in asked:
             try:

@@ -103,7 +103,8 @@ class Piece:
     ``text``: whole characters only, which no later token changes; may be empty while a character or a stop string is
     incomplete. ``token_ids``, ``logprobs``: of the tokens the step committed, several where a draft was accepted, natural
     logarithm. ``top_logprobs``: for each token the most likely ones as (id, log-probability). ``finish_reason``: None before
-    the last piece. ``choice``: which of ``n`` answers.
+    the last piece. ``choice``: which of ``n`` answers. ``cached_tokens``: of the last piece, those of the prompt that were
+    found in the prefix cache.
     """
 
     text: str
@@ -112,6 +113,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     top_logprobs: tuple[Alternatives, ...] = ()
     choice: int = 0
+    cached_tokens: int = 0
 
     @classmethod
     def of(cls, output: Output) -> Piece:
@@ -120,19 +122,22 @@ class Piece:
         if result is not None and result.error is not None:
             raise result.error
         finish = None if result is None else result.finish
-        return cls(output.text, output.tokens, output.logprobs, finish, output.alternatives, output.choice)
+        cached = 0 if result is None else result.cached_tokens
+        return cls(output.text, output.tokens, output.logprobs, finish, output.alternatives, output.choice, cached)
 
 
 @dataclass(frozen=True)
 class RequestStatistics:
     """Of one answer. ``steps``: those that committed tokens to it, fewer than ``tokens`` where drafts were accepted.
-    ``first_token_seconds``, ``seconds``: from the request to the first token and to the end, waiting included."""
+    ``first_token_seconds``, ``seconds``: from the request to the first token and to the end, waiting included.
+    ``cached_tokens``: of the prompt, found in the prefix cache."""
 
     prompt_tokens: int
     tokens: int
     steps: int
     first_token_seconds: float
     seconds: float
+    cached_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -198,7 +203,7 @@ class Collector:
         tokens = tuple(token for piece in pieces for token in piece.token_ids)
         statistics = RequestStatistics(
             len(request.prompt), len(tokens), sum(bool(piece.token_ids) for piece in pieces), answer.first - self._began,
-            answer.ended - self._began,
+            answer.ended - self._began, pieces[-1].cached_tokens,
         )  # fmt: skip
         return Generation(
             "".join(piece.text for piece in pieces), tokens, tuple(value for piece in pieces for value in piece.logprobs),

@@ -40,7 +40,8 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 BATCH = 16
 """Sequences that a model serves at once unless told otherwise."""
 QUANTITIES: dict[str, Callable[[str], int | float]] = {
-    "fast_memory": parse_fast_memory, "kv_memory": parse_bytes, "slow_bandwidth": parse_bandwidth,
+    "fast_memory": parse_fast_memory, "kv_memory": parse_bytes, "prefix_cache": parse_bytes,
+    "slow_bandwidth": parse_bandwidth,
 }  # fmt: skip
 """Options that are taken as text with a unit."""
 
@@ -60,7 +61,8 @@ def load(
     :param threads: kernel threads of this process, 1 to 64; None is all its processors.
     :param store_dir: where converted models are kept; None is ``elmoe/stores`` in the user's cache folder.
     :param changes: fields of :class:`EngineOptions`: ``fast_memory`` (bytes, a share of the experts between 0.0 and 1.0, or
-        text such as ``"4GiB"`` or ``"25%"``), ``kv_memory`` (bytes or text), ``slow_bandwidth`` (bytes per second, or text
+        text such as ``"4GiB"`` or ``"25%"``), ``kv_memory`` (bytes or text), ``prefix_cache`` (True, bytes or text),
+        ``slow_bandwidth`` (bytes per second, or text
         such as ``"1.7GB/s"``), ``batch``, ``mode``, ``draft_length`` and others.
     :raises StoreError: there is no readable store.
     :raises ConvertError: a file or folder is damaged or not supported, or cannot be converted.

@@ -107,7 +107,8 @@ Alternatives = tuple[tuple[int, float], ...]
 @dataclass(frozen=True)
 class Result:
     """A finished answer: generated ids (an end-of-sequence token included), the target's log-probabilities of them, why it
-    ended, and a hash of the KV bytes at its committed positions. ``error``: of a request that failed."""
+    ended, and a hash of the KV bytes at its committed positions. ``error``: of a request that failed. ``cached_tokens``: of
+    the prompt, found in the prefix cache; equal results may differ in it."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -115,6 +116,7 @@ class Result:
     kv_digest: str | None = None
     alternatives: tuple[Alternatives, ...] = ()
     error: ElmoeError | None = None
+    cached_tokens: int = field(default=0, compare=False)
 
     def shown(self, request: Request) -> tuple[int, ...]:
         """The tokens that are text: all but the one that ended the answer."""

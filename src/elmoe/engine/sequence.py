@@ -33,7 +33,8 @@ WAITING, PREFILL, DECODING, FINISHED = State  # Python 3.11 takes long to find a
 class Sequence:
     """One answer to a request. ``tokens``: prompt and committed output; ``computed``: positions whose keys and values are in
     the cache, all but the last while it decodes. ``limit``: tokens it may come to have. ``leader``: the copy that computes
-    the prompt of all."""
+    the prompt of all. ``cached_tokens``: of its prompt, found in the prefix cache; ``gave_way``: once had to give its pages
+    back."""
 
     request_id: int
     choice: int
@@ -51,6 +52,8 @@ class Sequence:
     finish: FinishReason | None = None
     error: ElmoeError | None = None
     reported: int = 0
+    cached_tokens: int = 0
+    gave_way: bool = False
 
     def __post_init__(self) -> None:
         drawn = self.request.sampling
@@ -119,8 +122,9 @@ class Sequence:
         result = None
         if self.finish is not None:
             result = Result(
-                tuple(self.output), tuple(self.logprobs), self.finish, digest, tuple(self.alternatives), self.error
-            )
+                tuple(self.output), tuple(self.logprobs), self.finish, digest, tuple(self.alternatives), self.error,
+                self.cached_tokens,
+            )  # fmt: skip
         return Output(
             self.request_id - first_request, self.choice, tuple(self.tokens[len(self.request.prompt) + start :]),
             tuple(self.logprobs[start:]), "" if self.text is None else self.text.take(last=result is not None),
