@@ -66,7 +66,7 @@ peers: .venv/.installed ## build llama.cpp for the benchmarks
 	touch $@
 
 .venv/.test: .venv/.installed
-	$(BIN)/python -m pip install --quiet "httpx>=0.27" "hypothesis>=6.100" "openai>=1.60" "pytest>=8"
+	$(BIN)/python -m pip install --quiet "httpx>=0.27" "hypothesis>=6.100" "llguidance>=1.0" "openai>=1.60" "pytest>=8"
 	touch $@
 
 .venv/.check: .venv/.test

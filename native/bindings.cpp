@@ -149,15 +149,16 @@ void bind_logits(Input<float, 1> norm, float epsilon, const MatrixHolder& head, 
 }
 
 nb::tuple bind_sample(Input<float, 1> logits, double temperature, int64_t top_k, double top_p, double min_p, uint64_t seed,
-                      uint64_t choice, int64_t position) {
+                      uint64_t choice, int64_t position, std::optional<Input<float, 1>> adjusted) {
     require(logits.shape(0) > 0, "there are no logits");
     const int vocabulary = narrow(side(logits, 0), kTooLarge);
+    require(!adjusted || adjusted->shape(0) == logits.shape(0), "there are more or fewer adjusted logits than logits");
     Sampled result;
     {
         nb::gil_scoped_release release;
         Operation operation;
         result = sample(logits.data(), vocabulary, {temperature, top_p, min_p, top_k, seed, choice},
-                        position);
+                        position, adjusted ? adjusted->data() : nullptr);
     }
     return nb::make_tuple(result.token, result.confidence, result.logprob);
 }
@@ -203,7 +204,8 @@ NB_MODULE(_native, m) {
     m.def("expert_ffn", &bind_expert_ffn);
     m.def("embed", &bind_embed);
     m.def("logits", &bind_logits);
-    m.def("sample", &bind_sample);
+    m.def("sample", &bind_sample, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg().none());
     m.def("stream_read", &bind_stream_read);
     bind_read_pool(m);
     bind_expert_slices(m);

@@ -207,7 +207,9 @@ struct Sampled {
     int64_t token;
     double confidence, logprob;
 };
-Sampled sample(const float* logits, int vocabulary, const SamplingParameters& parameters, int64_t position);
+// `adjusted`, null or as many values, is drawn from in place of the logits; -inf excludes an id, one at least is finite.
+Sampled sample(const float* logits, int vocabulary, const SamplingParameters& parameters, int64_t position,
+               const float* adjusted = nullptr);
 
 uint64_t stream_read(const uint8_t* data, int64_t size);
 

@@ -84,20 +84,34 @@ double lane_sum(const float* values, const uint8_t* keep, int size) {
     return lane[0];
 }
 
+// Id of the highest value, of equals the lowest.
+int highest_of(const float* values, int size) {
+    int best = 0;
+    for (int i = 1; i < size; ++i)
+        if (values[i] > values[best]) best = i;
+    return best;
+}
+
 }  // namespace
 
-Sampled sample(const float* logits, int vocabulary, const SamplingParameters& p, int64_t position) {
+Sampled sample(const float* logits, int vocabulary, const SamplingParameters& p, int64_t position, const float* adjusted) {
     const Kernels& k = kernels();
-    int best = 0;
-    for (int i = 1; i < vocabulary; ++i)
-        if (logits[i] > logits[best]) best = i;
+    int best = highest_of(logits, vocabulary);
     auto* plain = scratch().get<float>(vocabulary);
     k.exp_shifted(logits, logits[best], plain, vocabulary);
-    const double plain_sum = lane_sum(plain, nullptr, vocabulary);
-    auto result = [&](int token, double confidence) {
-        const double distance = static_cast<double>(logits[token]) - static_cast<double>(logits[best]);
-        return Sampled{token, confidence, distance - log64(plain_sum)};
+    double plain_sum = lane_sum(plain, nullptr, vocabulary);
+    auto result = [target = logits, likeliest = logits[best], sum = plain_sum](int token, double confidence) {
+        const double distance = static_cast<double>(target[token]) - static_cast<double>(likeliest);
+        return Sampled{token, confidence, distance - log64(sum)};
     };
+    if (adjusted) {
+        logits = adjusted;
+        best = highest_of(logits, vocabulary);
+        if (p.temperature == 0) {
+            k.exp_shifted(logits, logits[best], plain, vocabulary);
+            plain_sum = lane_sum(plain, nullptr, vocabulary);
+        }
+    }
     if (p.temperature == 0) return result(best, static_cast<double>(plain[best]) / plain_sum);
 
     auto* z = scratch().get<double>(vocabulary);

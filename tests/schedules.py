@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models
 
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
@@ -20,6 +21,7 @@ from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.errors import BudgetError, NumericsError, RequestError
+from elmoe.grammar import Grammars
 from elmoe.store import open_direct, open_store
 from elmoe.store.synthetic import synthesize
 from elmoe.text import TextStream
@@ -43,6 +45,19 @@ def poisoned_store(folder: Path) -> Path:
     return folder / "store"
 
 
+SCHEMAS = ({"type": "object"}, {"type": "array", "items": {"enum": ["a", 12, True]}, "maxItems": 9}, {"type": "number"})
+
+
+def grammars() -> Grammars:
+    """A token is a character, but for the end of sequence and what the model has beyond."""
+    ids = {chr(33 + index): index for index in range(94)}
+    del ids[chr(33 + SPEC.eos_tokens[0])]
+    tokenizer = Tokenizer(models.BPE(ids | {"<eos>": SPEC.eos_tokens[0]}, []))
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.decoder = decoders.ByteLevel()
+    return Grammars(tokenizer, SPEC.vocabulary, SPEC.eos_tokens)
+
+
 def words(ids) -> str:
     """A decoding of its own for every token, some of several characters."""
     return "".join(f"{token}é " for token in ids)
@@ -63,6 +78,7 @@ class Schedules:
             self.memory, kernels, EngineOptions(mode="plain", keep_kv_digest=True, batch=1), text=text_stream
         )
         self.seen: dict[str, int] = defaultdict(int)
+        self._grammars = grammars()
 
     def close(self) -> None:
         self.memory.close()
@@ -82,14 +98,24 @@ class Schedules:
         own = np.random.default_rng(int(rng.integers(300)))
         length = int(own.choice([1, 2, 15, 16, 17, 63, 64, 65, 130, 200]))
         prompt = own.integers(6, POISON, length)
+        if own.random() < 0.5:  # begins as others do
+            shared = np.random.default_rng(int(own.integers(3))).integers(6, POISON, 160)
+            begun = min(length, int(own.choice([64, 100, 128, 160])))
+            prompt[:begun] = shared[:begun]
         if own.random() < 0.15:
             prompt[own.integers(length)] = POISON
         sampling = SamplingParameters(float(own.choice([0.0, 0.9])), seed=int(own.integers(5)))
+        if own.random() < 0.3:
+            sampling = replace(
+                sampling, presence_penalty=float(own.choice([0, 0.7])), frequency_penalty=float(own.choice([0, 0.4, -0.2])),
+                repetition_penalty=float(own.choice([1, 1.2])), logit_bias=((int(own.integers(6, POISON)), 3.0),),
+            )  # fmt: skip
         stop = (f"{own.integers(10)}é",) if own.random() < 0.3 else ()
         return Request(
             tuple(prompt.tolist()), int(own.integers(1, 90)), sampling, stop, ignore_eos=bool(own.random() < 0.5),
             stop_tokens=(int(own.integers(97)),) if own.random() < 0.2 else (), copies=int(own.choice([1, 1, 1, 2, 3])),
             alternatives=int(own.choice([0, 0, 2])), text=bool(own.random() < 0.5),
+            grammar=self._grammars.json(SCHEMAS[int(own.integers(3))]) if own.random() < 0.2 else None,
         )  # fmt: skip
 
     def options(self, rng: np.random.Generator, direct: bool) -> EngineOptions:
@@ -101,6 +127,7 @@ class Schedules:
             kv_memory=int(rng.choice([3, 5, 7, 14, 60])) * page, prefill_chunk=int(rng.choice([1, 7, 16, 33, 64, 300])),
             keep_kv_digest=True, split=str(rng.choice(["auto", "msb_first", "whole_experts"])),  # type: ignore[arg-type]
             staging_experts=int(rng.choice([2, 4, 16])),
+            prefix_cache=[False, True, page, 4 * page][int(rng.integers(4))],
         )  # fmt: skip
 
     def run(self, seed: int) -> None:
@@ -136,10 +163,14 @@ class Schedules:
             for choice in range(request.copies):
                 self._check(request, choice, results[number, choice], tokens[number, choice], texts[number, choice])
         cache = engine.cache
+        assert cache.bytes_in_use == cache.bytes_resting, "pages are lost"
+        cache.forget_prefixes()
+        assert cache.bytes_in_use == 0, "pages are lost"
         assert (cache.free_pages, cache.free_rows) == (cache.pages, options.batch), "pages or rows are lost"
         assert (cache.kernels.table == -1).all()
         assert engine.statistics.draft_slow_reads == 0
         self.seen["mixed passes"] += engine.statistics.phases["mixed"].steps
+        self.seen["cached tokens"] += engine.statistics.cached_tokens
         self.seen["drafts"] += engine.statistics.verifications
         for number in asked:
             try:
@@ -153,6 +184,7 @@ class Schedules:
         expected = self.alone(request)[choice]
         assert tuple(tokens) == result.tokens, "what steps report is what the result holds"
         self.seen[result.finish] += 1
+        self.seen["grammars"] += request.grammar is not None
         if result.finish == "aborted":
             assert result.tokens == expected.tokens[: len(result.tokens)]
             assert result.logprobs == expected.logprobs[: len(result.logprobs)]

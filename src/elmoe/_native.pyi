@@ -135,6 +135,7 @@ def sample(
     seed: int,
     choice: int,
     position: int,
+    adjusted: NDArray[np.float32] | None,
 ) -> tuple[int, float, float]: ...
 
 class ReadPool:

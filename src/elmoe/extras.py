@@ -10,7 +10,7 @@ from elmoe.errors import MissingExtraError
 
 EXTRAS = {
     "sim": ("plotly", "pyarrow", "yaml"),
-    "server": ("fastapi", "httptools", "prometheus_client", "pydantic", "uvicorn"),
+    "server": ("fastapi", "httptools", "llguidance", "prometheus_client", "pydantic", "uvicorn"),
 }
 """Extra -> the modules it brings."""
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from secrets import randbits
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elmoe.arguments import check_types
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.request import Alternatives, FinishReason, Output, Request
 from elmoe.errors import RequestError
+from elmoe.grammar import Grammars
 from elmoe.tokenizer import split_stops
 
 if TYPE_CHECKING:
@@ -32,8 +33,16 @@ class SamplingParams:
     :param max_tokens: most tokens of an answer. :param ignore_eos: go on behind the model's end.
     :param stop: a string, or several, that end the text and are not part of it; the text of a special token, such as
         ``<|im_end|>``, ends it as well.
+    :param presence_penalty: subtracted from the logit of every token that the answer holds, -2 to 2.
+    :param frequency_penalty: subtracted as often as the answer holds the token, -2 to 2.
+    :param repetition_penalty: divides positive logits, and multiplies others, of tokens that prompt or answer hold, 0.001 to
+        100; 1 is off.
+    :param logit_bias: token id -> what is added to its logit before all else, -100 to 100.
+    :param json_schema: the answer is JSON of this schema, as text or data; it ends where the JSON does. Needs the extra
+        ``server``. :param json_object: the answer is any JSON object.
     :param n: answers to draw of each prompt, 1 to 64; the prompt is computed once.
-    :param logprobs: most likely tokens, 0 to 20, whose log-probabilities are reported at every position.
+    :param logprobs: most likely tokens, 0 to 20, whose log-probabilities are reported at every position. They, and
+        those of the tokens drawn, are the model's own: before bias, penalties, grammar and temperature.
     :raises RequestError: a value is of the wrong type; one that is out of range is refused where it is used.
     """
 
@@ -47,23 +56,44 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     logprobs: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    json_schema: Mapping[str, Any] | str | None = None
+    json_object: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "sampling parameter")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise RequestError(f"the seed is {self.seed}", "give 0 to 2^63 - 1, or None to draw one")
+        if self.json_schema is not None and self.json_object:
+            raise RequestError("json_schema and json_object are both given", "give one of them")
 
     def seeded(self) -> SamplingParams:
         """With a seed: one is drawn if there is none."""
         return self if self.seed is not None else replace(self, seed=randbits(SEED_BITS))
 
-    def request(self, prompt: Sequence[int], tokenizer: Tokenizer) -> Request:
-        """A prompt of token ids as a request to the engine."""
+    def request(self, prompt: Sequence[int], tokenizer: Tokenizer, grammars: Grammars | None = None) -> Request:
+        """A prompt of token ids as a request to the engine.
+
+        :param grammars: of the model (``Model.grammars``); a schema needs them.
+        :raises RequestError: the schema cannot be used. :raises MissingExtraError: llguidance is not installed.
+        """
+        wanted = True if self.json_object else self.json_schema
+        if wanted is not None and grammars is None:
+            raise RequestError("JSON of a schema needs the grammars of the model", "give Model.grammars")
+        grammar = None if wanted is None or grammars is None else grammars.json(wanted)
         strings, tokens = split_stops(tokenizer, [self.stop] if isinstance(self.stop, str) else self.stop)
-        sampling = SamplingParameters(self.temperature, self.top_k, self.top_p, self.min_p, self.seed or 0)
+        sampling = SamplingParameters(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.seed or 0,
+            presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty, logit_bias=tuple((self.logit_bias or {}).items()),
+        )  # fmt: skip
         return Request(
-            tuple(prompt), self.max_tokens, sampling, strings, self.ignore_eos, tokens, self.n, self.logprobs, text=True
-        )
+            tuple(prompt), self.max_tokens, sampling, strings, self.ignore_eos, tokens, self.n, self.logprobs, text=True,
+            grammar=grammar,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +103,8 @@ class Piece:
     ``text``: whole characters only, which no later token changes; may be empty while a character or a stop string is
     incomplete. ``token_ids``, ``logprobs``: of the tokens the step committed, several where a draft was accepted, natural
     logarithm. ``top_logprobs``: for each token the most likely ones as (id, log-probability). ``finish_reason``: None before
-    the last piece. ``choice``: which of ``n`` answers.
+    the last piece. ``choice``: which of ``n`` answers. ``cached_tokens``: of the last piece, those of the prompt that were
+    found in the prefix cache.
     """
 
     text: str
@@ -82,6 +113,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     top_logprobs: tuple[Alternatives, ...] = ()
     choice: int = 0
+    cached_tokens: int = 0
 
     @classmethod
     def of(cls, output: Output) -> Piece:
@@ -90,19 +122,22 @@ class Piece:
         if result is not None and result.error is not None:
             raise result.error
         finish = None if result is None else result.finish
-        return cls(output.text, output.tokens, output.logprobs, finish, output.alternatives, output.choice)
+        cached = 0 if result is None else result.cached_tokens
+        return cls(output.text, output.tokens, output.logprobs, finish, output.alternatives, output.choice, cached)
 
 
 @dataclass(frozen=True)
 class RequestStatistics:
     """Of one answer. ``steps``: those that committed tokens to it, fewer than ``tokens`` where drafts were accepted.
-    ``first_token_seconds``, ``seconds``: from the request to the first token and to the end, waiting included."""
+    ``first_token_seconds``, ``seconds``: from the request to the first token and to the end, waiting included.
+    ``cached_tokens``: of the prompt, found in the prefix cache."""
 
     prompt_tokens: int
     tokens: int
     steps: int
     first_token_seconds: float
     seconds: float
+    cached_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -168,7 +203,7 @@ class Collector:
         tokens = tuple(token for piece in pieces for token in piece.token_ids)
         statistics = RequestStatistics(
             len(request.prompt), len(tokens), sum(bool(piece.token_ids) for piece in pieces), answer.first - self._began,
-            answer.ended - self._began,
+            answer.ended - self._began, pieces[-1].cached_tokens,
         )  # fmt: skip
         return Generation(
             "".join(piece.text for piece in pieces), tokens, tuple(value for piece in pieces for value in piece.logprobs),

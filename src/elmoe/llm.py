@@ -19,6 +19,7 @@ from elmoe.engine.request import Request, Result, numbered
 from elmoe.errors import RequestError
 from elmoe.extras import naming_extra
 from elmoe.generation import Collector, Generation, Piece, SamplingParams
+from elmoe.grammar import Grammars
 from elmoe.models.spec import ModelSpec
 from elmoe.opening import BackendName, Opened, Reader, load_backend, open_to_serve, use_threads
 from elmoe.stepping import Stepper, Ticket
@@ -39,7 +40,8 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 BATCH = 16
 """Sequences that a model serves at once unless told otherwise."""
 QUANTITIES: dict[str, Callable[[str], int | float]] = {
-    "fast_memory": parse_fast_memory, "kv_memory": parse_bytes, "slow_bandwidth": parse_bandwidth,
+    "fast_memory": parse_fast_memory, "kv_memory": parse_bytes, "prefix_cache": parse_bytes,
+    "slow_bandwidth": parse_bandwidth,
 }  # fmt: skip
 """Options that are taken as text with a unit."""
 
@@ -59,7 +61,8 @@ def load(
     :param threads: kernel threads of this process, 1 to 64; None is all its processors.
     :param store_dir: where converted models are kept; None is ``elmoe/stores`` in the user's cache folder.
     :param changes: fields of :class:`EngineOptions`: ``fast_memory`` (bytes, a share of the experts between 0.0 and 1.0, or
-        text such as ``"4GiB"`` or ``"25%"``), ``kv_memory`` (bytes or text), ``slow_bandwidth`` (bytes per second, or text
+        text such as ``"4GiB"`` or ``"25%"``), ``kv_memory`` (bytes or text), ``prefix_cache`` (True, bytes or text),
+        ``slow_bandwidth`` (bytes per second, or text
         such as ``"1.7GB/s"``), ``batch``, ``mode``, ``draft_length`` and others.
     :raises StoreError: there is no readable store.
     :raises ConvertError: a file or folder is damaged or not supported, or cannot be converted.
@@ -139,7 +142,8 @@ class Model:
     in worker threads and serve all that wait as one batch.
 
     What measures and benchmarks use beside text: ``path`` of the store, its ``reader`` and ``tokenizer``, the ``backend``,
-    the ``engine`` that serves, ``reader_note`` (why this reader) and ``tier`` (what the fast tier is).
+    the ``engine`` that serves, the ``grammars`` of its tokens, ``reader_note`` (why this reader) and ``tier`` (what the fast
+    tier is).
     """
 
     def __init__(self, opened: Opened, backend: Backend) -> None:
@@ -147,6 +151,7 @@ class Model:
         self.reader_note, self.tier = opened.note, opened.tier
         self.tokenizer = tokenizer = opened.reader.tokenizer()
         self._decode: Callable[[Sequence[int]], str] = lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True)
+        self.grammars = Grammars(tokenizer, self.spec.vocabulary, self.spec.eos_tokens)
         self.engine = self.new_engine(opened.options)
         self._stepper = Stepper(self.engine, f"the model '{self.path.name}' is closed")
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
@@ -360,7 +365,7 @@ class Model:
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"params is a {type(params).__name__}", "give elmoe.SamplingParams, or keywords")
         chosen = with_arguments(params or SamplingParams(), sampling, "sampling parameter").seeded()
-        return numbered(chosen.request(self._ids(prompt), self.tokenizer) for prompt in prompts)
+        return numbered(chosen.request(self._ids(prompt), self.tokenizer, self.grammars) for prompt in prompts)
 
     def _ids(self, prompt: object) -> tuple[int, ...]:
         if isinstance(prompt, str):

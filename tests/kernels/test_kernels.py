@@ -257,6 +257,13 @@ def test_sample(machine, vocabulary):
         )  # fmt: skip
         position = int(rng.integers(0, 5000))
         assert kernels.sample(logits, parameters, position) == bitslice.sample(logits, parameters, position)
+        adjusted = logits + normal(rng, vocabulary, magnitude=3.0)
+        adjusted[rng.random(vocabulary) < rng.choice([0, 0.5, 1.0])] = -np.inf
+        adjusted[rng.integers(vocabulary)] = logits[0]
+        expected = bitslice.sample(logits, parameters, position, adjusted)
+        assert kernels.sample(logits, parameters, position, adjusted) == expected
+        assert np.isfinite(adjusted[expected.token])
+        assert kernels.sample(logits, parameters, position, logits.copy()) == kernels.sample(logits, parameters, position)
 
 
 def test_concurrent_calls():

@@ -187,10 +187,10 @@ def logits(norm: NDArray, epsilon: float, head: NestedMatrix, x: NDArray) -> Flo
     return nested_matmul(head, rms_norm(x, norm, epsilon))
 
 
-def sample(logits: NDArray, parameters: SamplingParameters, position: int) -> Sample:
-    """Greedy in float64; other temperatures are left to bitslice."""
-    if parameters.temperature != 0:
-        return bitslice.sample(logits.astype(np.float32), parameters, position)
+def sample(logits: NDArray, parameters: SamplingParameters, position: int, adjusted: NDArray | None = None) -> Sample:
+    """Greedy in float64; what else is asked for is left to bitslice."""
+    if parameters.temperature != 0 or adjusted is not None:
+        return bitslice.sample(logits.astype(np.float32), parameters, position, adjusted)
     probabilities = _softmax(logits.astype(np.float64))
     token = int(np.argmax(logits))
     return Sample(token, float(probabilities[token]), float(np.log(probabilities[token])))

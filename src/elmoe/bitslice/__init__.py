@@ -29,6 +29,7 @@ from elmoe.bitslice.formats import (
     quantized,
     sections_of,
 )
+from elmoe.bitslice.history import History
 from elmoe.bitslice.matmul import nested_matmul, quantize_activations
 from elmoe.bitslice.moe import RouterWeights, Routing, embed, expert_ffn, logits, route
 from elmoe.bitslice.nested import NestedMatrix, quantize
@@ -41,6 +42,7 @@ __all__ = [
     "Draft",
     "ExpertFeed",
     "ExpertLayout",
+    "History",
     "KVCache",
     "LayerStack",
     "LayerWeights",

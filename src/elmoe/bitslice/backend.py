@@ -141,8 +141,11 @@ class Backend(Protocol):
         """Final norm and vocabulary projection: (tokens, vocabulary)."""
         ...
 
-    def sample(self, logits: NDArray[np.float32], parameters: SamplingParameters, position: int) -> Sample:
-        """Sample one token for an absolute position."""
+    def sample(
+        self, logits: NDArray[np.float32], parameters: SamplingParameters, position: int,
+        adjusted: NDArray[np.float32] | None = None,
+    ) -> Sample:  # fmt: skip
+        """Sample one token for an absolute position; see ``bitslice.sample``."""
         ...
 
 

@@ -1,9 +1,10 @@
-"""Reproducible sampling: the token is a function of the logits, the seed and the position alone.
+"""Reproducible sampling: the token is a function of the logits, the tokens before it, the seed and the position alone.
 
-Processors in order: temperature, top-k, top-p, min-p. The token is the argmax over the surviving ids of log-probability
-plus Gumbel noise ``-log(-log u)``, ``u = (k + 1/2) * 2^-52``, where ``k`` are the upper 52 bits of the first word of
-Philox4x64-10 (Salmon et al., SC'11) with key (seed, choice) and counter (position, token id, 0, 0). Draft and target draw
-the same noise, so an accepted draft token is the one plain decoding would have sampled.
+Processors in order: logit bias and penalties (``history``), the grammar's mask, temperature, top-k, top-p, min-p. The token
+is the argmax over the surviving ids of log-probability plus Gumbel noise ``-log(-log u)``, ``u = (k + 1/2) * 2^-52``, where
+``k`` are the upper 52 bits of the first word of Philox4x64-10 (Salmon et al., SC'11) with key (seed, choice) and counter
+(position, token id, 0, 0). Draft and target draw the same noise, so an accepted draft token is the one plain decoding would
+have sampled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _WORD = 1 << 64
 @dataclass(frozen=True)
 class SamplingParameters:
     """``temperature`` 0 is argmax; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. ``choice``: index among the
-    alternatives of one request."""
+    alternatives of one request. Penalties and ``logit_bias``, pairs of a token id and what is added to its logit: see
+    ``History``; 0, 0, 1 and none are off."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -32,11 +34,15 @@ class SamplingParameters:
     min_p: float = 0.0
     seed: int = 0
     choice: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """``confidence``: probability of the token after the processors' temperature (at temperature 0: of the plain
+    """``confidence``: probability of the token after bias, penalties, mask and temperature (at temperature 0: of the plain
     softmax). ``logprob``: natural log of its unprocessed probability, float64."""
 
     token: int
@@ -78,21 +84,31 @@ def gumbel_noise(parameters: SamplingParameters, position: int, tokens: NDArray[
     return -log(-log(u))
 
 
-def sample(logits: NDArray[np.float32], parameters: SamplingParameters, position: int) -> Sample:
+def sample(
+    logits: NDArray[np.float32], parameters: SamplingParameters, position: int, adjusted: NDArray[np.float32] | None = None
+) -> Sample:
     """Sample one token from finite logits (vocabulary,) float32 for the given absolute position.
+
+    :param adjusted: the logits behind bias, penalties and mask, which are drawn from in place of ``logits``; -inf excludes
+        an id, and one at least is finite. The log-probability stays that of ``logits``.
 
     top-k keeps the highest logits (ties: lowest id first). Probabilities are ``exp32(float32(z - z_max))`` of
     ``z = float64(logit) / temperature``, summed over ids in 16 float64 lanes. top-p walks down by (logit descending, id
     ascending) with a sequential float64 sum and stops when it reaches ``top_p`` of the sum over the survivors of top-k;
     min-p drops what lies below ``min_p`` times the highest probability. Ties of the argmax go to the lowest id.
     """
+    target, likeliest = logits, int(np.argmax(logits))
+    plain = exp(logits - logits[likeliest]).astype(np.float64)
+    target_sum = plain_sum = lane_sum(plain)
+    best = likeliest
+    if adjusted is not None:
+        logits, best = adjusted, int(np.argmax(adjusted))
+        plain = exp(logits - logits[best]).astype(np.float64)
+        plain_sum = lane_sum(plain)
     ids = np.arange(logits.size)
-    best = int(np.argmax(logits))
-    plain = exp(logits - logits[best]).astype(np.float64)
-    plain_sum = lane_sum(plain)
 
     def result(token: int, confidence: float) -> Sample:
-        logprob = (float(logits[token]) - float(logits[best])) - float(log(np.array([plain_sum]))[0])
+        logprob = (float(target[token]) - float(target[likeliest])) - float(log(np.array([target_sum]))[0])
         return Sample(token, confidence, logprob)
 
     if parameters.temperature == 0:

@@ -47,6 +47,24 @@ class PromptText(click.ParamType):
         return str(value)
 
 
+class LogitBias(click.ParamType):
+    """A token id and what is added to its logit."""
+
+    name = "ID=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        """Text to the pair."""
+        if isinstance(value, tuple):
+            return value
+        token, _, bias = value.partition("=")
+        try:
+            if not (token.isascii() and token.isdigit() and len(token) <= 8):
+                raise ValueError
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"'{short(value, 40)}' is no token id and number, such as 42=-100", param, ctx)
+
+
 class IntegerList(click.ParamType):
     """Comma-separated integers."""
 

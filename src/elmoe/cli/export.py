@@ -16,13 +16,8 @@ from elmoe.terminal import progress_bar
 @store_dir_option
 @json_option
 def command(store: str, out: Path, store_dir: Path | None, as_json: bool) -> None:
-<<<<<<< HEAD
-    """Write STORE as the GGUF file OUT, every tensor in the type that its format is: what llama.cpp and its kin read."""
-    from elmoe.convert.cache import naming_mend, stored
-=======
     """Write STORE as the GGUF file OUT, which llama.cpp reads; every weight keeps its bits."""
-    from elmoe.convert.cache import stored
->>>>>>> front
+    from elmoe.convert.cache import naming_mend, stored
     from elmoe.convert.gguf_export import export_store
     from elmoe.files import check_output
     from elmoe.store import open_store

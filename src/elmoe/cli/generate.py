@@ -6,17 +6,28 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from elmoe.cli.common import PromptText, Serving, force_option, json_option, print_json, seed_type, serving_options
+from elmoe.cli.common import (
+    LogitBias,
+    PromptText,
+    Serving,
+    force_option,
+    json_option,
+    print_json,
+    seed_type,
+    serving_options,
+)
 from elmoe.units import format_bytes
 
 if TYPE_CHECKING:
     from elmoe.cli.prompts import PromptLine
     from elmoe.engine.request import Output, Request, Result
+    from elmoe.grammar import Grammar
     from elmoe.llm import Model
 
 ENDED = {"eos": "the model", "stop": "a stop string", "length": "--max-tokens"}
@@ -45,6 +56,15 @@ ENDED = {"eos": "the model", "stop": "a stop string", "length": "--max-tokens"}
               help="Sample among the most likely tokens that have this probability together; 1 is off.")  # fmt: skip
 @click.option("--min-p", type=float, default=0.0, show_default=True,
               help="Sample among tokens with this share of the highest probability; 0 is off.")  # fmt: skip
+@click.option("--presence-penalty", type=float, default=0.0, show_default=True,
+              help="Lower the logits of tokens that the answer holds, -2 to 2.")  # fmt: skip
+@click.option("--frequency-penalty", type=float, default=0.0, show_default=True,
+              help="Lower them as often as the answer holds the token, -2 to 2.")  # fmt: skip
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True,
+              help="Divide logits of tokens that prompt or answer hold; 1 is off.")  # fmt: skip
+@click.option("--logit-bias", type=LogitBias(), multiple=True, help="Add to the logit of a token id; may be repeated.")
+@click.option("--json-schema", "schema_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="The answer is JSON of the schema in this file.")  # fmt: skip
 @click.option("--seed", type=seed_type, default=0, show_default=True, help="Equal seeds give equal answers.")
 @click.option("--n", "copies", type=click.IntRange(1, 64), default=1, show_default=True, help="Answers to each prompt.")
 @click.option("--stop", multiple=True, type=PromptText(), help="End the text before this string; may be repeated.")
@@ -58,7 +78,9 @@ ENDED = {"eos": "the model", "stop": "a stop string", "length": "--max-tokens"}
 @json_option
 def command(
     store: str, prompt: tuple[str, ...], prompts_path: Path | None, chat: bool, system: str | None, mode: Any,
-    max_tokens: int, batch: int | None, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, copies: int,
+    max_tokens: int, batch: int | None, temperature: float, top_k: int, top_p: float, min_p: float, presence_penalty: float,
+    frequency_penalty: float, repetition_penalty: float, logit_bias: tuple[tuple[int, float], ...], schema_path: Path | None,
+    seed: int, copies: int,
     stop: tuple[str, ...], ignore_eos: bool, trace_path: str | None, timeline_path: Path | None, quiet: bool, force: bool,
     serving: Serving, as_json: bool,
 ) -> None:  # fmt: skip
@@ -80,12 +102,14 @@ def command(
     with serving.load(store, options) as model:
         if not quiet:
             click.echo(model.reader_note, err=True)
-        sampling = SamplingParameters(temperature, top_k, top_p, min_p, seed)
-        strings, stop_tokens = split_stops(model.tokenizer, stop)
-        requests = numbered(
-            Request(line.tokens(model), max_tokens, sampling, strings, ignore_eos, stop_tokens, copies, text=not as_json)
-            for line in prompts
+        sampling = SamplingParameters(
+            temperature, top_k, top_p, min_p, seed, 0, presence_penalty, frequency_penalty, repetition_penalty, logit_bias
         )
+        grammar = None if schema_path is None else _grammar(model, schema_path)
+        strings, stop_tokens = split_stops(model.tokenizer, stop)
+        asked = partial(Request, max_tokens=max_tokens, sampling=sampling, stop=strings, ignore_eos=ignore_eos,
+                        stop_tokens=stop_tokens, copies=copies, text=not as_json, grammar=grammar)  # fmt: skip
+        requests = numbered(asked(line.tokens(model)) for line in prompts)
         shown = [line.shown for line in prompts for _ in range(copies)]
         served = [request for request in requests for _ in range(copies)]
         recorder: Any = nullcontext()
@@ -130,6 +154,14 @@ def command(
         + f", peak memory {format_bytes(peak_memory())}; ended by: {_ends(served, finished)}",
         err=True,
     )
+
+
+def _grammar(model: Model, path: Path) -> Grammar:
+    from elmoe.errors import RequestError
+    from elmoe.grammar import MAX_SCHEMA_BYTES
+    from elmoe.untrusted import read_text
+
+    return model.grammars.json(read_text(path, RequestError, MAX_SCHEMA_BYTES, "JSON schema"))
 
 
 def _answers(

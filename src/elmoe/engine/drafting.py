@@ -9,7 +9,7 @@ from elmoe.engine.passes import Passes, Row
 from elmoe.engine.scheduler import Batch, Scheduler
 from elmoe.engine.sequence import Proposal, Proposals, Sequence
 from elmoe.engine.tier import ExpertTier
-from elmoe.errors import NumericsError
+from elmoe.errors import NumericsError, RequestError
 from elmoe.policy.planner import Plan, Planner
 
 
@@ -55,14 +55,15 @@ class Drafter:
         return self._scheduler.grow(one, len(one.tokens) + len(proposals[one].tokens) + 1)
 
     def _propose(self, active: list[Sequence], proposals: Proposals, means: Draft) -> bool:
-        """One more token of each; False if the draft met a value that is not finite, which tells nothing of the target."""
+        """One more token of each; False if the draft met a value that is not finite, which tells nothing of the target, or
+        a grammar that cannot be followed, which verification will tell."""
         rows = []
         for one in active:
             drafted = proposals[one].tokens
             rows.append(Row(one, len(one.tokens) - 1 + len(drafted), drafted[-1] if drafted else one.tokens[-1]))
         try:
             done = self._passes.run("draft", rows, proposals, draft=means)
-        except NumericsError:
+        except (NumericsError, RequestError):
             self._tier.abandon_pass()
             return False
         for one, sample in zip(active, done.samples, strict=True):

@@ -54,7 +54,9 @@ class Engine:
         self.options = options = (options or EngineOptions()).checked(self.spec, enforced)
         self.fitting = Fitting(reader, options)
         self.decoder = Decoder(reader, backend, self.spec.experts if options.all_ranks else None)
-        self.cache = PagedCache(self.spec, options.batch, self.spec.max_positions, self.fitting.cache_pages)
+        self.cache = PagedCache(
+            self.spec, options.batch, self.spec.max_positions, self.fitting.cache_pages, self.fitting.prefix_pages
+        )
         self.tier = self.fitting.make_tier()
         self.planner = Planner(
             TierShape.of(self.fitting.sizes_beside(0)), options.mode, options.split if enforced else options.fixed_split,
@@ -139,7 +141,7 @@ class Engine:
         self._expect(sizes, recorder, timeline)
         self.scheduler.restart_indices()
         numbers: list[int] = []
-        self.scheduler.together = True
+        self.scheduler.together, self.scheduler.adopts = True, recorder is None
         try:
             for request in requests:
                 numbers.append(self.add(request))  # one by one: where one is refused, those before it are abandoned
@@ -148,7 +150,7 @@ class Engine:
                 yield self.step()
         finally:
             self._abandon(numbers)
-            self.scheduler.together, self.scheduler.first_request = False, 0
+            self.scheduler.together, self.scheduler.adopts, self.scheduler.first_request = False, True, 0
             self._end_run()
 
     def generate(
@@ -170,7 +172,7 @@ class Engine:
     def _expect(self, sizes: FastTierSizes, recorder: TraceRecorder | None = None, timeline: Timeline | None = None) -> None:
         """Requests with these sizes are about to come: count into new statistics and tell those who watch."""
         self._check_files()
-        self.statistics = statistics = Statistics(dense_bytes=self._reader.dense_bytes)
+        self.statistics = self.scheduler.statistics = statistics = Statistics(dense_bytes=self._reader.dense_bytes)
         self._counting, self._began = StatisticsObserver(statistics), (perf_counter(), self.tier.bytes_read)
         traces = [] if recorder is None else [TraceObserver(recorder)]
         timelines = [] if timeline is None else [TimelineObserver(timeline)]

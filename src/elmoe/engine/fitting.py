@@ -24,6 +24,10 @@ KV_SHARE = 0.5
 """Largest share of the memory available at load that the KV cache may come to take, where nothing else limits it."""
 
 
+PREFIX_SHARE = 0.25
+"""Share of the KV cache that prefixes may keep where experts are read: what they take, slices lack."""
+
+
 class StoreReader(WeightReader, Protocol):
     """A weight reader that also tells how many bytes its dense parts take."""
 
@@ -43,7 +47,7 @@ class Fitting:
     """The bytes of a model on a reader under its options.
 
     ``cache_pages``: ceiling of the KV cache (see ``EngineOptions.kv_memory``), at least one page, so that what does not fit
-    is a request, which an error can name.
+    is a request, which an error can name. ``prefix_pages``: most of them that the prefix cache keeps.
     """
 
     def __init__(self, reader: StoreReader, options: EngineOptions) -> None:
@@ -61,7 +65,21 @@ class Fitting:
         if options.kv_memory is None and isinstance(options.fast_memory, int):
             sizes = self.sizes_beside(0)
             room = options.fast_memory - (sizes.fixed if options.mode == "plain" else sizes.minimum)
+        if options.prefix_cache and options.kv_memory is not None:
+            most = room // self.page_bytes  # what running sequences cannot use, prefixes can
         self.cache_pages = max(1, min(most, room // self.page_bytes))
+        self.prefix_pages = self._prefix_pages()
+
+    def _prefix_pages(self) -> int:
+        kept = self._options.prefix_cache
+        if kept is True:
+            return max(1, int(self.cache_pages * (PREFIX_SHARE if self.enforced else 1)))
+        if 0 < kept < self.page_bytes:
+            raise BudgetError(
+                f"prefix_cache of {kept} bytes does not hold one page of the KV cache, {self.page_bytes} bytes",
+                f"give at least {-(-self.page_bytes // 1024)}KiB, or 0",
+            )
+        return min(int(kept) // self.page_bytes, self.cache_pages)
 
     def positions(self, request: Request) -> int:
         """Cache positions a request can come to need: all its tokens, and none beyond the context."""
@@ -70,7 +88,8 @@ class Fitting:
     def sizes(self, requests: Items[Request]) -> FastTierSizes:
         """What competes for the fast tier while these requests are served."""
         needs = sorted((pages_for(self.positions(r)) for r in requests for _ in range(r.copies)), reverse=True)
-        return self.sizes_beside(min(sum(needs[: self._options.batch]), self.cache_pages) * self.page_bytes)
+        pages = sum(needs[: self._options.batch]) + self.prefix_pages
+        return self.sizes_beside(min(pages, self.cache_pages) * self.page_bytes)
 
     def sizes_beside(self, kv_bytes: int) -> FastTierSizes:
         """What competes for the fast tier beside a KV cache of so many bytes."""

@@ -1,13 +1,15 @@
 """Paged fp16 cache of keys and values: sequences hold pages of one pool, may share them, and give them back.
 
 Capacity is a ceiling: memory is touched as pages are first used and returned to the system where :meth:`PagedCache.shrink`
-is called. A prompt's pages can be shared: full pages are counted, the page that is still written is copied.
+is called. A prompt's pages can be shared: full pages are counted, the page that is still written is copied. With a prefix
+cache, full pages stay when their sequence ends, for texts that begin alike, until their room is needed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import mmap
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from math import prod
 
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import KVCache
+from elmoe.engine.prefixes import NONE, Prefixes
 from elmoe.errors import BudgetError
 from elmoe.models.spec import GroupedAttention, ModelSpec
 
@@ -26,20 +29,23 @@ SYSTEM_PAGE = mmap.PAGESIZE
 @dataclass(eq=False)
 class CacheEntry:
     """The pages of one sequence, by stretch of ``PAGE_POSITIONS`` positions, and its row in the kernels' table; -1: none, so
-    that the sequence cannot be computed."""
+    that the sequence cannot be computed. ``known``: first pages that the prefix cache knows."""
 
     pages: list[int] = field(default_factory=list)
     row: int = -1
+    known: int = 0
 
 
 class PagedCache:
     """Pages for the layers of one kind of attention.
 
     :param rows: sequences that can be computed together. :param positions: longest sequence. :param pages: ceiling of pages,
-        at most what all rows can hold.
+        at most what all rows can hold. :param resting: most pages that the prefix cache keeps of sequences that ended.
     """
 
-    def __init__(self, spec: ModelSpec, rows: int, positions: int, pages: int | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, rows: int, positions: int, pages: int | None = None, resting: int = 0
+    ) -> None:  # fmt: skip
         attention = spec.layers[0].attention
         assert isinstance(attention, GroupedAttention)
         per_row = pages_for(positions)
@@ -53,6 +59,8 @@ class PagedCache:
         self._free_rows = list(range(rows - 1, -1, -1))
         self._holders = [0] * count
         self._touched = np.zeros(count, bool)
+        self._prefixes = Prefixes(resting, PAGE_POSITIONS)
+        self.keeps_prefixes = resting > 0
 
     @property
     def pages(self) -> int:
@@ -61,13 +69,18 @@ class PagedCache:
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
+        """Pages that can be had: those that nobody holds, or the prefix cache alone."""
+        return len(self._free) + self._prefixes.resting
 
     @property
     def bytes_in_use(self) -> int:
-        """Bytes of the pages that sequences hold; a shared page counts once."""
+        """Bytes of the pages that sequences or the prefix cache hold; a shared page counts once."""
         return (self.pages - len(self._free)) * self.page_bytes
+
+    @property
+    def bytes_resting(self) -> int:
+        """Bytes of the pages that the prefix cache alone holds."""
+        return self._prefixes.resting * self.page_bytes
 
     @property
     def bytes_touched(self) -> int:
@@ -96,10 +109,10 @@ class PagedCache:
     def reserve(self, entry: CacheEntry, positions: int) -> None:
         """Give an entry pages for ``positions`` positions; BudgetError, and no page taken, if the pool has too few."""
         missing = self.missing(entry, positions)
-        if missing > len(self._free) or pages_for(positions) > self.kernels.table.shape[1]:
+        if missing > self.free_pages or pages_for(positions) > self.kernels.table.shape[1]:
             raise BudgetError("the KV cache has no page left", "raise --kv-memory, or lower the batch or the lengths")
         for _ in range(missing):
-            page = self._free.pop()
+            page = self._free.pop() if self._free else self._prefixes.give_up()
             self._holders[page] = 1
             self._touched[page] = True
             if entry.row >= 0:
@@ -113,9 +126,61 @@ class PagedCache:
             page = entry.pages.pop()
             if entry.row >= 0:
                 self.kernels.table[entry.row, len(entry.pages)] = -1
-            self._holders[page] -= 1
-            if not self._holders[page]:
+            self._let_go(page)
+        entry.known = min(entry.known, keep)
+
+    def _let_go(self, page: int) -> None:
+        """One holder less."""
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            if page not in self._prefixes:
                 self._free.append(page)
+                return
+            self._prefixes.rest(page)
+            if self._prefixes.resting > self._prefixes.most:
+                self._free.append(self._prefixes.give_up())
+
+    def _hold(self, page: int) -> None:
+        """One holder more of a page that somebody holds, or that rests."""
+        if not self._holders[page]:
+            self._prefixes.wake(page)
+        self._holders[page] += 1
+
+    def adopt(self, entry: CacheEntry, tokens: Items[int], positions: int) -> int:
+        """Give an entry, behind the full pages that it has, known pages of the text within the first ``positions``; returns
+        positions that need not be computed now."""
+        held = len(entry.pages)
+        if not self.keeps_prefixes or entry.known < held:
+            return 0
+        found = self._prefixes.find(entry.pages[-1] if held else NONE, tokens, held, positions // PAGE_POSITIONS)
+        for page in found:
+            self._hold(page)
+            if entry.row >= 0:
+                self.kernels.table[entry.row, len(entry.pages)] = page
+            entry.pages.append(page)
+        entry.known = len(entry.pages)
+        return len(found) * PAGE_POSITIONS
+
+    def keep(self, entry: CacheEntry, tokens: Items[int], positions: int) -> None:
+        """Let the prefix cache know the full pages among an entry's first ``positions`` positions, which the target has
+        computed of ``tokens``. Where it knows such a page already, the entry takes that one."""
+        if not self.keeps_prefixes:
+            return
+        for stretch in range(entry.known, positions // PAGE_POSITIONS):
+            own = entry.pages[stretch]
+            known = self._prefixes.add(entry.pages[stretch - 1] if stretch else NONE, tokens, stretch, own)
+            if known != own:
+                self._hold(known)
+                entry.pages[stretch] = known
+                if entry.row >= 0:
+                    self.kernels.table[entry.row, stretch] = known
+                self._let_go(own)
+            entry.known = stretch + 1
+
+    def forget_prefixes(self) -> None:
+        """Give up all pages that the prefix cache alone holds."""
+        while self._prefixes.resting:
+            self._free.append(self._prefixes.give_up())
 
     def release(self, entry: CacheEntry) -> None:
         """Give back all pages of an entry, and its row."""
@@ -130,9 +195,9 @@ class PagedCache:
         :raises BudgetError: there is no page for the copy.
         """
         full = positions // PAGE_POSITIONS
-        copy = CacheEntry(entry.pages[:full])
+        copy = CacheEntry(entry.pages[:full], known=min(entry.known, full))
         for page in copy.pages:
-            self._holders[page] += 1
+            self._hold(page)
         if positions % PAGE_POSITIONS:
             try:
                 self.reserve(copy, positions)

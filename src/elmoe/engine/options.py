@@ -24,7 +24,9 @@ class EngineOptions:
     slices first. ``draft_length``: tokens to draft, None lets the planner choose. ``draft_bits`` 8 is an ablation (expert
     axis alone): it reads LSB slices whether resident or not. ``batch``: sequences served at once. ``kv_memory``: ceiling of
     the KV cache in bytes; None is what ``batch`` sequences of the full context need, where a budget leaves it beside the
-    smallest set of slices. ``prefill_chunk``: prompt positions of one step; None is 256 in memory, up to 1,024 where experts
+    smallest set of slices. ``prefix_cache``: whether the KV cache keeps pages of texts that ended, for prompts that begin
+    alike, until their room is needed; bytes are the most that it keeps, True is all of the KV cache, or a quarter of it
+    where experts are read. ``prefill_chunk``: prompt positions of one step; None is 256 in memory, up to 1,024 where experts
     are read. ``staging_experts``: experts in flight or waiting to be computed. ``slow_bandwidth``: throttle of
     the slow tier, bytes per second. ``commit_limit``: tokens kept per sequence and step; 1 records a draft from every
     position, for a replay. ``all_ranks``: routings rank every expert, so that a trace tells what a draft runs whatever is
@@ -41,6 +43,7 @@ class EngineOptions:
     draft_bits: Literal[4, 8] = 4
     batch: int = 1
     kv_memory: int | None = None
+    prefix_cache: bool | int = False
     prefill_chunk: int | None = None
     residency: ResidencyParameters = field(default_factory=ResidencyParameters)
     keep_kv_digest: bool = False
@@ -71,6 +74,8 @@ class EngineOptions:
             raise RequestError(f"prefill_chunk is {self.prefill_chunk}, allowed is 1..65536")
         if self.kv_memory is not None and self.kv_memory < 1:
             raise RequestError(f"kv_memory is {self.kv_memory} bytes", "give an amount such as 1GiB")
+        if self.prefix_cache < 0:
+            raise RequestError(f"prefix_cache is {self.prefix_cache} bytes", "give an amount such as 1GiB, or 0")
         memory, bandwidth = self.fast_memory, self.slow_bandwidth
         if isinstance(memory, float) and not 0 <= memory <= 1:
             raise RequestError(f"fast_memory is {memory} of the experts", "give a share of 0.0 to 1.0, or bytes")

@@ -43,6 +43,20 @@ def places_of(rows: list[Row]) -> Places:
     return Places(slots, positions)
 
 
+def drafted_up_to(index: int, rows: list[Row], proposals: Proposals) -> list[int]:
+    """The tokens behind the committed ones up to a row's own: of its branch in this pass, and before it of the chain that
+    ``proposals`` hold."""
+    row, branch = rows[index], []
+    while row.parent is not None:
+        branch.append(row.token)
+        row = rows[row.parent]
+    depth = row.position + 1 - len(row.sequence.tokens)
+    if depth > 0:
+        branch.append(row.token)
+        branch += proposals[row.sequence].tokens[: depth - 1][::-1] if depth > 1 else []
+    return branch[::-1]
+
+
 @dataclass(slots=True)
 class Pass:
     """What a pass computed. The first ``sampled`` rows have samples, for the positions behind them; rows of prompts follow.
@@ -113,7 +127,8 @@ class Passes:
     ) -> Pass:
         """Compute rows and sample the first ``sampled`` of them (None: all).
 
-        :raises NumericsError: a value is not finite. :raises KernelError: the rows are no chain, and the backend needs one.
+        :raises NumericsError: a value is not finite. :raises RequestError: a grammar cannot be followed.
+        :raises KernelError: the rows are no chain, and the backend needs one.
         """
         count = len(rows) if sampled is None else sampled
         began, waited = perf_counter(), self._tier.waited
@@ -128,8 +143,11 @@ class Passes:
         self.logits, routings = self._decoder.forward(
             ids, places, self._cache.kernels, self._tier, draft, wanted, self._report
         )
+        sample = self._backend.sample
         samples = [
-            self._backend.sample(self.logits[i], row.sequence.sampling, row.position + 1)
+            sample(self.logits[i], row.sequence.sampling, row.position + 1)
+            if not row.sequence.adjusts
+            else self._sample_adjusted(i, rows, proposals)
             for i, row in enumerate(rows[:count])
         ]
         ended, resident = perf_counter(), self._tier.resident.msb
@@ -139,6 +157,12 @@ class Passes:
         for observer in self.observers:
             observer.on_pass(done)
         return done
+
+    def _sample_adjusted(self, index: int, rows: list[Row], proposals: Proposals) -> Sample:
+        """Sample a row of a sequence that adjusts what is drawn from."""
+        row, logits = rows[index], self.logits[index]
+        adjusted = row.sequence.adjust(logits, drafted_up_to(index, rows, proposals))
+        return self._backend.sample(logits, row.sequence.sampling, row.position + 1, adjusted)
 
 
 def most_likely(logits: NDArray[np.float32], count: int) -> Alternatives:

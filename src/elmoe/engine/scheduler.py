@@ -14,6 +14,7 @@ from typing import NamedTuple
 from elmoe.engine.kv_cache import PAGE_POSITIONS, PagedCache, pages_for
 from elmoe.engine.request import Output, Request
 from elmoe.engine.sequence import DECODING, FINISHED, PREFILL, WAITING, Sequence
+from elmoe.engine.statistics import Statistics
 from elmoe.errors import BudgetError, ElmoeError, RequestError
 from elmoe.models.spec import ModelSpec
 from elmoe.text import TextStream
@@ -60,6 +61,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._next_request = self._next_index = self._preempted = 0
         self._ended: list[Output] = []
+        self.adopts = True
+        """Whether prompts begin with what the prefix cache knows; a recording wants all of them computed."""
+        self.statistics = Statistics()
         self.first_request = 0
         """Id of the first of a closed set of requests; outputs number requests from it."""
 
@@ -126,7 +130,11 @@ class Scheduler:
         for sequence in self.running[:]:
             if sequence.state is WAITING:
                 continue  # preempted by an older one
-            if len(sequence.tokens) - 1 == sequence.computed:
+            ready = len(sequence.tokens) - 1 == sequence.computed
+            if not ready and left > 0 and self._cache.keeps_prefixes:
+                self._adopt(sequence)  # an older one may have computed what comes next
+                ready = not sequence.uncomputed
+            if ready:
                 if self._reserve(sequence, len(sequence.tokens)):
                     decoding.append(sequence)
             elif left > 0:
@@ -151,13 +159,26 @@ class Scheduler:
             leader = sequence.leader
             if leader is not None and leader.finish is None and leader.computed < len(sequence.request.prompt) - 1:
                 continue  # its prompt is being computed
+            self._adopt(sequence)
             wanted = min(len(sequence.tokens), sequence.computed + self.chunk)
             if self._cache.missing(sequence.entry, wanted) > self._cache.free_pages and self.running:
                 return
+            if sequence.choice == 0 and not sequence.gave_way:
+                self.statistics.prompt_tokens += len(sequence.request.prompt)
             self.waiting.remove(sequence)
             sequence.state, sequence.leader = PREFILL, None
             self._cache.bind(sequence.entry)
             self.running.append(sequence)
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Take over what the prefix cache knows of a text, but for its last position, which is computed to draw from."""
+        if sequence.computed != len(sequence.entry.pages) * PAGE_POSITIONS or not self.adopts:
+            return
+        found = self._cache.adopt(sequence.entry, sequence.tokens, len(sequence.tokens) - 1)
+        sequence.computed += found
+        if found and not sequence.gave_way:
+            sequence.cached_tokens += found
+            self.statistics.cached_tokens += found
 
     def _reserve(self, sequence: Sequence, positions: int) -> bool:
         """Give a sequence pages, taking them from copies that wait and from younger sequences if there are none; False if it
@@ -175,7 +196,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; its positions are computed again when its turn comes."""
         self._cache.release(sequence.entry)
-        sequence.computed, sequence.state = 0, WAITING
+        sequence.computed, sequence.state, sequence.gave_way = 0, WAITING, True
         self._preempted += 1
         if sequence in self.running:
             self.running.remove(sequence)
@@ -193,10 +214,13 @@ class Scheduler:
         for chunk in batch.chunks:
             if chunk.sequence.finish is None:
                 chunk.sequence.computed = chunk.last
+                self._cache.keep(chunk.sequence.entry, chunk.sequence.tokens, chunk.last)
                 self._share(chunk.sequence)
         outputs, self._ended = self._ended, []
         for sequence in batch.decoding:
             sequence.computed = len(sequence.tokens) - 1
+            if self._cache.keeps_prefixes and sequence.finish != "failed":
+                self._cache.keep(sequence.entry, sequence.tokens, sequence.computed)
             if sequence.finish is None:
                 if len(sequence.entry.pages) * PAGE_POSITIONS >= sequence.computed + PAGE_POSITIONS:
                     self._cache.trim(sequence.entry, sequence.computed)
@@ -213,6 +237,7 @@ class Scheduler:
             copy.leader = None
             with suppress(BudgetError):  # without a page it computes its prompt itself
                 copy.entry, copy.computed = self._cache.fork(leader.entry, prompt), prompt
+                copy.cached_tokens = leader.cached_tokens
 
     def _retire(self, sequence: Sequence) -> Output:
         """Take a finished sequence out; its pages and its row are free again."""

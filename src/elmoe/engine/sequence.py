@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from elmoe.bitslice import Sample, SamplingParameters
+import numpy as np
+from numpy.typing import NDArray
+
+from elmoe.bitslice import History, Sample
 from elmoe.engine.kv_cache import CacheEntry
 from elmoe.engine.request import Alternatives, FinishReason, Output, Request, Result
 from elmoe.errors import ElmoeError
+from elmoe.grammar import GrammarState
 from elmoe.text import TextStream
 
 
@@ -29,7 +33,8 @@ WAITING, PREFILL, DECODING, FINISHED = State  # Python 3.11 takes long to find a
 class Sequence:
     """One answer to a request. ``tokens``: prompt and committed output; ``computed``: positions whose keys and values are in
     the cache, all but the last while it decodes. ``limit``: tokens it may come to have. ``leader``: the copy that computes
-    the prompt of all."""
+    the prompt of all. ``cached_tokens``: of its prompt, found in the prefix cache; ``gave_way``: once had to give its pages
+    back."""
 
     request_id: int
     choice: int
@@ -47,12 +52,16 @@ class Sequence:
     finish: FinishReason | None = None
     error: ElmoeError | None = None
     reported: int = 0
+    cached_tokens: int = 0
+    gave_way: bool = False
 
     def __post_init__(self) -> None:
         drawn = self.request.sampling
-        self.sampling = SamplingParameters(
-            drawn.temperature, drawn.top_k, drawn.top_p, drawn.min_p, drawn.seed, drawn.choice + self.choice
-        )
+        self.sampling = replace(drawn, choice=drawn.choice + self.choice) if self.choice else drawn
+        self.history = History.of(drawn, self.request.prompt)
+        self.adjusts = self.history is not None or self.request.grammar is not None
+        """Whether its tokens so far change what is drawn."""
+        self.grammar: GrammarState | None = None  # from the first draw on: it takes room
 
     @property
     def output(self) -> list[int]:
@@ -69,17 +78,36 @@ class Sequence:
         """Positions to compute before the next token can be drawn: of a prompt, or of a sequence that was preempted."""
         return len(self.tokens) - 1 - self.computed
 
+    def adjust(self, logits: NDArray[np.float32], behind: Items[int]) -> NDArray[np.float32]:
+        """What is drawn from in place of the logits (vocabulary,) behind its tokens and the drafted ones ``behind`` them.
+
+        :raises RequestError: its grammar cannot be followed.
+        """
+        adjusted = logits.copy() if self.history is None else self.history.adjust(logits, behind)
+        if self.request.grammar is not None:
+            self.grammar = self.grammar or self.request.grammar.start()
+            excluded = self.grammar.excluded(behind)
+            if excluded is not None:
+                adjusted[excluded] = -np.inf
+        return adjusted
+
     def commit(self, sample: Sample, eos: Items[int], alternatives: Alternatives = ()) -> None:
         """Append one token of the target and see whether the sequence ends with it."""
         token = sample.token
         self.tokens.append(token)
+        if self.history is not None:
+            self.history.push(token)
+        if self.grammar is not None and (error := self.grammar.push(token)) is not None:
+            self.finish, self.error = "failed", error
+            return
         self.logprobs.append(sample.logprob)
         if self.request.alternatives:
             self.alternatives.append(alternatives)
-        ended = token in eos and not self.request.ignore_eos
+        ended = token in eos and (self.grammar is not None or not self.request.ignore_eos)
         stopped = token in self.request.stop_tokens
         if self.text is not None and not ended and not stopped:
             stopped = self.text.push(token)
+        stopped = stopped or (self.grammar is not None and self.grammar.complete)
         if ended:
             self.finish = "eos"
         elif stopped:
@@ -94,8 +122,9 @@ class Sequence:
         result = None
         if self.finish is not None:
             result = Result(
-                tuple(self.output), tuple(self.logprobs), self.finish, digest, tuple(self.alternatives), self.error
-            )
+                tuple(self.output), tuple(self.logprobs), self.finish, digest, tuple(self.alternatives), self.error,
+                self.cached_tokens,
+            )  # fmt: skip
         return Output(
             self.request_id - first_request, self.choice, tuple(self.tokens[len(self.request.prompt) + start :]),
             tuple(self.logprobs[start:]), "" if self.text is None else self.text.take(last=result is not None),

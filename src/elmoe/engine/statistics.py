@@ -73,9 +73,12 @@ class PhaseCounters:
 @dataclass
 class Statistics:
     """A run. ``drafted``, ``accepted``, ``rejected``: draft tokens; those behind a rejection count as neither of the last
-    two. ``verifications``: drafts verified, one per sequence and step; ``verified``: tokens they committed."""
+    two. ``prompt_tokens``: of requests, once for all copies; ``cached_tokens``: of those, found in the prefix cache.
+    ``verifications``: drafts verified, one per sequence and step; ``verified``: tokens they committed."""
 
     phases: dict[Phase, PhaseCounters] = field(default_factory=lambda: {phase: PhaseCounters() for phase in PHASES})
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     committed: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -106,6 +109,8 @@ class Statistics:
         msb_all = msb_hits + sum(p.msb_misses for p in target)
         lsb_all = lsb_hits + sum(p.lsb_misses for p in target)
         return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "committed_tokens": self.committed,
             "tokens_per_second": _ratio(self.committed, self.decode_seconds),
             "acceptance_rate": self.acceptance_rate,

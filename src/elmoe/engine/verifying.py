@@ -11,7 +11,7 @@ from elmoe.engine.passes import Pass, Passes, Row, most_likely
 from elmoe.engine.scheduler import Batch, Scheduler
 from elmoe.engine.sequence import Proposals, Sequence, judge
 from elmoe.engine.tier import ExpertTier
-from elmoe.errors import NumericsError
+from elmoe.errors import NumericsError, RequestError
 
 
 @dataclass(slots=True)
@@ -47,12 +47,12 @@ class Verifier:
         self._passes, self._scheduler, self._tier, self._eos, self._limit = passes, scheduler, tier, eos, limit
 
     def run(self, batch: Batch, proposals: Proposals) -> Outcome:
-        """Forward, judge, and append the tokens that stand. A value that is not finite ends the request it belongs to; the
-        other sequences are then computed one by one, which gives the same bits."""
+        """Forward, judge, and append the tokens that stand. A value that is not finite, or a grammar that cannot be
+        followed, ends the request it belongs to; the others are then computed one by one, which gives the same bits."""
         outcome = Outcome(batch, {})
         try:
             self._pass(batch, proposals, outcome)
-        except NumericsError:
+        except (NumericsError, RequestError):
             self._tier.abandon_pass()
             for one in batch.decoding:  # without drafts: a token that the target would not have drawn may be what failed
                 self._alone(one, Batch([one], []), outcome)
@@ -61,10 +61,10 @@ class Verifier:
         return outcome
 
     def _alone(self, sequence: Sequence, batch: Batch, outcome: Outcome) -> None:
-        """A pass of one sequence; it fails if it still meets a value that is not finite."""
+        """A pass of one sequence; it fails if that still cannot be computed."""
         try:
             self._pass(batch, {}, outcome)
-        except NumericsError as error:
+        except (NumericsError, RequestError) as error:
             self._tier.abandon_pass()
             self._scheduler.fail(sequence, error)
 

@@ -377,12 +377,14 @@ def logits(norm: NDArray[np.float32], epsilon: float, head: Matrix, x: NDArray[n
     return out
 
 
-def sample(logits: NDArray[np.float32], parameters: SamplingParameters, position: int) -> Sample:
+def sample(
+    logits: NDArray[np.float32], parameters: SamplingParameters, position: int, adjusted: NDArray[np.float32] | None = None
+) -> Sample:
     """Sample one token for the given absolute position; see ``bitslice.sample``."""
     p = parameters
-    return Sample(
-        *_native.sample(logits, p.temperature, p.top_k, p.top_p, p.min_p, p.seed % _WORD, p.choice % _WORD, position)
-    )
+    return Sample(*_native.sample(
+        logits, p.temperature, p.top_k, p.top_p, p.min_p, p.seed % _WORD, p.choice % _WORD, position, adjusted
+    ))  # fmt: skip
 
 
 def stream_read(data: NDArray[np.uint8]) -> int:

@@ -136,9 +136,12 @@ class ReplayBackend:
                 self.digests[where] = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
         return logits
 
-    def sample(self, logits: NDArray[np.float32], parameters: SamplingParameters, position: int) -> Sample:
+    def sample(
+        self, logits: NDArray[np.float32], parameters: SamplingParameters, position: int,
+        adjusted: NDArray[np.float32] | None = None,
+    ) -> Sample:  # fmt: skip
         """Sample for real, then say what the trace says."""
-        real = self._backend.sample(logits, parameters, position)
+        real = self._backend.sample(logits, parameters, position, adjusted)
         _, token, confidence = self._samples.popleft()
         if token < 0:
             raise TraceError("the replay asked for a draft longer than the trace holds", "lower --draft-length")
