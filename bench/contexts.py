@@ -3,9 +3,9 @@
     .venv/bin/python -m bench.contexts [--lengths 512,2000,4000,8000,16000] [--layers 4] [--json]
 
 OLMoE-1B-7B's shapes with random weights, Q8_0, 2 threads. One run of either engine computes a prompt of so many random
-tokens and decodes ``DECODED`` more behind it; runs alternate, every other round in reverse order, and a row is the median over
-rounds. llama.cpp is the better by median of its weights repacked or as they lie in the file. Needs `make peers`; the store and
-the exported file are kept in ``--folder``.
+tokens and decodes ``DECODED`` more behind it; runs alternate, every other round in reverse order, and a row is the median
+over rounds. llama.cpp is the better by median of its weights repacked or as they lie in the file. Needs `make peers`; the
+store and the exported file are kept in ``--folder``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def llama(program: Path, model: Path, variant: str, length: int) -> Rates:
     """llama.cpp's."""
     command = [str(program), "-m", str(model), "-t", "2", "-c", str(length + DECODED + 16), "-npp", str(length),
                "-ntg", str(DECODED), "-npl", "1", "--output-format", "jsonl"]  # fmt: skip
-    command += [] if REPACK[variant] else ["--no-repack"]
+    command += REPACK[variant][1]
     for _ in range(ATTEMPTS):
         for line in run(command, timeout=900).stdout.splitlines():
             if line.startswith("{") and "speed_tg" in line:
