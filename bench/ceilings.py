@@ -85,7 +85,7 @@ class Ceilings:
                 share = msb_slots / self.sizes.experts
                 facts = min(self.traces, key=lambda trace: abs(trace.resident - share))
                 passes = [target_passes(facts, window, self.sizes.top_k, length) for window in self.windows]
-                most = min(msb_slots, (per_layer - msb_slots * msb) // lsb)
+                most = min(msb_slots, (per_layer - msb_slots * msb) // lsb) if lsb else msb_slots
                 for lsb_slots in {most, 0}:
                     best = max(best, self._rate(passes, msb_slots, lsb_slots, length, slow, fast))
         return best
@@ -97,7 +97,9 @@ class Ceilings:
 
     @property
     def _slices(self) -> tuple[int, int]:
-        return self.sizes.msb[0], self.sizes.lsb[0]
+        """Mean bytes of a layer's slices."""
+        layers = len(self.sizes.msb)
+        return sum(self.sizes.msb) // layers, sum(self.sizes.lsb) // layers
 
     @property
     def _room(self) -> int:

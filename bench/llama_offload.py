@@ -1,96 +1,90 @@
-"""llama.cpp's own bench program on a GGUF of the same shapes, in a child memory cgroup of the same size as our budget.
+"""llama.cpp's own bench program and other peers on the model's file, in a child memory cgroup as large as our budget.
 
-Its weights are random, and so would be its routing: the router's rows are scaled so that half of the experts take the same
-share of the routing as in the recorded traces (``SKEW``); consecutive tokens stay uncorrelated. The prompt is 4 tokens, and
-4 are decoded per sequence: under a limit each takes seconds.
+They route for themselves. Weights are random, and so would be the routing: the rows of routers are scaled so that half of
+the experts take the same share of the routing as in the recorded traces (``SKEW``); consecutive tokens stay uncorrelated.
+The prompt is 4 tokens, and few are decoded per sequence: under a limit each takes seconds.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from elmoe.errors import ElmoeError
-from elmoe.files import whole_file
-
-HIDDEN, WIDTH, EXPERTS, TOP_K, HEADS, VOCABULARY = 2048, 1024, 64, 8, 16, 50304
 SKEW = 0.65
-"""Router row e has standard deviation exp(SKEW * q), q from 1 down to -1: the upper half takes 77 % of the routing."""
+"""Of the routers (see ``quantisations.SkewedRouters``): the upper half of the experts takes 77 % of the routing."""
 TOKENS, TIMEOUT = 4, 900
+"""Tokens decoded per sequence with 16 layers (with 4, four times as many), and seconds that a run may take."""
+LLAMA = "-m {model} -t 2 -c {context} -npp 4 -ntg {tokens} -npl {batch} --no-repack --output-format jsonl"
+RATE = re.compile(r'"speed_tg": *([\d.]+)|([\d.]+) *(?:tokens/s|tok/s|t/s|tokens per second)')
+UNKNOWN = (
+    "acceptance_rate", "tokens_per_verification", "msb_hit_rate", "lsb_hit_rate", "slices", "waited_share",
+    "byte_ceiling_tokens_per_second", "resident_tokens_per_second", "over_lru",
+)  # fmt: skip
 
 
 def add_rows(
-    rows: list[dict[str, Any]], folder: Path, layers: int, budgets: list[int | float], batches: list[int], programs: Path,
-    bandwidth: float | None = None,
-) -> str:  # fmt: skip
-    """Measure llama.cpp at each budget, add its rows and elastic's ratio to them; returns what was done, or why not.
+    rows: list[dict[str, Any]], model: Path, layers: int, budgets: list[int | float], batches: list[int], programs: Path,
+    bandwidth: float | None = None, others: Sequence[str] = (),
+) -> dict[str, str]:  # fmt: skip
+    """Measure llama.cpp and other peers on a GGUF file at each budget, add their rows and elastic's ratios to them; returns
+    what was done by peer, or why not.
 
-    :param bandwidth: throttle of its reads, bytes per second.
+    :param bandwidth: throttle of their reads, bytes per second. :param others: ``NAME=COMMAND``, see ``--peer``.
     """
+    tokens = TOKENS * (16 // layers)
     program = programs / "llama-batched-bench"
+    peers = {"llama.cpp": f"{program} {LLAMA}"} | dict(one.split("=", 1) for one in others)
+    where = "in a child memory cgroup" + (", reads throttled in a block I/O cgroup" if bandwidth else "")
+    done = dict.fromkeys(peers, where)
     if not program.exists():
-        return "not built: run `make peers`"
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        return "the package gguf is missing: run `make peers`"
-    model = folder / f"olmoe-{layers}.gguf"
-    if not model.exists():
-        with whole_file(model, ElmoeError) as partial:
-            write_gguf(partial, layers)
-    done = "llama-batched-bench in a child memory cgroup" + (", reads throttled in a block I/O cgroup" if bandwidth else "")
-    for budget in budgets:
-        try:
-            rates = run(program, model, int(budget), batches, bandwidth)
-        except (OSError, subprocess.SubprocessError) as error:
-            done = f"llama.cpp failed under a limit of {budget} bytes: {error}"
+        done["llama.cpp"] = "not built: run `make peers`"
+        del peers["llama.cpp"]
+    for (name, command), budget, batch in product(peers.items(), budgets, batches):
+        if batch > 1 and "{batch}" not in command:
             continue
-        for batch, rate in rates.items():
-            rows.append(
-                {"system": "llama.cpp", "batch": batch, "budget": budget, "tokens_per_second": rate, "identical": None}
-                | dict.fromkeys(("acceptance_rate", "tokens_per_verification", "msb_hit_rate", "lsb_hit_rate", "slices",
-                                 "waited_share", "byte_ceiling_tokens_per_second", "resident_tokens_per_second", "over_lru"))
-            )  # fmt: skip
-            for row in rows:
-                if (row["batch"], row["budget"]) == (batch, budget) and row["system"] == "elastic":
-                    row["over_llamacpp"] = row["tokens_per_second"] / rate
-    for row in rows:
-        if row["system"] == "llama.cpp":
-            cell = (row["batch"], row["budget"])
-            naive = next(r for r in rows if r["system"] == "naive" and (r["batch"], r["budget"]) == cell)
-            row["over_naive"] = row["tokens_per_second"] / naive["tokens_per_second"]
+        values = {
+            "model": model,
+            "tokens": tokens,
+            "batch": batch,
+            "budget": int(budget),
+            "context": max(256, batch * (tokens + 8)),
+        }
+        parts = [part.format(**values) for part in shlex.split(command)]
+        try:
+            rate = run(parts, model, int(budget), bandwidth)
+        except (OSError, subprocess.SubprocessError) as error:
+            done[name] = f"failed at batch {batch} under a limit of {budget} bytes: {error}"
+            continue
+        print(f"{name}, {budget / 2**30:.3g} GiB, batch {batch}: {rate:.2f} tokens/s", file=sys.stderr)
+        cell = [row for row in rows if (row["batch"], row["budget"]) == (batch, budget)]
+        for row in cell:
+            if row["system"] == "elastic":
+                row["over"][name] = row["tokens_per_second"] / rate
+                row |= {"over_llamacpp": row["over"][name]} if name == "llama.cpp" else {}
+        naive = next(row["tokens_per_second"] for row in cell if row["system"] == "naive")
+        rows.append({"system": name, "batch": batch, "budget": budget, "tokens_per_second": rate, "identical": None,
+                     "over_naive": rate / naive} | dict.fromkeys(UNKNOWN))  # fmt: skip
     return done
 
 
-def run(program: Path, model: Path, limit: int, batches: list[int], bandwidth: float | None) -> dict[int, float]:
-    """Decoded tokens per second by batch size, under a memory limit of ``limit`` bytes, at ``bandwidth`` bytes read per
-    second at most."""
-    rates: dict[int, float] = {}
-    for batch in batches:
-        evict(model)
-        command = [
-            str(program), "-m", str(model), "-t", "2", "-c", "1024", "-npp", "4", "-ntg", str(TOKENS), "-npl", str(batch),
-            "--no-repack", "--output-format", "jsonl",
-        ]  # fmt: skip
-        with limits(limit, model, bandwidth) as enter:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=TIMEOUT, preexec_fn=enter
-            )
-        for line in done.stdout.splitlines():
-            if line.startswith("{") and "speed_tg" in line:
-                rates[batch] = float(json.loads(line)["speed_tg"])
-        if batch not in rates:
-            raise OSError(f"no result at batch {batch} (exit code {done.returncode})")
-        print(f"llama.cpp, {limit / 2**30:g} GiB, batch {batch}: {rates[batch]:.2f} tokens/s", file=sys.stderr)
-    return rates
+def run(command: list[str], model: Path, limit: int, bandwidth: float | None) -> float:
+    """Decoded tokens per second of a peer's program under a memory limit of ``limit`` bytes, reading ``bandwidth`` bytes per
+    second at most, the model's file not in the page cache. OSError where it printed no rate."""
+    evict(model)
+    with limits(limit, model, bandwidth) as enter:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, preexec_fn=enter)
+    found = RATE.findall(done.stdout) or RATE.findall(done.stderr)
+    if done.returncode or not found:
+        raise OSError(f"no rate (exit code {done.returncode})")
+    return float("".join(found[-1]))
 
 
 @contextmanager
@@ -141,67 +135,3 @@ def evict(path: Path) -> None:
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
-
-
-def write_gguf(path: Path, layers: int) -> None:
-    """A Q8_0 GGUF of OLMoE-1B-7B's shapes with random weights, written tensor by tensor."""
-    import gguf
-
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "olmoe")
-    writer.add_block_count(layers)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(WIDTH)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_expert_count(EXPERTS)
-    writer.add_expert_used_count(TOP_K)
-    writer.add_vocab_size(VOCABULARY)
-    # GPT-2's letters for the 256 bytes: printable Latin-1 stands for itself, the rest follow from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(c) for c in (*printable, *range(256, 512 - len(printable)))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(letters + [f"<t{i}>" for i in range(len(letters), VOCABULARY)])
-    writer.add_token_types([1] * VOCABULARY)
-    writer.add_token_merges(["! !"])
-    writer.add_bos_token_id(VOCABULARY - 1)
-    writer.add_eos_token_id(VOCABULARY - 2)
-
-    def shapes() -> Iterator[tuple[str, tuple[int, ...] | np.ndarray]]:
-        yield "token_embd.weight", (VOCABULARY, HIDDEN)
-        yield "output.weight", (VOCABULARY, HIDDEN)
-        yield "output_norm.weight", np.ones(HIDDEN, np.float32)
-        for layer in range(layers):
-            name = f"blk.{layer}."
-            for norm in ("attn_norm", "ffn_norm", "attn_q_norm", "attn_k_norm"):
-                yield f"{name}{norm}.weight", np.ones(HIDDEN, np.float32)
-            for projection in ("attn_q", "attn_k", "attn_v", "attn_output"):
-                yield f"{name}{projection}.weight", (HIDDEN, HIDDEN)
-            skew = np.exp(SKEW * rng.permutation(np.linspace(1, -1, EXPERTS)))[:, None]
-            yield f"{name}ffn_gate_inp.weight", (rng.standard_normal((EXPERTS, HIDDEN)) * skew / 45).astype(np.float32)
-            yield f"{name}ffn_gate_exps.weight", (EXPERTS, WIDTH, HIDDEN)
-            yield f"{name}ffn_up_exps.weight", (EXPERTS, WIDTH, HIDDEN)
-            yield f"{name}ffn_down_exps.weight", (EXPERTS, HIDDEN, WIDTH)
-
-    def blocks(shape: tuple[int, ...]) -> np.ndarray:
-        data = np.frombuffer(rng.bytes(int(np.prod(shape)) // 32 * 34), np.uint8).reshape(-1, 34).copy()
-        data[:, :2] = np.frombuffer(np.float16(0.02 / 73).tobytes(), np.uint8)
-        return data.reshape(*shape[:-1], -1)
-
-    described = list(shapes())
-    for name, what in described:
-        if isinstance(what, tuple):
-            packed = (*what[:-1], what[-1] // 32 * 34)
-            writer.add_tensor_info(name, packed, np.dtype(np.uint8), int(np.prod(packed)), gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor_info(name, what.shape, what.dtype, what.nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, what in described:
-        writer.write_tensor_data(blocks(what) if isinstance(what, tuple) else what)
-    writer.close()

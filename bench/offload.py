@@ -2,6 +2,7 @@
 
     .venv/bin/python -m bench.offload --quick --json     # 4 layers, one budget, batch 1, 4, 16: under 10 minutes
     .venv/bin/python -m bench.offload                    # OLMoE-1B-7B shapes, 2, 3 and 4 GiB, batch 1 to 16
+    .venv/bin/python -m bench.offload --quick --format q4_k_m --own-routing --budgets 30%
     .venv/bin/python -m bench.offload --demo             # the demo model, real routing, a throttled slow tier
 
 Definitions, what is measured and what is not: bench/README.md. ``--prompts FOLDER`` takes the prompts of the recorded trace
@@ -24,9 +25,12 @@ from typing import Any
 
 from bench import llama_offload
 from bench.ceilings import Ceilings
+from bench.own_routing import by_its_own, random_prompts
 from bench.prompts import prompts_of
+from bench.quantisations import NAMES, SkewedRouters, shapes_of, write_store
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
+from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
@@ -35,7 +39,8 @@ from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
 from elmoe.measure.replay import ReplayBackend
 from elmoe.opening import load_backend
 from elmoe.policy.residency import ResidencyParameters
-from elmoe.store import MemoryReader, open_direct, open_store
+from elmoe.store import open_direct, open_store
+from elmoe.store.synthetic import RandomWeights
 from elmoe.terminal import number, print_table, progress_bar
 from elmoe.trace import draft_facts_of_trace, read_trace
 from elmoe.trace.draft_facts import DraftFacts
@@ -146,7 +151,7 @@ def replayed(store: Path, facts: list[DraftFacts]) -> tuple[Any, Any]:
     replay = ReplayBackend(load_backend("native"), reader.spec, facts)
 
     def make(options: EngineOptions, source: Any = reader) -> tuple[Engine, Any, Any]:
-        engine = Engine(source, replay, options, replay)  # type: ignore[arg-type]
+        engine = Engine(source, replay, options, replay)
         return engine, replay.requests, replay.committed_digests
 
     resident = open_store(store)
@@ -178,12 +183,32 @@ def recorded_traces(folder: Path, prompts: Path | None) -> list[Path]:
     return paths
 
 
-def synthetic_store(folder: Path, layers: int) -> Path:
+def synthetic_store(folder: Path, layers: int, quantisation: str = "q8_0") -> Path:
     """A store of OLMoE-1B-7B's shapes; made once."""
-    store = folder / f"olmoe-{layers}"
-    if not store.exists():
-        run_elmoe("synth", str(SHAPES), str(store), "--layers", str(layers))
+    store = folder / (f"olmoe-{layers}" if quantisation == "q8_0" else f"olmoe-{layers}-{quantisation}")
+    write_store(store, shapes_of(SHAPES, num_hidden_layers=layers), quantisation, RandomWeights(0))
     return store
+
+
+def skewed_store(folder: Path, layers: int, quantisation: str) -> tuple[Path, Path]:
+    """A store of these shapes whose routers are skewed, and the GGUF file of it; made once."""
+    store = folder / f"olmoe-{layers}-{quantisation}-skewed"
+    # GGUF's qwen3moe rescales the chosen experts' weights
+    spec = shapes_of(SHAPES, num_hidden_layers=layers, norm_topk_prob=True)
+    write_store(store, spec, quantisation, SkewedRouters(0, llama_offload.SKEW))
+    file = store.with_suffix(".gguf")
+    if not file.exists():
+        with open_store(store) as reader:
+            export_store(reader, file)
+    return store, file
+
+
+def parse_budget(text: str, store: Path) -> int:
+    """Bytes, or a share of the model's file such as 30%."""
+    if not text.endswith("%"):
+        return parse_bytes(text)
+    with open_store(store) as reader:
+        return int(float(text[:-1]) / 100 * sum(file.bytes for file in reader.manifest.files))
 
 
 def run_elmoe(*arguments: str) -> None:
@@ -284,43 +309,16 @@ def demo_model(repeats: int, batches: list[int], names: list[str]) -> dict[str, 
         prompts = prompts_of(None, SEQUENCES)
         prompt_ids = [model.encode(text)[:PROMPT_TOKENS] for text in prompts]
 
-    asked: list[int] = []
-
-    def requests(sequences: list[int], tokens: int) -> list[Request]:
-        asked[:] = sequences
-        return [Request(prompt_ids[i], tokens, SamplingParameters(0.8, seed=i), ignore_eos=True) for i in sequences]
-
     with open_store("demo") as memory, open_direct("demo") as reader:
         spec = memory.spec
-        resident = Engine(memory, kernels, EngineOptions("plain"))
+        make, in_memory = by_its_own(reader, memory, prompt_ids, temperature=0.8)
+        resident, requests, _ = in_memory(EngineOptions("plain"))
         step = 1 / median(steady_rate(resident, requests([0], 64))[0] for _ in range(5))
         layouts = [memory.expert_layout(layer) for layer in spec.moe_layers]
         step_bytes = spec.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts)
         bandwidth = step_bytes / (16 * step)
-
-        def make(options: EngineOptions, source: MemoryReader = reader) -> tuple[Engine, Any, Any]:
-            engine = Engine(source, kernels, options)
-            kept: dict[tuple[int, int], tuple[int, float]] = {}
-            serve = engine.generate
-
-            def generate(*arguments: Any, **named: Any) -> Any:
-                results, statistics = serve(*arguments, **named)
-                for index, result in zip(asked, results, strict=True):
-                    kept.update(((index, at), it) for at, it in enumerate(zip(result.tokens, result.logprobs, strict=True)))
-                return results, statistics
-
-            engine.generate = generate  # type: ignore[method-assign]
-
-            def outcome() -> dict[tuple[int, int], tuple[int, float]]:
-                done = kept.copy()
-                kept.clear()
-                return done
-
-            return engine, requests, outcome
-
         rows = compare(
-            [0.25, 0.5], {batch: max(repeats, SEQUENCES // batch) for batch in batches}, make,
-            lambda options: make(options, memory),
+            [0.25, 0.5], {batch: max(repeats, SEQUENCES // batch) for batch in batches}, make, in_memory,
             {name: dict.fromkeys(batches, n) for name, n in (("naive", 32), ("elastic", 96), ("warm_up", 48))},
             bandwidth, 0.0, names,
         )  # fmt: skip
@@ -349,7 +347,7 @@ def show(data: dict[str, Any], title: str) -> None:
         ("budget", "batch", "system", "tokens/s", "x naive", "x LRU", "accepted", "tokens/ver.", "hits MSB, LSB", "kept",
          "waiting", "byte ceiling", "all resident", "policy ceiling", "clairvoyant", "same"),
         [
-            (f"{r['budget']:.0%}" if isinstance(r["budget"], float) else f"{r['budget'] / 2**30:g} GiB", r["batch"],
+            (f"{r['budget']:.0%}" if isinstance(r["budget"], float) else f"{r['budget'] / 2**30:.4g} GiB", r["batch"],
              r["system"], number(r["tokens_per_second"]), number(r["over_naive"]), number(r["over_lru"]),
              number(r["acceptance_rate"]), number(r["tokens_per_verification"]),
              None if r["msb_hit_rate"] is None else f"{r['msb_hit_rate']:.2f} {r['lsb_hit_rate']:.2f}",
@@ -373,15 +371,59 @@ def show(data: dict[str, Any], title: str) -> None:
         print(f"{key}: {json.dumps(data[key])}")
 
 
+def larger_than_memory(arguments: argparse.Namespace, batches: list[int], names: list[str]) -> dict[str, Any]:
+    """Rows of all systems and peers on a model of OLMoE's shapes."""
+    folder, layers = arguments.folder, 4 if arguments.quick else 16
+    batches = [1, 4, 16] if arguments.quick and arguments.batch == ALL_BATCHES else batches
+    store, file = skewed_store(folder, layers, arguments.format)
+    quick = "1340MiB" if arguments.format == "q8_0" else "60%"  # half of the expert bytes beside dense, KV and staging
+    texts = arguments.budgets or (quick if arguments.quick else "2GiB,3GiB,4GiB")
+    budgets: list[int | float] = [parse_budget(text, store) for text in texts.split(",")]
+    disk, memory = disk_bandwidth(store / "layer-000.experts"), memory_bandwidth(1 << 30, 2)
+    bounds = None
+    if arguments.own_routing:
+        reader, in_memory = open_direct(store), open_store(store)
+        prompts = random_prompts(reader.spec.vocabulary, SEQUENCES, PROMPT_TOKENS)
+        make, resident = by_its_own(reader, in_memory, prompts, temperature=1.0)
+    else:
+        facts = [draft_facts_of_trace(read_trace(path)) for path in recorded_traces(folder, arguments.prompts)]
+        make, resident = replayed(store, facts)
+        bounds = partial(ceilings_of, facts)
+    rows = compare(
+        budgets, dict.fromkeys(batches, arguments.repeats), make, resident, TOKENS, arguments.slow_bandwidth, disk, names,
+        folder / "partial.json", bounds, memory,
+    )  # fmt: skip
+    reason = llama_offload.add_rows(
+        rows, file, layers, budgets, batches, arguments.llamacpp, arguments.slow_bandwidth, arguments.peer
+    )
+    return summary(rows) | {
+        "layers": layers, "format": arguments.format, "file_bytes": file.stat().st_size, "disk_bytes_per_second": disk,
+        "memory_bytes_per_second": memory, "replayed": not arguments.own_routing,
+        "throttled": arguments.slow_bandwidth is not None, "llamacpp": reason,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--folder", type=Path, default=Path("build/offload"), help="where stores and traces are kept (10 GB)"
     )
     parser.add_argument("--prompts", type=Path, help="folder of published prompt sets")
-    parser.add_argument("--quick", action="store_true", help="4 layers, one budget, batch 1, 4, 16")
+    parser.add_argument("--quick", action="store_true", help="4 layers, one budget unless --budgets, batch 1, 4, 16")
+    parser.add_argument("--format", default="q8_0", choices=NAMES, help="quantisation of the model")
+    parser.add_argument("--own-routing", action="store_true", help="decode by the model's own routing, without a replay")
     parser.add_argument("--demo", action="store_true", help="the demo model, throttled")
-    parser.add_argument("--budgets", default="2GiB,3GiB,4GiB")
+    parser.add_argument(
+        "--budgets", help="bytes, or shares of the file such as 30% [default: 2GiB,3GiB,4GiB; --quick: about half]"
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="one more peer in the same limit: a command with {model}, {tokens} and perhaps {batch}, {budget} (bytes) "
+        "that prints its rate last, as '12.3 tokens/s' or 'tok/s'",
+    )
     parser.add_argument("--batch", default=ALL_BATCHES)
     parser.add_argument("--systems", default="lru,elastic", help=f"of {', '.join(SYSTEMS)}")
     parser.add_argument("--repeats", type=int, default=3)
@@ -396,28 +438,9 @@ def main() -> None:
         data = demo_model(arguments.repeats, batches, names)
         title = "demo model, real routing, slow tier throttled"
     else:
-        layers = 4 if arguments.quick else 16
-        batches = [1, 4, 16] if arguments.quick and arguments.batch == ALL_BATCHES else batches
-        budgets: list[int | float] = [parse_bytes(b) for b in arguments.budgets.split(",")]
-        if arguments.quick:
-            budgets = [parse_bytes("1340MiB")]  # half of the expert bytes of 4 layers beside dense, KV and staging
-        store, traces = synthetic_store(arguments.folder, layers), recorded_traces(arguments.folder, arguments.prompts)
-        disk, memory = disk_bandwidth(store / "layer-000.experts"), memory_bandwidth(1 << 30, 2)
-        facts = [draft_facts_of_trace(read_trace(path)) for path in traces]
-        make, resident = replayed(store, facts)
-        rows = compare(
-            budgets, dict.fromkeys(batches, arguments.repeats), make, resident, TOKENS,
-            arguments.slow_bandwidth, disk, names, arguments.folder / "partial.json",
-            partial(ceilings_of, facts), memory,
-        )  # fmt: skip
-        reason = llama_offload.add_rows(
-            rows, arguments.folder, layers, budgets, batches, arguments.llamacpp, arguments.slow_bandwidth
-        )
-        data = summary(rows) | {
-            "disk_bytes_per_second": disk, "memory_bytes_per_second": memory, "replayed": True,
-            "throttled": arguments.slow_bandwidth is not None, "llamacpp": reason,
-        }  # fmt: skip
-        title = f"OLMoE-1B-7B shapes, {layers} layers, replayed"
+        data = larger_than_memory(arguments, batches, names)
+        how = "own routing" if arguments.own_routing else "replayed"
+        title = f"OLMoE-1B-7B shapes, {data['layers']} layers, {arguments.format}, {how}"
     if arguments.json:
         print(json.dumps(data, indent=1))
     else:

@@ -13,8 +13,12 @@ TIMEOUT = 300
 """Seconds after which a run counts as failed."""
 ATTEMPTS = 5
 """llama-batched-bench sometimes ends well and prints nothing."""
-REPACK = {"repacked": True, "not repacked": False}
-"""Variants: weights copied into the layout of the processor's matrix units, or used as they lie in the file."""
+Variants = dict[str, tuple[list[str], list[str]]]
+"""Options of ``llama-bench`` and of ``llama-batched-bench`` by name."""
+REPACK: Variants = {"repacked": (["--repack", "1"], []), "not repacked": (["--repack", "0"], ["--no-repack"])}
+"""Weights copied into the layout of the processor's matrix units, or used as they lie in the file."""
+IK: Variants = {"ik, repacked": (["-rtr", "1"], ["-rtr"]), "ik": ([], [])}
+"""The same of ik_llama.cpp. Its batched bench feeds one token to all sequences, so only batch 1 is compared."""
 
 
 class PeerError(Exception):
@@ -65,9 +69,10 @@ def run(command: list[str], timeout: float = TIMEOUT) -> Child:
 
 
 class Llama:
-    """llama.cpp on a model file with 2 threads; rates are tokens per second."""
+    """llama.cpp, or ik_llama.cpp, on a model file with 2 threads; rates are tokens per second."""
 
-    def __init__(self, programs: Path, model: Path) -> None:
+    def __init__(self, programs: Path, model: Path, variants: Variants = REPACK) -> None:
+        self.variants = variants
         self._bench, self._batched, self._model = programs / "llama-bench", programs / "llama-batched-bench", str(model)
         for program in (self._bench, self._batched):
             if not program.exists():
@@ -76,7 +81,7 @@ class Llama:
     def bench(self, variant: str, prompt: int, tokens: int, warm_up: bool = True) -> tuple[float, Child]:
         """Rate of ``llama-bench``: decoding ``tokens``, or else the prompt."""
         command = [str(self._bench), "-m", self._model, "-t", "2", "-r", "1", "-p", str(prompt), "-n", str(tokens), "-o",
-                   "json", "--repack", str(int(REPACK[variant])), *([] if warm_up else ["--no-warmup"])]  # fmt: skip
+                   "json", *self.variants[variant][0], *([] if warm_up else ["--no-warmup"])]  # fmt: skip
         child = run(command)
         return float(json.loads(child.stdout)[-1]["avg_ts"]), child
 
@@ -87,7 +92,7 @@ class Llama:
         command = [str(self._batched), "-m", self._model, "-t", "2", "-c", str(max(512, batch * (tokens + 8))), "-npp", "4",
                    "-ntg", str(tokens), "-npl", str(batch), "--output-format", "jsonl"]  # fmt: skip
         for _ in range(ATTEMPTS):
-            child = run(command + ([] if REPACK[variant] else ["--no-repack"]))
+            child = run(command + self.variants[variant][1])
             for line in child.stdout.splitlines():
                 if line.startswith("{") and "speed_tg" in line:
                     return float(json.loads(line)["speed_tg"])

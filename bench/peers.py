@@ -2,6 +2,7 @@
 
     .venv/bin/python -m bench.peers --quick --json     # OLMoE-1B-7B shapes, 4 layers: under 10 minutes
     .venv/bin/python -m bench.peers                    # 4 and 16 layers, and the demo model
+    .venv/bin/python -m bench.peers --quick --format q4_k_m --only llama,eight_bit
 
 Runs alternate and wait for calm; a row is the median over rounds. Definitions: bench/README.md. Needs `make peers`; stores,
 traces and exported files are kept in ``--folder`` and made once.
@@ -27,8 +28,9 @@ from bench.llama_offload import evict
 from bench.lockstep import lockstep_rates
 from bench.machine_load import observed, wait_for_calm
 from bench.offload import recorded_traces, same, steady_rate, synthetic_store
-from bench.peer_llama import REPACK, Llama, PeerError, run
+from bench.peer_llama import IK, REPACK, Llama, PeerError, run
 from bench.peer_transformers import Transformers
+from bench.quantisations import NAMES
 from bench.random_tokens import PROMPT, RandomTokens
 from elmoe import kernels
 from elmoe.convert.gguf_export import export_store
@@ -36,16 +38,22 @@ from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.measure.replay import ReplayBackend
 from elmoe.models.spec import LayerSpec, Moe
-from elmoe.models.tensors import feed_forward, tensors
+from elmoe.models.tensors import tensors
+from elmoe.policy.budget import PREFILL_CHUNK
 from elmoe.store import MemoryReader, open_store, resolve_store
+from elmoe.store.layout import tensor_sections
 from elmoe.terminal import number, print_table, progress_bar
 from elmoe.trace import draft_facts_of_trace, read_trace
 
 BATCHES = (1, 4, 8, 16)
 DECODE_TARGETS = {1: 1.6, 4: 1.6, 8: 1.5, 16: 1.5}
+MIXED_TARGETS, MIXED_PREFILL_TARGET = {1: 1.1, 4: 1.5, 8: 1.5, 16: 1.5}, 1.5
+"""Against llama.cpp, of 4-bit files."""
+EIGHT_BIT_TARGET = 0.85
+"""Of the ratio of bytes, over our own rate with 8 bits."""
 ELASTIC_TARGET, PREFILL_TARGET, LOAD_TARGET, MEMORY_MARGIN = 0.97, 1.2, 1.0, 300e6
 PREFILL, TOKENS = 512, 48
-PARTS = ("llama", "elastic", "transformers")
+PARTS = ("llama", "elastic", "transformers", "eight_bit")
 READ_BYTES, READ_LEAST = 10 << 30, 1 << 30
 """Bytes that a probe of the memory reads, and the least that it goes over: less would come from a cache."""
 QUICK_SECONDS = 530
@@ -141,21 +149,24 @@ class Cell:
 def step_bytes(reader: MemoryReader, experts: float) -> float:
     """Bytes of weights that a step reads if a layer runs ``experts`` experts; the KV cache is not counted."""
     spec = reader.spec
-    sizes = {"floats": 4.0, "matrix": 34 / 32}
-    total = sum(
-        sizes[tensor.kind] * float(np.prod(tensor.shape))
+    total: float = sum(
+        sum(tensor_sections(tensor, tensor.format(reader.formats)).values())
         for tensor in tensors(spec)
         if tensor.name != "embedding" or spec.tied_embeddings
     )
     for layer in range(len(spec.layers)):
-        part = feed_forward(spec, layer)
-        total += (experts if part.kind == "expert" else 1) * 3 * part.hidden * part.width * 34 / 32
+        layout = reader.expert_layout(layer)
+        total += (experts if layer in spec.moe_layers else 1) * (layout.msb_bytes + layout.lsb_bytes)
     return total
 
 
-def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) -> Iterator[dict[str, Any]]:
-    """Decoding, prefill, load time and memory."""
-    variants = list(REPACK)
+def against_llama(
+    bench: Bench, reader: MemoryReader, llama: Llama, store: str, ik: Llama | None
+) -> Iterator[dict[str, Any]]:
+    """Decoding, prefill, load time and memory; ik_llama.cpp at batch 1 and prefill."""
+    variants, others = list(REPACK), {} if ik is None else dict.fromkeys(IK, ik)
+    eight = set(reader.formats.values()) <= {"nested8", "float32"}
+    targets, prefill_target = (DECODE_TARGETS, PREFILL_TARGET) if eight else (MIXED_TARGETS, MIXED_PREFILL_TARGET)
     bench.go_over(reader.path)
     backend = RandomTokens(kernels, reader.spec)
     for batch in BATCHES:
@@ -164,20 +175,30 @@ def against_llama(bench: Bench, reader: MemoryReader, llama: Llama, store: str) 
         def ours(engine: Engine = engine, batch: int = batch) -> float:
             return steady_rate(engine, backend.requests(batch, PROMPT, bench.tokens))[0]
 
-        peers = {name: partial(llama.decode, name, batch, bench.tokens) for name in variants}
+        programs = dict.fromkeys(variants, llama) | (others if batch == 1 else {})
+        peers = {name: partial(one.decode, name, batch, bench.tokens) for name, one in programs.items()}
         cell = bench.alternate({"ours": ours, "read": bench.read, **peers})
-        row = cell.row(f"decode, batch {batch}", "tokens/s", DECODE_TARGETS[batch], "llama.cpp", variants)
+        row = cell.row(f"decode, batch {batch}", "tokens/s", targets[batch], "llama.cpp", variants)
         experts = backend.experts_per_step(batch)
         per_token = step_bytes(reader, experts) / batch
+        if batch == 1 and others:
+            yield cell.row(f"decode, batch {batch}", "tokens/s", targets[batch], "ik_llama.cpp", list(others))
         yield row | {
             "share_of_bandwidth": cell.over("ours", "read") * per_token,
             "peer_share_of_bandwidth": None if row["variant"] is None else cell.over(row["variant"], "read") * per_token,
             "read_bytes_per_second": median(cell.values["read"]), "experts_per_layer": experts,
+            "byte_ceiling": median(cell.values["read"]) / per_token,
         }  # fmt: skip
     engine = Engine(reader, backend, EngineOptions("plain"))
-    peers = {name: lambda name=name: llama.bench(name, PREFILL, 0)[0] for name in variants}
-    cell = bench.alternate({"ours": partial(prefill_rate, engine, backend), **peers})
-    yield cell.row(f"prefill, {PREFILL} tokens", "tokens/s", PREFILL_TARGET, "llama.cpp", variants)
+    programs = dict.fromkeys(variants, llama) | others
+    peers = {name: lambda name=name, one=one: one.bench(name, PREFILL, 0)[0] for name, one in programs.items()}
+    cell = bench.alternate({"ours": partial(prefill_rate, engine, backend), "read": bench.read, **peers})
+    if others:
+        yield cell.row(f"prefill, {PREFILL} tokens", "tokens/s", prefill_target, "ik_llama.cpp", list(others))
+    passes = -(-PREFILL // PREFILL_CHUNK) * step_bytes(reader, reader.spec.experts)
+    yield cell.row(f"prefill, {PREFILL} tokens", "tokens/s", prefill_target, "llama.cpp", variants) | {
+        "byte_ceiling": PREFILL * median(cell.values["read"]) / passes
+    }
     yield from processes(bench, reader, llama, store)
 
 
@@ -253,6 +274,28 @@ def against_plain(bench: Bench, reader: MemoryReader, traces: list[Path]) -> Ite
         }  # fmt: skip
 
 
+def against_eight_bits(bench: Bench, reader: MemoryReader, store: str) -> Iterator[dict[str, Any]]:
+    """Decoding at batch 1 over decoding the same shapes in Q8_0, as a share of what the bytes allow."""
+    with opened(store) as other:
+        bench.go_over(reader.path)
+        backends = {"ours": RandomTokens(kernels, reader.spec), "plain": RandomTokens(kernels, other.spec)}
+        engines = {
+            name: Engine(one, backends[name], EngineOptions("plain")) for name, one in (("ours", reader), ("plain", other))
+        }
+
+        def rate(name: str) -> float:
+            return steady_rate(engines[name], backends[name].requests(1, PROMPT, bench.tokens))[0]
+
+        cell = bench.alternate({name: partial(rate, name) for name in engines} | {"read": bench.read})
+        needed = {name: step_bytes(one, one.spec.top_k) for name, one in (("ours", reader), ("plain", other))}
+    allowed = needed["plain"] / needed["ours"]
+    row = cell.row("decode, batch 1", "tokens/s", EIGHT_BIT_TARGET * allowed, "our Q8_0", ["plain"])
+    yield row | {
+        "share_of_bandwidth": cell.over("ours", "read") * needed["ours"], "ratio_of_bytes": allowed,
+        "byte_ceiling": median(cell.values["read"]) / needed["ours"],
+    }  # fmt: skip
+
+
 def against_transformers(bench: Bench, reader: MemoryReader, file: Path) -> Iterator[dict[str, Any]]:
     """Decoding at batch 1 and prefill; rows with a reason where transformers cannot run."""
     works = {"decode, batch 1": DECODE_TARGETS[1], f"prefill, {PREFILL} tokens": PREFILL_TARGET}
@@ -316,10 +359,12 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
     print_table(
         title,
-        ("model", "work", "against", "ours", "peer", "variant", "ratio", "target", "met", "share of bandwidth", "others"),
+        ("model", "work", "against", "ours", "peer", "variant", "ratio", "target", "met", "byte ceiling",
+         "share of bandwidth", "others"),
         [
             (r["model"], r["work"], r["against"], cell(r, "ours"), cell(r, "peer"), r["variant"], cell(r, "ratio"),
              cell(r, "target"), r.get("skipped") or {None: "-", True: "yes", False: "NO"}[r["met"]],
+             number(r.get("byte_ceiling")),
              None if r["share_of_bandwidth"] is None else f"{r['share_of_bandwidth']:.0%}", number(r.get("others_cores")))
             for r in rows
         ],
@@ -331,11 +376,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/offload"), help="where stores and files are kept")
     parser.add_argument("--quick", action="store_true", help="4 layers only, within 9 minutes")
     parser.add_argument("--models", default="4,16,demo", help="layers of OLMoE's shapes, or demo")
+    parser.add_argument("--format", default="q8_0", choices=NAMES, help="quantisation of OLMoE's shapes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, help="seconds to wait for a calm machine before a run")
     parser.add_argument("--llamacpp", type=Path, default=Path("build/peers/bin"), help="folder of `make peers`")
+    parser.add_argument("--ik-llama", type=Path, help="folder of ik_llama.cpp's programs, if it is built")
     parser.add_argument(
-        "--only", help="parts to run, of llama,elastic,transformers [default: all; --quick: not transformers]"
+        "--only", help="parts to run, of llama,elastic,transformers,eight_bit [default: all; --quick: not transformers]"
     )
     parser.add_argument("--json", action="store_true")
     arguments, began = parser.parse_args(), perf_counter()
@@ -346,10 +393,14 @@ def main() -> None:
         parts = arguments.only.split(",")
     elif arguments.quick:
         parts.remove("transformers")  # it takes minutes to load
+    if arguments.format == "q8_0" and "eight_bit" in parts:
+        parts.remove("eight_bit")
+    if arguments.format != "q8_0" and "demo" in models:
+        models.remove("demo")  # it is in Q8_0
     patience = arguments.patience if arguments.patience is not None else 30.0
     rows: list[dict[str, Any]] = []
     total = len(models) * (3 + len(BATCHES)) * ("llama" in parts) + len(models) * len(BATCHES) * ("elastic" in parts)
-    total += 2 * ("transformers" in parts)
+    total += 2 * ("transformers" in parts) + len(models) * ("eight_bit" in parts)
     with progress_bar("peers", total) as bar:
         done = -1
 
@@ -361,14 +412,17 @@ def main() -> None:
 
         bench = Bench(arguments.rounds, patience, TOKENS, report)
         for model in models:
-            store = "demo" if model == "demo" else str(synthetic_store(arguments.folder, int(model)))
-            file = arguments.folder / ("demo.gguf" if model == "demo" else f"olmoe-{model}-qwen3moe.gguf")
+            store = "demo" if model == "demo" else str(synthetic_store(arguments.folder, int(model), arguments.format))
+            file = arguments.folder / ("demo.gguf" if model == "demo" else f"{Path(store).name}-qwen3moe.gguf")
             with exported(store, file) as reader:
                 jobs: list[Iterator[dict[str, Any]]] = []
                 if "llama" in parts:
-                    jobs.append(against_llama(bench, reader, Llama(arguments.llamacpp, file), store))
+                    ik = Llama(arguments.ik_llama, file, IK) if arguments.ik_llama else None
+                    jobs.append(against_llama(bench, reader, Llama(arguments.llamacpp, file), store, ik))
                 if "elastic" in parts:
                     jobs.append(against_plain(bench, reader, recorded_traces(arguments.folder, None)))
+                if "eight_bit" in parts:
+                    jobs.append(against_eight_bits(bench, reader, str(synthetic_store(arguments.folder, int(model)))))
                 if "transformers" in parts and model == models[0]:
                     jobs.append(against_transformers(bench, reader, file))
                 for job in jobs:
@@ -378,7 +432,12 @@ def main() -> None:
                         print(f"{model}, {row['work']}: {figures}", file=sys.stderr)
             forget(store, file)
     if arguments.json:
-        print(json.dumps({"kernels": kernels.variant(), "rounds": arguments.rounds, "rows": rows}, indent=1))
+        print(
+            json.dumps(
+                {"kernels": kernels.variant(), "format": arguments.format, "rounds": arguments.rounds, "rows": rows},
+                indent=1,
+            )
+        )
     else:
         show(rows, f"our engine over its peers, medians of {arguments.rounds}, 2 threads")
 
