@@ -23,7 +23,9 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is all of this machine.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--model-name", help="Name of the model for clients [default: the store's].")
-@click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True)
+@click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True,
+              help="plain: no drafts, nothing is kept in memory. cache: the experts used most are kept. elastic: these also "
+              "draft.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1, 64), default=16, show_default=True, help="Answers that run at once.")
 @click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True,
               help="Answers that may wait; further ones are refused with 429.")  # fmt: skip
@@ -37,7 +39,8 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-body", type=Quantity("SIZE", parse_bytes), default="4MiB", show_default=True, help="Largest body.")
 @click.option("--max-prompt", type=click.IntRange(1), help="Most tokens of a prompt [default: the context].")
 @click.option("--max-n", type=click.IntRange(1, 64), default=16, show_default=True, help="Most answers to one request.")
-@click.option("--max-connections", type=click.IntRange(1, 100_000), default=512, show_default=True)
+@click.option("--max-connections", type=click.IntRange(1, 100_000), default=512, show_default=True,
+              help="Connections at once; further ones are closed.")  # fmt: skip
 @click.option("--body-timeout", type=click.FloatRange(0.1, 3600), default=30, show_default=True,
               help="Seconds that a request may take to arrive.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(1, 1e6), default=3600, show_default=True,
@@ -50,7 +53,7 @@ def command(
     max_prompt: int | None, max_n: int, max_connections: int, body_timeout: float, timeout: float, serving: Serving,
     as_json: bool,
 ) -> int:  # fmt: skip
-    """Serve STORE to clients of OpenAI's API: a store, a GGUF file, a Hugging Face folder, or ``demo``.
+    """Serve STORE to clients of OpenAI's API: a store, a GGUF file, a Hugging Face folder, or demo.
 
     Listens on this machine alone unless --host says otherwise. The log goes to standard error, with --json as JSON lines; it
     never holds prompts or answers. The first Ctrl-C finishes what runs, the second ends it.

@@ -24,7 +24,7 @@ class BoundedRequest(Request):
 
     async def body(self) -> bytes:
         """The whole body."""
-        if not hasattr(self, "_body"):
+        if "_body" not in self.__dict__:  # the base class keeps what was read there
             settings: Settings = self.app.state.settings
             if self.method in ("POST", "PUT", "PATCH"):
                 kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
