@@ -50,6 +50,8 @@ from elmoe.store.format import MANIFEST
 
 INLINE_CHARACTERS = 4096
 """Longest text that is cut into tokens without leaving the loop."""
+STOP_SECONDS = 20.0
+"""Time that a step under way has to end at the end of the program."""
 T = TypeVar("T")
 
 
@@ -155,7 +157,7 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
         service.engine.start()
         service.started()
         yield
-        service.engine.stop(60)
+        service.engine.stop(STOP_SECONDS)
 
     app = FastAPI(
         title="elmoe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
