@@ -221,6 +221,7 @@ def test_signals(store, signals):
             assert status == 0 and found["answer"].json()["usage"]["completion_tokens"] == 1500
         else:
             assert status == 130 and "error" in found
+            assert "Traceback" not in server.text()
     finally:
         server.close()
 

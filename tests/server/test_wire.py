@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from elmoe.server.schemas import ChatCompletion, Completion, ErrorBody
 
+NAME = re.compile(r"elmoe_\w+")
 CHAT = {"model": "whale", "messages": [{"role": "user", "content": "What is a whale?"}], "max_tokens": 12, "temperature": 0}
 TEXT = {"model": "whale", "prompt": "The whale", "max_tokens": 12, "temperature": 0}
 
@@ -244,6 +247,38 @@ def test_penalties_and_grammars_are_passed_on_or_refused(api):
     neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
     plain = post(api, "/v1/chat/completions", CHAT | {"response_format": {"type": "text"}} | neutral)
     assert plain.json()["choices"] == post(api, "/v1/chat/completions", CHAT).json()["choices"]
+
+
+def metrics(api):
+    lines = api.get("/metrics").text.splitlines()
+    return {name: float(value) for line in lines if line[0] != "#" for name, _, value in [line.rpartition(" ")]}
+
+
+def test_metrics_count_what_was_served(api, model):
+    before = metrics(api)
+    post(api, "/v1/completions", TEXT | {"n": 2, "max_tokens": 30})
+    post(api, "/v1/completions", TEXT | {"stream": True})
+    api.get("/nowhere/else")
+    after = metrics(api)
+    prompt = len(model.encode("The whale"))
+    changes = {name: after[name] - before.get(name, 0) for name in after}
+    assert changes["elmoe_prompt_tokens_total"] == 2 * prompt and changes["elmoe_generation_tokens_total"] == 72
+    assert changes['elmoe_request_success_total{finished_reason="length"}'] == 3
+    assert changes["elmoe_time_to_first_token_seconds_count"] == changes["elmoe_time_per_output_token_seconds_count"] == 2
+    assert changes['elmoe_http_requests_total{path="other",status="404"}'] == 1
+    assert 0 < changes["elmoe_decode_steps_total"] <= 45 and changes["elmoe_engine_seconds_total"] > 0
+    assert changes["elmoe_msb_hits_total"] > 0 and changes['elmoe_slice_bytes_total{tier="fast"}'] > 0
+    drafted, accepted = (after[f"elmoe_spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
+    assert drafted >= accepted >= 0 and after["elmoe_requests_running"] == after["elmoe_requests_waiting"] == 0
+    assert after['elmoe_fast_memory_bytes{use="expert_slices"}'] > after['elmoe_fast_memory_bytes{use="staging"}'] > 0
+
+
+def test_the_dashboard_shows_metrics_that_exist(api):
+    post(api, "/v1/completions", TEXT)
+    dashboard = json.loads((Path(__file__).resolve().parents[2] / "docs" / "grafana-dashboard.json").read_text())
+    shown = {name for panel in dashboard["panels"] for target in panel["targets"] for name in NAME.findall(target["expr"])}
+    names = {name.partition("{")[0] for name in metrics(api)}
+    assert len(shown) > 15 and shown <= names
 
 
 def test_the_description_names_all_routes_and_fields(api):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from elmoe.cli.common import Quantity, Serving, json_option, serving_options
 from elmoe.units import parse_bytes
+
+if TYPE_CHECKING:
+    from elmoe.engine.options import EngineOptions
+    from elmoe.llm import Model
 
 LOOPBACK = ("127.", "localhost", "::1")
 """How addresses begin that other machines do not reach."""
@@ -29,6 +34,8 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--batch", type=click.IntRange(1, 64), default=16, show_default=True, help="Answers that run at once.")
 @click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True,
               help="Answers that may wait; further ones are refused with 429.")  # fmt: skip
+@click.option("--memory", type=Quantity("SIZE", parse_bytes), help="All memory that the server may take, 8GiB for "
+              "example: what fits is told, too little is refused [default: what is available, less 512 MiB].")  # fmt: skip
 @click.option("--api-key", "keys", multiple=True, envvar="ELMOE_API_KEY", help="Key that clients send; may be "
               "repeated. Also taken from $ELMOE_API_KEY, which other users of this machine do not see.")  # fmt: skip
 @click.option("--api-key-file", type=file, help="File of keys, one a line.")
@@ -48,7 +55,8 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @serving_options
 @json_option
 def command(
-    store: str, host: str, port: int, model_name: str | None, mode: Any, batch: int, queue: int, keys: tuple[str, ...],
+    store: str, host: str, port: int, model_name: str | None, mode: Any, batch: int, queue: int, memory: int | None,
+    keys: tuple[str, ...],
     api_key_file: Path | None, cors_origins: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, max_body: int,
     max_prompt: int | None, max_n: int, max_connections: int, body_timeout: float, timeout: float, serving: Serving,
     as_json: bool,
@@ -72,7 +80,7 @@ def command(
     listener = bound_socket(host, port)  # before the model is loaded, which may take minutes
     if not keys and not host.startswith(LOOPBACK):
         log.warning("other machines may use this server, and no key is asked for: give --api-key-file")
-    with listener, serving.load(store, serving.options(mode, batch)) as model:
+    with listener, _load(store, serving, serving.options(mode, batch), memory) as model:
         log.info("loaded", extra={"facts": {"reader": model.reader_note, "tier": model.tier}})
         settings = Settings(
             model_name or model.path.name, keys, cors_origins, queue, max_body, max_prompt, max_n, timeout,
@@ -80,6 +88,29 @@ def command(
         )  # fmt: skip
         ordered = serve(create_app(model, settings), listener, tls_cert, tls_key)
     return 0 if ordered else 130
+
+
+def _load(store: str, serving: Serving, options: EngineOptions, memory: int | None) -> Model:
+    """The model, within ``memory`` bytes, or as the single options of memory say."""
+    import logging
+
+    from elmoe.convert.cache import stored
+    from elmoe.errors import RequestError
+    from elmoe.opening import use_threads
+    from elmoe.server.memory import forecast, planned
+    from elmoe.store import open_store, resolve_store
+
+    single = serving.fast_memory is not None or serving.kv_memory is not None or serving.reader != "auto"
+    if single and memory is not None:
+        raise RequestError("--memory divides the memory itself", "leave out --fast-memory, --kv-memory and --reader")
+    if single:
+        return serving.load(store, options)
+    path = resolve_store(stored(store, serving.store_dir))
+    use_threads(serving.backend, serving.threads)
+    with open_store(path) as reader:
+        parts = forecast(reader, sum(file.bytes for file in reader.manifest.files), options, memory)
+    logging.getLogger("elmoe.server").info("forecast", extra={"facts": parts.facts()})
+    return replace(serving, reader="memory" if parts.whole else "direct").load(str(path), planned(options, parts))
 
 
 def _keys_of(path: Path | None) -> tuple[str, ...]:

@@ -7,11 +7,13 @@ import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from time import perf_counter
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -25,6 +27,7 @@ from elmoe.server.engine_thread import Call, EngineThread, Full
 from elmoe.server.errors import ApiError, on_http_error, on_invalid
 from elmoe.server.exchange import Exchange
 from elmoe.server.gate import Gate
+from elmoe.server.metrics import Metrics, counted
 from elmoe.server.requests import Translator
 from elmoe.server.schemas import (
     ChatBody,
@@ -47,6 +50,8 @@ from elmoe.store.format import MANIFEST
 
 INLINE_CHARACTERS = 4096
 """Longest text that is cut into tokens without leaving the loop."""
+STOP_SECONDS = 20.0
+"""Time that a step under way has to end at the end of the program."""
 T = TypeVar("T")
 
 
@@ -57,7 +62,8 @@ class Service:
         self.model, self.settings = model, settings
         self.translator = Translator(model, settings)
         self.texts = TokenTexts(model.tokenizer)
-        self.engine = EngineThread(model.engine, model.engine.options.batch + settings.queue)
+        self.engine = EngineThread(model.engine, model.engine.options.batch + settings.queue, counted)
+        self.metrics = Metrics(model, self.engine)
         self.opened = int((model.path / MANIFEST).stat().st_mtime)
         digest = hashlib.blake2b((model.path / MANIFEST).read_bytes(), digest_size=4).hexdigest()
         self.fingerprint = f"elmoe-{__version__}-{digest}"
@@ -114,6 +120,7 @@ class Service:
             "finish": answers.finish_reasons, "ended": None if error is None else type(error).__name__,
             "first_token_seconds": None if call.first_token is None else round(call.first_token - call.began, 4),
         }  # fmt: skip
+        self.metrics.ended(call, answers, error, perf_counter() - call.began)
 
 
 def service_of(request: Request) -> Service:
@@ -150,7 +157,7 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
         service.engine.start()
         service.started()
         yield
-        service.engine.stop(60)
+        service.engine.stop(STOP_SECONDS)
 
     app = FastAPI(
         title="elmoe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
@@ -168,7 +175,12 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    app.add_middleware(Gate, keys=settings.keys)
+    paths = {path for route in app.routes if (path := getattr(route, "path", ""))}
+
+    def count(path: str, status: int) -> None:
+        app.state.service.metrics.requests.labels(path if path in paths else "other", str(status)).inc()
+
+    app.add_middleware(Gate, keys=settings.keys, count=count)
     return app
 
 
@@ -219,6 +231,11 @@ def _add_own_routes(app: FastAPI) -> None:
         """Whether the server works; needs no key."""
         failure = service.engine.failure
         return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
+
+    @app.get("/metrics", responses=_READ, response_class=PlainTextResponse)
+    async def metrics(service: Of) -> Response:
+        """Metrics for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/props", responses=_READ)
     async def props(service: Of) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from time import perf_counter
 
 from elmoe.engine.engine import Engine
 from elmoe.engine.request import Output, Request
+from elmoe.engine.statistics import Statistics
 from elmoe.errors import ElmoeError, RequestError
 
 log = logging.getLogger("elmoe.server")
@@ -105,11 +106,12 @@ class Call:
 class EngineThread:
     """Serves jobs on an engine.
 
-    :param most: answers that may be served or wait at once.
+    :param most: answers that may be served or wait at once. :param count: what to add up of the statistics of runs.
     """
 
-    def __init__(self, engine: Engine, most: int) -> None:
-        self.engine, self._most = engine, most
+    def __init__(self, engine: Engine, most: int, count: Callable[[Statistics], dict[str, float]]) -> None:
+        self.engine, self._most, self._count = engine, most, count
+        self._statistics, self._ended = engine.statistics, count(Statistics())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._posted: deque[Callable[[], None]] = deque()
@@ -154,6 +156,11 @@ class EngineThread:
             for job in call.jobs:
                 self._inbox.put(partial(self._abort, job))
 
+    def totals(self) -> dict[str, float]:
+        """Sums over all runs; may be called from any thread."""
+        ended, now = self._ended, self._count(self._statistics)
+        return {name: value + now[name] for name, value in ended.items()}
+
     # The rest runs in the thread, but for what it posts.
 
     def _run(self) -> None:
@@ -178,6 +185,8 @@ class EngineThread:
     def _step(self) -> None:
         outputs = self.engine.step()
         self.failure = None
+        if self.engine.statistics is not self._statistics:
+            self._ended, self._statistics = self.totals(), self.engine.statistics
         brought: list[tuple[Job, Output]] = []
         for output in outputs:
             job = self._jobs.get(output.request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from time import perf_counter
 from typing import Any
 
@@ -21,10 +21,13 @@ log = logging.getLogger("elmoe.server")
 
 
 class Gate:
-    """An ASGI application in front of another. ``scope["facts"]`` is what the log line of a request tells."""
+    """An ASGI application in front of another. ``scope["facts"]`` is what the log line of a request tells.
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str] = ()) -> None:
-        self._app = app
+    :param count: told the path and the status of each request.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str], count: Callable[[str, int], None]) -> None:
+        self._app, self._count = app, count
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,6 +55,7 @@ class Gate:
                 )  # fmt: skip
                 await error.response(scope, receive, noting)
         finally:
+            self._count(scope["path"], status)
             facts |= {"status": status, "seconds": round(perf_counter() - began, 4)}
             level = logging.DEBUG if scope["path"] in ("/health", "/metrics") else logging.INFO
             log.log(level, "request", extra={"facts": facts})

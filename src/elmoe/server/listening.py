@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from elmoe.errors import RequestError
-from elmoe.server.app import Service
+from elmoe.server.app import STOP_SECONDS, Service
 from elmoe.server.errors import ApiError
 from elmoe.server.settings import Settings
 
@@ -33,8 +33,6 @@ CLOSING_TICKS = 100
 """Ticks of 0.1 s between looks at connections that are closing: what a client has not read by the second one is dropped."""
 SWITCH_SECONDS = 0.0005
 """Longest time that the loop or the engine's thread keeps the interpreter while the other waits."""
-STOP_SECONDS = 20.0
-"""Time that a step under way has to end at the end of the program."""
 
 log = logging.getLogger("elmoe.server")
 
@@ -107,6 +105,8 @@ class Server(uvicorn.Server):
         self._serving_loop = asyncio.get_running_loop()
         self._closing: set[Any] = set()
         await super()._serve(sockets)
+        if self.forced:
+            await self.lifespan.shutdown()  # which uvicorn leaves out
         self._captured_signals.clear()  # uvicorn would raise them again
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ COMPLETION_TOKENS = 16
 """Tokens of a completion whose request does not say, as in OpenAI's API."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0.0,), "frequency_penalty": (0.0,), "repetition_penalty": (1.0,), "logit_bias": ({},),
-    "grammar": (),
+    "json_object": (False,), "json_schema": (),
 }  # fmt: skip
 """Parameters that change nothing with these values: sent only where they do."""
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "template", "special_tokens", "self"}
@@ -59,8 +59,8 @@ class Translator:
         if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs", "invalid_value")
         most = body.max_completion_tokens or body.max_tokens
-        given = {"logprobs": body.top_logprobs or 0, "grammar": _grammar(body), "max_tokens": most or self.context}
-        return self._requests([prompt], body, given)
+        given = {"logprobs": body.top_logprobs or 0, "max_tokens": most or self.context}
+        return self._requests([prompt], body, given | _format(body))
 
     def completion(self, body: CompletionBody) -> list[Request]:
         """The requests of a completion, one for each prompt."""
@@ -142,7 +142,7 @@ class Translator:
             if name in self._parameters:
                 chosen[name] = value
             elif name in NEUTRAL:
-                raise not_yet("response_format" if name == "grammar" else name)
+                raise not_yet("response_format" if name.startswith("json_") else name)
         most = min(chosen["max_tokens"], self.context)
         return {**chosen, "max_tokens": most, "seed": None if body.seed is None else body.seed & (1 << 63) - 1}
 
@@ -156,13 +156,13 @@ def _plain(message: Message) -> dict[str, Any]:
     return {"role": role, "content": text} | {name: value for name, value in further.items() if value is not None}
 
 
-def _grammar(body: ChatBody) -> Any:
-    """What the answer has to obey: None for any text."""
+def _format(body: ChatBody) -> dict[str, Any]:
+    """What the answer has to be, as sampling parameters."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
-        return None
+        return {}
     if wanted.type == "json_object":
-        return {"type": "object"}
+        return {"json_object": True}
     if wanted.json_schema is None:
         raise ApiError(400, "json_schema is missing", "response_format.json_schema", "missing_required_parameter")
-    return wanted.json_schema.schema_
+    return {"json_schema": wanted.json_schema.schema_}

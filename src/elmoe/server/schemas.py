@@ -36,7 +36,7 @@ class SamplingBody(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Default: 0, which is off.")
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Default: 0.")
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Default: 0.")
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(None, description="Default: 1.")
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=100)] | None = Field(None, description="Default: 1.")
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = Field(
         None, description="Same request and seed, same text. Without one it is drawn, and told in the answer."

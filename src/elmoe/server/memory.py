@@ -1,0 +1,162 @@
+"""``--memory``: everything the server takes within one amount, foreseen before the model is loaded.
+
+The parts: the program (interpreter, libraries, tokenizer), buffers of passes, and the fast tier: dense weights, experts,
+staging, KV cache. Where the whole store fits beside a KV cache it is mapped into memory; otherwise experts are read from
+disk, and the fast tier gets what program and buffers leave.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from elmoe.engine.kv_cache import PAGE_POSITIONS, pages_for
+from elmoe.engine.options import EngineOptions
+from elmoe.engine.tier import tier_sizes
+from elmoe.errors import BudgetError, StoreError
+from elmoe.kernels import threads
+from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
+from elmoe.models.spec import ModelSpec
+from elmoe.opening import HEADROOM
+from elmoe.policy.budget import FastTierSizes, prefill_chunk
+from elmoe.server.metrics import resident
+from elmoe.store import available_memory
+from elmoe.store.reader import MemoryReader
+from elmoe.units import format_bytes
+
+SERVER_BYTES = 96 << 20
+"""Bytes of requests, answers and connections, and of the process that renders chat templates."""
+TOKENIZER_GROWTH = 16
+"""Bytes in memory of a byte of tokenizer.json."""
+DRAFTED_ROWS = 8
+"""Rows beside the first that a verification has of a sequence, as far as buffers foresee."""
+LEAST_POSITIONS = 4096
+"""Positions of the KV cache that a server has at least, or its context."""
+KV_SHARE = 0.25
+"""Largest share of a fast tier that the KV cache may take beyond that, where experts are read."""
+PROBE_BYTES = 64 << 20
+"""Bytes that are read to measure a bandwidth."""
+CHUNKED_PROMPT = 1000
+"""Tokens of the prompt whose time is forecast."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What will be in memory, bytes. ``whole``: the store is mapped. ``resident_share``: of the bytes of experts that the
+    fast tier holds. ``decode_seconds``: of a token of one sequence; ``prompt_seconds``: of reading the experts of a prompt
+    of ``CHUNKED_PROMPT`` tokens, 0 where all are in memory."""
+
+    memory: int
+    program: int
+    buffers: int
+    dense: int
+    kv: int
+    staging: int
+    experts: int
+    whole: bool
+    resident_share: float
+    decode_seconds: float
+    prompt_seconds: float
+
+    @property
+    def fast(self) -> int:
+        """Bytes of the fast tier."""
+        return self.dense + self.kv + self.staging + self.experts
+
+    def facts(self) -> dict[str, str]:
+        """In words, for the log."""
+        parts = {
+            "memory": self.memory, "program": self.program, "buffers": self.buffers, "dense": self.dense,
+            "kv_cache": self.kv, "staging": self.staging, "experts": self.experts,
+        }  # fmt: skip
+        facts = {name: format_bytes(value).replace(" ", "") for name, value in parts.items()}
+        facts["experts_in_memory"] = f"{100 * self.resident_share:.0f}%"
+        facts["tokens_per_second"] = f"about {1 / self.decode_seconds:.3g} of one answer without drafts"
+        if self.prompt_seconds:
+            facts[f"prompt_of_{CHUNKED_PROMPT}_tokens"] = f"at least {self.prompt_seconds:.2g} s of reading"
+        return facts
+
+
+def buffer_bytes(spec: ModelSpec, options: EngineOptions, chunk: int) -> int:
+    """Bytes of the largest pass: activations of a chunk beside decoding rows, and the logits of those."""
+    width = max(layer.feed_forward.width for layer in spec.layers)
+    attention = max(layer.attention.heads * getattr(layer.attention, "head_dim", 512) for layer in spec.layers)
+    drawn = options.batch * (1 + (DRAFTED_ROWS if options.mode == "elastic" and spec.moe_layers else 0))
+    row = 4 * (8 * spec.hidden + 4 * attention + 3 * max(1, spec.top_k) * width)
+    return (chunk + drawn) * row + 3 * 4 * drawn * spec.vocabulary
+
+
+def forecast(reader: MemoryReader, store_bytes: int, options: EngineOptions, memory: int | None) -> Forecast:
+    """How ``memory`` bytes would be used; None is what is available, less ``HEADROOM``.
+
+    :raises BudgetError: the model cannot be served within it; the hint says what would do.
+    """
+    spec = reader.spec
+    given = memory if memory is not None else max(0, available_memory() - HEADROOM)
+    sizes = tier_sizes(reader, reader.dense_bytes, 0, options.staging_experts)
+    program = resident() + SERVER_BYTES + TOKENIZER_GROWTH * _tokenizer_bytes(reader.path)
+    page = PAGE_POSITIONS * spec.kv_bytes_per_position
+    most_kv = options.batch * pages_for(spec.max_positions) * page
+    least_kv = pages_for(min(LEAST_POSITIONS, spec.max_positions)) * page
+    buffers = buffer_bytes(spec, options, options.prefill_chunk or _chunk(spec, reads=False))
+    left = given - program - buffers
+    if left - store_bytes >= least_kv:
+        kv = min(most_kv, (left - store_bytes) // page * page)
+        parts = Forecast(given, program, buffers, sizes.dense, kv, 0, store_bytes - sizes.dense, True, 1.0, 0, 0)
+        return _timed(parts, reader, sizes)
+    if not spec.moe_layers:
+        raise _too_little(given, program + buffers + store_bytes + least_kv, "the model has no experts that could be read")
+    buffers = buffer_bytes(spec, options, options.prefill_chunk or _chunk(spec, reads=True))
+    fast = given - program - buffers
+    least = (sizes.fixed if options.mode == "plain" else sizes.minimum) + least_kv
+    if fast < least:
+        raise _too_little(given, program + buffers + least, f"the smallest fast tier takes {format_bytes(least)}")
+    spare = min(fast - least, int(KV_SHARE * fast))
+    kv = min(most_kv, (least_kv + spare) // page * page)
+    experts = fast - sizes.fixed - kv
+    share = min(1.0, experts / max(1, sizes.all_experts))
+    parts = Forecast(given, program, buffers, sizes.dense, kv, sizes.staging, experts, False, share, 0, 0)
+    return _timed(parts, reader, sizes)
+
+
+def _too_little(given: int, needed: int, why: str) -> BudgetError:
+    told = f"{why}, and {format_bytes(needed)} are needed in all"
+    return BudgetError(
+        f"{format_bytes(given)} of memory are too little for this model: {told}",
+        f"give --memory {-(-needed >> 20)}MiB, lower --batch, or convert the model to a smaller --format",
+    )
+
+
+def planned(options: EngineOptions, parts: Forecast) -> EngineOptions:
+    """The options that keep a forecast."""
+    return replace(options, kv_memory=parts.kv, fast_memory=None if parts.whole else parts.fast)
+
+
+def _chunk(spec: ModelSpec, reads: bool) -> int:
+    layers = spec.moe_layers or spec.dense_layers
+    widest = max(spec.layers[layer].feed_forward.width for layer in layers)
+    return prefill_chunk(max(1, spec.top_k), widest, reads)
+
+
+def _tokenizer_bytes(path: Path) -> int:
+    try:
+        return (path / "tokenizer.json").stat().st_size
+    except OSError:
+        return 0
+
+
+def _timed(parts: Forecast, reader: MemoryReader, sizes: FastTierSizes) -> Forecast:
+    """With times: what a token touches over the bandwidth of memory, what it misses over that of the disk. Misses are as if
+    all experts were used alike; real routing repeats itself, so that fewer are read."""
+    touched = sizes.dense + sizes.top_k * (sum(sizes.msb) + sum(sizes.lsb))
+    missed = (1 - parts.resident_share) * (touched - sizes.dense)
+    disk, chunks = 1e9, -(-CHUNKED_PROMPT // _chunk(reader.spec, reads=True))
+    if missed:
+        largest = max(reader.manifest.files, key=lambda file: file.bytes)
+        try:
+            disk = disk_bandwidth(reader.path / largest.name, PROBE_BYTES)
+        except StoreError:  # through the page cache then
+            disk = 1e9
+    decode = touched / memory_bandwidth(PROBE_BYTES, threads()) + missed / disk
+    prompt = chunks * (1 - parts.resident_share) * sizes.all_experts / disk
+    return replace(parts, decode_seconds=decode, prompt_seconds=prompt)

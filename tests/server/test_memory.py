@@ -1,0 +1,82 @@
+"""``--memory``: what is foreseen is kept, and what cannot be kept is refused with the amount that would do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+import httpx
+import pytest
+
+from elmoe.engine.options import EngineOptions
+from elmoe.errors import BudgetError
+from elmoe.server.memory import forecast, planned
+from elmoe.store import open_store
+from elmoe.store.synthetic import synthesize
+from tests.server.live import LiveServer
+from tests.tiny import tiny_spec
+
+SPEC = tiny_spec(
+    vocabulary=512, hidden=512, layers=6, heads=8, kv_heads=8, head_dim=64, experts=40, top_k=4, expert_width=1024,
+    max_positions=2048, tied_embeddings=False,
+)  # fmt: skip
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A store of some 400 MB."""
+    path = tmp_path_factory.mktemp("memory") / "store"
+    synthesize(path, SPEC, 1, lambda done, total: None)
+    return path
+
+
+def size(path):
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def test_what_fits_and_what_does_not(large):
+    options = EngineOptions(batch=4)
+    with open_store(large) as reader:
+        whole = forecast(reader, size(large), options, 4 << 30)
+        assert whole.whole and whole.resident_share == 1 and planned(options, whole).fast_memory is None
+        half = forecast(reader, size(large), options, whole.program + 250 * MIB)
+        assert not half.whole and 0.3 < half.resident_share < 0.7 and half.prompt_seconds > 0
+        assert half.program + half.buffers + half.fast <= half.memory
+        assert planned(options, half).fast_memory == half.fast and half.decode_seconds > whole.decode_seconds
+        with pytest.raises(BudgetError) as refused:
+            forecast(reader, size(large), options, 100 * MIB)
+        needed = int(re.search(r"--memory (\d+)MiB", refused.value.hint).group(1))
+        assert forecast(reader, size(large), options, needed * MIB + 16 * MIB).resident_share < 0.3
+
+
+def test_memory_stays_within_what_was_given(large):
+    """With prompts of more than a chunk, several at once, and drafts."""
+    given = 390 * MIB
+    assert size(large) > given
+    with LiveServer(str(large), "--memory", "390MiB", "--batch", "4", "--model-name", "m") as server:
+        told = next(line for line in server.log() if line["message"] == "forecast")
+        assert told["memory"] == "390.0MiB" and float(told["experts_in_memory"].rstrip("%")) < 80
+
+        async def main():
+            async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
+                bodies = [
+                    {"model": "m", "prompt": [(7 * i + at) % 512 for at in range(600)], "max_tokens": 8, "ignore_eos": True}
+                    for i in range(6)
+                ]
+                return await asyncio.gather(*(http.post("/v1/completions", json=body) for body in bodies))
+
+        assert all(response.status_code == 200 for response in asyncio.run(main()))
+        with open(f"/proc/{server.process.pid}/status") as file:
+            peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024
+        assert peak <= given, json.dumps({"peak": peak / MIB, "told": told})
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert float(re.search(r"^elmoe_read_bytes_total (\S+)", metrics, re.MULTILINE).group(1)) > 0
+
+
+def test_too_little_is_refused_and_two_ways_at_once():
+    with pytest.raises(RuntimeError, match=r"(?s)too little for this model.*hint: give --memory \d+MiB"):
+        LiveServer("demo", "--memory", "50MiB")
+    with pytest.raises(RuntimeError, match="--memory divides the memory itself"):
+        LiveServer("demo", "--memory", "8GiB", "--fast-memory", "1GiB")
