@@ -10,6 +10,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from threading import Lock
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from elmoe.errors import RequestError
 from elmoe.extras import naming_extra
+from elmoe.tokenizer import reraise_foreign
 from elmoe.untrusted import load_json, short
 
 if TYPE_CHECKING:
@@ -30,10 +32,10 @@ KEPT = 32
 """Compiled schemas that are kept."""
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_items_in_row": 2_000,
-    "max_lexer_states": 20_000, "max_grammar_size": 100_000, "verbose_errors": False,
+    "max_lexer_states": 10_000, "max_grammar_size": 100_000, "verbose_errors": False,
 }  # fmt: skip
-"""Of llguidance, in its steps: a schema of the largest size compiles in 1.4 s, a mask takes at most about 20 ms (one core of
-a Xeon), and the states of an answer 40 MB."""
+"""Of llguidance, in its steps. The worst that was found (one busy core of a Xeon): 1.4 s to compile a schema, 0.15 s for a
+mask, 6 MB for the states of an answer."""
 WHITESPACE = r"\x20|\x0A[\x20\x09]{0,20}"
 """Between the tokens of JSON, as in llama.cpp: where there may be any, some models write nothing else."""
 ANY_OBJECT = {"type": "object"}
@@ -42,8 +44,8 @@ SCHEMAS_WITHIN = (
     "then", "else",
 )  # fmt: skip
 """Keys of a schema with a schema, or a list of them."""
-PLACES_TRIED = 500
-"""Parts of a schema that are looked at for the place of a problem."""
+PLACE_SECONDS = 1.0
+"""How long the place of a problem is narrowed down; the schema is refused in any case."""
 
 
 class GrammarState:
@@ -84,8 +86,14 @@ class GrammarState:
 
 
 def _failed(matcher: Any) -> RequestError:
-    told = matcher.get_error().split("<state>")[0] or "no token continues it"
+    told = _error_of(matcher) or "no token continues it"
     return RequestError(f"the grammar cannot be followed: {short(told)}", "give a simpler schema")
+
+
+def _error_of(matcher: Any) -> str:
+    """Why a matcher goes on no more; empty if it does."""
+    told = str(matcher.get_error()).removesuffix("<non-verbose/>").strip()
+    return "nothing satisfies it" if told.startswith("NoExtension") else told
 
 
 class Grammar:
@@ -146,18 +154,18 @@ class Grammars:
 
             try:
                 self._tokenizer = LLTokenizer(self._source.to_str(), n_vocab=self._vocabulary, eos_token=self._eos or None)
-            except Exception as error:  # it raises what it likes
+            except BaseException as error:
+                reraise_foreign(error)
                 raise RequestError(f"no grammar can be built on this model's tokenizer: {short(error)}") from None
         return self._tokenizer
 
     def _place(self, schema: dict[str, Any], problem: str) -> str:
         """The path of the innermost part of a schema that has the same problem alone."""
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        path, tried = "$", 0
+        path, end = "$", perf_counter() + PLACE_SECONDS
         while True:
             for step, part in _parts(schema):
-                tried += 1
-                if tried > PLACES_TRIED:
+                if perf_counter() > end:
                     return path
                 if _problem(self._matcher(json.dumps(shared | part))) == problem:
                     path, schema = path + step, part
@@ -170,7 +178,7 @@ def _problem(matcher: Any) -> str:
     """Why a matcher cannot begin; empty if it can."""
     if not matcher.is_error():
         matcher.compute_bitmask()
-    return str(matcher.get_error()).split("<state>")[0].strip() if matcher.is_error() else ""
+    return _error_of(matcher)
 
 
 def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -34,7 +34,7 @@ def load_tokenizer(raw: bytes, where: str, error: type[ElmoeError] = StoreError)
     try:
         tokenizer = Tokenizer.from_str(text)
     except BaseException as reason:
-        _reraise(reason)
+        reraise_foreign(reason)
         load_object(raw, where, error, hint, repeated_keys=True)  # says more, where it is no JSON at all
         raise error(f"'{where}' is not a readable tokenizer: {short(reason)}", hint) from None
     tokenizer.no_truncation()
@@ -53,8 +53,8 @@ def _check_ids(data: Mapping[str, Any], where: str, error: type[ElmoeError], hin
             raise error(f"'{where}' has a token with the id {number}, allowed are ids below {MOST_TOKENS}", hint)
 
 
-def _reraise(reason: BaseException) -> None:
-    """Raise what has nothing to do with tokenizers, which raises bare Exception, and whose panics are BaseException."""
+def reraise_foreign(reason: BaseException) -> None:
+    """Raise what does not come of a library in Rust; those raise bare Exception, and their panics are BaseException."""
     if isinstance(reason, ElmoeError | MemoryError) or not (
         isinstance(reason, Exception) or type(reason).__name__ == "PanicException"
     ):
@@ -71,7 +71,7 @@ def encode(tokenizer: Tokenizer, text: str, special_tokens: bool = True) -> tupl
     try:
         ids = tuple(tokenizer.encode(text, add_special_tokens=special_tokens).ids)
     except BaseException as reason:
-        _reraise(reason)
+        reraise_foreign(reason)
         raise RequestError(f"the tokenizer fails on '{short(text, 40)}': {short(reason)}", "give another text") from None
     if not ids:
         raise RequestError("the prompt is empty", "give some text")

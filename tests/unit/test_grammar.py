@@ -164,6 +164,7 @@ def test_a_grammar_that_fails_ends_its_request_alone(model, monkeypatch):
         ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "uniqueItems": True}}}, r"at \$\.\$defs\.a: Unimplemented"),
         ({"$ref": "https://example.org/schema"}, "not present"),
         ({"items": {"x-guidance": {"lenient": True}}}, r"at \$\.items: 'x-guidance'"),
+        ({"$ref": "#"}, r"at \$: nothing satisfies it"),
         ('{"type": ', "is not JSON"),
         ('{"type": "object", "type": "array"}', "twice"),
         ("[]", "no object"),
