@@ -1,12 +1,12 @@
 // Attention over the paged fp16 cache.
 //
-// For a token with residual stream x: h = rms_norm(x); (q, k, v) = projection * h, a nested matmul whose integers kernels.inl
-// bounds; q and k are normed per head and rotated; k and v are rounded to fp16, nearest even, and written to the cache. Then per
-// query head, over the positions p = 0 .. the token's own:
+// For a token with residual stream x: h = rms_norm(x); (q, k, v) = projection * h + bias, a nested matmul whose integers
+// kernels.inl bounds; q and k are normed per head (or over all heads) and rotated; k and v are rounded to fp16, nearest even, and
+// written to the cache. Then per query head, over the positions p = 0 (or the first of the window) .. the token's own:
 //     s[p] = (sum over i ascending of q[i] * k[p][i]) / sqrt(head_dim)         one fp32 chain
 //     e[p] = exp(s[p] - max s),  z = sum of e[p] as 16 lane sums (p mod 16) and the fixed tree
 //     o[i] = (sum over p ascending of e[p] * v[p][i]) / z                      one fp32 chain, one division
-// and x = x + output * o. No sum depends on what else is in the batch. All but the two projections is fp32.
+// where a sink is a further score in max s, and in z after the tree; and x = x + (output * o + bias). No sum depends on what else is in the batch. All but the two projections is fp32.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -36,11 +36,13 @@ struct Call {
     float* projected;
     int64_t stride;
 
+    int group = cache.group(layer_index), place = cache.place(layer_index);
+
     // Of a page's (layer, kv head), in halves.
     int64_t page_at(int slot, int page, int head) const {
-        const int64_t index = cache.table[static_cast<int64_t>(slot) * cache.slot_pages + page];
+        const int64_t index = cache.table[(static_cast<int64_t>(slot) * cache.slot_pages + page) * cache.groups + group];
         const int64_t per_head = static_cast<int64_t>(cache.page_positions) * layer.head_dim;
-        return ((index * cache.layers + layer_index) * cache.kv_heads + head) * per_head;
+        return ((index * cache.layers + place) * cache.kv_heads + head) * per_head;
     }
 };
 
@@ -66,10 +68,15 @@ bool prepare_token(const Call& call, int t) {
     const int slot = call.places.slots[t], position = call.places.positions[t];
     float* row = call.projected + t * call.stride;
     const int64_t table = static_cast<int64_t>(position) * (head_dim / 2);
+    if (layer.projection_bias) k.add(row, layer.projection_bias, (heads + 2 * kv_heads) * head_dim);
+    if (layer.full_norms) {
+        k.rms_norm(row, layer.query_norm, row, heads * head_dim, layer.epsilon);
+        k.rms_norm(row + heads * head_dim, layer.key_norm, row + heads * head_dim, kv_heads * head_dim, layer.epsilon);
+    }
     for (int h = 0; h < heads + kv_heads; ++h) {
         float* head = row + h * head_dim;
         const float* norm = h < heads ? layer.query_norm : layer.key_norm;
-        if (norm) k.rms_norm(head, norm, head, head_dim, layer.epsilon);
+        if (norm && !layer.full_norms) k.rms_norm(head, norm, head, head_dim, layer.epsilon);
         rotate(head, head_dim, call.places.cosine + table, call.places.sine + table);
     }
     uint16_t key[1024], value[1024];
@@ -135,16 +142,18 @@ float* attend(const Call& call) {
     auto one = [&](int task, int thread) {
         const int part = task % parts, run = task / parts / kv_heads, kv = task / parts % kv_heads;
         Query* queries = all_queries + static_cast<size_t>(thread) * run_queries;
-        int length = 0, many = 0;
+        int length = 0, earliest = places.positions[runs[run]], many = 0;
         for (int t = runs[run]; t < runs[run + 1]; ++t) {
-            length = std::max(length, places.positions[t] + 1);
+            const int position = places.positions[t], first_seen = call.layer.first_seen(position);
+            length = std::max(length, position + 1);
+            earliest = std::min(earliest, first_seen);
             for (int h = kv * repeat; h < (kv + 1) * repeat; ++h)
                 queries[many++] = {call.projected + t * call.stride + h * head_dim, attended + t * inner + h * head_dim,
-                                   places.positions[t] + 1};
+                                   position + 1, first_seen, call.layer.sinks ? call.layer.sinks[h] : -HUGE_VALF};
         }
         const uint16_t** keys = pointers + thread * 2 * pages;
         const uint16_t** values = keys + pages;
-        for (int page = 0; page * cache.page_positions < length; ++page) {
+        for (int page = earliest / cache.page_positions; page * cache.page_positions < length; ++page) {
             const int64_t at = call.page_at(places.slots[runs[run]], page, kv);
             keys[page] = cache.keys + at;
             values[page] = cache.values + at;
@@ -164,8 +173,10 @@ void add_output(const AttentionLayer& layer, const float* attended, int tokens, 
     const int64_t stride = static_cast<int64_t>(layer.output.blocks()) * kBlockRows, hidden = layer.output.rows;
     auto* out = scratch().get<float>(tokens * stride);
     matmul_all(layer.output, false, quantize_rows(attended, tokens, layer.output.columns, kFull, layer.output.packed()), out, stride);
-    for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t t = 0; t < tokens; ++t) {
+        if (layer.output_bias) kernels().add(out + t * stride, layer.output_bias, static_cast<int>(hidden));
         for (int64_t i = 0; i < hidden; ++i) x[t * hidden + i] += out[t * stride + i];
+    }
 }
 
 }  // namespace

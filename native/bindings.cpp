@@ -18,19 +18,22 @@ void check_attention(const AttentionLayer& a, const Cache& c, int64_t first_laye
     require(side(x, 1) == a.query_key_value.columns && slots.shape(0) == x.shape(0) &&
                 positions.shape(0) == x.shape(0),
             "x, slots or positions do not fit");
-    require(c.head_dim == a.head_dim && c.kv_heads == a.kv_heads && first_layer >= 0 && first_layer + layers <= c.layers,
+    require(c.head_dim == a.head_dim && c.kv_heads == a.kv_heads && first_layer >= 0 && first_layer + layers <= c.model_layers,
             "the cache does not fit");
     require(side(cosine, 1) == half && side(sine, 1) == half &&
                 cosine.shape(0) == sine.shape(0),
             "rotary tables do not fit");
+    const int group = c.group(first_layer);
     for (int t = 0; t < tokens; ++t) {
         const int slot = slots.data()[t], position = positions.data()[t];
         require(slot >= 0 && slot < c.slots && position >= 0 && position < side(cosine, 0) &&
                     position / c.page_positions < c.slot_pages,
                 "a slot or position is out of range");
-        for (int page = 0; page <= position / c.page_positions; ++page) {
-            const int32_t index = c.table[static_cast<int64_t>(slot) * c.slot_pages + page];
-            require(index >= 0 && index < c.pages, "a position has no cache page");
+        const int32_t* pages = c.table + static_cast<int64_t>(slot) * c.slot_pages * c.groups;
+        const int last = position / c.page_positions;
+        for (int64_t page = a.first_seen(position) / c.page_positions * c.groups; page < (last + 1) * int64_t{c.groups}; ++page) {
+            if (c.places && page % c.groups != group) continue;
+            require(pages[page] >= 0 && pages[page] < c.pages, "a position has no cache page");
         }
     }
 }
@@ -98,7 +101,7 @@ void bind_route(const RouterHolder& holder, Input<float, 2> x, std::optional<Inp
 }
 
 void bind_expert_ffn(const ExpertHolder& holder, Input<int64_t, 2> addresses, Input<float, 2> hidden, Input<int32_t, 2> experts,
-                     Input<float, 2> weights, Array<float, 2> x, bool draft, double offset, bool chain) {
+                     Input<float, 2> weights, Array<float, 2> x, bool draft, double offset, bool chain, nb::object terms) {
     const int whole = integral_offset(offset), count = narrow(side(addresses, 0), kTooLarge);
     const int rows = narrow(side(x, 0), kTooLarge), k = narrow(side(experts, 1), kTooLarge);
     const size_t tokens = x.shape(0), size = static_cast<size_t>(holder.shape.hidden);
@@ -107,10 +110,13 @@ void bind_expert_ffn(const ExpertHolder& holder, Input<int64_t, 2> addresses, In
             "expert arrays do not fit");
     for (size_t i = 0; i < experts.size(); ++i)
         require(experts.data()[i] >= -1 && experts.data()[i] < count, "an expert id is out of range");
+    const TermsHolder* more = terms.is_none() ? nullptr : &nb::cast<TermsHolder&>(terms);
+    require(!more || more->fit(holder.shape, count), "biases do not fit the experts");
     if (experts.size() == 0) return;
     nb::gil_scoped_release release;
     Operation operation;
-    expert_ffn({holder.shape, addresses.data(), count, hidden.data(), experts.data(), weights.data(), rows, k, draft, whole, chain},
+    expert_ffn({holder.shape, addresses.data(), count, hidden.data(), experts.data(), weights.data(), rows, k, draft, whole, chain,
+                more ? &more->terms : nullptr},
                x.data());
 }
 
@@ -185,13 +191,18 @@ NB_MODULE(_native, m) {
              nb::arg("rows"), nb::arg("columns"), nb::arg("format"), nb::arg("hi"), nb::arg("lo").none(), nb::arg("scales").none(),
              nb::arg("minima").none(), nb::arg("steps").none());
     nb::class_<AttentionHolder>(m, "Attention")
-        .def(nb::init<Input<float, 1>, nb::object, std::optional<Input<float, 1>>, std::optional<Input<float, 1>>, nb::object,
-                      int64_t, int64_t, int64_t, float>(),
+        .def(nb::init<Input<float, 1>, nb::object, AttentionHolder::Floats, AttentionHolder::Floats, nb::object, int64_t, int64_t,
+                      int64_t, float, AttentionHolder::Floats, AttentionHolder::Floats, AttentionHolder::Floats, int64_t>(),
              nb::arg("norm"), nb::arg("query_key_value"), nb::arg("query_norm").none(), nb::arg("key_norm").none(),
-             nb::arg("output"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("epsilon"));
+             nb::arg("output"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("epsilon"),
+             nb::arg("projection_bias").none(), nb::arg("output_bias").none(), nb::arg("sinks").none(), nb::arg("window"));
     nb::class_<RouterHolder>(m, "Router")
-        .def(nb::init<Input<float, 1>, Input<float, 2>, int64_t, float, bool>());
-    nb::class_<CacheHolder>(m, "Cache").def(nb::init<Array<uint16_t, 6>, Array<uint16_t, 5>, Input<int32_t, 2>>());
+        .def(nb::init<Input<float, 1>, Input<float, 2>, int64_t, float, bool, std::optional<Input<float, 1>>>(), nb::arg("norm"),
+             nb::arg("router"), nb::arg("top_k"), nb::arg("epsilon"), nb::arg("normalize"), nb::arg("bias").none());
+    nb::class_<TermsHolder>(m, "Terms").def(nb::init<Input<float, 2>, Input<float, 2>, Input<float, 2>, float, float>());
+    nb::class_<CacheHolder>(m, "Cache")
+        .def(nb::init<Array<uint16_t, 6>, Array<uint16_t, 5>, Input<int32_t, 2>, std::optional<Input<int32_t, 2>>>(),
+             nb::arg("keys"), nb::arg("values"), nb::arg("table"), nb::arg("places").none());
     nb::class_<ExpertHolder>(m, "Expert")
         .def(nb::init<int64_t, int64_t, std::vector<int64_t>, std::vector<int64_t>, int64_t, int64_t>())
         .def(nb::init<int64_t, int64_t, const std::vector<std::string>&, const std::vector<std::vector<int64_t>>&, int64_t,
@@ -201,7 +212,8 @@ NB_MODULE(_native, m) {
     m.def("attention_block", &bind_attention);
     m.def("route", &bind_route, nb::arg("router"), nb::arg("x"), nb::arg("allowed").none(), nb::arg("rescale"), nb::arg("hidden"),
           nb::arg("ranked"), nb::arg("scores"), nb::arg("experts"), nb::arg("weights"));
-    m.def("expert_ffn", &bind_expert_ffn);
+    m.def("expert_ffn", &bind_expert_ffn, nb::arg("expert"), nb::arg("addresses"), nb::arg("hidden"), nb::arg("experts"),
+          nb::arg("weights"), nb::arg("x"), nb::arg("draft"), nb::arg("offset"), nb::arg("chain"), nb::arg("terms").none());
     m.def("embed", &bind_embed);
     m.def("logits", &bind_logits);
     m.def("sample", &bind_sample, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),

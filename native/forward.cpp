@@ -27,6 +27,25 @@ void dense_ffn(const Layer& layer, float* x, int tokens, float* hidden) {
     expert_ffn({layer.expert, layer.addresses, 1, hidden, ids, weights, tokens, 1, false, 0, false}, x);
 }
 
+// The shared expert of a layer, on the normed input of its router.
+void shared_ffn(const SharedExpert& shared, float* x, int tokens, const float* hidden) {
+    const Kernels& k = kernels();
+    const int size = shared.expert.hidden;
+    auto* ids = scratch().get<int32_t>(tokens);
+    auto* weights = scratch().get<float>(tokens);
+    std::fill(ids, ids + tokens, 0);
+    std::fill(weights, weights + tokens, 1.0f);
+    if (shared.gate) {
+        for (int64_t t = 0; t < tokens; ++t) {
+            k.dots(hidden + t * size, shared.gate, 1, size, weights + t);
+            weights[t] = -weights[t];
+        }
+        k.exp_shifted(weights, 0.0f, weights, tokens);
+        for (int t = 0; t < tokens; ++t) weights[t] = 1.0f / (1.0f + weights[t]);
+    }
+    expert_ffn({shared.expert, shared.addresses, 1, hidden, ids, weights, tokens, 1, false, 0, false}, x);
+}
+
 // How many experts a draft finds for each token of a layer.
 int draft_size(const uint8_t* allowed, int experts, int wanted) {
     const int usable = static_cast<int>(experts - std::count(allowed, allowed + experts, 0));
@@ -97,7 +116,7 @@ void forward(const std::vector<Layer>& layers, float* x, const Places& places, c
         route(layer.router, x, tokens, allowed, draft.rescale, routing);
         note_time(company, l, 2);
         const ExpertCall call{layer.expert, layer.addresses, layer.router.experts, hidden.data(), routing.experts,
-                              routing.weights, tokens, out.stride, draft.coarse, draft.offset, false};
+                              routing.weights, tokens, out.stride, draft.coarse, draft.offset, false, layer.terms};
         if (company.routed) {
             company.routed(static_cast<int>(row));
             check_experts(call);
@@ -105,6 +124,10 @@ void forward(const std::vector<Layer>& layers, float* x, const Places& places, c
         ++row;
         note_time(company, l, 3);
         scratch().reset();
+        if (layer.shared) {
+            shared_ffn(*layer.shared, x, tokens, hidden.data());
+            scratch().reset();
+        }
         if (company.feed)
             fed_experts(call, *company.feed, x);
         else

@@ -9,14 +9,30 @@ using namespace elmoe;
 
 namespace {
 
+// See SharedExpert.
+struct SharedHolder {
+    SharedExpert shared;
+    nb::object expert;
+    Input<int64_t, 2> addresses;
+    std::optional<Input<float, 1>> gate;
+
+    SharedHolder(nb::object expert_, Input<int64_t, 2> addresses_, std::optional<Input<float, 1>> gate_)
+        : expert(expert_), addresses(addresses_), gate(gate_) {
+        shared = {nb::cast<ExpertHolder&>(expert).shape, addresses.data(), gate ? gate->data() : nullptr};
+        require(addresses.shape(0) == 1 && addresses.shape(1) == 2 && (!gate || side(*gate, 0) == shared.expert.hidden),
+                "the shared expert does not fit");
+    }
+};
+
 struct LayerHolder {
     Layer layer;
     Input<int64_t, 2> addresses;
     std::vector<nb::object> keep;
 
-    // `router` or `norm` is given.
-    LayerHolder(nb::object attention, nb::object router, nb::object norm, nb::object expert, Input<int64_t, 2> addresses_)
-        : addresses(addresses_), keep{attention, router, norm, expert} {
+    // `router` or `norm` is given; `terms` and `shared` may be none.
+    LayerHolder(nb::object attention, nb::object router, nb::object norm, nb::object expert, Input<int64_t, 2> addresses_,
+                nb::object terms, nb::object shared)
+        : addresses(addresses_), keep{attention, router, norm, expert, terms, shared} {
         const AttentionLayer& block = nb::cast<AttentionHolder&>(attention).layer;
         const ExpertShape& shape = nb::cast<ExpertHolder&>(expert).shape;
         const bool dense = router.is_none();
@@ -28,7 +44,16 @@ struct LayerHolder {
         } else {
             input = nb::cast<RouterHolder&>(router).layer;
         }
-        layer = {block, input, dense, shape, addresses.data()};
+        layer = {block, input, dense, shape, addresses.data(), nullptr, nullptr};
+        if (!terms.is_none()) {
+            const TermsHolder& found = nb::cast<TermsHolder&>(terms);
+            require(!dense && found.fit(shape, layer.experts()), "biases do not fit the experts");
+            layer.terms = &found.terms;
+        }
+        if (!shared.is_none()) {
+            layer.shared = &nb::cast<SharedHolder&>(shared).shared;
+            require(!dense && layer.shared->expert.hidden == shape.hidden, "the shared expert does not fit");
+        }
         require(input.hidden == shape.hidden && block.output.rows == shape.hidden, "attention, router and experts do not fit");
         require(side(addresses, 0) == layer.experts() && side(addresses, 1) == 2, "addresses are (experts, 2)");
     }
@@ -39,6 +64,7 @@ struct StackHolder {
     std::vector<nb::object> keep;
     const RouterLayer* router = nullptr;  // of the first row
     size_t rows = 0;
+    bool windows = false;  // whether a layer has one
 
     explicit StackHolder(std::vector<nb::object> objects) : keep(std::move(objects)) {
         require(!keep.empty(), "a stack has layers");
@@ -47,6 +73,7 @@ struct StackHolder {
             const AttentionLayer &a = layer.attention, &first = layers[0].attention;
             require(layer.expert.hidden == layers[0].expert.hidden && a.head_dim == first.head_dim && a.kv_heads == first.kv_heads,
                     "the layers of a stack do not fit each other");
+            windows |= a.window != 0;
             if (layer.dense) continue;
             if (!router) router = &layer.router;
             require(layer.router.experts == router->experts && layer.router.top_k == router->top_k,
@@ -55,6 +82,14 @@ struct StackHolder {
         }
     }
 };
+
+// Whether a layer before this one needs the same pages.
+bool seen_before(const StackHolder& stack, const Cache& cache, int64_t layer) {
+    for (int64_t other = 0; other < layer; ++other)
+        if (stack.layers[other].attention.window == stack.layers[layer].attention.window && cache.group(other) == cache.group(layer))
+            return true;
+    return false;
+}
 
 // A feed that is Python's.
 struct CalledFeed final : ExpertFeed {
@@ -83,7 +118,11 @@ void forward_all(const StackHolder& stack, Array<float, 2> x, const CacheHolder&
                  std::optional<nb::callable> ready, std::optional<nb::callable> routed, std::optional<Array<double, 2>> times) {
     const DraftChoice draft{allowed ? allowed->data() : nullptr, rescale, coarse, integral_offset(offset)};
     const size_t rows = stack.rows, tokens = x.shape(0), layers = stack.layers.size();
-    check_attention(stack.layers[0].attention, cache.cache, 0, static_cast<int64_t>(layers), x, slots, positions, cosine, sine);
+    const int64_t different = stack.windows || cache.cache.places ? static_cast<int64_t>(layers) : 1;
+    require(static_cast<int64_t>(layers) <= cache.cache.model_layers, "the cache does not fit");
+    for (int64_t layer = 0; layer < different; ++layer)
+        if (!seen_before(stack, cache.cache, layer))
+            check_attention(stack.layers[layer].attention, cache.cache, layer, 1, x, slots, positions, cosine, sine);
     auto fits = [&](const auto& a, size_t last) { return a.shape(0) == rows && a.shape(1) == tokens && a.shape(2) == last; };
     const size_t ranks = ranked.shape(2), size = experts.shape(2);
     require(fits(ranked, ranks) && fits(scores, ranks) && fits(experts, size) && fits(weights, size), "routing arrays do not fit");
@@ -120,8 +159,12 @@ void forward_all(const StackHolder& stack, Array<float, 2> x, const CacheHolder&
 void bind_forward(nb::module_& m) {
     nb::class_<NormHolder>(m, "Norm").def(nb::init<Input<float, 1>, float>());
     nb::class_<LayerHolder>(m, "Layer").def(
-        nb::init<nb::object, nb::object, nb::object, nb::object, Input<int64_t, 2>>(), nb::arg("attention"),
-        nb::arg("router").none(), nb::arg("norm").none(), nb::arg("expert"), nb::arg("addresses"));
+        nb::init<nb::object, nb::object, nb::object, nb::object, Input<int64_t, 2>, nb::object, nb::object>(),
+        nb::arg("attention"), nb::arg("router").none(), nb::arg("norm").none(), nb::arg("expert"), nb::arg("addresses"),
+        nb::arg("terms").none(), nb::arg("shared").none());
+    nb::class_<SharedHolder>(m, "Shared")
+        .def(nb::init<nb::object, Input<int64_t, 2>, std::optional<Input<float, 1>>>(), nb::arg("expert"), nb::arg("addresses"),
+             nb::arg("gate").none());
     nb::class_<StackHolder>(m, "Stack").def(nb::init<std::vector<nb::object>>());
     m.def("forward", &forward_all, nb::arg("stack"), nb::arg("x"), nb::arg("cache"), nb::arg("slots"), nb::arg("positions"),
           nb::arg("cosine"), nb::arg("sine"), nb::arg("allowed").none(), nb::arg("rescale"), nb::arg("coarse"), nb::arg("offset"),

@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <algorithm>
 #include <climits>
 #include <optional>
 #include <string>
@@ -78,9 +79,11 @@ struct AttentionHolder {
     AttentionLayer layer;
     std::vector<nb::object> keep;
 
-    AttentionHolder(Input<float, 1> norm, nb::object query_key_value, std::optional<Input<float, 1>> query_norm,
-                    std::optional<Input<float, 1>> key_norm, nb::object output, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                    float epsilon) {
+    using Floats = std::optional<Input<float, 1>>;
+
+    AttentionHolder(Input<float, 1> norm, nb::object query_key_value, Floats query_norm, Floats key_norm, nb::object output,
+                    int64_t heads, int64_t kv_heads, int64_t head_dim, float epsilon, Floats projection_bias, Floats output_bias,
+                    Floats sinks, int64_t window) {
         std::vector<Matrix> parts;
         if (nb::isinstance<MatrixHolder>(query_key_value))
             parts.push_back(nb::cast<MatrixHolder&>(query_key_value).matrix);
@@ -98,12 +101,19 @@ struct AttentionHolder {
         require(in.rows == (heads + 2 * kv_heads) * head_dim && out.columns == heads * head_dim, "projections do not fit heads");
         require(in.whole() && out.whole() && side(norm, 0) == in.columns && out.rows == in.columns, "hidden sizes differ");
         require(query_norm.has_value() == key_norm.has_value(), "give both head norms or none");
-        require(!query_norm || (side(*query_norm, 0) == head_dim && side(*key_norm, 0) == head_dim),
-                "head norms do not fit head_dim");
-        layer = {norm.data(), query_norm ? query_norm->data() : nullptr, key_norm ? key_norm->data() : nullptr, in, out,
-                 narrow(heads, kTooLarge), narrow(kv_heads, kTooLarge), narrow(head_dim, kTooLarge), epsilon};
+        const bool full = query_norm && side(*query_norm, 0) != head_dim;
+        require(!query_norm || (side(*query_norm, 0) == (full ? heads : 1) * head_dim &&
+                                side(*key_norm, 0) == (full ? kv_heads : 1) * head_dim),
+                "norms of queries and keys fit neither head_dim nor all heads");
+        auto fits = [](const Floats& array, int64_t size) { return !array || side(*array, 0) == size; };
+        require(fits(projection_bias, in.rows) && fits(output_bias, out.rows) && fits(sinks, heads), "biases or sinks do not fit");
+        auto data = [](const Floats& array) { return array ? array->data() : nullptr; };
+        layer = {norm.data(), data(query_norm), data(key_norm), in, out, narrow(heads, kTooLarge), narrow(kv_heads, kTooLarge),
+                 narrow(head_dim, kTooLarge), epsilon, data(projection_bias), data(output_bias), data(sinks),
+                 narrow(window, "a window is a number of positions"), full};
         keep = {nb::cast(norm), query_key_value, output};
-        if (query_norm) keep.insert(keep.end(), {nb::cast(*query_norm), nb::cast(*key_norm)});
+        for (const Floats& array : {query_norm, key_norm, projection_bias, output_bias, sinks})
+            if (array) keep.push_back(nb::cast(*array));
     }
 };
 
@@ -111,11 +121,15 @@ struct RouterHolder {
     RouterLayer layer;
     Input<float, 1> norm;
     Input<float, 2> router;
+    std::optional<Input<float, 1>> bias;
 
-    RouterHolder(Input<float, 1> norm_, Input<float, 2> router_, int64_t top_k, float epsilon, bool normalize)
-        : norm(norm_), router(router_) {
-        require(side(norm, 0) == side(router, 1) && top_k > 0 && top_k <= side(router, 0), "router does not fit");
-        layer = {norm.data(), router.data(), narrow(side(router, 0), kTooLarge), narrow(side(router, 1), kTooLarge),
+    RouterHolder(Input<float, 1> norm_, Input<float, 2> router_, int64_t top_k, float epsilon, bool normalize,
+                 std::optional<Input<float, 1>> bias_)
+        : norm(norm_), router(router_), bias(bias_) {
+        require(side(norm, 0) == side(router, 1) && top_k > 0 && top_k <= side(router, 0) &&
+                    (!bias || side(*bias, 0) == side(router, 0)),
+                "router does not fit");
+        layer = {norm.data(), router.data(), bias ? bias->data() : nullptr, narrow(side(router, 0), kTooLarge), narrow(side(router, 1), kTooLarge),
                  narrow(top_k, kTooLarge), epsilon, normalize};
     }
 };
@@ -131,16 +145,44 @@ struct CacheHolder {
     Array<uint16_t, 6> keys;
     Array<uint16_t, 5> values;
     Input<int32_t, 2> table;
+    std::optional<Input<int32_t, 2>> places;
 
-    CacheHolder(Array<uint16_t, 6> keys_, Array<uint16_t, 5> values_, Input<int32_t, 2> table_)
-        : keys(keys_), values(values_), table(table_) {
+    CacheHolder(Array<uint16_t, 6> keys_, Array<uint16_t, 5> values_, Input<int32_t, 2> table_,
+                std::optional<Input<int32_t, 2>> places_)
+        : keys(keys_), values(values_), table(table_), places(places_) {
         auto of = [](const auto& array, int axis) { return narrow(side(array, axis), kTooLarge); };
         cache = {keys.data(), values.data(), table.data(), of(values, 0), of(values, 1), of(values, 2),
-                 of(values, 4), of(values, 3), of(table, 0), of(table, 1)};
+                 of(values, 4), of(values, 3), of(table, 0), of(table, 1), nullptr, of(values, 1), 1};
         require(keys.shape(0) == values.shape(0) && keys.shape(1) == values.shape(1) && keys.shape(2) == values.shape(2) &&
                     keys.shape(3) * 16 == values.shape(3) && keys.shape(4) == values.shape(4) && keys.shape(5) == 16 &&
                     values.shape(3) > 0,
                 "keys and values do not fit");
+        if (!places) return;
+        require(places->shape(0) > 0 && places->shape(1) == 2, "places are (layers, 2)");
+        cache.places = places->data();
+        cache.model_layers = of(*places, 0);
+        for (int layer = 0; layer < cache.model_layers; ++layer) {
+            const int group = cache.group(layer), place = cache.place(layer);
+            require(group >= 0 && group < cache.model_layers && place >= 0 && place < cache.layers, "a layer's place is out of range");
+            cache.groups = std::max(cache.groups, group + 1);
+        }
+        require(cache.slot_pages % cache.groups == 0, "a stretch has a page for every group");
+        cache.slot_pages /= cache.groups;
+    }
+};
+
+// See ExpertTerms.
+struct TermsHolder {
+    ExpertTerms terms;
+    Input<float, 2> gate, up, down;
+
+    TermsHolder(Input<float, 2> gate_, Input<float, 2> up_, Input<float, 2> down_, float alpha, float limit)
+        : gate(gate_), up(up_), down(down_) {
+        require(gate.shape(0) == up.shape(0) && gate.shape(1) == up.shape(1) && gate.shape(0) == down.shape(0), "biases do not fit");
+        terms = {gate.data(), up.data(), down.data(), alpha, limit};
+    }
+    bool fit(const ExpertShape& shape, int64_t experts) const {
+        return side(gate, 0) == experts && side(gate, 1) == shape.width && side(down, 1) == shape.hidden;
     }
 };
 

@@ -55,11 +55,13 @@ struct HeadPages {
     int page_positions;
 };
 
-// A query head of a token: its vector and result (head_dim), and how many positions it sees.
+// A query head of a token: its vector and result (head_dim), the positions first .. length - 1 that it sees, and a score without a
+// value, -infinity where there is none.
 struct Query {
     const float* vector;
     float* out;
-    int length;
+    int length, first;
+    float sink;
 };
 
 struct Kernels {
@@ -78,6 +80,9 @@ struct Kernels {
     float (*softmax_numerators)(float* x, int size);
     void (*exp_shifted)(const float* x, float shift, float* y, int size);  // y = exp(x - shift)
     void (*swiglu)(const float* gate, const float* up, float* out, int size);
+    // Of gate + gate_bias and up + up_bias, in place of gate.
+    void (*clamped_swiglu)(float* gate, const float* up, const float* gate_bias, const float* up_bias, float alpha, float limit,
+                           int size);
     // Queries over the same pages, at most kQueries at a time share a load of keys and values; scores: scratch of kQueries rows
     // of `stride`, at least the longest length rounded up to 16, and of kTilePositions rows of head_dim.
     void (*attend)(const Query* queries, int count, const HeadPages& pages, int head_dim, float scale, float* scores,
@@ -85,6 +90,7 @@ struct Kernels {
     // Round to nearest even; returns false if a result is not finite.
     bool (*to_half)(const float* x, uint16_t* y, int size);
     void (*multiply_add)(float* total, float weight, const float* y, int size);  // total = total + weight * y
+    void (*add)(float* total, const float* y, int size);                         // total = total + y
     uint64_t (*read)(const uint8_t* data, int64_t size);                         // bandwidth probe: sums 64-bit words
 };
 

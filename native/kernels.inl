@@ -165,8 +165,28 @@ void swiglu(const float* gate, const float* up, float* out, int size) {
     }
 }
 
+// The bound is the first operand: where an operand is NaN, the second one is the result in all variants.
+void clamped_swiglu(float* gate, const float* up, const float* gate_bias, const float* up_bias, float alpha, float limit, int size) {
+    const Lanes most = set1(limit), least = set1(-limit), one = set1(1.0f), factor = set1(-alpha);
+    for (int i = 0; i < size; i += 16) {
+        Lanes g = load_some(gate + i, size - i, 0) + load_some(gate_bias + i, size - i, 0);
+        Lanes u = load_some(up + i, size - i, 0) + load_some(up_bias + i, size - i, 0);
+        g = minimum(most, g);
+        u = maximum(least, minimum(most, u));
+        store_some(gate + i, g / (one + exp(g * factor)) * (u + one), size - i);
+    }
+}
+
 inline Lanes load_wide(const uint16_t* p) { return load_half(p); }
 inline Lanes load_wide(const float* p) { return load(p); }
+
+// -infinity in the first lanes.
+inline Lanes drop_first(Lanes x, int count) {
+    float lane[16];
+    store(lane, x);
+    for (int i = 0; i < 16 && i < count; ++i) lane[i] = -__builtin_inff();
+    return load(lane);
+}
 
 // Scores of Q queries at P blocks of 16 positions from `position` on; -infinity at positions that a query does not see.
 template <int Q, int P, typename T>
@@ -189,6 +209,7 @@ inline void score_blocks(const Query* queries, const T* keys, int head_dim, floa
             const int start = position + 16 * p, seen = queries[q].length - start;
             Lanes score = sum[q][p] * set1(scale);
             if (seen < 16) score = keep_first(score, seen > 0 ? seen : 0, -__builtin_inff());
+            if (start < queries[q].first) score = drop_first(score, queries[q].first - start);
             store(scores + q * stride + start, score);
             best[q] = maximum(best[q], score);
         }
@@ -236,9 +257,9 @@ struct PositionTile {
     }
 };
 
-// Calls step(tile) for the tiles of positions 0 .. positions - 1, in ascending order.
+// Calls step(tile) for the tiles of positions first .. positions - 1, in ascending order; `first` begins a block of 16.
 template <typename Step>
-inline void by_tile(int positions, const uint16_t* const* data, int page_positions, int head_dim, const Step& step) {
+inline void by_tile(int begin, int positions, const uint16_t* const* data, int page_positions, int head_dim, const Step& step) {
     auto at = [&](int position) {
         if (position >= positions) return PositionTile{position, 0, nullptr, nullptr, 0};
         const int within = position % page_positions, left = page_positions - within, rest = positions - position;
@@ -246,7 +267,7 @@ inline void by_tile(int positions, const uint16_t* const* data, int page_positio
         return PositionTile{position, count < kTilePositions ? count : kTilePositions,
                        data[position / page_positions] + static_cast<int64_t>(within) * head_dim, nullptr, 0};
     };
-    PositionTile current = at(0);
+    PositionTile current = at(begin);
     while (current.count > 0) {
         PositionTile next = at(current.position + current.count);
         current.next = next.start;
@@ -297,18 +318,20 @@ inline const float* widen(const uint16_t* from, float* to, int64_t size) {
 }
 
 // At most kQueries queries, over tiles of positions that stay in a near cache while all queries use them, widened to fp32 once
-// for kWiden queries or more. Every query goes up to the longest length. Beyond its own its weights are 0, which changes no sum:
-// the values are finite, and a sum that starts at +0 never becomes -0.
+// for kWiden queries or more. Every query goes from the earliest first position up to the longest length. Outside its own its
+// weights are 0, which changes no sum: the values are finite, and a sum that starts at +0 never becomes -0.
 inline void attend_together(const Query* queries, int count, const HeadPages& pages, int head_dim, float scale, float* scores,
                             int64_t stride, float* widened) {
     const bool wide = count >= kWiden;
-    int longest = 0;
+    int longest = 0, earliest = queries[0].first;
     Lanes best[kQueries];
     for (int q = 0; q < count; ++q) {
-        best[q] = set1(-__builtin_inff());
+        best[q] = set1(queries[q].sink);
         longest = queries[q].length > longest ? queries[q].length : longest;
+        earliest = queries[q].first < earliest ? queries[q].first : earliest;
     }
-    by_tile(longest, pages.keys, pages.page_positions, head_dim, [&](const PositionTile& keys) {
+    earliest -= earliest % 16;
+    by_tile(earliest, longest, pages.keys, pages.page_positions, head_dim, [&](const PositionTile& keys) {
         if (wide)
             score_tile(queries, count, keys, widen(keys.start, widened, int64_t{16} * ceil_div(keys.count, 16) * head_dim),
                        head_dim, scale, scores, stride, best);
@@ -320,15 +343,16 @@ inline void attend_together(const Query* queries, int count, const HeadPages& pa
         float* weights = scores + q * stride;
         const Lanes shift = set1(largest(best[q]));
         Lanes sum = set1(0);
-        for (int start = 0; start < longest; start += 16) {
+        for (int start = earliest; start < longest; start += 16) {
             Lanes e = exp(load(weights + start) - shift);
             store(weights + start, e);
             sum = sum + e;
         }
         divisors[q] = set1(tree_sum(sum));
+        if (queries[q].sink > -__builtin_inff()) divisors[q] = divisors[q] + exp(set1(queries[q].sink) - shift);
         for (int i = 0; i < head_dim; i += 16) store(queries[q].out + i, set1(0));
     }
-    by_tile(longest, pages.values, pages.page_positions, head_dim, [&](const PositionTile& values) {
+    by_tile(earliest, longest, pages.values, pages.page_positions, head_dim, [&](const PositionTile& values) {
         if (wide)
             value_tile(queries, count, values, widen(values.start, widened, int64_t{values.count} * head_dim), head_dim, scores,
                        stride);
@@ -364,8 +388,13 @@ void multiply_add(float* total, float weight, const float* y, int size) {
         store_some(total + i, load_some(total + i, size - i, 0) + w * load_some(y + i, size - i, 0), size - i);
 }
 
+void add(float* total, const float* y, int size) {
+    for (int i = 0; i < size; i += 16)
+        store_some(total + i, load_some(total + i, size - i, 0) + load_some(y + i, size - i, 0), size - i);
+}
+
 const Kernels* table() {
-    static const Kernels kernels = {kName,       kTile,  quantize, matmul,  rms_norm,     dots, softmax_numerators,
-                                    exp_shifted, swiglu, attend,   to_half, multiply_add, read};
+    static const Kernels kernels = {kName,          kTile,  quantize, matmul,       rms_norm, dots, softmax_numerators, exp_shifted, swiglu,
+                                    clamped_swiglu, attend, to_half,  multiply_add, add,      read};
     return &kernels;
 }

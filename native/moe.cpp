@@ -2,6 +2,7 @@
 //
 // For a token with normed input h and experts e of weight w[e]:
 //     y[e] = down[e] * (silu(gate[e] * h) * (up[e] * h)),    x = x + (((0 + w[e1] y[e1]) + w[e2] y[e2]) + ...),  e1 < e2 < ...
+// or, with terms, a bias behind each of the three products and a clamped SwiGLU.
 // Each product has integer dots of groups of 32 inputs, joined by one fp32 chain over ascending groups (see kernels.inl and
 // formats.inl, which bound the integers). The sum over experts is one fp32 chain in ascending id from zero, multiply then add,
 // and is added to x at the end; `chain` continues it instead, so that a layer may be computed in stretches of experts.
@@ -24,8 +25,9 @@ struct Pairs {
     std::vector<Pair> all;
 };
 
-// An expert with tokens: its matrices, which pairs are its own, and its inputs and inner activations in tiles.
+// An expert with tokens: its id, its matrices, which pairs are its own, and its inputs and inner activations in tiles.
 struct Active {
+    int id;
     Matrix gate, up, down;
     int first, count;
     std::vector<Tile> inputs, inner;
@@ -65,7 +67,7 @@ std::vector<Active> active_experts(const ExpertCall& call, const std::vector<int
             return Matrix{rows, columns, msb + at.hi, lo, reinterpret_cast<const uint16_t*>(msb + at.scales), at.format,
                           reinterpret_cast<const uint16_t*>(msb + at.minima), msb + at.steps};
         };
-        active.push_back({matrix(shape.width, shape.hidden, shape.gate), matrix(shape.width, shape.hidden, shape.up),
+        active.push_back({e, matrix(shape.width, shape.hidden, shape.gate), matrix(shape.width, shape.hidden, shape.up),
                           matrix(shape.hidden, shape.width, shape.down), start[e], count, {},
                           allocate_tiles(count, ceil_div(shape.width, kGroup), shape.down.packed())});
     }
@@ -126,7 +128,13 @@ void gate_and_up(const ExpertCall& call, const std::vector<Active>& active, size
         k.matmul(expert.up, draft, first, last, expert.inputs.data(), tiles, up + at, stride);
         for (int i = 0; i < expert.count; ++i) {
             const int64_t row = at + i * stride + first * kBlockRows;
-            k.swiglu(gate + row, up + row, gate + row, (last - first) * kBlockRows);
+            if (call.terms) {
+                const int64_t bias = static_cast<int64_t>(expert.id) * width + first * kBlockRows;
+                k.clamped_swiglu(gate + row, up + row, call.terms->gate + bias, call.terms->up + bias, call.terms->alpha,
+                                 call.terms->limit, std::min(width, last * kBlockRows) - first * kBlockRows);
+            } else {
+                k.swiglu(gate + row, up + row, gate + row, (last - first) * kBlockRows);
+            }
         }
         if (left[task / per_expert].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
         const float* row = gate + at;
@@ -168,6 +176,8 @@ void down_and_combine(const ExpertCall& call, const Pairs& pairs, const std::vec
                      down - first * kBlockRows, static_cast<int64_t>(width));
             for (int i = 0; i < expert.count; ++i) {
                 const Pair& pair = pairs.all[expert.first + i];
+                if (call.terms)
+                    k.add(down + i * width, call.terms->down + static_cast<int64_t>(expert.id) * hidden + first * kBlockRows, size);
                 k.multiply_add(total + pair.token * width, pair.weight, down + i * width, size);
             }
         }

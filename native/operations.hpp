@@ -83,18 +83,29 @@ struct Stack {
 };
 void matmul_all(const Stack& stack, const std::vector<Tile>& tiles, float* y, int64_t stride);
 
+// `query_norm`, `key_norm` may be null, as the biases and sinks; `full_norms`: over all heads together. A window of 0 is none.
 struct AttentionLayer {
-    const float *norm, *query_norm, *key_norm;  // query_norm, key_norm may be null
+    const float *norm, *query_norm, *key_norm;
     Stack query_key_value;
     Matrix output;
     int heads, kv_heads, head_dim;
     float epsilon;
+    const float *projection_bias, *output_bias, *sinks;
+    int window;
+    bool full_norms;
+    int first_seen(int position) const { return window && position >= window ? position + 1 - window : 0; }
 };
 
+// `slot_pages`: stretches of a slot, each with a page for every group. `places` (model_layers, 2): the group of a layer and its
+// place in a page; null: one group, a layer is in its own place.
 struct Cache {
     uint16_t *keys, *values;  // (pages, layers, kv_heads, page_positions * head_dim)
-    const int32_t* table;     // (slots, slot_pages)
+    const int32_t* table;     // (slots, slot_pages, groups)
     int pages, layers, kv_heads, head_dim, page_positions, slots, slot_pages;
+    const int32_t* places;
+    int model_layers, groups;
+    int group(int64_t layer) const { return places ? places[2 * layer] : 0; }
+    int place(int64_t layer) const { return places ? places[2 * layer + 1] : static_cast<int>(layer); }
 };
 
 // Where the tokens of a call are, and the rotary tables (positions, head_dim / 2). A chain: a token is in the cell of its
@@ -109,7 +120,7 @@ struct Places {
 void attention_block(const AttentionLayer& layer, float* x, const Places& places, const Cache& cache, int layer_index);
 
 struct RouterLayer {
-    const float *norm, *router;
+    const float *norm, *router, *bias;  // bias may be null
     int experts, hidden, top_k;
     float epsilon;
     bool normalize;
@@ -141,6 +152,12 @@ struct ExpertShape {
     bool two_slices() const { return shape_of(gate.format).lo || shape_of(up.format).lo || shape_of(down.format).lo; }
 };
 
+// Biases of all experts, gate and up (experts, width), down (experts, hidden), and the constants of the clamped SwiGLU.
+struct ExpertTerms {
+    const float *gate, *up, *down;
+    float alpha, limit;
+};
+
 // Which experts run on which tokens.
 struct ExpertCall {
     const ExpertShape& shape;
@@ -153,8 +170,16 @@ struct ExpertCall {
     bool draft;
     int offset;
     bool chain;  // x is the sum over lower ids so far, and is continued
+    const ExpertTerms* terms = nullptr;  // null: no biases, plain SwiGLU
 };
 void expert_ffn(const ExpertCall& call, float* x);
+
+// An expert that every token uses, at full precision; its weight is the sigmoid of a product with `gate`, or 1 without.
+struct SharedExpert {
+    ExpertShape expert;
+    const int64_t* addresses;
+    const float* gate;
+};
 
 // A layer whose experts lie at `addresses` (experts, 2), which are read anew in every call. A dense layer has one expert and no
 // router but for the norm, the hidden size and epsilon.
@@ -164,6 +189,8 @@ struct Layer {
     bool dense;
     ExpertShape expert;
     const int64_t* addresses;
+    const ExpertTerms* terms;
+    const SharedExpert* shared;
     int experts() const { return dense ? 1 : router.experts; }
 };
 

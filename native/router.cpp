@@ -1,7 +1,7 @@
 // The router of a layer: which experts a token runs, and their weights.
 //
-// h = rms_norm(x); l[e] = sum over i of h[i] * router[e][i] as 16 lane sums (i mod 16) and the fixed tree; p = softmax(l), the
-// exact maximum first, then 16 lane sums. Ranking: by p descending, ties to the lower id. Sums of chosen probabilities are one
+// h = rms_norm(x); l[e] = sum over i of h[i] * router[e][i] as 16 lane sums (i mod 16) and the fixed tree, and perhaps a bias;
+// p = softmax(l), the exact maximum first, then 16 lane sums. Ranking: by p descending, ties to the lower id. Sums of chosen probabilities are one
 // fp32 chain in ascending id. All sums are fp32: there is no integer accumulator.
 #include <algorithm>
 #include <atomic>
@@ -43,6 +43,7 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
         float* row = out.hidden + static_cast<int64_t>(t) * hidden;
         k.rms_norm(x + static_cast<int64_t>(t) * hidden, layer.norm, row, hidden, layer.epsilon);
         dots(row, p);
+        if (layer.bias) k.add(p, layer.bias, experts);
         for (int e = 0; e < experts; ++e)
             if (!std::isfinite(p[e])) finite = false;
         if (!finite) return;

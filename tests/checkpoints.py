@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elmoe.models import family_of, spec_of_config
-from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
+from elmoe.models.tensors import PROJECTIONS, FeedForward, feed_forward, feed_forwards, tensors
 
 
 def tiny_config(**changes: object) -> dict:
@@ -29,19 +29,21 @@ def checkpoint_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     spec, names = spec_of_config(config), family_of(config).names
     assert names is not None
     shapes = {names[part.role].format(layer=tensor.layer): part.shape for tensor in tensors(spec) for part in tensor.parts}
-    for layer in range(len(spec.layers)):
-        one = feed_forward(spec, layer)
+    for one in feed_forwards(spec):
         for expert in range(one.count):
-            shapes |= {expert_name(config, layer, expert, name): one.shape(name) for name in PROJECTIONS}
+            shapes |= {_part_name(config, one, expert, name): one.shape(name) for name in PROJECTIONS}
     return shapes
 
 
 def expert_name(config: dict, layer: int, expert: int, projection: str) -> str:
     """The checkpoint's name of an expert's projection, or of the layer's dense feed-forward."""
+    return _part_name(config, feed_forward(spec_of_config(config), layer), expert, projection)
+
+
+def _part_name(config: dict, one: FeedForward, expert: int, projection: str) -> str:
     names = family_of(config).names
     assert names is not None
-    part = feed_forward(spec_of_config(config), layer).part(projection)
-    return names[part.role].format(layer=layer, expert=expert)
+    return names[one.part(projection).role].format(layer=one.layer, expert=expert)
 
 
 def random_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:

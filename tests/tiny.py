@@ -7,7 +7,7 @@ import numpy as np
 from elmoe.bitslice import ExpertLayout, NestedMatrix
 from elmoe.engine.kv_cache import CacheEntry, PagedCache
 from elmoe.models.spec import Dense, GroupedAttention, LayerSpec, ModelSpec, Moe, Rope, Router
-from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
+from elmoe.models.tensors import PROJECTIONS, feed_forward, feed_forwards, shared_feed_forward, tensors
 from elmoe.store.layout import record_layout
 
 
@@ -65,15 +65,14 @@ class TinyReader:
                 self._arrays[tensor.name] = (1 + 0.1 * rng.standard_normal(tensor.shape)).astype(np.float32)
             else:
                 self._arrays[tensor.name] = rng.standard_normal(tensor.shape).astype(np.float32) * 0.3
-        self._records, self._addresses = [], []
-        for layer in range(len(spec.layers)):
-            part = feed_forward(spec, layer)
+        self._records, self._addresses = [], {}
+        for part in feed_forwards(spec):
             addresses = np.zeros((part.count, 2), np.int64)
             for expert in range(part.count):
                 records = record_layout(part).pack({name: matrix(*part.shape(name)) for name in PROJECTIONS})
                 self._records.append(records)
                 addresses[expert] = [record.ctypes.data for record in records]
-            self._addresses.append(addresses)
+            self._addresses[part.name] = addresses
         self.dense_bytes = sum(m.hi.nbytes * 2 + m.scales.nbytes for m in self._nested.values())
 
     def matrix(self, name: str) -> NestedMatrix:
@@ -82,11 +81,11 @@ class TinyReader:
     def array(self, name: str) -> np.ndarray:
         return self._arrays[name]
 
-    def expert_layout(self, layer: int) -> ExpertLayout:
-        return record_layout(feed_forward(self.spec, layer))
+    def expert_layout(self, layer: int, shared: bool = False) -> ExpertLayout:
+        return record_layout((shared_feed_forward if shared else feed_forward)(self.spec, layer))
 
-    def expert_addresses(self, layer: int) -> np.ndarray:
-        return self._addresses[layer]
+    def expert_addresses(self, layer: int, shared: bool = False) -> np.ndarray:
+        return self._addresses[(shared_feed_forward if shared else feed_forward)(self.spec, layer).name]
 
 
 def bound_cache(spec: ModelSpec, rows: int, positions: int, reserved: int | None = None) -> PagedCache:

@@ -38,15 +38,36 @@ class Attention:
         kv_heads: int,
         head_dim: int,
         epsilon: float,
+        projection_bias: NDArray[np.float32] | None,
+        output_bias: NDArray[np.float32] | None,
+        sinks: NDArray[np.float32] | None,
+        window: int,
     ) -> None: ...
 
 class Router:
     def __init__(
-        self, norm: NDArray[np.float32], router: NDArray[np.float32], top_k: int, epsilon: float, normalize: bool
+        self,
+        norm: NDArray[np.float32],
+        router: NDArray[np.float32],
+        top_k: int,
+        epsilon: float,
+        normalize: bool,
+        bias: NDArray[np.float32] | None,
     ) -> None: ...
 
 class Cache:
-    def __init__(self, keys: NDArray[np.uint16], values: NDArray[np.uint16], table: NDArray[np.int32]) -> None: ...
+    def __init__(
+        self,
+        keys: NDArray[np.uint16],
+        values: NDArray[np.uint16],
+        table: NDArray[np.int32],
+        places: NDArray[np.int32] | None,
+    ) -> None: ...
+
+class Terms:
+    def __init__(
+        self, gate: NDArray[np.float32], up: NDArray[np.float32], down: NDArray[np.float32], alpha: float, limit: float
+    ) -> None: ...
 
 class Expert:
     @overload
@@ -59,9 +80,19 @@ class Expert:
 class Norm:
     def __init__(self, norm: NDArray[np.float32], epsilon: float) -> None: ...
 
+class Shared:
+    def __init__(self, expert: Expert, addresses: NDArray[np.int64], gate: NDArray[np.float32] | None) -> None: ...
+
 class Layer:
     def __init__(
-        self, attention: Attention, router: Router | None, norm: Norm | None, expert: Expert, addresses: NDArray[np.int64]
+        self,
+        attention: Attention,
+        router: Router | None,
+        norm: Norm | None,
+        expert: Expert,
+        addresses: NDArray[np.int64],
+        terms: Terms | None,
+        shared: Shared | None,
     ) -> None: ...
 
 class Stack:
@@ -121,6 +152,7 @@ def expert_ffn(
     draft: bool,
     offset: float,
     chain: bool,
+    terms: Terms | None,
 ) -> None: ...
 def embed(matrix: Matrix, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None: ...
 def logits(

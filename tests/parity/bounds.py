@@ -12,6 +12,9 @@ from dataclasses import dataclass
 FLOAT_BOUND = 2e-5
 """Float backend against transformers; measured 3.7e-6 at most, most of it from float32 norms there."""
 
+FAMILY_BOUND = 5e-5
+"""The same for the families of ``tests/family_configs.py``."""
+
 
 @dataclass(frozen=True)
 class Measured:

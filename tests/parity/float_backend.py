@@ -23,6 +23,7 @@ from elmoe import bitslice
 from elmoe.bitslice import (
     AttentionWeights,
     ExpertLayout,
+    ExpertTerms,
     KVCache,
     NestedMatrix,
     Places,
@@ -108,26 +109,43 @@ def attention_block(
     slots, positions = places.slots, places.positions
     heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
     projected = nested_matmul(weights.query_key_value, rms_norm(x, weights.norm, weights.epsilon))
-    projected = projected.reshape(len(x), heads + 2 * kv_heads, head_dim)
-    query, key, value = np.split(projected, [heads, heads + kv_heads], axis=1)
-    if weights.query_norm is not None and weights.key_norm is not None:
-        query = rms_norm(query, weights.query_norm, weights.epsilon)
-        key = rms_norm(key, weights.key_norm, weights.epsilon)
+    if weights.projection_bias is not None:
+        projected = projected + weights.projection_bias
+    query, key, value = np.split(projected, [heads * head_dim, (heads + kv_heads) * head_dim], axis=1)
+    query, key = (_normed(weights, *pair) for pair in ((query, weights.query_norm), (key, weights.key_norm)))
+    value = value.reshape(len(x), kv_heads, head_dim)
     query = _rotate(query, cosine[positions], sine[positions]).reshape(len(x), kv_heads, heads // kv_heads, head_dim)
     key = _rotate(key, cosine[positions], sine[positions])
     keys, values = _shadow(cache)
-    pages, within = cache.table[slots, positions // cache.page_positions], positions % cache.page_positions
+    group, inner = cache.place(layer)
+    table = cache.table[:, group :: cache.groups]
+    pages, within = table[slots, positions // cache.page_positions], positions % cache.page_positions
     if (pages < 0).any():
         raise IndexError("a position has no page")
-    keys[pages, layer, :, within] = key.astype(np.float16) if _int8 else key
-    values[pages, layer, :, within] = value.astype(np.float16) if _int8 else value
+    keys[pages, inner, :, within] = key.astype(np.float16) if _int8 else key
+    values[pages, inner, :, within] = value.astype(np.float16) if _int8 else value
     attended = np.empty((len(x), heads * head_dim))
     for token, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-        seen = np.arange(position + 1)
-        page, place = cache.table[slot, seen // cache.page_positions], seen % cache.page_positions
-        scores = np.einsum("grd,pgd->grp", query[token], keys[page, layer, :, place]) / np.sqrt(head_dim)
-        attended[token] = np.einsum("grp,pgd->grd", _softmax(scores), values[page, layer, :, place]).reshape(-1)
-    x += nested_matmul(weights.output, attended)
+        seen = np.arange(0 if weights.window is None else max(0, position + 1 - weights.window), position + 1)
+        page, place = table[slot, seen // cache.page_positions], seen % cache.page_positions
+        if (page < 0).any():
+            raise IndexError("a position that is seen has no page")
+        scores = np.einsum("grd,pgd->grp", query[token], keys[page, inner, :, place]) / np.sqrt(head_dim)
+        if weights.sinks is not None:
+            sinks = np.broadcast_to(weights.sinks.reshape(*scores.shape[:2], 1), (*scores.shape[:2], 1))
+            scores = np.concatenate([scores, sinks], axis=2)
+        shares = _softmax(scores)[:, :, : len(seen)]
+        attended[token] = np.einsum("grp,pgd->grd", shares, values[page, inner, :, place]).reshape(-1)
+    output = nested_matmul(weights.output, attended)
+    x += output if weights.output_bias is None else output + weights.output_bias
+
+
+def _normed(weights: AttentionWeights, rows: Float, norm: NDArray[np.float32] | None) -> Float:
+    """Queries or keys (tokens, heads, head_dim), normed by head or over all of them."""
+    if norm is not None and weights.full_norms:
+        rows = rms_norm(rows, norm, weights.epsilon)
+    heads = rows.reshape(len(rows), -1, weights.head_dim)
+    return heads if norm is None or weights.full_norms else rms_norm(heads, norm, weights.epsilon)
 
 
 def route(
@@ -138,7 +156,8 @@ def route(
     rescale: bool = True,
 ) -> Routing:
     hidden = rms_norm(x, weights.norm, weights.epsilon)
-    probabilities = _softmax(hidden @ weights.router.astype(np.float64).T)
+    logits = hidden @ weights.router.astype(np.float64).T
+    probabilities = _softmax(logits if weights.bias is None else logits + weights.bias)
     order = np.argsort(-probabilities, axis=1, kind="stable")
     natural = np.sort(order[:, : weights.top_k], axis=1)
     natural_sum = np.take_along_axis(probabilities, natural, axis=1).sum(axis=1, keepdims=True)
@@ -166,17 +185,30 @@ def expert_ffn(
     draft: bool = False,
     offset: float = 8.0,
     chain: bool = False,
+    terms: ExpertTerms | None = None,
 ) -> None:
     for expert in np.unique(experts[experts >= 0]):
         tokens, place = np.nonzero(experts == expert)
         matrices = expert_matrices(layout, addresses, int(expert), draft)
         gate = nested_matmul(matrices["gate"], hidden[tokens], draft, offset=offset)
         up = nested_matmul(matrices["up"], hidden[tokens], draft, offset=offset)
-        down = nested_matmul(matrices["down"], gate / (1 + np.exp(-gate)) * up, draft, offset=offset)
+        if terms is None:
+            inner = gate / (1 + np.exp(-gate)) * up
+        else:
+            gate = np.minimum(gate + terms.gate[expert], terms.limit)
+            up = np.clip(up + terms.up[expert], -terms.limit, terms.limit)
+            inner = gate / (1 + np.exp(-terms.alpha * gate)) * (up + 1)
+        down = nested_matmul(matrices["down"], inner, draft, offset=offset)
+        if terms is not None:
+            down = down + terms.down[expert]
         x[tokens] += weights[tokens, place][:, None] * down
 
 
-forward = partial(bitslice.forward, operations=Operations(attention_block, rms_norm, route, expert_ffn))
+def shared_weights(gate: NDArray[np.float32] | None, hidden: NDArray) -> Float:
+    return np.ones((len(hidden), 1)) if gate is None else 1 / (1 + np.exp(-(hidden @ gate)))[:, None]
+
+
+forward = partial(bitslice.forward, operations=Operations(attention_block, rms_norm, route, expert_ffn, shared_weights))
 
 
 def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> Float:

@@ -20,7 +20,7 @@ from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import KernelError, StoreError
 from elmoe.models import FAMILIES
-from elmoe.models.tensors import feed_forward, tensors
+from elmoe.models.tensors import feed_forwards, tensors
 from elmoe.opening import load_backend
 from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
@@ -146,8 +146,9 @@ def dequantized_tensors(reader: WeightReader) -> dict[str, NDArray[np.float32]]:
         borders = np.cumsum([part.shape[0] for part in tensor.parts])[:-1]
         for part, rows in zip(tensor.parts, np.split(whole, borders), strict=True):
             values[names[part.role].format(layer=tensor.layer)] = rows
-    for layer in range(len(spec.layers)):
-        one, layout, addresses = feed_forward(spec, layer), reader.expert_layout(layer), reader.expert_addresses(layer)
+    for one in feed_forwards(spec):
+        layer, shared = one.layer, one.kind == "shared"
+        layout, addresses = reader.expert_layout(layer, shared), reader.expert_addresses(layer, shared)
         for expert in range(one.count):
             for projection, matrix in expert_matrices(layout, addresses, expert, False).items():
                 values[names[one.part(projection).role].format(layer=layer, expert=expert)] = matrix.dequantize()

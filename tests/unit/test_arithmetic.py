@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from elmoe.bitslice.arithmetic import exp, lane_sum, log, rotary_tables, sine_cosine
+from elmoe.bitslice.arithmetic import exp, lane_sum, log, sine_cosine
+from elmoe.bitslice.rotary import rotary_tables
 
 
 def test_exp():

@@ -60,7 +60,8 @@ def write_gguf(path: Path, parts: dict[str, tuple[TensorType, np.ndarray]], **ch
     metadata |= {f"qwen3moe.{key}": value for key, value in changes.pop("metadata", {}).items()}
     writer = gguf.GGUFWriter(path, changes.pop("architecture", "qwen3moe"))
     for key, value in metadata.items():
-        writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
+        add = {float: writer.add_float32, str: writer.add_string}.get(type(value), writer.add_uint32)
+        add(key, value)
     described = describe(changes.pop("tokenizer", byte_tokenizer()), config["vocab_size"])
     writer.add_tokenizer_model(changes.pop("model", "gpt2"))
     writer.add_tokenizer_pre(changes.pop("pre", described.pre))
@@ -433,7 +434,7 @@ def test_ends_and_special_tokens_come_back_from_gguf(tmp_path, eos):
 @pytest.mark.parametrize(
     "metadata",
     [
-        {"rope.scaling.factor": 4.0},
+        {"rope.scaling.type": "longrope"},
         {"rope.scale_linear": 4.0},
         {"rope.scaling.attn_factor": 2.0},
         {"rope.scaling.yarn_log_multiplier": 0.5},

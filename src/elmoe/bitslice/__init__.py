@@ -3,7 +3,6 @@
 Knows nothing of files, policies or time. Imports NumPy, the error tree and the data of formats only.
 """
 
-from elmoe.bitslice.arithmetic import rotary_tables
 from elmoe.bitslice.attention import AttentionWeights, KVCache, Places, attention_block, rms_norm
 from elmoe.bitslice.backend import (
     Backend,
@@ -15,6 +14,7 @@ from elmoe.bitslice.backend import (
     Report,
     Routed,
     Routings,
+    SharedWeights,
     forward,
 )
 from elmoe.bitslice.expert import ExpertLayout
@@ -31,8 +31,9 @@ from elmoe.bitslice.formats import (
 )
 from elmoe.bitslice.history import History
 from elmoe.bitslice.matmul import nested_matmul, quantize_activations
-from elmoe.bitslice.moe import RouterWeights, Routing, embed, expert_ffn, logits, route
+from elmoe.bitslice.moe import ExpertTerms, RouterWeights, Routing, embed, expert_ffn, logits, route, shared_weights
 from elmoe.bitslice.nested import NestedMatrix, quantize
+from elmoe.bitslice.rotary import rotary_tables
 from elmoe.bitslice.sampling import Sample, SamplingParameters, sample
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Draft",
     "ExpertFeed",
     "ExpertLayout",
+    "ExpertTerms",
     "History",
     "KVCache",
     "LayerStack",
@@ -58,6 +60,7 @@ __all__ = [
     "Routings",
     "Sample",
     "SamplingParameters",
+    "SharedWeights",
     "StackedMatrix",
     "attention_block",
     "embed",
@@ -76,4 +79,5 @@ __all__ = [
     "route",
     "sample",
     "sections_of",
+    "shared_weights",
 ]

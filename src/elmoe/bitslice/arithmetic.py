@@ -116,20 +116,7 @@ def lane_sum(x: NDArray) -> NDArray:
     return tree_sum(lanes)
 
 
-def rotary_tables(positions: int, head_dim: int, theta: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosine and sine tables (positions, head_dim / 2) for rotary embedding.
-
-    Frequencies ``theta^(-2i / head_dim)`` and angles are rounded to float32 as in transformers, so that a model sees the
-    angles it was trained with.
-    """
-    log_theta = float(log(np.array([theta], np.float64))[0])
-    frequencies = np.array([_exp64(-2.0 * i / head_dim * log_theta) for i in range(head_dim // 2)], np.float64)
-    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies.astype(np.float32)[None, :]
-    sine, cosine = sine_cosine(angles.astype(np.float64))
-    return np.ascontiguousarray(cosine.astype(np.float32)), np.ascontiguousarray(sine.astype(np.float32))
-
-
-def _exp64(x: float) -> float:
+def exp64(x: float) -> float:
     """exp in float64 by halving the argument 10 times, a Taylor series, and squaring; for tables only."""
     r = x / 1024.0
     term, total = 1.0, 1.0

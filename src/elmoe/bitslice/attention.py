@@ -4,6 +4,9 @@ The cache is paged. A page holds ``page_positions`` positions of every layer; wi
 with one SIMD lane per position, values lie position by position. A score is one chain over the head's dimensions
 (ascending); the softmax takes the exact maximum first, sums its denominator over 16 lanes (position mod 16); an output is
 one chain over positions (ascending) and one division. So no result depends on what else is in the batch.
+
+A window limits the positions that a token sees to the last ones; the lane of a position stays its position mod 16. A sink is
+a score without a value: it takes part in the maximum, and in the denominator after the sum over lanes.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from elmoe.errors import NumericsError
 class AttentionWeights:
     """Weights of one attention block.
 
-    ``query_key_value``: rows of q, then k, then v. ``query_norm``, ``key_norm``: (head_dim,) or None for families without.
+    ``query_key_value``: rows of q, then k, then v. ``query_norm``, ``key_norm``: (head_dim,) by head, or the width of all
+    heads of the token together, or None for families without. ``projection_bias``: (rows of ``query_key_value``,);
+    ``output_bias``: (hidden,). ``sinks``: (heads,). ``window``: positions that a token sees, itself included.
     """
 
     norm: NDArray[np.float32]
@@ -34,6 +39,15 @@ class AttentionWeights:
     kv_heads: int
     head_dim: int
     epsilon: float
+    projection_bias: NDArray[np.float32] | None = None
+    output_bias: NDArray[np.float32] | None = None
+    sinks: NDArray[np.float32] | None = None
+    window: int | None = None
+
+    @property
+    def full_norms(self) -> bool:
+        """Whether queries and keys are normed over all heads together."""
+        return self.query_norm is not None and self.query_norm.size != self.head_dim
 
 
 @dataclass(slots=True, eq=False)
@@ -85,32 +99,48 @@ class KVCache:
 
     ``keys``: (pages, layers, kv_heads, page_positions / 16, head_dim, 16). ``values``: (pages, layers, kv_heads,
     page_positions, head_dim). ``table``: (slots, pages per slot) int32 page of each stretch of a slot's cells, -1 where none
-    is assigned.
+    is assigned. ``places``: (layers of the model, 2) int32 where layers lie in several groups, each with pages of its own:
+    the group of a layer, and its place in a page; the pages of a stretch are side by side in the table, one of each group.
+    None: one group, a layer is in its own place.
     """
 
     keys: NDArray[np.float16]
     values: NDArray[np.float16]
     table: NDArray[np.int32]
+    places: NDArray[np.int32] | None = None
 
     @property
     def page_positions(self) -> int:
         """Cells in a page, a multiple of 16."""
         return self.values.shape[3]
 
-    def gather(self, layer: int, slot: int, length: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """Keys and values of cells 0..length-1 of a slot: (kv_heads, length, head_dim) each."""
-        pages = self.table[slot, : -(-length // self.page_positions)]
-        blocks = self.keys[pages, layer]  # (pages, kv_heads, blocks, head_dim, 16)
+    @property
+    def groups(self) -> int:
+        """Groups of layers with pages of their own."""
+        return 1 if self.places is None else int(self.places[:, 0].max()) + 1
+
+    def place(self, layer: int) -> tuple[int, int]:
+        """The group of a layer, and its place in a page."""
+        return (0, layer) if self.places is None else (int(self.places[layer, 0]), int(self.places[layer, 1]))
+
+    def gather(self, layer: int, slot: int, length: int, first: int = 0) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """Keys and values of cells first..length-1 of a slot: (kv_heads, length - first, head_dim) each."""
+        group, inner = self.place(layer)
+        start = first // self.page_positions
+        pages = self.table[slot, group :: self.groups][start : -(-length // self.page_positions)]
+        blocks = self.keys[pages, inner]  # (pages, kv_heads, blocks, head_dim, 16)
         kv_heads, head_dim = blocks.shape[1], blocks.shape[3]
         keys = blocks.transpose(1, 0, 2, 4, 3).reshape(kv_heads, -1, head_dim)
-        values = self.values[pages, layer].transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
-        return keys[:, :length], values[:, :length]
+        values = self.values[pages, inner].transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
+        here = slice(first - start * self.page_positions, length - start * self.page_positions)
+        return keys[:, here], values[:, here]
 
     def write(self, layer: int, slot: int, cell: int, keys: NDArray[np.float16], values: NDArray[np.float16]) -> None:
         """Store one token's (kv_heads, head_dim) keys and values."""
-        page, within = self.table[slot, cell // self.page_positions], cell % self.page_positions
-        self.keys[page, layer, :, within // LANES, :, within % LANES] = keys
-        self.values[page, layer, :, within] = values
+        group, inner = self.place(layer)
+        page, within = self.table[slot, cell // self.page_positions * self.groups + group], cell % self.page_positions
+        self.keys[page, inner, :, within // LANES, :, within % LANES] = keys
+        self.values[page, inner, :, within] = values
 
 
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float) -> NDArray[np.float32]:
@@ -128,8 +158,12 @@ def rotate(x: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np
     return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
-def attend(query: NDArray[np.float32], keys: NDArray[np.float16], values: NDArray[np.float16]) -> NDArray[np.float32]:
-    """One token: query (heads, head_dim), keys and values (kv_heads, length, head_dim) -> (heads, head_dim)."""
+def attend(
+    query: NDArray[np.float32], keys: NDArray[np.float16], values: NDArray[np.float16], first: int = 0,
+    sinks: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:  # fmt: skip
+    """One token: query (heads, head_dim), keys and values (kv_heads, length, head_dim) of the positions from ``first`` on,
+    ``sinks`` (heads,) -> (heads, head_dim)."""
     heads, head_dim = query.shape
     kv_heads, length, _ = keys.shape
     repeat = heads // kv_heads
@@ -139,11 +173,17 @@ def attend(query: NDArray[np.float32], keys: NDArray[np.float16], values: NDArra
     for i in range(head_dim):
         scores = scores + query[:, i, None] * wide_keys[:, :, i]
     scores = scores * (np.float32(1) / np.sqrt(np.float32(head_dim)))
-    weights = exp(scores - scores.max(axis=1, keepdims=True))
+    largest = scores.max(axis=1)
+    if sinks is not None:
+        largest = np.maximum(largest, sinks)
+    weights = exp(scores - largest[:, None])
     result = np.zeros((heads, head_dim), np.float32)
     for position in range(length):
         result = result + weights[:, position, None] * wide_values[:, position]
-    return result / lane_sum(weights)[:, None]
+    divisor = lane_sum(np.pad(weights, ((0, 0), (first % LANES, 0))))
+    if sinks is not None:
+        divisor = divisor + exp(sinks - largest)
+    return result / divisor[:, None]
 
 
 def attention_block(
@@ -166,11 +206,13 @@ def attention_block(
     seen, cells = (None, positions) if places.chain or places.cells is None else (places.seen(), places.cells)
     heads, kv_heads, head_dim = weights.heads, weights.kv_heads, weights.head_dim
     projected = matmul(weights.query_key_value, rms_norm(x, weights.norm, weights.epsilon))
-    projected = projected.reshape(tokens, heads + 2 * kv_heads, head_dim)
-    query, key, value = np.split(projected, [heads, heads + kv_heads], axis=1)
-    if weights.query_norm is not None and weights.key_norm is not None:
-        query = rms_norm(query, weights.query_norm, weights.epsilon)
-        key = rms_norm(key, weights.key_norm, weights.epsilon)
+    if weights.projection_bias is not None:
+        projected = projected + weights.projection_bias
+    query, key, value = np.split(projected, [heads * head_dim, (heads + kv_heads) * head_dim], axis=1)
+    query, key, value = (
+        _normed(weights, query, weights.query_norm), _normed(weights, key, weights.key_norm),
+        value.reshape(tokens, kv_heads, head_dim),
+    )  # fmt: skip
     query = rotate(query, cosine[positions], sine[positions])
     with np.errstate(over="ignore"):
         key16 = rotate(key, cosine[positions], sine[positions]).astype(np.float16)
@@ -181,9 +223,20 @@ def attention_block(
         cache.write(layer, int(slots[token]), int(cells[token]), key16[token], value16[token])
     attended = np.empty((tokens, heads * head_dim), np.float32)
     for token in range(tokens):
+        slot, length = int(slots[token]), int(positions[token]) + 1
+        low = 0 if weights.window is None else max(0, length - weights.window)
         if seen is None:
-            keys, values = cache.gather(layer, int(slots[token]), int(positions[token]) + 1)
+            keys, values = cache.gather(layer, slot, length, low)
         else:
-            keys, values = (part[:, seen[token]] for part in cache.gather(layer, int(slots[token]), max(seen[token]) + 1))
-        attended[token] = attend(query[token], keys, values).reshape(-1)
-    x += matmul(weights.output, attended)
+            keys, values = (part[:, seen[token][low:]] for part in cache.gather(layer, slot, max(seen[token]) + 1))
+        attended[token] = attend(query[token], keys, values, low, weights.sinks).reshape(-1)
+    output = matmul(weights.output, attended)
+    x += output if weights.output_bias is None else output + weights.output_bias
+
+
+def _normed(weights: AttentionWeights, rows: NDArray[np.float32], norm: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """Queries or keys of all heads, (tokens, width) -> (tokens, heads, head_dim), normed where there is a norm."""
+    if norm is not None and weights.full_norms:
+        rows = rms_norm(rows, norm, weights.epsilon)
+    heads = rows.reshape(len(rows), -1, weights.head_dim)
+    return heads if norm is None or weights.full_norms else rms_norm(heads, norm, weights.epsilon)

@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from elmoe.bitslice.attention import AttentionWeights, KVCache, Places, attention_block, rms_norm
 from elmoe.bitslice.expert import ExpertLayout
 from elmoe.bitslice.formats import Matrix
-from elmoe.bitslice.moe import RouterWeights, Routing, expert_ffn, route
+from elmoe.bitslice.moe import ExpertTerms, RouterWeights, Routing, expert_ffn, route, shared_weights
 from elmoe.bitslice.sampling import Sample, SamplingParameters
 from elmoe.errors import NumericsError
 
@@ -36,6 +36,16 @@ class DenseWeights:
 
 
 @dataclass(frozen=True, eq=False)
+class SharedWeights:
+    """An expert that every token uses, at full precision, beside those of the router, with the router's norm. ``addresses``:
+    (1, 2); ``gate``: (hidden,), its weight is the sigmoid of a product with it; None is 1."""
+
+    layout: ExpertLayout
+    addresses: NDArray[np.int64]
+    gate: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, eq=False)
 class LayerWeights:
     """One layer. ``addresses``: (experts, 2) int64, where the MSB and LSB records of its experts lie, read anew in every
     pass; 0 where a record is not in memory."""
@@ -44,6 +54,8 @@ class LayerWeights:
     feed_forward: RouterWeights | DenseWeights
     layout: ExpertLayout
     addresses: NDArray[np.int64]
+    terms: ExpertTerms | None = None
+    shared: SharedWeights | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +168,10 @@ class Operations(NamedTuple):
     rms_norm: Callable[..., NDArray]
     route: Callable[..., Routing]
     expert_ffn: Callable[..., None]
+    shared_weights: Callable[..., NDArray]
 
 
-DEFINITION = Operations(attention_block, rms_norm, route, expert_ffn)
+DEFINITION = Operations(attention_block, rms_norm, route, expert_ffn, shared_weights)
 
 
 def forward(
@@ -196,7 +209,7 @@ def forward(
             hidden = operations.rms_norm(x, weights.norm, weights.epsilon)
             times += [perf_counter()] * 2
             one = np.zeros((len(x), 1), np.int32), np.ones((len(x), 1), x.dtype)
-            operations.expert_ffn(layer.layout, layer.addresses, hidden, *one, x)
+            operations.expert_ffn(layer.layout, layer.addresses, hidden, *one, x, terms=layer.terms)
         else:
             choice = () if draft is None else (draft.allowed[row], draft.top_k, draft.rescale)
             routing = operations.route(weights, x, *choice)
@@ -226,17 +239,24 @@ def _experts(
     operations: Operations, layer: LayerWeights, hidden: NDArray[np.float32], row: int, routings: Routings,
     x: NDArray[np.float32], draft: Draft | None, feed: ExpertFeed | None, times: list[float],
 ) -> None:  # fmt: skip
-    """Run a row's experts; those of a feed stretch by stretch, chained from zero in ascending order, as one call does."""
+    """Run a row's experts, the shared one first; those of a feed stretch by stretch, chained from zero in ascending order,
+    as one call does."""
     experts, weights = routings.experts[row], routings.weights[row]
     coarse, offset = draft is not None and draft.bits == 4, 8.0 if draft is None else draft.offset
-    if feed is None:
-        times.append(perf_counter())
-        operations.expert_ffn(layer.layout, layer.addresses, hidden, experts, weights, x, coarse, offset)
-        return
-    feed.begin(row, experts)
+    if feed is not None:
+        feed.begin(row, experts)
     times.append(perf_counter())
+    if layer.shared is not None:
+        shared = layer.shared
+        one = np.zeros((len(x), 1), np.int32), operations.shared_weights(shared.gate, hidden)
+        operations.expert_ffn(shared.layout, shared.addresses, hidden, *one, x)
+    if feed is None:
+        operations.expert_ffn(
+            layer.layout, layer.addresses, hidden, experts, weights, x, coarse, offset, terms=layer.terms
+        )  # fmt: skip
+        return
     total = np.zeros_like(x)
     while ready := feed.next():
         part = np.where(np.isin(experts, ready), experts, np.int32(-1))
-        operations.expert_ffn(layer.layout, layer.addresses, hidden, part, weights, total, coarse, offset, True)
+        operations.expert_ffn(layer.layout, layer.addresses, hidden, part, weights, total, coarse, offset, True, layer.terms)
     x += total

@@ -22,7 +22,8 @@ from elmoe.errors import NumericsError
 @dataclass(frozen=True, eq=False)
 class RouterWeights:
     """``norm`` (hidden,) of the FFN input and ``router`` (experts, hidden), float32; ``normalize``: scale the weights of
-    the chosen experts to sum to one; ``ranked``: experts to rank, None is ``2 * top_k`` or fewer."""
+    the chosen experts to sum to one, which is a softmax over the chosen ones; ``ranked``: experts to rank, None is ``2 *
+    top_k`` or fewer; ``bias`` (experts,): added to the logits."""
 
     norm: NDArray[np.float32]
     router: NDArray[np.float32]
@@ -30,6 +31,7 @@ class RouterWeights:
     top_k: int
     normalize: bool
     ranked: int | None = None
+    bias: NDArray[np.float32] | None = None
 
     @property
     def ranks(self) -> int:
@@ -79,6 +81,8 @@ def route(
     """
     hidden = rms_norm(x, weights.norm, weights.epsilon)
     logits = lane_sum(hidden[:, None, :] * weights.router[None])
+    if weights.bias is not None:
+        logits = logits + weights.bias
     if not np.isfinite(logits).all():
         raise NumericsError("a router logit is NaN or infinite", "check the checkpoint's weights")
     shifted = exp(logits - logits.max(axis=1, keepdims=True))
@@ -109,9 +113,35 @@ def route(
     return Routing(hidden, ranked, np.take_along_axis(probabilities, ranked, axis=1), experts.astype(np.int32), chosen)
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertTerms:
+    """What experts compute beside their matrices. ``gate``, ``up`` (experts, width) and ``down`` (experts, hidden), float32:
+    biases, added behind the chain of a product. ``alpha``, ``limit``: of the clamped SwiGLU in place of the plain one."""
+
+    gate: NDArray[np.float32]
+    up: NDArray[np.float32]
+    down: NDArray[np.float32]
+    alpha: float
+    limit: float
+
+
 def silu(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """``x / (1 + exp(-x))``."""
     return x / (np.float32(1) + exp(-x))
+
+
+def clamped_swiglu(gate: NDArray[np.float32], up: NDArray[np.float32], alpha: float, limit: float) -> NDArray[np.float32]:
+    """GPT-OSS: with gate at most ``limit`` and up in ``-limit..limit``, ``gate / (1 + exp(-alpha * gate)) * (up + 1)``."""
+    most, factor = np.float32(limit), np.float32(-alpha)
+    gate, up = np.minimum(gate, most), np.maximum(np.minimum(up, most), -most)
+    return gate / (np.float32(1) + exp(gate * factor)) * (up + np.float32(1))
+
+
+def shared_weights(gate: NDArray[np.float32] | None, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Weights (tokens, 1) of a shared expert: 1, or the sigmoid of ``hidden`` times its gate (hidden,)."""
+    if gate is None:
+        return np.ones((len(hidden), 1), np.float32)
+    return (np.float32(1) / (np.float32(1) + exp(-lane_sum(hidden * gate))))[:, None]
 
 
 def expert_matrices(
@@ -139,6 +169,7 @@ def expert_ffn(
     draft: bool = False,
     offset: float = 8.0,
     chain: bool = False,
+    terms: ExpertTerms | None = None,
 ) -> None:
     """Run SwiGLU experts on ``hidden`` (tokens, hidden) and add the weighted sum to the residual stream ``x`` in place.
 
@@ -147,6 +178,7 @@ def expert_ffn(
     :param draft: read MSB slices only, with ``offset`` below them.
     :param chain: ``x`` is not the residual stream but the sum over lower expert ids so far, and is continued: so a layer can
         be computed in stretches of experts, as they arrive, with the same bits.
+    :param terms: biases and another activation.
     :raises NumericsError: a slice that is needed is not resident.
     """
     total = x if chain else np.zeros_like(x)
@@ -156,7 +188,13 @@ def expert_ffn(
         inputs = hidden[tokens]
         gate = matmul(matrices["gate"], inputs, draft, offset=offset)
         up = matmul(matrices["up"], inputs, draft, offset=offset)
-        down = matmul(matrices["down"], silu(gate) * up, draft, offset=offset)
+        if terms is None:
+            inner = silu(gate) * up
+        else:
+            inner = clamped_swiglu(gate + terms.gate[expert], up + terms.up[expert], terms.alpha, terms.limit)
+        down = matmul(matrices["down"], inner, draft, offset=offset)
+        if terms is not None:
+            down = down + terms.down[expert]
         total[tokens] = total[tokens] + weights[tokens, place][:, None] * down
     if not chain:
         x += total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elmoe.models.spec import ModelSpec
-from elmoe.models.tensors import Formats, feed_forward, tensors
+from elmoe.models.tensors import Formats, feed_forwards, tensors
 from elmoe.store.layout import record_sections
 
 EXACT, FLOATS, REQUANTISED = 15e-9, 35e-9, 60e-9
@@ -16,7 +16,7 @@ BASE_MEMORY, PIECE_MEMORY = 160 << 20, 128 << 20
 def weights_of(spec: ModelSpec) -> int:
     """How many weights a store of the model holds in matrices."""
     count = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors(spec) if tensor.kind == "matrix")
-    parts = [feed_forward(spec, layer) for layer in range(len(spec.layers))]
+    parts = feed_forwards(spec)
     return count + sum(3 * part.count * part.hidden * part.width for part in parts)
 
 
@@ -27,6 +27,6 @@ def conversion_seconds(floats: int, exact: int = 0, requantised: int = 0) -> flo
 
 def conversion_memory(spec: ModelSpec, formats: Formats) -> int:
     """About how much memory: the largest feed-forward as codes, twice, beside a piece of rows."""
-    parts = [feed_forward(spec, layer) for layer in range(len(spec.layers))]
+    parts = feed_forwards(spec)
     largest = max(sum(record_sections(part, part.format(formats)).values()) for part in parts)
     return BASE_MEMORY + PIECE_MEMORY + 3 * largest

@@ -22,9 +22,10 @@ from elmoe.files import whole_file
 from elmoe.models import FAMILIES
 from elmoe.models.family import GgufFamily
 from elmoe.models.formats import split_formats
-from elmoe.models.gguf import metadata_of_spec
-from elmoe.models.spec import GroupedAttention, ModelSpec
-from elmoe.models.tensors import PROJECTIONS, feed_forward, tensors
+from elmoe.models.gguf import gguf_shape, metadata_of_spec
+from elmoe.models.gguf_rope import FACTORS, factors_of
+from elmoe.models.spec import GroupedAttention, ModelSpec, Rope
+from elmoe.models.tensors import PROJECTIONS, feed_forwards, tensors
 from elmoe.store import MemoryReader
 from elmoe.store.writer import ROW_BLOCK
 
@@ -47,6 +48,7 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
         raise ConvertError(f"models of the family {spec.family} cannot be written as GGUF yet")
     try:
         metadata = metadata_of_spec(spec, gguf)
+        factors_of(rope_of(spec))
     except ModelError as error:
         raise ConvertError(str(error), error.hint) from error
     tokenizer_json = reader.tokenizer_path.read_bytes()
@@ -58,7 +60,10 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
         writer = GGUFWriter(partial_path, gguf.architecture)
         try:
             for key, value in metadata.items():
-                writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, int(value))
+                if isinstance(value, str):
+                    writer.add_string(key, value)
+                else:
+                    writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, int(value))
             layer = min(spec.moe_layers, default=0)
             writer.add_file_type(FILE_TYPES[type_of(reader.expert_layout(layer).formats[0])])
             _add_texts(writer, spec, tokenizer, tokenizer_json)
@@ -95,26 +100,35 @@ def _tensors(reader: MemoryReader, gguf: GgufFamily) -> Iterator[tuple[str, tupl
         for index, part in enumerate(tensor.parts):
             name, last = gguf.names[part.role].format(layer=tensor.layer), before + part.shape[0]
             if tensor.kind == "floats":
-                yield name, part.shape, TensorType.F32, partial(_plain, reader, tensor.name)
+                kind, rows = TensorType.F32, partial(_plain, reader, tensor.name, before, last)
             else:
                 kind = type_of(formats[index])
                 rows = partial(_matrix_rows, reader, tensor.name, index, before, last, name)
-                attention = None if tensor.layer is None else reader.spec.layers[tensor.layer].attention
-                if part.role in gguf.neighbours and isinstance(attention, GroupedAttention):
-                    rows = partial(_neighbours, rows, attention.head_dim)
-                yield name, part.shape, kind, rows
+            attention = None if tensor.layer is None else reader.spec.layers[tensor.layer].attention
+            if part.role in gguf.neighbours and isinstance(attention, GroupedAttention):
+                rows = partial(_neighbours, rows, attention.head_dim)
+            yield name, gguf_shape(part), kind, rows
             before = last
-    for layer in range(len(reader.spec.layers)):
-        one = feed_forward(reader.spec, layer)
-        for projection, format in zip(PROJECTIONS, reader.expert_layout(layer).formats, strict=True):
+    factors = factors_of(rope_of(reader.spec))
+    if factors is not None:
+        values = np.array(factors, np.float32)
+        yield FACTORS, values.shape, TensorType.F32, lambda: iter([values])
+    for one in feed_forwards(reader.spec):
+        layer, shared = one.layer, one.kind == "shared"
+        for projection, format in zip(PROJECTIONS, reader.expert_layout(layer, shared).formats, strict=True):
             part = one.part(projection)
             shape = (one.count, *part.shape) if one.kind == "expert" else part.shape
             name = gguf.names[part.role].format(layer=layer)
-            yield name, shape, type_of(format), partial(_expert_rows, reader, layer, projection, name)
+            yield name, shape, type_of(format), partial(_expert_rows, reader, layer, shared, projection, name)
 
 
-def _plain(reader: MemoryReader, name: str) -> Iterator[NDArray]:
-    yield reader.array(name)
+def rope_of(spec: ModelSpec) -> Rope | None:
+    """The rotary embedding of a model, one for all layers."""
+    return spec.layers[0].attention.rope
+
+
+def _plain(reader: MemoryReader, name: str, first: int, last: int) -> Iterator[NDArray]:
+    yield reader.array(name)[first:last]
 
 
 def _matrix_rows(reader: MemoryReader, ours: str, part: int, first: int, last: int, name: str) -> Iterator[NDArray]:
@@ -131,9 +145,9 @@ def _neighbours(rows: Rows, head_dim: int) -> Iterator[NDArray]:
     yield whole[rows_of_halves(np.arange(len(whole)), head_dim)]
 
 
-def _expert_rows(reader: MemoryReader, layer: int, projection: str, name: str) -> Iterator[NDArray]:
-    layout = reader.expert_layout(layer)
-    for records in reader.expert_records(layer):
+def _expert_rows(reader: MemoryReader, layer: int, shared: bool, projection: str, name: str) -> Iterator[NDArray]:
+    layout = reader.expert_layout(layer, shared)
+    for records in reader.expert_records(layer, shared):
         matrix = layout.unpack(*records)[projection]
         yield from _part_rows(matrix, 0, matrix.rows, name)
 

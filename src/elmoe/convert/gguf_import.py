@@ -23,12 +23,14 @@ from elmoe.convert.source import PIECE, refuse_leftovers, told_apart
 from elmoe.errors import ConvertError
 from elmoe.models import FAMILIES
 from elmoe.models.formats import Format, joined_formats
-from elmoe.models.gguf import gguf_family, spec_of_metadata
+from elmoe.models.gguf import gguf_family, gguf_shape, spec_of_metadata
+from elmoe.models.gguf_rope import FACTORS
 from elmoe.models.spec import GroupedAttention, ModelSpec
 from elmoe.models.support import check_supported
-from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor, feed_forward, tensors
+from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor, feed_forwards, tensors
 
 MOST_TOKENS = 1 << 24
+MOST_VALUES = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,21 @@ class GgufSource:
             raise ConvertError(f"tensor 'token_embd.weight' has shape {list(shape)}, not that of an embedding")
         eos = eos_tokens(file.metadata, shape[0])
         family, gguf = gguf_family(file.metadata, FAMILIES.values())
-        self.spec = spec_of_metadata(file.metadata, family, shape[0], eos, file.__contains__)
+        self.spec = spec_of_metadata(file.metadata, family, shape[0], eos, file.__contains__, self._values)
         check_supported(self.spec)
         self._gguf = gguf
         self._heads = {role: _head_dim(self.spec) for role in gguf.neighbours}
         self.left_out: tuple[str, ...] = ()
         self.losses, self._choice = Losses(), choice or FormatChoice()
+
+    def _values(self, name: str) -> list[float]:
+        """The values of a small tensor of floats."""
+        shape = self._file.tensor(name).shape
+        self._file.check(name, (min(shape[0], MOST_VALUES),), matrix=False)
+        values = self._file.floats(name).reshape(-1)
+        if not np.isfinite(values).all() or (values <= 0).any():
+            raise ConvertError(f"tensor '{name}' holds values that are not positive numbers", "download the file anew")
+        return [float(value) for value in values]
 
     def fingerprint(self) -> str:
         """See ``Source``."""
@@ -70,8 +81,7 @@ class GgufSource:
             if tensor.kind == "matrix":
                 names = [one.name for one in self._parts(tensor)]
                 found[tensor.name] = self._joined(names, self._choice.matrices)
-        for layer in range(len(self.spec.layers)):
-            part = feed_forward(self.spec, layer)
+        for part in feed_forwards(self.spec):
             names = [self._stacked(part, projection).name for projection in PROJECTIONS]
             found[part.name] = self._joined(names, self._choice.experts if part.kind == "expert" else self._choice.matrices)
         return found
@@ -86,21 +96,24 @@ class GgufSource:
             for one in self._parts(tensor):
                 self._file.check(one.name, one.shape, matrix=tensor.kind == "matrix")
                 expected.add(one.name)
-        for layer in range(len(self.spec.layers)):
-            part = feed_forward(self.spec, layer)
+        for part in feed_forwards(self.spec):
             for projection in PROJECTIONS:
                 one = self._stacked(part, projection)
                 self._file.check(one.name, one.shape, matrix=True)
                 expected.add(one.name)
-        refuse_leftovers(sorted(self._file.names() - expected), self.spec.family)
+        refuse_leftovers(sorted(self._file.names() - expected - {FACTORS}), self.spec.family)  # which the spec was read from
 
     def floats(self, tensor: Tensor) -> NDArray[np.float32]:
         """See ``store.writer.Weights``."""
-        (part,) = self._parts(tensor)
-        values = self._file.floats(part.name).reshape(part.shape)
-        if not np.isfinite(values).all():
-            raise ConvertError(f"tensor '{part.name}' holds NaN or infinite values", "download the file anew")
-        return values
+        found = []
+        for part in self._parts(tensor):
+            values = self._file.floats(part.name).reshape(part.shape)
+            if not np.isfinite(values).all():
+                raise ConvertError(f"tensor '{part.name}' holds NaN or infinite values", "download the file anew")
+            if part.head_dim:
+                values = values[rows_of_neighbours(np.arange(len(values)), part.head_dim)]
+            found.append(values)
+        return np.concatenate(found)
 
     def matrix(self, tensor: Tensor, first: int, last: int, format: Format) -> QuantizedMatrix:
         """See ``store.writer.Weights``."""
@@ -119,7 +132,7 @@ class GgufSource:
         """The file's tensors that make one of the store."""
         names = self._gguf.names
         return [
-            _Part(names[part.role].format(layer=tensor.layer), part.shape, self._heads.get(part.role, 0))
+            _Part(names[part.role].format(layer=tensor.layer), gguf_shape(part), self._heads.get(part.role, 0))
             for part in tensor.parts
         ]
 

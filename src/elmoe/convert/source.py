@@ -23,7 +23,7 @@ from elmoe.models.family import Names
 from elmoe.models.formats import Format
 from elmoe.models.spec import ModelSpec
 from elmoe.models.support import check_supported
-from elmoe.models.tensors import DEFAULT, PROJECTIONS, FeedForward, Part, Tensor, feed_forward, tensors
+from elmoe.models.tensors import DEFAULT, PROJECTIONS, FeedForward, Part, Tensor, feed_forwards, tensors
 from elmoe.store.writer import Weights
 
 PIECE = 4 << 20
@@ -92,7 +92,7 @@ class CheckpointSource:
         """See :class:`Source`: all matrices are quantised alike."""
         matrices, experts = self._choice.matrices or DEFAULT, self._choice.experts or DEFAULT
         found = {tensor.name: matrices for tensor in tensors(self.spec) if tensor.kind == "matrix"}
-        parts = [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
+        parts = feed_forwards(self.spec)
         return found | {part.name: experts if part.kind == "expert" else matrices for part in parts}
 
     def check(self) -> None:
@@ -102,8 +102,8 @@ class CheckpointSource:
             for part, name in zip(tensor.parts, self._parts(tensor), strict=True):
                 self._checkpoint.check(name, part.shape)
                 expected.add(name)
-        for layer in range(len(spec.layers)):
-            shapes = self._feed_forward_shapes(feed_forward(spec, layer))
+        for feed_forward in feed_forwards(spec):
+            shapes = self._feed_forward_shapes(feed_forward)
             for name, shape in shapes.items():
                 self._checkpoint.check(name, shape)
             expected |= shapes.keys()

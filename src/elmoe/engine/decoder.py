@@ -6,6 +6,7 @@ the experts it needs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import perf_counter
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from elmoe.bitslice import (
     Draft,
     ExpertFeed,
     ExpertLayout,
+    ExpertTerms,
     KVCache,
     LayerStack,
     LayerWeights,
@@ -27,10 +29,12 @@ from elmoe.bitslice import (
     Report,
     RouterWeights,
     Routings,
-    rotary_tables,
+    SharedWeights,
 )
+from elmoe.bitslice.rotary import tables_of
+from elmoe.engine.rotary import frequencies_of
 from elmoe.errors import ModelError
-from elmoe.models.spec import GroupedAttention, ModelSpec, Rope
+from elmoe.models.spec import GroupedAttention, ModelSpec, Moe, Rope
 
 __all__ = ["AllExperts", "Decoder", "Draft", "ExpertSource", "Places", "Routings", "WeightReader"]
 
@@ -54,12 +58,12 @@ class WeightReader(Protocol):
         """A float32 tensor by its store name."""
         ...
 
-    def expert_layout(self, layer: int) -> ExpertLayout:
-        """How an expert (or the dense FFN) of a layer lies in memory."""
+    def expert_layout(self, layer: int, shared: bool = False) -> ExpertLayout:
+        """How an expert (or the dense FFN, or the shared expert) of a layer lies in memory."""
         ...
 
-    def expert_addresses(self, layer: int) -> NDArray[np.int64]:
-        """(experts, 2) addresses of the MSB and LSB records of a layer."""
+    def expert_addresses(self, layer: int, shared: bool = False) -> NDArray[np.int64]:
+        """(experts, 2) addresses of the MSB and LSB records of a layer; (1, 2) of its shared expert."""
         ...
 
 
@@ -104,9 +108,8 @@ class Decoder:
         self._head = self._embedding if spec.tied_embeddings else reader.matrix("head")
         self._final_norm = reader.array("final_norm")
         self._layers = [self._layer_weights(reader, layer, ranks) for layer in range(len(spec.layers))]
-        attention = grouped_attention(spec)
-        self._rotary = attention.head_dim, rope_of(attention).theta
-        self._cosine, self._sine = rotary_tables(0, *self._rotary)
+        self._rotary = frequencies_of(rope_of(grouped_attention(spec)))
+        self._cosine, self._sine = tables_of(0, *self._rotary)
         self._stack: tuple[AddressTables, LayerStack] | None = None
 
     def _layer_weights(self, reader: WeightReader, layer: int, ranks: int | None) -> LayerWeights:
@@ -125,16 +128,24 @@ class Decoder:
             kv_heads=grouped.kv_heads,
             head_dim=grouped.head_dim,
             epsilon=spec.norm_epsilon,
+            projection_bias=reader.array(f"{name}query_key_value_bias") if grouped.query_key_value_bias else None,
+            output_bias=reader.array(f"{name}attention_output_bias") if grouped.output_bias else None,
+            sinks=reader.array(f"{name}sinks") if grouped.sinks else None,
+            window=grouped.window,
         )
         if dense:
             addresses = reader.expert_addresses(layer)
             return LayerWeights(
                 attention, DenseWeights(norm, spec.norm_epsilon), reader.expert_layout(layer), addresses
             )  # fmt: skip
+        moe, none = spec.moe(layer), np.zeros((spec.experts, 2), np.int64)
         router = RouterWeights(
-            norm, reader.array(f"{name}router"), spec.norm_epsilon, spec.top_k, spec.moe(layer).router.normalize, ranks
-        )
-        return LayerWeights(attention, router, reader.expert_layout(layer), np.zeros((spec.experts, 2), np.int64))
+            norm, reader.array(f"{name}router"), spec.norm_epsilon, spec.top_k,
+            moe.router.normalize or moe.router.score == "chosen_softmax", ranks,
+            reader.array(f"{name}router_bias") if moe.router.logit_bias else None,
+        )  # fmt: skip
+        shared, terms = _shared_weights(reader, layer, moe), _terms(reader, layer, moe)
+        return LayerWeights(attention, router, reader.expert_layout(layer), none, terms, shared)
 
     @property
     def routers(self) -> tuple[RouterWeights, ...]:
@@ -147,7 +158,7 @@ class Decoder:
             rows = iter(tables)
             layers = [
                 one if isinstance(one.feed_forward, DenseWeights)
-                else LayerWeights(one.attention, one.feed_forward, one.layout, next(rows))
+                else replace(one, addresses=next(rows))
                 for one in self._layers
             ]  # fmt: skip
             self._stack = tables, LayerStack(tuple(layers))
@@ -156,7 +167,7 @@ class Decoder:
     def reserve_positions(self, positions: int) -> None:
         """Extend the rotary tables to ``positions``; a row depends on its position only, so no result changes."""
         if positions > self._cosine.shape[0]:
-            self._cosine, self._sine = rotary_tables(positions, *self._rotary)
+            self._cosine, self._sine = tables_of(positions, *self._rotary)
 
     def forward(
         self,
@@ -195,6 +206,22 @@ class Decoder:
         if report is not None:
             report("logits", began, perf_counter())
         return logits, routings
+
+
+def _shared_weights(reader: WeightReader, layer: int, moe: Moe) -> SharedWeights | None:
+    """The expert of a layer that every token uses, if it has one."""
+    if not moe.shared_width:
+        return None
+    gate = reader.array(f"layers.{layer}.shared_expert_gate").reshape(-1) if moe.shared_gate else None
+    return SharedWeights(reader.expert_layout(layer, shared=True), reader.expert_addresses(layer, shared=True), gate)
+
+
+def _terms(reader: WeightReader, layer: int, moe: Moe) -> ExpertTerms | None:
+    """What a layer's experts compute beside their matrices; None where that is nothing."""
+    if not moe.bias or moe.activation.limit is None:
+        return None
+    gate, up, down = (reader.array(f"layers.{layer}.expert_{name}_bias") for name in ("gate", "up", "down"))
+    return ExpertTerms(gate, up, down, moe.activation.alpha, moe.activation.limit)
 
 
 def grouped_attention(spec: ModelSpec, layer: int = 0) -> GroupedAttention:

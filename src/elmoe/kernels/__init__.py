@@ -17,6 +17,7 @@ from elmoe.bitslice import (
     Draft,
     ExpertFeed,
     ExpertLayout,
+    ExpertTerms,
     KVCache,
     LayerStack,
     LayerWeights,
@@ -31,6 +32,7 @@ from elmoe.bitslice import (
     Routings,
     Sample,
     SamplingParameters,
+    SharedWeights,
     StackedMatrix,
     format_of,
     sections_of,
@@ -171,16 +173,19 @@ def _attention(weights: AttentionWeights) -> Any:
     )
     return _native.Attention(
         weights.norm, projection, weights.query_norm, weights.key_norm, _one_matrix(weights.output),
-        weights.heads, weights.kv_heads, weights.head_dim, weights.epsilon,
+        weights.heads, weights.kv_heads, weights.head_dim, weights.epsilon, weights.projection_bias, weights.output_bias,
+        weights.sinks, weights.window or 0,
     )  # fmt: skip
 
 
 def _router(weights: RouterWeights) -> Any:
-    return _native.Router(weights.norm, weights.router, weights.top_k, weights.epsilon, weights.normalize)
+    return _native.Router(
+        weights.norm, weights.router, weights.top_k, weights.epsilon, weights.normalize, weights.bias
+    )  # fmt: skip
 
 
 def _cache(cache: KVCache) -> Any:
-    return _native.Cache(cache.keys.view(np.uint16), cache.values.view(np.uint16), cache.table)
+    return _native.Cache(cache.keys.view(np.uint16), cache.values.view(np.uint16), cache.table, cache.places)
 
 
 def _expert(layout: ExpertLayout) -> Any:
@@ -195,11 +200,23 @@ def _norm(weights: DenseWeights) -> Any:
     return _native.Norm(weights.norm, weights.epsilon)
 
 
+def _terms(terms: ExpertTerms) -> Any:
+    return _native.Terms(terms.gate, terms.up, terms.down, terms.alpha, terms.limit)
+
+
+def _shared(shared: SharedWeights) -> Any:
+    return _native.Shared(_handle(shared.layout, _expert), shared.addresses, shared.gate)
+
+
 def _layer(layer: LayerWeights) -> Any:
     weights = layer.feed_forward
     router = None if isinstance(weights, DenseWeights) else _handle(weights, _router)
     norm = _handle(weights, _norm) if isinstance(weights, DenseWeights) else None
-    return _native.Layer(_handle(layer.attention, _attention), router, norm, _handle(layer.layout, _expert), layer.addresses)
+    return _native.Layer(
+        _handle(layer.attention, _attention), router, norm, _handle(layer.layout, _expert), layer.addresses,
+        None if layer.terms is None else _handle(layer.terms, _terms),
+        None if layer.shared is None else _handle(layer.shared, _shared),
+    )  # fmt: skip
 
 
 def _stack(stack: LayerStack) -> Any:
@@ -294,11 +311,15 @@ def expert_ffn(
     draft: bool = False,
     offset: float = 8.0,
     chain: bool = False,
+    terms: ExpertTerms | None = None,
 ) -> None:
     """Run experts and add their weighted sum to ``x`` in place; see ``bitslice.expert_ffn``."""
     _check_offset(offset)
     try:
-        _native.expert_ffn(_handle(layout, _expert), addresses, hidden, experts, weights, x, draft, offset, chain)
+        _native.expert_ffn(
+            _handle(layout, _expert), addresses, hidden, experts, weights, x, draft, offset, chain,
+            None if terms is None else _handle(terms, _terms),
+        )  # fmt: skip
     except _native.NumericsFailure as error:
         raise NumericsError(str(error), "check the checkpoint's weights") from None
 

@@ -20,7 +20,7 @@ from elmoe.engine.request import Request
 from elmoe.kernels.reads import ReadPool
 from elmoe.measure.probe import memory_bandwidth
 from elmoe.models.spec import ModelSpec
-from elmoe.models.tensors import feed_forward, tensors
+from elmoe.models.tensors import feed_forwards, tensors
 from elmoe.schema.constants import (
     Bandwidth,
     Capacity,
@@ -164,7 +164,7 @@ def _macs(spec: ModelSpec) -> float:
     """Multiply-accumulates of weights per token: all matrices but the embedding, a router, top-k experts."""
     dense = sum(prod(tensor.shape) for tensor in tensors(spec) if len(tensor.shape) == 2 and tensor.name != "embedding")
     head = spec.hidden * spec.vocabulary if spec.tied_embeddings else 0
-    parts = [feed_forward(spec, layer) for layer in range(len(spec.layers))]
+    parts = feed_forwards(spec)
     used = [(spec.top_k if part.kind == "expert" else 1) * 3 * part.hidden * part.width for part in parts]
     return float(dense + head + sum(used))
 

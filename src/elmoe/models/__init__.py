@@ -8,7 +8,19 @@ from __future__ import annotations
 from typing import Any
 
 from elmoe.errors import ModelError
-from elmoe.models import deepseek_v2, glm4_moe, glm4_moe_lite, gpt_oss, llama, mixtral, olmoe, qwen2, qwen3, qwen3_moe
+from elmoe.models import (
+    deepseek_v2,
+    glm4_moe,
+    glm4_moe_lite,
+    gpt_oss,
+    llama,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from elmoe.models.config import Config
 from elmoe.models.family import Family
 from elmoe.models.spec import ModelSpec
@@ -17,7 +29,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         deepseek_v2.FAMILY, deepseek_v2.V3, deepseek_v2.KIMI_K2, glm4_moe.FAMILY, glm4_moe_lite.FAMILY, gpt_oss.FAMILY,
-        llama.FAMILY, mixtral.FAMILY, olmoe.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY,
+        llama.FAMILY, mixtral.FAMILY, olmoe.FAMILY, qwen2.FAMILY, qwen2_moe.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY,
     )
 }  # fmt: skip
 """Families by ``model_type``."""

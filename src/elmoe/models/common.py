@@ -6,9 +6,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
 from elmoe.errors import ModelError
 from elmoe.models.config import Config
-from elmoe.models.spec import Dense, GroupedAttention, LatentAttention, LayerSpec, ModelSpec, Moe, Router
+from elmoe.models.gguf_rope import scaling_metadata
+from elmoe.models.spec import (
+    Dense,
+    GroupedAttention,
+    LatentAttention,
+    LayerSpec,
+    ModelSpec,
+    Moe,
+    Router,
+    YarnScaling,
+)
 
 GROUPED_KEYS = {
     "num_hidden_layers": "block_count",
@@ -24,6 +36,10 @@ GROUPED_KEYS = {
 """Key of config.json -> GGUF's key, for dense models."""
 GROUPED_REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "rms_norm_eps")
 """Those that a GGUF file must have."""
+EXPERT_KEYS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+"""Further keys of models with experts."""
+EXPERTS_REQUIRED = (*GROUPED_REQUIRED, *EXPERT_KEYS)
+"""Those that a GGUF file of a model with experts must have."""
 
 
 def model(config: Config, family: str, layers: Iterable[LayerSpec], epsilon: float, positions: int) -> ModelSpec:
@@ -38,9 +54,12 @@ def model(config: Config, family: str, layers: Iterable[LayerSpec], epsilon: flo
 
 
 def grouped_attention(config: Config, theta: float = 10000.0, partial: float | None = None, **more: Any) -> GroupedAttention:
-    """Grouped-query attention. ``theta``, ``partial``: see :meth:`Config.rope`; ``more``: what else the family has."""
+    """Grouped-query attention. ``theta``, ``partial``: see :meth:`Config.rope`; ``more``: what else the family has. Its
+    scores are not scaled with YaRN's ``mscale``, as in transformers: latent attention alone does that."""
     heads, kv_heads, head_dim = config.heads(config.integer("hidden_size"))
     rope = config.rope(head_dim, theta, partial=partial)
+    if isinstance(rope.scaling, YarnScaling):
+        rope = msgspec.structs.replace(rope, scaling=msgspec.structs.replace(rope.scaling, score_factor=1.0))
     return GroupedAttention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=rope, **more)
 
 
@@ -86,6 +105,14 @@ def feed_forwards(config: Config, sparse: list[bool], moe: Moe | None) -> list[M
     return [one for one in found if one is not None]
 
 
+def sparse_by_step(config: Config, moe: Moe) -> list[Moe | Dense]:
+    """The feed-forward of each layer as Qwen has it: ``moe`` in every ``decoder_sparse_step``-th layer that is not one of
+    ``mlp_only_layers``, else a dense one of ``intermediate_size``."""
+    layers, step = config.layers(), config.integer("decoder_sparse_step", default=1)
+    only = config.indices("mlp_only_layers", layers)
+    return feed_forwards(config, [index not in only and (index + 1) % step == 0 for index in range(layers)], moe)
+
+
 def experts_with_shared(config: Config, router: Router, shared: int) -> Moe:
     """Experts of ``moe_intermediate_size`` and shared ones of the same width, ``shared`` of them where the key is absent."""
     width = config.integer("moe_intermediate_size")
@@ -108,7 +135,7 @@ def sigmoid_router(config: Config, normalize: bool, groups: int, kept: int, scal
     )  # fmt: skip
 
 
-def attention_metadata(spec: ModelSpec) -> dict[str, int | float]:
+def attention_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
     """GGUF's metadata of what all families with grouped-query attention have."""
     attention = spec.layers[0].attention
     assert isinstance(attention, GroupedAttention) and attention.rope is not None
@@ -124,30 +151,67 @@ def attention_metadata(spec: ModelSpec) -> dict[str, int | float]:
         "rope.freq_base": attention.rope.theta,
         "rope.dimension_count": attention.head_dim,
         "vocab_size": spec.vocabulary,
-    }
+    } | scaling_metadata(attention.rope)
 
 
 def attention_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
-    """GGUF's metadata that must have one of these values where attention is grouped and nothing is scaled."""
+    """GGUF's metadata that must have one of these values where attention is grouped."""
     attention = spec.layers[0].attention
     assert isinstance(attention, GroupedAttention)
     return {
         "attention.value_length": (attention.head_dim,),
         "rope.dimension_count": (attention.head_dim,),
-        "rope.scaling.type": ("none",),
-        "rope.scaling.factor": (1.0, 0.0),
         "rope.scale_linear": (1.0, 0.0),
         "rope.scaling.attn_factor": (1.0, 0.0),
     }
 
 
-def grouped_metadata(spec: ModelSpec) -> dict[str, int | float]:
-    """GGUF's metadata of a dense model; ModelError where its layers differ, which GGUF cannot say."""
-    dense = spec.layers[0].feed_forward
-    assert isinstance(dense, Dense)
+def one_layer(spec: ModelSpec) -> LayerSpec:
+    """The layer that all layers are; ModelError where they differ or have a window, which GGUF cannot say."""
+    attention = spec.layers[0].attention
     if len(set(spec.layers)) > 1:
         raise ModelError("the layers differ", "GGUF describes all of them by one: this model cannot be written")
+    if isinstance(attention, GroupedAttention) and attention.window is not None:
+        raise ModelError(
+            f"attention has a window of {attention.window} positions", "the architecture has none: it cannot be written"
+        )
+    return spec.layers[0]
+
+
+def grouped_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
+    """GGUF's metadata of a dense model; ModelError where its layers differ, which GGUF cannot say."""
+    dense = one_layer(spec).feed_forward
+    assert isinstance(dense, Dense)
     return attention_metadata(spec) | {"feed_forward_length": dense.width}
+
+
+def experts_metadata(spec: ModelSpec, normalize: bool) -> dict[str, int | float | str]:
+    """GGUF's metadata of a model of experts in every layer; ModelError where its layers differ, or where it does not
+    ``normalize`` the weights of the chosen experts as the architecture does."""
+    moe = one_layer(spec).feed_forward
+    assert isinstance(moe, Moe)
+    check_normalize(moe, normalize)
+    return attention_metadata(spec) | {
+        "feed_forward_length": moe.width, "expert_count": spec.experts, "expert_used_count": spec.top_k
+    }  # fmt: skip
+
+
+def check_normalize(moe: Moe, normalize: bool) -> None:
+    """ModelError where a router does not ``normalize`` as a GGUF architecture always does."""
+    if moe.router.normalize != normalize:
+        rule = "does not rescale" if normalize else "rescales"
+        raise ModelError(
+            f"the model {rule} the weights of the chosen experts (norm_topk_prob is {str(not normalize).lower()})",
+            f"the architecture {'always' if normalize else 'never'} does: this model cannot be written as GGUF",
+        )
+
+
+def experts_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
+    """GGUF's metadata that must have one of these values in a file of a model with experts."""
+    return attention_fixed(spec) | {
+        "expert_weights_norm": (spec.moe(spec.moe_layers[0]).router.normalize,), "expert_weights_scale": (1.0, 0.0),
+        "expert_shared_count": (0,), "expert_gating_func": (1, 0),
+    }  # fmt: skip
 
 
 def grouped_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:

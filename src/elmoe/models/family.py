@@ -29,7 +29,7 @@ class GgufFamily:
     keys: Mapping[str, str]
     required: tuple[str, ...]
     names: Names
-    metadata: Callable[[ModelSpec], dict[str, int | float]]
+    metadata: Callable[[ModelSpec], dict[str, int | float | str]]
     fixed: Callable[[ModelSpec], Mapping[str, tuple[Any, ...]]] = lambda spec: {}
     config: Mapping[str, Any] = field(default_factory=dict)
     recognise: Callable[[Mapping[str, Any]], bool] = lambda metadata: True

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from elmoe.errors import ModelError
 from elmoe.models.config import Config
 from elmoe.models.family import Family, GgufFamily
+from elmoe.models.gguf_rope import FACTORS, KEYS, scaling_config
 from elmoe.models.spec import MOST, ModelSpec
+from elmoe.models.tensors import Part
 from elmoe.untrusted import short
 
-IGNORED = (
-    "rope.scaling.original_context_length", "rope.scaling.finetuned", "attention.sliding_window", "attention.causal",
-)  # fmt: skip
-"""Metadata keys that change nothing in the architectures here, as in llama.cpp: lengths of a scaling that is refused, and
-windows that only other architectures use."""
-ROPE_FACTORS = "rope_freqs.weight"
-"""Llama 3.1's factors of the rotary frequencies."""
-ROADMAP = ("gpt-oss", "deepseek2", "glm4moe", "llama (Mixtral)", "olmoe", "qwen2", "qwen2moe", "granitemoe")
+IGNORED = ("rope.scaling.finetuned", "attention.sliding_window", "attention.causal")
+"""Metadata keys that change nothing in the architectures here, as in llama.cpp: windows that only others use."""
+ROADMAP = ("gpt-oss", "deepseek2", "glm4moe", "granitemoe")
 """Architectures that are planned."""
 
 
@@ -38,12 +35,13 @@ def gguf_family(metadata: Mapping[str, Any], families: Iterable[Family]) -> tupl
 
 
 def spec_of_metadata(
-    metadata: Mapping[str, Any], family: Family, vocabulary: int, eos: list[int], has: Callable[[str], bool]
-) -> ModelSpec:
+    metadata: Mapping[str, Any], family: Family, vocabulary: int, eos: list[int], has: Callable[[str], bool],
+    values: Callable[[str], Sequence[float]],
+) -> ModelSpec:  # fmt: skip
     """The spec of a GGUF file of the family.
 
     :param vocabulary: rows of the embedding. :param eos: ids that end a generation.
-    :param has: whether a tensor is in the file: a head, a layer's router.
+    :param has: whether a tensor is in the file: a head, a layer's router. :param values: those of a small tensor.
     :raises ModelError: a value is not supported or missing; the message names its metadata key.
     """
     gguf = family.gguf
@@ -64,17 +62,23 @@ def spec_of_metadata(
         config["mlp_only_layers"] = [layer for layer in range(layers) if not has(router.format(layer=layer))]
         if len(config["mlp_only_layers"]) == layers:
             raise ModelError(f"tensor '{router.format(layer=0)}' is missing", "the file has no layer with experts")
-    if has(ROPE_FACTORS):
-        raise ModelError(f"tensor '{ROPE_FACTORS}' scales the rotary embedding", "rope type 'llama3' is on the roadmap")
     config["tie_word_embeddings"] = not has(gguf.names["head"])
+    for key, role in (("qkv_bias", "query_bias"), ("attention_bias", "attention_output_bias")):
+        config[key] = has(gguf.names.get(role, "").format(layer=0))
     try:
+        plain = Config(config, "metadata")
+        head_dim, theta = plain.heads(plain.integer("hidden_size"))[2], plain.number("rope_theta", 10000.0)
+        scaling = scaling_config(
+            metadata, gguf.architecture, lambda: values(FACTORS) if has(FACTORS) else None, head_dim, theta
+        )
+        config |= {} if scaling is None else {"rope_scaling": scaling}
         spec = family.read_config(Config(config, "metadata"))
     except ModelError as error:
         message = str(error)
         for ours, theirs in gguf.keys.items():
             message = message.replace(f"'{ours}'", f"'{gguf.architecture}.{theirs}'")
         raise ModelError(message, error.hint or "the file is damaged, or of a model that is not supported") from error
-    known = {*gguf.keys.values(), *gguf.fixed(spec), *IGNORED}
+    known = {*gguf.keys.values(), *gguf.fixed(spec), *IGNORED, *KEYS}
     for key in metadata:
         _, _, rest = key.partition(f"{gguf.architecture}.")
         if rest.startswith(("rope.", "attention.")) and rest not in known:
@@ -86,6 +90,11 @@ def spec_of_metadata(
     return spec
 
 
-def metadata_of_spec(spec: ModelSpec, gguf: GgufFamily) -> dict[str, int | float]:
-    """Metadata of a spec, integers and floats; ModelError if GGUF's architecture cannot say what the model computes."""
+def metadata_of_spec(spec: ModelSpec, gguf: GgufFamily) -> dict[str, int | float | str]:
+    """Metadata of a spec; ModelError if GGUF's architecture cannot say what the model computes."""
     return {f"{gguf.architecture}.{key}": value for key, value in gguf.metadata(spec).items()}
+
+
+def gguf_shape(part: Part) -> tuple[int, ...]:
+    """The shape of a tensor in a GGUF file: a gate of one row is a vector there."""
+    return part.shape[1:] if part.role == "shared_expert_gate" else part.shape

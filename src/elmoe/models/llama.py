@@ -12,7 +12,7 @@ from typing import Any
 from elmoe.models.common import GROUPED_KEYS, GROUPED_REQUIRED, grouped_attention, grouped_fixed, grouped_metadata, model
 from elmoe.models.config import Config
 from elmoe.models.family import Family, GgufFamily
-from elmoe.models.names import GROUPED, GROUPED_GGUF
+from elmoe.models.names import GROUPED, GROUPED_GGUF, NEIGHBOURS
 from elmoe.models.spec import Dense, LayerSpec, ModelSpec
 
 
@@ -43,6 +43,6 @@ FAMILY = Family(
         metadata=grouped_metadata,
         fixed=grouped_fixed,
         recognise=_without_experts,
-        neighbours=("query", "key"),
+        neighbours=NEIGHBOURS,
     ),
 )

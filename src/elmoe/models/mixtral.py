@@ -1,10 +1,27 @@
-"""Mixtral (``MixtralForCausalLM``): grouped-query attention, perhaps in a window, and experts of a softmax router."""
+"""Mixtral (``MixtralForCausalLM``): grouped-query attention, perhaps in a window, and experts of a softmax router.
+
+GGUF's ``llama`` with experts; see :mod:`elmoe.models.llama` for the order of rows there.
+"""
 
 from __future__ import annotations
 
-from elmoe.models.common import choice, grouped_attention, model
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from elmoe.models.common import (
+    EXPERT_KEYS,
+    EXPERTS_REQUIRED,
+    GROUPED_KEYS,
+    choice,
+    experts_fixed,
+    experts_metadata,
+    grouped_attention,
+    model,
+)
 from elmoe.models.config import Config
-from elmoe.models.family import Family
+from elmoe.models.family import Family, GgufFamily
+from elmoe.models.names import EXPERTS_GGUF, GROUPED, GROUPED_GGUF, NEIGHBOURS
 from elmoe.models.spec import LayerSpec, ModelSpec, Moe, Router
 
 
@@ -19,4 +36,27 @@ def read_config(config: Config) -> ModelSpec:
     return model(config, FAMILY.name, [layer] * config.layers(), epsilon=1e-5, positions=131072)
 
 
-FAMILY = Family(name="mixtral", architectures=("MixtralForCausalLM",), read_config=read_config)
+def _with_experts(metadata: Mapping[str, Any]) -> bool:
+    return bool(metadata.get("llama.expert_count"))
+
+
+_BLOCK = "model.layers.{layer}.block_sparse_moe."
+_EXPERT = _BLOCK + "experts.{expert}."
+FAMILY = Family(
+    name="mixtral",
+    architectures=("MixtralForCausalLM",),
+    read_config=read_config,
+    names=GROUPED
+    | {"router": _BLOCK + "gate.weight", "expert_gate": _EXPERT + "w1.weight"}
+    | {"expert_up": _EXPERT + "w3.weight", "expert_down": _EXPERT + "w2.weight"},
+    gguf=GgufFamily(
+        architecture="llama",
+        keys=GROUPED_KEYS | EXPERT_KEYS,
+        required=EXPERTS_REQUIRED,
+        names=GROUPED_GGUF | EXPERTS_GGUF,
+        metadata=partial(experts_metadata, normalize=True),
+        fixed=experts_fixed,
+        recognise=_with_experts,
+        neighbours=NEIGHBOURS,
+    ),
+)

@@ -14,11 +14,21 @@ GROUPED = {
     "value": _LAYER + "self_attn.v_proj.weight",
     "query_norm": _LAYER + "self_attn.q_norm.weight",
     "key_norm": _LAYER + "self_attn.k_norm.weight",
+    "query_bias": _LAYER + "self_attn.q_proj.bias",
+    "key_bias": _LAYER + "self_attn.k_proj.bias",
+    "value_bias": _LAYER + "self_attn.v_proj.bias",
     "attention_output": _LAYER + "self_attn.o_proj.weight",
+    "attention_output_bias": _LAYER + "self_attn.o_proj.bias",
     "ffn_norm": _LAYER + "post_attention_layernorm.weight",
     **{f"dense_{name}": _LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
 }
 """In a Hugging Face folder: see ``models.family.Names``."""
+
+EXPERTS = {
+    "router": _LAYER + "mlp.gate.weight",
+    **{f"expert_{name}": _LAYER + f"mlp.experts.{{expert}}.{name}_proj.weight" for name in ("gate", "up", "down")},
+}
+"""Of routers and experts there, as most families call them."""
 
 GROUPED_GGUF = {
     "embedding": "token_embd.weight",
@@ -30,8 +40,20 @@ GROUPED_GGUF = {
     "value": _BLOCK + "attn_v.weight",
     "query_norm": _BLOCK + "attn_q_norm.weight",
     "key_norm": _BLOCK + "attn_k_norm.weight",
+    "query_bias": _BLOCK + "attn_q.bias",
+    "key_bias": _BLOCK + "attn_k.bias",
+    "value_bias": _BLOCK + "attn_v.bias",
     "attention_output": _BLOCK + "attn_output.weight",
+    "attention_output_bias": _BLOCK + "attn_output.bias",
     "ffn_norm": _BLOCK + "ffn_norm.weight",
     **{f"dense_{name}": _BLOCK + f"ffn_{name}.weight" for name in ("gate", "up", "down")},
 }
 """In a GGUF file."""
+
+EXPERTS_GGUF = {
+    "router": _BLOCK + "ffn_gate_inp.weight",
+    **{f"expert_{name}": _BLOCK + f"ffn_{name}_exps.weight" for name in ("gate", "up", "down")},
+}
+"""Of routers and experts there."""
+NEIGHBOURS = ("query", "key", "query_bias", "key_bias")
+"""Roles whose rows GGUF's ``llama`` has in another order: see ``GgufFamily``."""

@@ -1,10 +1,22 @@
-"""OLMoE (``OlmoeForCausalLM``): norms over the full width of queries and keys, experts of a softmax router."""
+"""OLMoE (``OlmoeForCausalLM``, GGUF ``olmoe``): queries and keys normed over all heads, experts of a softmax router."""
 
 from __future__ import annotations
 
-from elmoe.models.common import choice, grouped_attention, model
+from functools import partial
+
+from elmoe.models.common import (
+    EXPERT_KEYS,
+    EXPERTS_REQUIRED,
+    GROUPED_KEYS,
+    choice,
+    experts_fixed,
+    experts_metadata,
+    grouped_attention,
+    model,
+)
 from elmoe.models.config import Config
-from elmoe.models.family import Family
+from elmoe.models.family import Family, GgufFamily
+from elmoe.models.names import EXPERTS, EXPERTS_GGUF, GROUPED, GROUPED_GGUF
 from elmoe.models.spec import LayerSpec, ModelSpec, Moe, Router
 
 
@@ -20,4 +32,17 @@ def read_config(config: Config) -> ModelSpec:
     return model(config, FAMILY.name, [layer] * config.layers(), epsilon=1e-5, positions=4096)
 
 
-FAMILY = Family(name="olmoe", architectures=("OlmoeForCausalLM",), read_config=read_config)
+FAMILY = Family(
+    name="olmoe",
+    architectures=("OlmoeForCausalLM",),
+    read_config=read_config,
+    names=GROUPED | EXPERTS,
+    gguf=GgufFamily(
+        architecture="olmoe",
+        keys=GROUPED_KEYS | EXPERT_KEYS,
+        required=EXPERTS_REQUIRED,
+        names=GROUPED_GGUF | EXPERTS_GGUF,
+        metadata=partial(experts_metadata, normalize=False),
+        fixed=experts_fixed,
+    ),
+)

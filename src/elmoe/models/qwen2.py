@@ -1,12 +1,14 @@
-"""Qwen2 and Qwen2.5 (``Qwen2ForCausalLM``), dense: biases of queries, keys and values, the last layers maybe in a window."""
+"""Qwen2 and Qwen2.5 (``Qwen2ForCausalLM``, GGUF ``qwen2``), dense: biases of queries, keys and values, and perhaps a
+window in the last layers."""
 
 from __future__ import annotations
 
 import msgspec
 
-from elmoe.models.common import grouped_attention, model
+from elmoe.models.common import GROUPED_KEYS, GROUPED_REQUIRED, grouped_attention, grouped_fixed, grouped_metadata, model
 from elmoe.models.config import Config
-from elmoe.models.family import Family
+from elmoe.models.family import Family, GgufFamily
+from elmoe.models.names import GROUPED, GROUPED_GGUF
 from elmoe.models.spec import Dense, LayerSpec, ModelSpec
 
 
@@ -27,4 +29,17 @@ def read_config(config: Config) -> ModelSpec:
     return model(config, FAMILY.name, specs, epsilon=1e-6, positions=32768)
 
 
-FAMILY = Family(name="qwen2", architectures=("Qwen2ForCausalLM",), read_config=read_config)
+FAMILY = Family(
+    name="qwen2",
+    architectures=("Qwen2ForCausalLM",),
+    read_config=read_config,
+    names=GROUPED,
+    gguf=GgufFamily(
+        architecture="qwen2",
+        keys=GROUPED_KEYS,
+        required=GROUPED_REQUIRED,
+        names=GROUPED_GGUF,
+        metadata=grouped_metadata,
+        fixed=grouped_fixed,
+    ),
+)

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from elmoe.errors import ModelError
-from elmoe.models.spec import Activation, Dense, GroupedAttention, LayerSpec, ModelSpec, Moe, Multipliers
+from elmoe.models.spec import (
+    Activation,
+    Dense,
+    GroupedAttention,
+    LatentAttention,
+    LayerSpec,
+    LinearScaling,
+    Llama3Scaling,
+    ModelSpec,
+    Moe,
+    Multipliers,
+    YarnScaling,
+)
 
 HEAD_DIMENSIONS = 16
 """Divisor of a head's dimensions: the lanes of a block of cached keys."""
@@ -24,11 +38,15 @@ def check_supported(spec: ModelSpec) -> None:
 def _unsupported(spec: ModelSpec) -> Iterator[str]:
     if spec.multipliers != Multipliers():
         yield "it has multipliers"
-    attentions = {layer.attention for layer in spec.layers}
+    attentions = {_without_window(layer.attention) for layer in spec.layers}
     if len(attentions) > 1:
         yield "its layers differ in attention"
     for layer in spec.layers:
         yield from _of_layer(layer)
+
+
+def _without_window(attention: GroupedAttention | LatentAttention) -> GroupedAttention | LatentAttention:
+    return msgspec.structs.replace(attention, window=None) if isinstance(attention, GroupedAttention) else attention
 
 
 def _of_layer(layer: LayerSpec) -> Iterator[str]:
@@ -52,10 +70,6 @@ def _of_layer(layer: LayerSpec) -> Iterator[str]:
 def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
     if attention.head_dim % HEAD_DIMENSIONS:
         yield f"'head_dim' {attention.head_dim} (supported: multiples of {HEAD_DIMENSIONS})"
-    if attention.query_key_norm == "full":
-        yield "norms over the full width of queries and keys"
-    if attention.query_key_value_bias or attention.output_bias:
-        yield "biases of attention"
     if attention.window is not None:
         yield f"a window of {attention.window} positions"
     if attention.sinks:
@@ -72,8 +86,11 @@ def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
         yield f"rotary embedding of {rope.dimensions} of {attention.head_dim} dimensions"
     if rope.interleaved:
         yield "interleaved rotary embedding"
-    if rope.scaling is not None:
-        yield f"the rope scaling '{rope.scaling.__struct_config__.tag}'"
+    scaling = rope.scaling
+    if scaling is not None and not isinstance(scaling, (LinearScaling, Llama3Scaling, YarnScaling)):
+        yield f"the rope scaling '{scaling.__struct_config__.tag}'"
+    if isinstance(scaling, YarnScaling) and scaling.score_factor != 1:
+        yield f"a score factor of {scaling.score_factor:g} of the rope scaling 'yarn'"
 
 
 def _of_experts(moe: Moe) -> Iterator[str]:
@@ -86,5 +103,3 @@ def _of_experts(moe: Moe) -> Iterator[str]:
         yield f"{router.groups} groups of experts"
     if router.scaling != 1:
         yield f"a router scaling of {router.scaling:g}"
-    if moe.shared_width:
-        yield "shared experts"

@@ -72,11 +72,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Gate, up and down projection of ``count`` experts, or of one dense feed-forward, from ``hidden`` to ``width`` inner
-    units and back. Each of them is one record, or one record a slice, in the store."""
+    """Gate, up and down projection of ``count`` experts, or of one dense feed-forward or shared expert, from ``hidden`` to
+    ``width`` inner units and back. Each of them is one record, or one record a slice, in the store."""
 
     name: str
-    kind: Literal["expert", "dense"]
+    kind: Literal["expert", "dense", "shared"]
     layer: int
     count: int
     hidden: int
@@ -125,14 +125,31 @@ def _layer_tensors(spec: ModelSpec, index: int, layer: LayerSpec) -> Iterator[Te
     query, kv = attention.query_width, attention.kv_width
     yield floats("attention_norm", hidden)
     yield matrix("query_key_value", Part("query", (query, hidden)), Part("key", (kv, hidden)), Part("value", (kv, hidden)))
+    if attention.query_key_value_bias:
+        biases = Part("query_bias", (query,)), Part("key_bias", (kv,)), Part("value_bias", (kv,))
+        yield Tensor(f"layers.{index}.query_key_value_bias", "floats", biases, index)
     if attention.query_key_norm != "none":
         per_head = attention.query_key_norm == "head"
         yield floats("query_norm", attention.head_dim if per_head else query)
         yield floats("key_norm", attention.head_dim if per_head else kv)
     yield matrix("attention_output", Part("attention_output", (hidden, query)))
+    if attention.output_bias:
+        yield floats("attention_output_bias", hidden)
+    if attention.sinks:
+        yield floats("sinks", attention.heads)
     yield floats("ffn_norm", hidden)
-    if isinstance(layer.feed_forward, Moe):
-        yield floats("router", layer.feed_forward.router.experts, hidden)
+    moe = layer.feed_forward
+    if isinstance(moe, Moe):
+        experts = moe.router.experts
+        yield floats("router", experts, hidden)
+        if moe.router.logit_bias:
+            yield floats("router_bias", experts)
+        if moe.bias:
+            yield floats("expert_gate_bias", experts, moe.width)
+            yield floats("expert_up_bias", experts, moe.width)
+            yield floats("expert_down_bias", experts, hidden)
+        if moe.shared_gate:
+            yield floats("shared_expert_gate", 1, hidden)
 
 
 def feed_forward(spec: ModelSpec, layer: int) -> FeedForward:
@@ -143,10 +160,25 @@ def feed_forward(spec: ModelSpec, layer: int) -> FeedForward:
     return FeedForward(f"layers.{layer}.experts", "expert", layer, found.router.experts, spec.hidden, found.width)
 
 
+def shared_feed_forward(spec: ModelSpec, layer: int) -> FeedForward | None:
+    """The expert of a layer that every token uses, if it has one."""
+    found = spec.layers[layer].feed_forward
+    if not isinstance(found, Moe) or not found.shared_width:
+        return None
+    return FeedForward(f"layers.{layer}.shared_ffn", "shared", layer, 1, spec.hidden, found.shared_width)
+
+
+def feed_forwards(spec: ModelSpec) -> list[FeedForward]:
+    """The feed-forwards of all layers, in order, a shared expert behind the routed ones."""
+    layers = range(len(spec.layers))
+    found = [part for layer in layers for part in (feed_forward(spec, layer), shared_feed_forward(spec, layer))]
+    return [part for part in found if part is not None]
+
+
 def check_formats(spec: ModelSpec, formats: Formats) -> None:
     """ModelError where a map of formats names what the spec does not have, or a format that cannot be."""
     known: dict[str, Tensor | FeedForward] = {tensor.name: tensor for tensor in tensors(spec)}
-    known |= {part.name: part for part in (feed_forward(spec, layer) for layer in range(len(spec.layers)))}
+    known |= {part.name: part for part in feed_forwards(spec)}
     for name in formats:
         if name not in known:
             raise ModelError(f"a format is given for '{name}', which the model does not have")

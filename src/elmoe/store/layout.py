@@ -9,7 +9,7 @@ from elmoe.bitslice.expert import PAGE
 from elmoe.bitslice.nested import ceil_div
 from elmoe.models.formats import split_formats
 from elmoe.models.spec import ModelSpec
-from elmoe.models.tensors import DEFAULT, FLOATS, PROJECTIONS, FeedForward, Formats, Tensor, feed_forward, tensors
+from elmoe.models.tensors import DEFAULT, FLOATS, PROJECTIONS, FeedForward, Formats, Tensor, feed_forwards, tensors
 
 ALIGNMENT = 64
 """Alignment of a section in ``dense.bin``, bytes; tensors begin on pages."""
@@ -44,8 +44,7 @@ def shapes_digest(spec: ModelSpec) -> bytes:
     """8 bytes that tell whether two specs have the same tensors: sizes that share blocks and pages leave no trace in
     the sizes of a store's files."""
     lines = [f"{tensor.name} {tensor.kind} {list(tensor.shape)}" for tensor in tensors(spec)]
-    parts = (feed_forward(spec, layer) for layer in range(len(spec.layers)))
-    lines += [f"{part.name} {part.kind} {[part.count, part.hidden, part.width]}" for part in parts]
+    lines += [f"{part.name} {part.kind} {[part.count, part.hidden, part.width]}" for part in feed_forwards(spec)]
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
 
 
@@ -54,9 +53,8 @@ def store_bytes(spec: ModelSpec, formats: Formats) -> int:
     end, layers = PAGE, 0
     for tensor in tensors(spec):
         end = after_sections(end, tensor_sections(tensor, tensor.format(formats)))[1]
-    for layer in range(len(spec.layers)):
-        part = feed_forward(spec, layer)
-        if part.kind == "dense":
+    for part in feed_forwards(spec):
+        if part.kind != "expert":
             end = after_sections(end, record_sections(part, part.format(formats)))[1]
         else:
             layers += PAGE + part.count * sum(record_sections(part, part.format(formats)).values())

@@ -21,7 +21,7 @@ from elmoe.bitslice.nested import BLOCK_ROWS, NestedMatrix, ceil_div
 from elmoe.errors import ModelError, StoreError
 from elmoe.models.spec import ModelSpec
 from elmoe.models.support import check_supported
-from elmoe.models.tensors import FeedForward, Tensor, feed_forward, tensors
+from elmoe.models.tensors import FeedForward, Tensor, feed_forward, feed_forwards, shared_feed_forward, tensors
 from elmoe.store.format import (
     DENSE_FILE,
     DENSE_ROLE,
@@ -212,7 +212,7 @@ class MemoryReader:
     def _match_tensors(self) -> dict[str, tuple[TensorEntry, Tensor | FeedForward]]:
         """Each entry beside the tensor of the spec that it is; StoreError lists what is missing, doubled or left over."""
         expected: dict[str, Tensor | FeedForward] = {tensor.name: tensor for tensor in tensors(self.spec)}
-        expected |= {part.name: part for part in self._feed_forwards if part.kind == "dense"}
+        expected |= {part.name: part for part in feed_forwards(self.spec) if part.kind != "expert"}
         _check_names("tensors", list(expected), [entry.name for entry in self.manifest.tensors])
         entries = {entry.name: entry for entry in self.manifest.tensors}
         for name, tensor in expected.items():
@@ -323,16 +323,22 @@ class MemoryReader:
         shape = self._tensor(name, "floats").shape
         return self._section_bytes(name)[0].view(np.float32).reshape(shape)
 
-    def expert_layout(self, layer: int) -> ExpertLayout:
-        """How an expert of the layer, or its dense feed-forward, lies in memory."""
-        part = self._feed_forwards[layer]
+    def _feed_forward(self, layer: int, shared: bool) -> FeedForward:
+        part = shared_feed_forward(self.spec, layer) if shared else self._feed_forwards[layer]
+        if part is None:
+            raise StoreError(f"layer {layer} has no shared expert")
+        return part
+
+    def expert_layout(self, layer: int, shared: bool = False) -> ExpertLayout:
+        """How an expert of the layer, or its dense feed-forward, or its ``shared`` expert, lies in memory."""
+        part = self._feed_forward(layer, shared)
         return record_layout(part, self.formats[part.name])
 
-    def expert_addresses(self, layer: int) -> NDArray[np.int64]:
+    def expert_addresses(self, layer: int, shared: bool = False) -> NDArray[np.int64]:
         """(experts, 2) addresses of the MSB and LSB records, 0 where there is none; a dense feed-forward counts as one
-        expert."""
-        part = self._feed_forwards[layer]
-        if part.kind == "dense":
+        expert, as the ``shared`` one does."""
+        part = self._feed_forward(layer, shared)
+        if part.kind != "expert":
             found = [section.ctypes.data for section in self._section_bytes(part.name)]
             return np.array([[*found, 0][:2]], np.int64)
         entry, layout = self._layers[layer], self.expert_layout(layer)
@@ -347,10 +353,11 @@ class MemoryReader:
         size = layout.msb_bytes + layout.lsb_bytes
         return self._layers[layer].offset + expert * size, size
 
-    def expert_records(self, layer: int) -> Iterator[tuple[NDArray[np.uint8], ...]]:
-        """The records of each expert of the layer, or of its dense feed-forward, one for each slice, without a copy."""
-        part = self._feed_forwards[layer]
-        if part.kind == "dense":
+    def expert_records(self, layer: int, shared: bool = False) -> Iterator[tuple[NDArray[np.uint8], ...]]:
+        """The records of each expert of the layer, or of its dense feed-forward, or of its ``shared`` expert, one for each
+        slice, without a copy."""
+        part = self._feed_forward(layer, shared)
+        if part.kind != "expert":
             yield tuple(self._section_bytes(part.name))
             return
         layout, data = self.expert_layout(layer), self._file(self._layers[layer].file)

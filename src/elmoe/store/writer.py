@@ -20,7 +20,7 @@ from elmoe.bitslice.nested import BLOCK_ROWS, ceil_div
 from elmoe.errors import ConvertError, NumericsError, StoreError
 from elmoe.models.formats import Format
 from elmoe.models.spec import ModelSpec
-from elmoe.models.tensors import FLOATS, FeedForward, Formats, Tensor, check_formats, feed_forward, tensors
+from elmoe.models.tensors import FLOATS, FeedForward, Formats, Tensor, check_formats, feed_forward, feed_forwards, tensors
 from elmoe.store.format import (
     DENSE_FILE,
     DENSE_ROLE,
@@ -150,17 +150,14 @@ class StoreWriter:
         known = {tensor.name: tensor_sections(tensor, tensor.format(self._formats)) for tensor in tensors(self.spec)}
         known |= {
             part.name: record_sections(part, part.format(self._formats))
-            for part in self._feed_forwards()
-            if part.kind == "dense"
+            for part in feed_forwards(self.spec)
+            if part.kind != "expert"
         }
         noted = {entry.name for entry in line.tensors}
         if not (noted <= set(known) if line.file is None else line.file.name == DENSE_FILE and noted == set(known)):
             raise ValueError(DENSE_FILE)
         for entry in line.tensors:
             yield [(entry.offsets[name], size) for name, size in known[entry.name].items()], entry.checksum
-
-    def _feed_forwards(self) -> list[FeedForward]:
-        return [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
 
     def _append(self, line: JournalLine) -> None:
         """Note a finished file, unless the source it was made of is another one now."""
@@ -179,7 +176,7 @@ class StoreWriter:
 
         :param written: takes the bytes that are done, and all of the store.
         """
-        parts = self._feed_forwards()
+        parts = feed_forwards(self.spec)
         routed = [part for part in parts if part.kind == "expert"]
         names = list(tensors(self.spec))
         done = size = 0
@@ -197,7 +194,7 @@ class StoreWriter:
         if DENSE_FILE in finished:
             step(len(names), finished[DENSE_FILE])
         else:
-            self._write_dense(names, [part for part in parts if part.kind == "dense"], weights, step)
+            self._write_dense(names, [part for part in parts if part.kind != "expert"], weights, step)
         for part in routed:
             if layer_file(part.layer) in finished:
                 step(part.count, finished[layer_file(part.layer)])

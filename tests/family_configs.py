@@ -1,0 +1,61 @@
+"""Tiny configurations of every family that the engine runs, as transformers 5 takes them; together they have all options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_COMMON: dict[str, Any] = dict(
+    vocab_size=300, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+    rope_theta=1e4, max_position_embeddings=512, tie_word_embeddings=False, hidden_act="silu", bos_token_id=0,
+    eos_token_id=0,
+)  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+def _family(architecture: str, kind: str, **values: Any) -> dict[str, Any]:
+    return _COMMON | {"architectures": [architecture], "model_type": kind} | values
+
+
+def _llama(**values: Any) -> dict[str, Any]:
+    return _family("LlamaForCausalLM", "llama", **{"intermediate_size": 96, "head_dim": 16} | values)
+
+
+def _qwen2(**values: Any) -> dict[str, Any]:
+    return _family("Qwen2ForCausalLM", "qwen2", **{"intermediate_size": 96} | values)
+
+
+def _mixtral(**values: Any) -> dict[str, Any]:
+    return _family("MixtralForCausalLM", "mixtral", **{
+        "intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None,
+    } | values)  # fmt: skip
+
+
+def _olmoe(**values: Any) -> dict[str, Any]:
+    return _family("OlmoeForCausalLM", "olmoe", **{
+        "intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False} | values)  # fmt: skip
+
+
+def _qwen2_moe(**values: Any) -> dict[str, Any]:
+    return _family("Qwen2MoeForCausalLM", "qwen2_moe", **{
+        "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 6,
+        "num_experts_per_tok": 2, "norm_topk_prob": False} | values)  # fmt: skip
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama_llama3": _llama(rope_scaling=LLAMA3, rope_theta=5e5, tie_word_embeddings=True, head_dim=32),
+    "llama_biases_yarn": _llama(attention_bias=True, rope_scaling=YARN | {"beta_fast": 16.0, "beta_slow": 2.0}),
+    "llama_linear": _llama(rope_scaling=LINEAR, num_key_value_heads=1),
+    "qwen2": _qwen2(tie_word_embeddings=True),
+    "qwen2_yarn": _qwen2(rope_scaling=YARN | {"truncate": False, "attention_factor": 1.5}, num_key_value_heads=4),
+    "mixtral": _mixtral(),
+    "mixtral_yarn": _mixtral(rope_scaling=YARN, tie_word_embeddings=True, num_experts_per_tok=1, head_dim=16),
+    "olmoe": _olmoe(),
+    "olmoe_normalized": _olmoe(norm_topk_prob=True, attention_bias=True, num_key_value_heads=4, rope_scaling=LINEAR),
+    "qwen2_moe": _qwen2_moe(),
+    "qwen2_moe_dense_layers": _qwen2_moe(
+        norm_topk_prob=True, mlp_only_layers=[0], qkv_bias=False, tie_word_embeddings=True, num_key_value_heads=1),
+}  # fmt: skip
+"""By a name of their own."""
