@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 
-.PHONY: help demo test full check fuzz mutants parity peers full-grid docs wheel clean
+.PHONY: help demo test full full-tests check fuzz mutants parity peers full-grid docs wheel clean
 
 help: ## what each target does (this list)
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -17,7 +17,10 @@ test: .venv/.test ## quick tier of tests: no PyTorch, network or GPU
 	$(BIN)/python -m pytest
 
 # Full tier: hours.
-full: test full-grid parity docs ## full tier: test, full-grid, parity and docs
+full: test full-tests full-grid parity docs ## full tier: test, full-tests, full-grid, parity and docs
+
+full-tests: .venv/.test ## the cases that the quick tier leaves out (tests marked `full`)
+	$(BIN)/python -m pytest -m full
 
 check: .venv/.check ## lint, format, types and import contracts
 	$(BIN)/ruff check .

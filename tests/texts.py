@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import unicodedata
 from collections.abc import Iterator
+from functools import cache
 
 SENTENCES = (
     "All human beings are born free and equal in dignity and rights.", "Tous les êtres humains naissent libres et égaux.",
@@ -32,13 +33,18 @@ SPACES = (
 )  # fmt: skip
 
 
+@cache
+def _assigned() -> tuple[str, ...]:
+    """Characters of Unicode's first two planes."""
+    return tuple(chr(code) for code in range(0x20000) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co"))
+
+
 def texts(added: tuple[str, ...] = (), seed: int = 0) -> Iterator[str]:
     """All of them, mixtures of them, and mixtures with added tokens."""
     yield from SENTENCES
     yield from CODE
     yield from SPACES
-    rng = random.Random(seed)
-    assigned = [chr(code) for code in range(0x20000) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")]
+    rng, assigned = random.Random(seed), _assigned()
     for start in range(0, len(assigned), 97):  # every character, beside its neighbours
         yield "".join(assigned[start : start + 97])
     pool = (*SENTENCES, *CODE, *SPACES)

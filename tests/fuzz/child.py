@@ -26,7 +26,9 @@ from tests.fuzz.mutation import mutated
 from tests.fuzz.targets import SELFTEST, TARGETS, Target, is_expected, prepared
 
 SECONDS = int(os.environ.get("ELMOE_FUZZ_SECONDS", "20"))
-"""Most seconds of an input."""
+"""Most seconds of processor time of an input."""
+WAITS = 6
+"""Most seconds by the clock, times ``SECONDS``: of an input that only waits; a machine that others use is slow."""
 GROWTH = 1 << 30
 """Most bytes that the process may grow by."""
 ROOM = 3 << 30
@@ -62,8 +64,9 @@ def attempt(target: Target, folder: Path, raw: bytes) -> tuple[str, str]:
     """(fault, place): a fault is empty where the input was read, or refused as it should be."""
     (folder / "current").write_bytes(raw)
     before = peak(reset=True)
-    signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(SECONDS - 1)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(WAITS * SECONDS)
+    faulthandler.dump_traceback_later(WAITS * SECONDS - 1)
     fault, place = "", "read"
     try:
         target.run(folder, raw)
@@ -74,6 +77,7 @@ def attempt(target: Target, folder: Path, raw: bytes) -> tuple[str, str]:
         if not is_expected(error):
             fault = "".join(traceback.format_exception(error))[-3000:]
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         faulthandler.cancel_dump_traceback_later()
     grown = peak() - before
@@ -120,6 +124,8 @@ def main() -> None:
     arguments = parser.parse_args()
     end = monotonic() + arguments.seconds
     faulthandler.enable()
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    faulthandler.register(signal.SIGPROF, chain=True)
     warnings.simplefilter("ignore")
     target = (TARGETS | {SELFTEST.name: SELFTEST})[arguments.target]
     seeds = prepared(target, arguments.folder)

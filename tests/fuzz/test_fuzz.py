@@ -48,11 +48,14 @@ def test_a_minute_of_changed_inputs(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [("raise", "ValueError at"), ("crash", "ended with -11"), ("memory", "growth|MemoryError"), ("hang", "ended with -14")],
-)
+    [
+        ("raise", "ValueError at"), ("crash", "ended with -11"), ("memory", "growth|MemoryError"),
+        ("hang", "ended with -27"), pytest.param("wait", "ended with -14", marks=pytest.mark.full),
+    ],
+)  # fmt: skip
 def test_the_harness_sees_what_it_looks_for(tmp_path, monkeypatch, kind, told):
     (tmp_path / "input").write_text(kind)
-    monkeypatch.setenv("ELMOE_FUZZ_SECONDS", "2" if kind == "hang" else "60")
+    monkeypatch.setenv("ELMOE_FUZZ_SECONDS", "1" if kind in ("hang", "wait") else "60")
     outcome = run_child("selftest", tmp_path / "run", tmp_path / "kept", 60, 0, "--replay", str(tmp_path / "input"))
     (place,) = outcome.faults
     assert any(part in place for part in told.split("|"))

@@ -1,11 +1,17 @@
-"""The machines a kernel test runs on: every variant of this processor, with one to three threads."""
+"""The machines a kernel test runs on: every variant of this processor, with one and three threads (full tier: two too)."""
 
 import pytest
 
 from elmoe import kernels
 
+MACHINES = [
+    pytest.param((variant, threads), id=f"{variant}-{threads}", marks=[pytest.mark.full] if threads == 2 else [])
+    for variant in kernels.variants()
+    for threads in (1, 2, 3)
+]
 
-@pytest.fixture(params=[(v, t) for v in kernels.variants() for t in (1, 2, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
+
+@pytest.fixture(params=MACHINES)
 def machine(request):
     variant, threads = request.param
     kernels.set_variant(variant)

@@ -39,7 +39,7 @@ def store(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", ["plain", "cache", "elastic"])
+@pytest.mark.parametrize("mode", ["plain", pytest.param("cache", marks=pytest.mark.full), "elastic"])
 def test_peak_memory_stays_within_the_budget_and_300_megabytes(store, mode):
     size = sum(file.stat().st_size for file in store.iterdir())
     assert size > BUDGET + SLACK  # the store mapped into memory would not pass

@@ -11,14 +11,23 @@ from pathlib import Path
 import pytest
 
 from elmoe.trace import load_acceptance, read_trace
+from tests.command import run
 from tests.templated import templated_store
 
 
-def elmoe(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in an interpreter of its own: for its memory, and for what is read when it starts."""
     return subprocess.run(
         [sys.executable, "-m", "elmoe.cli.main", *arguments],
         capture_output=True, text=True, check=check, env=os.environ | environment, timeout=300,
     )  # fmt: skip
+
+
+def elmoe(*arguments: str, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in this process."""
+    done = run(*arguments, stdin=stdin.encode())
+    assert done.returncode == 0 or not check, done.stderr.decode()
+    return subprocess.CompletedProcess(arguments, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def elmoe_json(*arguments: str) -> dict:
@@ -26,7 +35,7 @@ def elmoe_json(*arguments: str) -> dict:
 
 
 def test_demo():
-    run = elmoe("demo", "--max-tokens", "24")
+    done = elmoe("demo", "--max-tokens", "24")
     for text in (
         "identical output: yes",
         "acceptance rate",
@@ -40,7 +49,7 @@ def test_demo():
         "was the fastest: ",
         "go on with:",
     ):
-        assert text in " ".join(run.stdout.split())
+        assert text in " ".join(done.stdout.split())
     data = elmoe_json("demo", "--max-tokens", "16")
     assert data["identical"] is True and set(data["modes"]) == {"plain", "cache", "elastic"}
     rates = data["on_disk"]["tokens_per_second"]
@@ -115,10 +124,10 @@ def test_an_enforced_budget_gives_the_same_text(tmp_path):
     common = ("generate", "demo", "--prompt", "The whale", "--max-tokens", "20", "--temperature", "0.8", "--seed", "4")
     plain = elmoe_json(*common, "--mode", "plain")
     timeline = tmp_path / "run.json"
-    run = elmoe(*common, "--fast-memory", "20MiB", "--slow-bandwidth", "1.7GB/s", "--policy", "lru", "--split",
+    done = process(*common, "--fast-memory", "20MiB", "--slow-bandwidth", "1.7GB/s", "--policy", "lru", "--split",
                 "whole_experts", "--timeline", str(timeline), "--json")  # fmt: skip
-    data = json.loads(run.stdout)
-    assert "reader: direct" in run.stderr and data["tier"] == "enforced budget, direct reads, throttled to 1.7 GB/s"
+    data = json.loads(done.stdout)
+    assert "reader: direct" in done.stderr and data["tier"] == "enforced budget, direct reads, throttled to 1.7 GB/s"
     assert data["token_ids"] == plain["token_ids"] and data["logprobs"] == plain["logprobs"]
     assert 20 << 20 < data["peak_memory_bytes"] < 320 << 20
     assert data["statistics"]["read_bytes"] > 0 and len(data["statistics"]["phases"]["plain"]["layer_hits"]["msb"]) == 8
@@ -146,8 +155,8 @@ def test_record_look_at_and_replay_a_trace(tmp_path):
 @pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
 def test_synth_names_a_config_that_is_none(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
-    run = elmoe("synth", str(tmp_path / "config.json"), str(tmp_path / "store"), check=False)
-    assert run.returncode == 1 and "config.json'" in run.stderr and "Traceback" not in run.stderr
+    done = elmoe("synth", str(tmp_path / "config.json"), str(tmp_path / "store"), check=False)
+    assert done.returncode == 1 and "config.json'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_fit_synthesise_import_and_profile(tmp_path):
@@ -208,27 +217,27 @@ def test_doctor():
     ],
 )
 def test_errors_name_the_thing(arguments, message, tmp_path):
-    run = elmoe(*arguments, check=False)
-    assert run.returncode != 0 and message in run.stderr and "Traceback" not in run.stderr
+    done = elmoe(*arguments, check=False)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert not Path("out").exists()
 
 
 def test_a_variant_this_processor_lacks_is_named():
-    run = elmoe("generate", "demo", "--prompt", "x", check=False, ELMOE_VARIANT="sve2")
-    assert run.returncode == 1 and "sve2" in run.stderr and "Traceback" not in run.stderr
-    run = elmoe("generate", "demo", "--prompt", "x", check=False, ELMOE_PREFETCH="far")
-    assert run.returncode == 1 and "ELMOE_PREFETCH is 'far'" in run.stderr and "Traceback" not in run.stderr
+    done = process("generate", "demo", "--prompt", "x", check=False, ELMOE_VARIANT="sve2")
+    assert done.returncode == 1 and "sve2" in done.stderr and "Traceback" not in done.stderr
+    done = process("generate", "demo", "--prompt", "x", check=False, ELMOE_PREFETCH="far")
+    assert done.returncode == 1 and "ELMOE_PREFETCH is 'far'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_prompts_from_standard_input_files_and_json_lines(tmp_path):
     (tmp_path / "prompt.txt").write_text("The whale\n")
     (tmp_path / "prompts.jsonl").write_text('"The sea"\n\n{"prompt": "The whale"}\n')
-    common = (sys.executable, "-m", "elmoe", "generate", "demo", "--max-tokens", "6", "--json")
-    plain = elmoe_json("generate", "demo", "--max-tokens", "6", "--prompt", "The whale")
-    read = subprocess.run([*common, "--prompt", "-"], input="The whale\n", capture_output=True, text=True, check=True)
-    rows = [plain, json.loads(read.stdout), elmoe_json(*common[3:-1], "--prompt", f"@{tmp_path / 'prompt.txt'}")]
+    common = ("generate", "demo", "--max-tokens", "6")
+    plain = elmoe_json(*common, "--prompt", "The whale")
+    read = elmoe(*common, "--prompt", "-", "--json", stdin="The whale\n")
+    rows = [plain, json.loads(read.stdout), elmoe_json(*common, "--prompt", f"@{tmp_path / 'prompt.txt'}")]
     assert [row["prompt"] for row in rows] == ["The whale"] * 3 and len({row["text"] for row in rows}) == 1
-    many = elmoe_json(*common[3:-1], "--prompt", "@@home", "--prompts", str(tmp_path / "prompts.jsonl"))["results"]
+    many = elmoe_json(*common, "--prompt", "@@home", "--prompts", str(tmp_path / "prompts.jsonl"))["results"]
     assert [row["prompt"] for row in many] == ["@home", "The sea", "The whale"] and many[2]["text"] == plain["text"]
 
 
@@ -251,8 +260,8 @@ def test_prompts_that_are_refused(tmp_path, monkeypatch, arguments, words):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt"\n')
     monkeypatch.chdir(tmp_path)
-    run = elmoe("generate", "demo", *arguments, check=False)
-    assert run.returncode == 1 and words in run.stderr and len(run.stderr.strip().splitlines()) <= 3, run.stderr
+    done = elmoe("generate", "demo", *arguments, check=False)
+    assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) <= 3, done.stderr
 
 
 def test_copies_draw_apart_and_quiet_prints_the_answers_alone():
@@ -261,8 +270,8 @@ def test_copies_draw_apart_and_quiet_prints_the_answers_alone():
     assert len(data) == 4 and len({row["text"] for row in data}) == 4
     again = elmoe_json(*common, "--prompt", "The whale", "--n", "4")["results"]
     assert [row["text"] for row in again] == [row["text"] for row in data]
-    run = elmoe(*common, "--prompt", "The whale", "--n", "2", "--quiet")
-    assert run.stdout == f"{data[0]['text']}\n{data[1]['text']}\n" and not run.stderr
+    done = elmoe(*common, "--prompt", "The whale", "--n", "2", "--quiet")
+    assert done.stdout == f"{data[0]['text']}\n{data[1]['text']}\n" and not done.stderr
 
 
 def test_the_text_of_a_special_token_stops():

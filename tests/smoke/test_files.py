@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from elmoe.convert.gguf_tokenizer import rebuild
 from elmoe.store import open_store
 from elmoe.tokenizer import load_tokenizer
 from tests.checkpoints import write_checkpoint
+from tests.command import run
 from tests.unit.test_dense import LLAMA, rewritten
 
 SMOLLM2 = os.environ.get("ELMOE_SMOLLM2")
@@ -27,10 +27,8 @@ real = pytest.mark.skipif(SMOLLM2 is None, reason="ELMOE_SMOLLM2 names no file")
 
 
 def elmoe(*words: str | Path, home: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"XDG_CACHE_HOME": str(home)}
-    return subprocess.run(
-        [sys.executable, "-m", "elmoe", *map(str, words)], capture_output=True, text=True, env=environment, check=False
-    )
+    done = run(*words, XDG_CACHE_HOME=str(home))
+    return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 @pytest.fixture
@@ -55,23 +53,23 @@ def test_a_file_answers_a_chat_and_is_converted_once(file, tmp_path):
     assert [row["whole"] for row in listed["rows"]] == [True]
     for verb in ("inspect", "bench"):
         more = ("--max-tokens", "4", "--batch", "1", "--modes", "plain", "--repeats", "1") if verb == "bench" else ()
-        run = elmoe(verb, file, *more, home=tmp_path / "home")
-        assert run.returncode == 0, run.stderr
+        done = elmoe(verb, file, *more, home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
 
 
 def test_errors_have_two_lines(file, tmp_path):
     file.write_bytes(file.read_bytes()[:5000])
-    run = elmoe("generate", file, "--prompt", "x", home=tmp_path / "home")
-    assert run.returncode == 1 and run.stderr.count("\n") == 2 and "hint: " in run.stderr
+    done = elmoe("generate", file, "--prompt", "x", home=tmp_path / "home")
+    assert done.returncode == 1 and done.stderr.count("\n") == 2 and "hint: " in done.stderr
 
 
 @real
 def test_smollm2_writes_sense(tmp_path):
     assert SMOLLM2 is not None
     words = ("generate", SMOLLM2, "--chat", "--prompt", "What is gravity?", "--max-tokens", "60")
-    run = elmoe(*words, "--store-dir", tmp_path, home=tmp_path)
-    assert run.returncode == 0 and "Q4_1 -> affine4_1: exact (210 tensors)" in run.stderr
-    assert all(word in run.stdout.lower() for word in ("gravity", "mass", "objects"))
+    done = elmoe(*words, "--store-dir", tmp_path, home=tmp_path)
+    assert done.returncode == 0 and "Q4_1 -> affine4_1: exact (210 tensors)" in done.stderr
+    assert all(word in done.stdout.lower() for word in ("gravity", "mass", "objects"))
     began = time.perf_counter()
     assert elmoe(*words[:-1], "1", "--store-dir", tmp_path, home=tmp_path).returncode == 0
     print(f"second start: {time.perf_counter() - began:.2f} s")

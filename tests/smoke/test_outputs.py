@@ -14,14 +14,16 @@ import time
 
 import pytest
 
+from tests.command import run as elmoe
+
 QUICK = ("--hardware", "xpu", "--model", "gpt-oss-20b", "--prompts", "gsm8k", "--batch", "1", "--form", "ar")
 
 
-def elmoe(*arguments, cwd=None, module="elmoe", timeout=300, **environment):
+def process(*arguments, module="elmoe", **environment):
+    """The command in an interpreter of its own, as a shell starts it."""
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, cwd=cwd, timeout=timeout,
-        env=os.environ | environment,
-    )  # fmt: skip
+        [sys.executable, "-m", module, *arguments], capture_output=True, timeout=300, env=os.environ | environment
+    )
 
 
 def told(done):
@@ -32,7 +34,7 @@ def told(done):
 
 
 def test_the_package_is_a_command():
-    assert elmoe("--help").stdout == elmoe("--help", module="elmoe.cli.main").stdout != b""
+    assert process("--help").stdout == process("--help", module="elmoe.cli.main").stdout != b""
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_text_that_is_not_utf_8_is_refused_and_names_that_are_not_are_shown(tmp_
 
 
 def test_a_terminal_that_is_not_utf_8_gets_all_output():
-    done = elmoe("generate", "demo", "--prompt", "naïve 東京", "--max-tokens", "4", PYTHONIOENCODING="latin-1")
+    done = process("generate", "demo", "--prompt", "naïve 東京", "--max-tokens", "4", PYTHONIOENCODING="latin-1")
     assert done.returncode == 0 and done.stdout.startswith(b"na\xefve \\u6771\\u4eac")
     for arguments in (("inspect", "demo"), ("simulate", *QUICK), ("simulate", "--show-preset", "elmoe3d_8gb")):
         assert elmoe(*arguments, PYTHONIOENCODING="ascii").returncode == 0

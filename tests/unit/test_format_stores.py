@@ -78,8 +78,12 @@ OPTIONS = {
     ),
     "all in memory": replace(PLAIN, mode="elastic", fast_memory=1.0, draft_length=4, batch=2),
 }
-"""Settings of the losslessness grid; all are run by the best variant, one by every other."""
-CASES = [(name, kernels.variants()[0]) for name in OPTIONS] + [("MSB first", one) for one in kernels.variants()[1:]]
+"""Settings of the losslessness grid; all are run by the best variant, one by every other. The full tier runs those that are
+between others."""
+BETWEEN = ("one by one", "cache", "all in memory")
+CASES = [
+    pytest.param(name, kernels.variants()[0], marks=[pytest.mark.full] if name in BETWEEN else []) for name in OPTIONS
+] + [pytest.param("MSB first", one) for one in kernels.variants()[1:]]
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)

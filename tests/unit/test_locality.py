@@ -74,18 +74,25 @@ def test_each_parameter_does_what_its_name_says():
     assert pure["reuse at 1"] == pytest.approx(4 / 32, abs=0.01)
 
 
-def test_the_fit_finds_the_parameters_it_was_made_with():
-    for given in (locality(), locality(popularity=1.0, sequence=0.2, token=0.8, correlation=0.85)):
-        facts = synthesise(given, 32, 4, 4, 16, 96, 77)
-        found = fit_locality(facts)
-        assert found.popularity == pytest.approx(given.popularity, abs=0.1)
-        assert found.sequence == pytest.approx(given.sequence, abs=0.12)
-        assert found.token == pytest.approx(given.token, abs=0.15)
-        assert found.correlation == pytest.approx(given.correlation, abs=0.12)
-        assert all(abs(row.relative_error) < 0.05 for row in found.fit)
-        assert [row.name for row in found.check] == ["LRU hits at 25%", "LRU hits at 50%"]
-        assert all(abs(row.relative_error) < 0.06 for row in found.check)
-        assert found.status == "derived" and found.shape.positions == 96 and len(found.fit) == 10
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(locality(), marks=pytest.mark.full),
+        locality(popularity=1.0, sequence=0.2, token=0.8, correlation=0.85),
+    ],
+    ids=["even", "skewed"],
+)
+def test_the_fit_finds_the_parameters_it_was_made_with(given):
+    facts = synthesise(given, 32, 4, 4, 16, 96, 77)
+    found = fit_locality(facts)
+    assert found.popularity == pytest.approx(given.popularity, abs=0.1)
+    assert found.sequence == pytest.approx(given.sequence, abs=0.12)
+    assert found.token == pytest.approx(given.token, abs=0.15)
+    assert found.correlation == pytest.approx(given.correlation, abs=0.12)
+    assert all(abs(row.relative_error) < 0.05 for row in found.fit)
+    assert [row.name for row in found.check] == ["LRU hits at 25%", "LRU hits at 50%"]
+    assert all(abs(row.relative_error) < 0.06 for row in found.check)
+    assert found.status == "derived" and found.shape.positions == 96 and len(found.fit) == 10
 
 
 def test_a_fit_is_repeatable_and_takes_ragged_or_single_sequences():

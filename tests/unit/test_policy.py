@@ -90,7 +90,7 @@ def refills(draw):
 
 
 @given(refills())
-@settings(max_examples=600)
+@settings(max_examples=200)
 def test_the_native_refill_of_a_layer_is_the_definition(case):
     (msb, lsb, streamed), scores, slots, hysteresis, swap_cap = case
     plan = SlotPlan((slots[0],), (slots[1],), 0)
@@ -99,6 +99,13 @@ def test_the_native_refill_of_a_layer_is_the_definition(case):
     change = Refill((msb.copy(), lsb.copy()), scores, slots, hysteresis, swap_cap)
     refill_layer(change, streamed)
     assert (change.resident[0] == expected.msb[0]).all() and (change.resident[1] == expected.lsb[0]).all()
+
+
+@pytest.mark.full
+@given(refills())
+@settings(max_examples=3000)
+def test_the_native_refill_of_many_layers_is_the_definition(case):
+    test_the_native_refill_of_a_layer_is_the_definition.hypothesis.inner_test(case)
 
 
 @pytest.mark.parametrize("policy", ["decayed", "lru", "lfu", "random"])
