@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -84,6 +85,34 @@ def test_a_stream_is_the_whole_answer_in_pieces(api, several):
         ]
         assert [one["finish_reason"] for one in own] == [None] * (len(own) - 1) + ["length"]
         assert [one["delta"].get("role") for one in own] == ["assistant"] + [None] * (len(own) - 1)
+
+
+def test_a_client_that_reads_slowly_gets_all_of_a_stream(api):
+    """What ends an answer may come while the client is being written to."""
+    body = TEXT | {"stream": True, "max_tokens": 24}
+    asked = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    got: list[bytes] = []
+
+    async def receive():
+        if not asked:
+            await asyncio.Event().wait()
+        return asked.pop()
+
+    async def send(message):
+        got.append(message.get("body", b""))
+        await asyncio.sleep(0.05)  # longer than what is left of the answer takes
+
+    headers = [(b"content-type", b"application/json"), (b"host", b"testserver")]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "root_path": "", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
+        "client": ("test", 1), "server": ("testserver", 80), "headers": headers,
+    }  # fmt: skip
+    api.portal.call(api.app, scope, receive, send)
+    lines = [line.removeprefix("data: ") for line in b"".join(got).decode().split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    text = "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
+    assert text == post(api, "/v1/completions", TEXT | {"max_tokens": 24}).json()["choices"][0]["text"]
 
 
 def test_a_stream_of_several_prompts(api):
