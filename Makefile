@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 
-.PHONY: help demo test full check fuzz mutants parity peers full-grid docs wheel clean
+.PHONY: help demo test full check fuzz soak mutants parity peers full-grid docs wheel clean
 
 help: ## what each target does (this list)
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -44,6 +44,11 @@ full-grid: .venv/.test ## the whole losslessness grid and 1,000 random schedules
 FUZZ_SECONDS ?= 3600
 fuzz: .venv/.test ## an hour of changed files through all readers
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
+
+# Twice as many clients as a server takes, some of which leave; `make soak SOAK_SECONDS=300` for less.
+SOAK_SECONDS ?= 1800
+soak: .venv/.test ## half an hour of a server at twice its capacity
+	$(BIN)/python -m tests.server.soak --seconds $(SOAK_SECONDS)
 
 # Hours; results are kept in build/mutants, and a run that was stopped goes on.
 mutants: .venv/.test ## a sample of changes of the source, each of which a test must notice
