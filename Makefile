@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 
-.PHONY: help demo test full check fuzz soak mutants parity peers full-grid docs wheel clean
+.PHONY: help demo test full check described fuzz soak mutants parity peers full-grid docs wheel clean
 
 help: ## what each target does (this list)
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -17,7 +17,7 @@ test: .venv/.test ## quick tier of tests: no PyTorch, network or GPU
 	$(BIN)/python -m pytest
 
 # Full tier: hours.
-full: test full-grid parity docs ## full tier: test, full-grid, parity and docs
+full: test full-grid described parity docs ## full tier: test, full-grid, described, parity and docs
 
 check: .venv/.check ## lint, format, types and import contracts
 	$(BIN)/ruff check .
@@ -45,6 +45,14 @@ FUZZ_SECONDS ?= 3600
 fuzz: .venv/.test ## an hour of changed files through all readers
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
 
+# Schemathesis, from the server's own OpenAPI description.
+described: .venv/.described ## requests that the server's description allows, and answers as it says
+	$(BIN)/python -m tests.server.described
+
+.venv/.described: .venv/.test
+	$(BIN)/python -m pip install --quiet "schemathesis>=4"
+	touch $@
+
 # Twice as many clients as a server takes, some of which leave; `make soak SOAK_SECONDS=300` for less.
 SOAK_SECONDS ?= 1800
 soak: .venv/.test ## half an hour of a server at twice its capacity
@@ -67,7 +75,7 @@ peers: .venv/.installed ## build llama.cpp for the benchmarks
 # Installed in place: Python files take effect at once, a change of native code rebuilds.
 .venv/.installed: .venv/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.11" "nanobind>=2.9"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[sim,server]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[sim,server,chat]"
 	touch $@
 
 .venv/.test: .venv/.installed

@@ -25,6 +25,7 @@ VERBS = {
     "cache": "List or remove models that were converted when they were first used.",
     "inspect": "Show what is in a store, and verify its checksums.",
     "generate": "Generate text.",
+    "chat": "Talk with a model in the terminal.",
     "serve": "Serve a model to clients of OpenAI's API.",
     "eval": "Perplexity of the target and of its draft on a text.",
     "bench": "Throughput, acceptance, hit rates and bytes for modes and batch sizes.",
