@@ -24,14 +24,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=200)
     wanted = parser.parse_args()
-    command = [str(Path(sys.executable).with_name("schemathesis")), "run", "--checks", CHECKS, "--request-timeout", "60"]
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", "--checks", CHECKS, "--request-timeout", "300"]
     with (
         TemporaryDirectory() as folder,
-        LiveServer(str(templated_store(Path(folder))), "--model-name", "m", "--timeout", "30") as server,
+        LiveServer(str(templated_store(Path(folder))), "--model-name", "m", "--timeout", "300") as server,
     ):
         run = subprocess.run(
             [*command, "--max-examples", str(wanted.examples), "--suppress-health-check", "all",
-             "--url", server.url, f"{server.url}/openapi.json"]
+             "--url", server.url, f"{server.url}/openapi.json"], cwd=folder,
         )  # fmt: skip
         failed = [line for line in server.log() if line.get("status", 0) >= 500 or "traceback" in line]
     for line in failed[:5]:
