@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard native/*)
 
-.PHONY: help demo test full full-tests check fuzz mutants parity peers full-grid docs wheel clean
+.PHONY: help demo test full full-tests check described fuzz soak mutants parity peers full-grid docs wheel clean
 
 help: ## what each target does (this list)
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -17,7 +17,7 @@ test: .venv/.test ## quick tier of tests: no PyTorch, network or GPU
 	$(BIN)/python -m pytest
 
 # Full tier: hours.
-full: test full-tests full-grid parity docs ## full tier: test, full-tests, full-grid, parity and docs
+full: test full-tests full-grid described parity docs ## full tier: test, full-tests, full-grid, described, parity and docs
 
 full-tests: .venv/.test ## the cases that the quick tier leaves out (tests marked `full`)
 	$(BIN)/python -m pytest -m full
@@ -48,6 +48,19 @@ FUZZ_SECONDS ?= 3600
 fuzz: .venv/.test ## an hour of changed files through all readers
 	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS)
 
+# Schemathesis, from the server's own OpenAPI description.
+described: .venv/.described ## requests that the server's description allows, and answers as it says
+	$(BIN)/python -m tests.server.described
+
+.venv/.described: .venv/.test
+	$(BIN)/python -m pip install --quiet "schemathesis>=4"
+	touch $@
+
+# Twice as many clients as a server takes, some of which leave; `make soak SOAK_SECONDS=300` for less.
+SOAK_SECONDS ?= 1800
+soak: .venv/.test ## half an hour of a server at twice its capacity
+	$(BIN)/python -m tests.server.soak --seconds $(SOAK_SECONDS)
+
 # Hours; results are kept in build/mutants, and a run that was stopped goes on.
 mutants: .venv/.test ## a sample of changes of the source, each of which a test must notice
 	$(BIN)/python -m tools.mutants
@@ -65,7 +78,7 @@ peers: .venv/.installed ## build llama.cpp for the benchmarks
 # Installed in place: Python files take effect at once, a change of native code rebuilds.
 .venv/.installed: .venv/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet "scikit-build-core>=0.11" "nanobind>=2.9"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[sim,server]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[sim,server,chat]"
 	touch $@
 
 .venv/.test: .venv/.installed

@@ -10,6 +10,7 @@ from elmoe.errors import MissingExtraError
 
 EXTRAS = {
     "sim": ("plotly", "pyarrow", "yaml"),
+    "chat": ("prompt_toolkit",),
     "server": ("fastapi", "httptools", "llguidance", "prometheus_client", "pydantic", "uvicorn"),
 }
 """Extra -> the modules it brings."""

@@ -15,67 +15,18 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from elmoe.generation import SamplingParams
 from tests.server.live import LiveServer
-
-WORDS = ["the", "whale", "sea", "ship", "captain", "old", "white", "and", "of", "a", "in", "his", "with", "upon", "all"]
-
-
-def random_body(rng):
-    """A completion with a seed."""
-    body = {
-        "model": "whale", "prompt": " ".join(rng.choices(WORDS, k=rng.choice((1, 5, 20, 200)))), "seed": rng.randrange(1000),
-        "max_tokens": rng.choice((1, 5, 30, 60)), "temperature": rng.choice((0, 0.5, 1, 1.5)), "n": rng.choice((1, 1, 1, 3)),
-        "top_p": rng.choice((1, 0.9)), "top_k": rng.choice((0, 50)), "min_p": rng.choice((0, 0.05)), "logprobs": 0,
-    }  # fmt: skip
-    if rng.random() < 0.3:
-        body["stop"] = [rng.choice((" the", ",", "\n"))]
-    return body
+from tests.server.load import answers, differing, random_case
 
 
-def alone(model, body):
-    """What one call of the Python API gives."""
-    names = {"seed", "max_tokens", "temperature", "n", "top_p", "top_k", "min_p", "stop"}
-    first = model.generate(body["prompt"], SamplingParams(**{key: body[key] for key in names & set(body)}))
-    answers = [first, *first.others]
-    return [(one.text, list(one.logprobs[: len(one.token_ids) - (one.finish_reason == "eos")])) for one in answers]
-
-
-def choices(answer):
-    return [(choice["text"], choice["logprobs"]["token_logprobs"]) for choice in answer["choices"]]
-
-
-def test_same_text_as_alone(live, model):
-    rng = random.Random(1)
-    bodies = [random_body(rng) for _ in range(60)]
-    answers = {}
-
-    async def client(http, number, body):
-        await asyncio.sleep(rng.random() * 0.5)
-        if number % 4 == 0:  # leaves in the middle
-            async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-                async for _ in response.aiter_lines():
-                    return
-        elif number % 4 == 1:
-            texts, values = [""] * body["n"], [[] for _ in range(body["n"])]
-            async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        for choice in json.loads(line[6:])["choices"]:
-                            texts[choice["index"]] += choice["text"]
-                            values[choice["index"]] += (choice["logprobs"] or {}).get("token_logprobs", [])
-            answers[number] = list(zip(texts, values, strict=True))
-        else:
-            answers[number] = choices((await http.post("/v1/completions", json=body)).json())
-
-    async def main():
-        async with httpx.AsyncClient(base_url=live.url, timeout=120) as http:
-            await asyncio.gather(*(client(http, number, body) for number, body in enumerate(bodies)))
-
-    asyncio.run(main())
-    assert len(answers) == 45
-    for number, answer in answers.items():
-        assert answer == alone(model, bodies[number]), bodies[number]
+@pytest.mark.parametrize("budget", [(), ("--fast-memory", "24MiB", "--slow-bandwidth", "1GB/s")], ids=["memory", "disk"])
+def test_same_text_as_alone(store, model, budget):
+    rng = random.Random(len(budget))
+    cases = [random_case(rng) for _ in range(40)]
+    with LiveServer(str(store), "--model-name", "whale", "--queue", "256", *budget) as server:
+        found = answers(server.url, cases)
+    assert sum(answer is not None for answer in found) > 25 and any(answer is None for answer in found)
+    assert not differing(model, cases, found)
 
 
 def until(condition, seconds=20.0):

@@ -105,7 +105,7 @@ def test_a_broken_install_is_not_called_an_extra():
 
 def test_extras_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    distributions = {"yaml": "pyyaml", "prometheus_client": "prometheus-client"}
+    distributions = {"yaml": "pyyaml", "prometheus_client": "prometheus-client", "prompt_toolkit": "prompt-toolkit"}
     for extra, modules in EXTRAS.items():
         brought = {item.split(">")[0] for item in project["optional-dependencies"][extra]}
         assert brought == {distributions.get(module, module) for module in modules}

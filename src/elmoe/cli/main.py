@@ -25,6 +25,7 @@ VERBS = {
     "cache": "List or remove models that were converted when they were first used.",
     "inspect": "Show the sizes of a store, and verify its checksums.",
     "generate": "Generate text.",
+    "chat": "Talk with a model in the terminal.",
     "serve": "Serve a model to clients of OpenAI's API.",
     "eval": "Measure the perplexity of a model and of its 4-bit draft on a text.",
     "bench": "Measure throughput, acceptance, hit rates and bytes of modes and batch sizes.",

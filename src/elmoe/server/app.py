@@ -175,6 +175,9 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    schemas = app.openapi()["components"]["schemas"]  # kept: what clients are told of fields that depend on the model
+    for name in ("ChatBody", "CompletionBody"):
+        schemas[name]["properties"]["model"]["enum"] = [settings.model_name]
     paths = {path for route in app.routes if (path := getattr(route, "path", ""))}
 
     def count(path: str, status: int) -> None:

@@ -22,9 +22,11 @@ _CLOSE = {"connection": "close"}
 class BoundedRequest(Request):
     """A request whose body may not be larger, slower or deeper than the settings say."""
 
+    _whole: bytes | None = None
+
     async def body(self) -> bytes:
         """The whole body."""
-        if "_body" not in self.__dict__:  # the base class keeps what was read there
+        if self._whole is None:
             settings: Settings = self.app.state.settings
             if self.method in ("POST", "PUT", "PATCH"):
                 kind = self.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -35,11 +37,11 @@ class BoundedRequest(Request):
                 raise _too_large(settings)
             try:
                 async with asyncio.timeout(settings.body_seconds):
-                    self._body = await self._bounded(settings)
+                    self._whole = await self._bounded(settings)
             except TimeoutError:
                 told = f"the body did not arrive within {settings.body_seconds:g} s"
                 raise ApiError(408, told, None, "timeout", _CLOSE) from None
-        return self._body
+        return self._whole
 
     async def _bounded(self, settings: Settings) -> bytes:
         parts, size = [], 0
