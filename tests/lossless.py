@@ -43,11 +43,15 @@ def grid() -> list[Case]:
 
 
 def requests(model: Model, count: int, temperature: float) -> list[Request]:
-    """The same prompts for every case of a temperature; each has a seed of its own."""
+    """The same prompts for every case of a temperature; each has a seed of its own, and every third one penalties."""
+    penalties = [{}, {}, {"presence_penalty": 0.4, "frequency_penalty": 0.2, "repetition_penalty": 1.1}]
     return [
-        Request(ids, tokens, SamplingParameters(temperature, top_p=0.95 if temperature else 1.0, seed=index))
+        Request(
+            ids, tokens,
+            SamplingParameters(temperature, top_p=0.95 if temperature else 1.0, seed=index, **penalties[index % 3]),
+        )
         for index, (ids, tokens) in enumerate(joined_openings(model, count))
-    ]
+    ]  # fmt: skip
 
 
 def reference(model: Model, count: int, temperature: float) -> list[Result]:

@@ -139,6 +139,12 @@ def test_an_end_is_allowed_where_the_grammar_accepts(model):
     assert isinstance(state.push(five), RequestError)
 
 
+def test_an_end_that_is_drawn_ends_a_grammar_whether_ends_are_ignored_or_not(model):
+    for ignore in (False, True):
+        answer = model.generate("The", json_schema={"type": "integer"}, logit_bias={0: 100}, ignore_eos=ignore)
+        assert answer.finish_reason == "eos" and answer.token_ids[-1] == 0 and int(answer.text) is not None
+
+
 def test_a_grammar_that_fails_ends_its_request_alone(model, monkeypatch):
     def failing(self, behind=()):
         raise RequestError("the grammar cannot be followed: too complex")

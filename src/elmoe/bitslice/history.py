@@ -35,7 +35,7 @@ class History:
         self._bias = np.array([bias for _, bias in parameters.logit_bias], np.float32)
         self._presence, self._frequency = np.float32(parameters.presence_penalty), np.float32(parameters.frequency_penalty)
         self._repetition = np.float32(parameters.repetition_penalty)
-        self._counts_tokens = bool(self._presence or self._frequency or self._repetition != 1)
+        self._counts_tokens = parameters.penalizes
         known = dict.fromkeys(prompt) if self._repetition != 1 else {}
         self._index = {token: index for index, token in enumerate(known)}
         self._of_prompt = len(self._index)  # the first ids
@@ -45,8 +45,7 @@ class History:
     @staticmethod
     def of(parameters: SamplingParameters, prompt: Sequence[int]) -> History | None:
         """A history, or None where it would change nothing."""
-        history = History(parameters, prompt)
-        return history if history._counts_tokens or len(history._bias) else None
+        return History(parameters, prompt) if parameters.penalizes or parameters.logit_bias else None
 
     def push(self, token: int) -> None:
         """The answer goes on with a token."""

@@ -39,6 +39,11 @@ class SamplingParameters:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens so far change the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
 
 @dataclass(frozen=True)
 class Sample:
