@@ -1,7 +1,8 @@
 """Paged fp16 cache of keys and values: sequences hold pages of one pool, may share them, and give them back.
 
 Capacity is a ceiling: memory is touched as pages are first used and returned to the system where :meth:`PagedCache.shrink`
-is called. A prompt's pages can be shared: full pages are counted, the page that is still written is copied.
+is called. A prompt's pages can be shared: full pages are counted, the page that is still written is copied. Of layers with a
+window, the pages behind it are let go (see ``cache_layout``).
 """
 
 from __future__ import annotations
@@ -15,25 +16,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import KVCache
+from elmoe.engine.cache_layout import PAGE_POSITIONS, layout_of, pages_for
 from elmoe.errors import BudgetError
 from elmoe.models.spec import GroupedAttention, ModelSpec
 
-PAGE_POSITIONS = 64
-"""Positions per page, a multiple of 16 (the kernels' block)."""
+__all__ = ["PAGE_POSITIONS", "CacheEntry", "PagedCache", "pages_for"]
+
 SYSTEM_PAGE = mmap.PAGESIZE
+NO_PAGE = -1
 
 
 @dataclass(eq=False)
 class CacheEntry:
-    """The pages of one sequence, by stretch of ``PAGE_POSITIONS`` positions, and its row in the kernels' table; -1: none, so
-    that the sequence cannot be computed."""
+    """The pages of one sequence, by stretch of ``PAGE_POSITIONS`` positions and in it by group of layers, -1 where a window
+    has let go of one; and its row in the kernels' table, -1: none, so that the sequence cannot be computed."""
 
     pages: list[int] = field(default_factory=list)
     row: int = -1
 
 
 class PagedCache:
-    """Pages for the layers of one kind of attention.
+    """Pages for the layers of a model.
 
     :param rows: sequences that can be computed together. :param positions: longest sequence. :param pages: ceiling of pages,
         at most what all rows can hold.
@@ -42,13 +45,18 @@ class PagedCache:
     def __init__(self, spec: ModelSpec, rows: int, positions: int, pages: int | None = None) -> None:
         attention = spec.layers[0].attention
         assert isinstance(attention, GroupedAttention)
-        per_row = pages_for(positions)
+        self.layout = layout = layout_of(spec)
+        per_row = pages_for(positions) * layout.groups
         count = rows * per_row if pages is None else pages
-        block = (count, len(spec.layers), attention.kv_heads)
+        block = (count, layout.layers, attention.kv_heads)
         self._keys_memory, keys = _lazy((*block, PAGE_POSITIONS // 16, attention.head_dim, 16))
         self._values_memory, values = _lazy((*block, PAGE_POSITIONS, attention.head_dim))
-        self.page_bytes = PAGE_POSITIONS * spec.kv_bytes_per_position
-        self.kernels = KVCache(keys, values, np.full((rows, per_row), -1, np.int32))
+        self.page_bytes = layout.page_bytes
+        self.kernels = KVCache(keys, values, np.full((rows, per_row), NO_PAGE, np.int32), layout.places)
+        self._windowed = [group for group, window in enumerate(layout.windows) if window is not None]
+        self._layer_windows = [
+            layer.attention.window for layer in spec.layers if isinstance(layer.attention, GroupedAttention)
+        ]
         self._free = list(range(count - 1, -1, -1))
         self._free_rows = list(range(rows - 1, -1, -1))
         self._holders = [0] * count
@@ -88,15 +96,18 @@ class PagedCache:
         entry.row = self._free_rows.pop()
         self.kernels.table[entry.row, : len(entry.pages)] = entry.pages
 
+    def positions(self, entry: CacheEntry) -> int:
+        """Up to which position an entry has pages."""
+        return len(entry.pages) // self.layout.groups * PAGE_POSITIONS
+
     def missing(self, entry: CacheEntry, positions: int) -> int:
-        """Pages that an entry lacks for its first ``positions`` positions."""
-        held = len(entry.pages)
-        return 0 if positions <= held * PAGE_POSITIONS else pages_for(positions) - held
+        """Pages that an entry lacks up to position ``positions``."""
+        return 0 if positions <= self.positions(entry) else pages_for(positions) * self.layout.groups - len(entry.pages)
 
     def reserve(self, entry: CacheEntry, positions: int) -> None:
         """Give an entry pages for ``positions`` positions; BudgetError, and no page taken, if the pool has too few."""
         missing = self.missing(entry, positions)
-        if missing > len(self._free) or pages_for(positions) > self.kernels.table.shape[1]:
+        if missing > len(self._free) or len(entry.pages) + missing > self.kernels.table.shape[1]:
             raise BudgetError("the KV cache has no page left", "raise --kv-memory, or lower the batch or the lengths")
         for _ in range(missing):
             page = self._free.pop()
@@ -108,14 +119,32 @@ class PagedCache:
 
     def trim(self, entry: CacheEntry, positions: int) -> None:
         """Give back the pages behind an entry's first ``positions`` positions."""
-        keep = pages_for(positions)
+        keep = pages_for(positions) * self.layout.groups
         while len(entry.pages) > keep:
             page = entry.pages.pop()
             if entry.row >= 0:
-                self.kernels.table[entry.row, len(entry.pages)] = -1
-            self._holders[page] -= 1
-            if not self._holders[page]:
-                self._free.append(page)
+                self.kernels.table[entry.row, len(entry.pages)] = NO_PAGE
+            self._let_go(page)
+
+    def _let_go(self, page: int) -> None:
+        if page == NO_PAGE:
+            return
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            self._free.append(page)
+
+    def forget(self, entry: CacheEntry, computed: int) -> None:
+        """Give back the pages of windowed layers that no token at position ``computed`` or later sees."""
+        for group in self._windowed:
+            last = self.layout.first_seen(group, computed) // PAGE_POSITIONS
+            for index in range((last - 1) * self.layout.groups + group, -1, -self.layout.groups):
+                page = entry.pages[index]
+                if page == NO_PAGE:
+                    break  # what is before it was let go earlier
+                entry.pages[index] = NO_PAGE
+                if entry.row >= 0:
+                    self.kernels.table[entry.row, index] = NO_PAGE
+                self._let_go(page)
 
     def release(self, entry: CacheEntry) -> None:
         """Give back all pages of an entry, and its row."""
@@ -129,10 +158,11 @@ class PagedCache:
 
         :raises BudgetError: there is no page for the copy.
         """
-        full = positions // PAGE_POSITIONS
+        full = positions // PAGE_POSITIONS * self.layout.groups
         copy = CacheEntry(entry.pages[:full])
         for page in copy.pages:
-            self._holders[page] += 1
+            if page != NO_PAGE:
+                self._holders[page] += 1
         if positions % PAGE_POSITIONS:
             try:
                 self.reserve(copy, positions)
@@ -140,7 +170,8 @@ class PagedCache:
                 self.release(copy)
                 raise
             for array in (self.kernels.keys, self.kernels.values):
-                array[copy.pages[full]] = array[entry.pages[full]]
+                for ours, theirs in zip(copy.pages[full:], entry.pages[full:], strict=False):
+                    array[ours] = array[theirs]
         return copy
 
     def shrink(self) -> int:
@@ -158,17 +189,14 @@ class PagedCache:
         return freed
 
     def digest(self, entry: CacheEntry, positions: int) -> str:
-        """A hash of the first ``positions`` positions' key and value bytes over all layers; the entry must be bound."""
+        """A hash of the first ``positions`` positions' key and value bytes over all layers, of windowed ones those that the
+        next token sees; the entry must be bound."""
         state = hashlib.blake2b(digest_size=16)
-        for layer in range(self.kernels.keys.shape[1]):
-            for array in self.kernels.gather(layer, entry.row, positions):
+        for layer, window in enumerate(self._layer_windows):
+            first = 0 if window is None else max(0, positions + 1 - window)
+            for array in self.kernels.gather(layer, entry.row, positions, first):
                 state.update(np.ascontiguousarray(array).tobytes())
         return state.hexdigest()
-
-
-def pages_for(positions: int) -> int:
-    """Pages that hold ``positions`` positions."""
-    return -(-positions // PAGE_POSITIONS)
 
 
 def _lazy(shape: tuple[int, ...]) -> tuple[mmap.mmap, NDArray[np.float16]]:
