@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from elmoe.convert.fused_experts import fused_name, fused_shape
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.tensors import PROJECTIONS, FeedForward, feed_forward, feed_forwards, tensors
 
@@ -29,7 +30,15 @@ def checkpoint_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     spec, names = spec_of_config(config), family_of(config).names
     assert names is not None
     shapes = {names[part.role].format(layer=tensor.layer): part.shape for tensor in tensors(spec) for part in tensor.parts}
+    family = family_of(config)
     for one in feed_forwards(spec):
+        if family.alternating is not None:
+            for projection in ("gate", "down"):
+                rows, columns = fused_shape(one, projection)
+                shapes[fused_name(family.alternating, one, projection)] = one.count, columns, rows
+            bias = names["expert_gate_bias"].format(layer=one.layer)
+            shapes[bias] = one.count, 2 * one.width
+            continue
         for expert in range(one.count):
             shapes |= {_part_name(config, one, expert, name): one.shape(name) for name in PROJECTIONS}
     return shapes

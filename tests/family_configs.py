@@ -44,18 +44,33 @@ def _qwen2_moe(**values: Any) -> dict[str, Any]:
         "num_experts_per_tok": 2, "norm_topk_prob": False} | values)  # fmt: skip
 
 
+def _gpt_oss(**values: Any) -> dict[str, Any]:
+    return _family("GptOssForCausalLM", "gpt_oss", **{
+        "intermediate_size": 32, "head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 40,
+        "rope_theta": 150000.0, "num_hidden_layers": 4, "rope_scaling": YARN | {"truncate": False},
+    } | values)  # fmt: skip
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama_llama3": _llama(rope_scaling=LLAMA3, rope_theta=5e5, tie_word_embeddings=True, head_dim=32),
     "llama_biases_yarn": _llama(attention_bias=True, rope_scaling=YARN | {"beta_fast": 16.0, "beta_slow": 2.0}),
     "llama_linear": _llama(rope_scaling=LINEAR, num_key_value_heads=1),
     "qwen2": _qwen2(tie_word_embeddings=True),
     "qwen2_yarn": _qwen2(rope_scaling=YARN | {"truncate": False, "attention_factor": 1.5}, num_key_value_heads=4),
+    "qwen2_windows": _qwen2(use_sliding_window=True, sliding_window=40, max_window_layers=1, num_hidden_layers=4),
     "mixtral": _mixtral(),
+    "mixtral_window": _mixtral(sliding_window=70),
     "mixtral_yarn": _mixtral(rope_scaling=YARN, tie_word_embeddings=True, num_experts_per_tok=1, head_dim=16),
     "olmoe": _olmoe(),
     "olmoe_normalized": _olmoe(norm_topk_prob=True, attention_bias=True, num_key_value_heads=4, rope_scaling=LINEAR),
     "qwen2_moe": _qwen2_moe(),
+    "qwen2_moe_windows": _qwen2_moe(use_sliding_window=True, sliding_window=33, max_window_layers=9, num_hidden_layers=4),
     "qwen2_moe_dense_layers": _qwen2_moe(
         norm_topk_prob=True, mlp_only_layers=[0], qkv_bias=False, tie_word_embeddings=True, num_key_value_heads=1),
+    "gpt_oss": _gpt_oss(),
+    "gpt_oss_options": _gpt_oss(
+        attention_bias=False, swiglu_limit=1.5, swiglu_alpha=1.2, head_dim=32, num_experts_per_tok=4,
+        layer_types=["full_attention", "full_attention", "sliding_attention", "full_attention"], sliding_window=17,
+        rope_scaling=YARN),
 }  # fmt: skip
 """By a name of their own."""

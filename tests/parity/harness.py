@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from elmoe.bitslice import Backend, SamplingParameters
 from elmoe.bitslice.moe import expert_matrices
 from elmoe.convert import convert_checkpoint
+from elmoe.convert.fused_experts import fused_name
 from elmoe.engine.decoder import AllExperts, Decoder, Draft, Places, WeightReader
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
@@ -146,6 +147,8 @@ def dequantized_tensors(reader: WeightReader) -> dict[str, NDArray[np.float32]]:
         borders = np.cumsum([part.shape[0] for part in tensor.parts])[:-1]
         for part, rows in zip(tensor.parts, np.split(whole, borders), strict=True):
             values[names[part.role].format(layer=tensor.layer)] = rows
+    if FAMILIES[spec.family].alternating is not None:
+        return values | _fused_experts(reader, values)
     for one in feed_forwards(spec):
         layer, shared = one.layer, one.kind == "shared"
         layout, addresses = reader.expert_layout(layer, shared), reader.expert_addresses(layer, shared)
@@ -153,6 +156,24 @@ def dequantized_tensors(reader: WeightReader) -> dict[str, NDArray[np.float32]]:
             for projection, matrix in expert_matrices(layout, addresses, expert, False).items():
                 values[names[one.part(projection).role].format(layer=layer, expert=expert)] = matrix.dequantize()
     return values
+
+
+def _fused_experts(reader: WeightReader, values: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """All experts of a layer in one tensor, as GPT-OSS has them, and their biases, of which ``values`` has the ups."""
+    family, found = FAMILIES[reader.spec.family], {}
+    assert family.alternating is not None and family.names is not None
+    for one in feed_forwards(reader.spec):
+        layout, addresses = reader.expert_layout(one.layer), reader.expert_addresses(one.layer)
+        experts = [expert_matrices(layout, addresses, expert, False) for expert in range(one.count)]
+        down = [matrices["down"].dequantize().T for matrices in experts]
+        found[fused_name(family.alternating, one, "down")] = np.stack(down)
+        both = [np.stack([matrices[name].dequantize() for name in ("gate", "up")], axis=1) for matrices in experts]
+        fused = np.stack([pair.reshape(-1, one.hidden).T for pair in both])
+        found[fused_name(family.alternating, one, "gate")] = fused
+        biases = [reader.array(f"layers.{one.layer}.expert_{name}_bias") for name in ("gate", "up")]
+        name = family.names["expert_gate_bias"].format(layer=one.layer)
+        found[name] = np.stack(biases, axis=2).reshape(one.count, -1)
+    return found
 
 
 def weights_digest(reader: WeightReader) -> str:

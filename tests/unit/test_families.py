@@ -17,7 +17,7 @@ from elmoe.models.load import load_model, model_names
 from elmoe.models.spec import Activation, Dense, LinearScaling, ModelSpec, Moe, Router, YarnScaling
 from elmoe.models.support import check_supported
 
-REFUSED_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite", "gpt_oss")
+REFUSED_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite")
 FOLDER = os.environ.get("ELMOE_PUBLISHED_CONFIGS")
 """Folder of whole published ``config.json`` files, one a model, if there is one."""
 

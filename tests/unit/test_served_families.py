@@ -19,7 +19,7 @@ from tests.family_configs import CONFIGS
 
 REQUESTS = [
     Request((5, 6, 7), 10),
-    Request(tuple(range(1, 70)), 12, ignore_eos=True),
+    Request(tuple(range(1, 140)), 12, ignore_eos=True),
     Request((9,), 8, SamplingParameters(temperature=0.8, seed=3)),
 ]
 WAYS = (
@@ -27,9 +27,14 @@ WAYS = (
     {"mode": "elastic", "fast_memory": 0.4, "draft_length": 3, "batch": 2, "prefill_chunk": 7},
 )
 NOT_IN_GGUF = {
-    "qwen2_yarn": "YaRN|rope scaling", "olmoe_normalized": "norm_topk_prob is true",
+    "qwen2_yarn": "YaRN|rope scaling",
+    "olmoe_normalized": "norm_topk_prob is true",
     "qwen2_moe_dense_layers": "the layers differ",
-}  # fmt: skip
+    "qwen2_windows": "the layers differ",
+    "gpt_oss_options": "not every second layer",
+    "qwen2_moe_windows": "the layers differ",
+    "mixtral_window": "a window of 70 positions",
+}
 """What GGUF's architectures cannot say."""
 
 

@@ -37,6 +37,7 @@ PUBLISHED = {
     "qwen2.5-coder-7b": (7.61e9, 7.61e9, 2),
     "qwen3-0.6b": (0.596e9, 0.44e9, 0),  # its card counts the tied embedding in the total alone
     "smollm2-135m": (135e6, 135e6, 1),
+    "qwen1.5-moe-a2.7b": (14.3e9, 2.7e9, 2),
 }
 
 
@@ -114,7 +115,7 @@ def test_sizes_are_sums_over_layers_that_differ():
         _ = other.expert
 
 
-@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-235b-a22b", "mixtral-8x7b", "olmoe-1b-7b"])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-235b-a22b", "mixtral-8x7b", "olmoe-1b-7b", "gpt-oss-20b"])
 def test_sizes_count_what_the_list_of_tensors_holds(name):
     """All but norms: the two know a model apart from each other."""
     model = load_model(name)

@@ -22,6 +22,8 @@ HEADER_LIMIT = 100 << 20
 """Bytes of the largest safetensors header that is read (the format's own limit)."""
 MOST_DIMENSIONS = 8
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
+BYTES = "U8"
+"""The type of packed codes, which are read as they are."""
 SCALE_SUFFIX = "_scale_inv"
 """Behind the name of an FP8 tensor: its float32 or BF16 scales, one for each block of the config's ``weight_block_size``."""
 
@@ -83,6 +85,21 @@ class Shard:
             raise ConvertError(f"tensor '{name}' in '{self.name}' lies outside its file", "complete the download")
         return shape
 
+    def byte_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of bytes, after all its header fields were checked."""
+        dtype, shape, begin, end = self._entries[name]
+        if dtype != BYTES:
+            raise ConvertError(f"tensor '{name}' has dtype {short(dtype, 40)}", f"expected {BYTES}")
+        if end - begin != math.prod(shape) or self._start + end > self._end:
+            raise ConvertError(f"tensor '{name}' in '{self.name}' lies outside its file", "complete the download")
+        return shape
+
+    def raw(self, name: str, first: int) -> NDArray[np.uint8]:
+        """Row ``first`` along the first axis of a tensor of bytes."""
+        shape, size = self.byte_shape(name), math.prod(self.byte_shape(name)[1:])
+        start = self._start + self._entries[name][2] + first * size
+        return self._file.read(start, size).reshape(shape[1:])
+
     def rows(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """Rows [first, last) along the first axis, as float32; those of FP8 without their scales."""
         shape = self.shape(name)
@@ -118,12 +135,14 @@ def _fp8_block(quantization: Any) -> tuple[int, int] | None:
     """Sides of the blocks of FP8 weights that share a scale; None where nothing is quantised, ConvertError for all else."""
     if quantization is None:
         return None
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4":
+        return None  # of experts, whose tensors say so by their names
     block: Any = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     sound = isinstance(block, list) and len(block) == 2 and all(type(side) is int and 0 < side <= 1 << 20 for side in block)
     if not sound or quantization.get("quant_method") != "fp8":
         raise ConvertError(
             "config.json: this 'quantization_config' is not supported",
-            "supported: quant_method 'fp8' with a weight_block_size; or give the checkpoint in BF16 or FP16",
+            "supported: 'mxfp4', 'fp8' with a weight_block_size; or give the checkpoint in BF16 or FP16",
         )
     return block[0], block[1]
 
@@ -189,6 +208,16 @@ class Checkpoint:
             raise ConvertError(f"tensor '{name}' has shape {list(found)}, the config says {list(shape)}")
         if self.dtype(name) == "F8_E4M3":
             self._check_scales(name, shape)
+
+    def check_bytes(self, name: str, shape: tuple[int, ...]) -> None:
+        """ConvertError unless a tensor of bytes exists with this shape."""
+        found = self._shard(name).byte_shape(name)
+        if found != shape:
+            raise ConvertError(f"tensor '{name}' has shape {list(found)}, the config says {list(shape)}")
+
+    def raw(self, name: str, first: int) -> NDArray[np.uint8]:
+        """Row ``first`` along the first axis of a tensor of bytes."""
+        return self._shard(name).raw(name, first)
 
     def _check_scales(self, name: str, shape: tuple[int, ...]) -> None:
         if self._block is None or len(shape) != 2:

@@ -14,6 +14,7 @@ from elmoe.bitslice.nested import BLOCK_ROWS
 from elmoe.convert.checkpoint import Checkpoint
 from elmoe.convert.effort import conversion_memory, conversion_seconds, weights_of
 from elmoe.convert.file_reading import read_json
+from elmoe.convert.fused_experts import BLOCKS, MXFP4, SCALES, FusedExperts
 from elmoe.convert.identity import is_source
 from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.errors import ConvertError, ModelError
@@ -26,6 +27,8 @@ from elmoe.models.support import check_supported
 from elmoe.models.tensors import DEFAULT, PROJECTIONS, FeedForward, Part, Tensor, feed_forwards, tensors
 from elmoe.store.writer import Weights
 
+ALTERNATING = {"expert_gate_bias": 0, "expert_up_bias": 1}
+"""First columns of biases that are one tensor, where a family's rows of gates and ups alternate."""
 PIECE = 4 << 20
 """Weights that are quantised at a time."""
 HARMLESS = ("rotary_emb.inv_freq", "masked_bias")
@@ -76,11 +79,13 @@ class CheckpointSource:
         config = checkpoint.config | _generation_ends(checkpoint)
         self.name = folder.name
         self.spec = spec_of_config(config)
-        names = family_of(config).names
+        family = family_of(config)
+        names = family.names
         check_supported(self.spec)
         if names is None:
             raise ConvertError(f"checkpoints of the family {self.spec.family} cannot be converted yet")
         self._names: Names = names
+        self._fused = FusedExperts(checkpoint, family.alternating, self.losses) if family.alternating else None
         self.left_out: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
@@ -89,8 +94,9 @@ class CheckpointSource:
 
     @property
     def formats(self) -> dict[str, str]:
-        """See :class:`Source`: all matrices are quantised alike."""
-        matrices, experts = self._choice.matrices or DEFAULT, self._choice.experts or DEFAULT
+        """See :class:`Source`: all matrices are quantised alike, but for experts that are MXFP4."""
+        usual = MXFP4 if self._fused and self._fused.packed else DEFAULT
+        matrices, experts = self._choice.matrices or DEFAULT, self._choice.experts or usual
         found = {tensor.name: matrices for tensor in tensors(self.spec) if tensor.kind == "matrix"}
         parts = feed_forwards(self.spec)
         return found | {part.name: experts if part.kind == "expert" else matrices for part in parts}
@@ -100,14 +106,17 @@ class CheckpointSource:
         spec, expected = self.spec, set()
         for tensor in tensors(spec):
             for part, name in zip(tensor.parts, self._parts(tensor), strict=True):
-                self._checkpoint.check(name, part.shape)
+                self._checkpoint.check(name, self._shape(part))
                 expected.add(name)
         for feed_forward in feed_forwards(spec):
+            if self._is_fused(feed_forward) and self._fused:
+                expected |= self._fused.check(feed_forward)
+                continue
             shapes = self._feed_forward_shapes(feed_forward)
             for name, shape in shapes.items():
                 self._checkpoint.check(name, shape)
             expected |= shapes.keys()
-        expected |= self._checkpoint.scale_names(expected)
+        expected |= self._checkpoint.scale_names({name for name in expected if not name.endswith((BLOCKS, SCALES))})
         tied = {self._names["head"]} if spec.tied_embeddings else set()
         others = sorted(self._checkpoint.names() - expected)
         self.left_out = tuple(name for name in others if name.endswith(HARMLESS) or name in tied)
@@ -116,6 +125,9 @@ class CheckpointSource:
     def floats(self, tensor: Tensor) -> NDArray[np.float32]:
         """See ``store.writer.Weights``."""
         values = self._checkpoint.rows(self._parts(tensor))
+        role = tensor.parts[0].role
+        if self._fused and role in ALTERNATING:
+            values = values[:, ALTERNATING[role] :: 2]
         if not np.isfinite(values).all():
             raise ConvertError(f"tensor '{self._parts(tensor)[0]}' holds NaN or infinite values", "download it anew")
         return values
@@ -133,6 +145,8 @@ class CheckpointSource:
 
     def projections(self, part: FeedForward, expert: int, formats: tuple[Format, ...]) -> dict[str, QuantizedMatrix]:
         """See ``store.writer.Weights``; NumericsError names the checkpoint's tensor."""
+        if self._is_fused(part) and self._fused:
+            return self._fused.projections(part, expert, formats)
         stacked = self._stacked(part)
         if stacked is not None:
             gate_up, down = (self._checkpoint.rows([name], expert, expert + 1)[0] for name in stacked)
@@ -181,6 +195,15 @@ class CheckpointSource:
         return (
             (before + "gate_up_proj", before + "down_proj") if before + "gate_up_proj" in self._checkpoint.names() else None
         )
+
+    def _is_fused(self, part: FeedForward) -> bool:
+        return self._fused is not None and part.kind == "expert"
+
+    def _shape(self, part: Part) -> tuple[int, ...]:
+        """The shape of the checkpoint's tensor of a part: biases of gates and ups may be one."""
+        if self._fused and part.role in ALTERNATING:
+            return part.shape[0], 2 * part.shape[1]
+        return part.shape
 
     def _parts(self, tensor: Tensor) -> list[str]:
         """Names of the checkpoint's tensors that make one of the store."""

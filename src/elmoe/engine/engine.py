@@ -23,7 +23,7 @@ from elmoe.engine.statistics import Statistics
 from elmoe.engine.tier_manager import TierManager
 from elmoe.engine.verifying import Verifier
 from elmoe.errors import RequestError
-from elmoe.policy.budget import FastTierSizes, TierShape, prefill_chunk
+from elmoe.policy.budget import FastTierSizes, TierShape
 from elmoe.policy.planner import Planner
 from elmoe.store.direct import DirectReader
 from elmoe.store.reader import MemoryReader
@@ -62,10 +62,7 @@ class Engine:
             TierShape.of(self.fitting.sizes_beside(0)), options.mode, options.split if enforced else options.fixed_split,
             options.draft_length, reads=enforced,
         )  # fmt: skip
-        layers = self.spec.moe_layers or self.spec.dense_layers
-        widest = max(self.spec.layers[layer].feed_forward.width for layer in layers)
-        chunk = options.prefill_chunk or prefill_chunk(max(1, self.spec.top_k), widest, reads=enforced)
-        self.scheduler = Scheduler(self.spec, self.cache, options.batch, chunk, text, options.keep_kv_digest)
+        self.scheduler = Scheduler(self.spec, self.cache, options.batch, self.fitting.chunk, text, options.keep_kv_digest)
         self._passes = Passes(self.decoder, backend, self.cache, self.tier, script)
         rules = DraftRules(
             options.draft_top_k or self.spec.top_k, options.draft_rescale, options.draft_offset, options.draft_bits

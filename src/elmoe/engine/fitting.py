@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import Protocol
 
+from elmoe.engine.cache_layout import PAGE_POSITIONS, layout_of
 from elmoe.engine.decoder import WeightReader
 from elmoe.engine.direct_tier import DirectTier
-from elmoe.engine.kv_cache import PAGE_POSITIONS, pages_for
-from elmoe.engine.options import EngineOptions
+from elmoe.engine.options import MAX_DRAFT, EngineOptions
 from elmoe.engine.request import Request
 from elmoe.engine.tier import ExpertTier, tier_sizes
 from elmoe.errors import BudgetError
 from elmoe.kernels.reads import ReadPool
-from elmoe.policy.budget import FastTierSizes, SlotPlan, check_budget, plan_slots
+from elmoe.policy.budget import FastTierSizes, SlotPlan, check_budget, plan_slots, prefill_chunk
 from elmoe.store.direct import DirectReader
 from elmoe.store.machine import available_memory
 from elmoe.units import format_bytes
@@ -40,7 +40,7 @@ class StoreReader(WeightReader, Protocol):
 def smallest_budget(reader: StoreReader, positions: int, options: EngineOptions | None = None) -> int:
     """The least fast memory, bytes, with which one sequence of so many positions is served in a mode that drafts."""
     fitting = Fitting(reader, options or EngineOptions())
-    return fitting.sizes_beside(pages_for(positions) * fitting.page_bytes).minimum
+    return fitting.sizes_beside(fitting.pages(positions) * fitting.page_bytes).minimum
 
 
 class Fitting:
@@ -53,25 +53,38 @@ class Fitting:
     def __init__(self, reader: StoreReader, options: EngineOptions) -> None:
         self._reader, self._options, self._spec = reader, options, reader.spec
         self.enforced = isinstance(reader, DirectReader)
-        self.page_bytes = PAGE_POSITIONS * self._spec.kv_bytes_per_position
-        if options.kv_memory is not None and options.kv_memory < self.page_bytes:
+        self._layout = layout_of(self._spec)
+        self.page_bytes = self._layout.page_bytes
+        least = self.page_bytes * self._layout.groups
+        if options.kv_memory is not None and options.kv_memory < least:
             raise BudgetError(
                 f"kv_memory of {format_bytes(options.kv_memory)} does not hold one page of {PAGE_POSITIONS} positions, "
-                f"{format_bytes(self.page_bytes)}",
-                f"give at least --kv-memory {-(-self.page_bytes // 1024)}KiB",
+                f"{format_bytes(least)}",
+                f"give at least --kv-memory {-(-least // 1024)}KiB",
             )
-        most = options.batch * pages_for(self._spec.max_positions)
+        layers = self._spec.moe_layers or self._spec.dense_layers
+        widest = max(self._spec.layers[layer].feed_forward.width for layer in layers)
+        self.chunk = options.prefill_chunk or prefill_chunk(max(1, self._spec.top_k), widest, reads=self.enforced)
+        """Prompt positions of a step."""
+        most = options.batch * self.pages(self._spec.max_positions)
         room = options.kv_memory if options.kv_memory is not None else int(KV_SHARE * available_memory())
         if options.kv_memory is None and isinstance(options.fast_memory, int):
             sizes = self.sizes_beside(0)
             room = options.fast_memory - (sizes.fixed if options.mode == "plain" else sizes.minimum)
         if options.prefix_cache and options.kv_memory is not None:
             most = room // self.page_bytes  # what running sequences cannot use, prefixes can
-        self.cache_pages = max(1, min(most, room // self.page_bytes))
+        self.cache_pages = max(self._layout.groups, min(most, room // self.page_bytes))
         self.prefix_pages = self._prefix_pages()
 
     def _prefix_pages(self) -> int:
         kept = self._options.prefix_cache
+        if any(window is not None for window in self._layout.windows):
+            if kept and kept is not True:
+                raise BudgetError(
+                    "prefix_cache has a size, and the model's attention has windows: their pages are not kept",
+                    "leave it out",
+                )
+            return 0
         if kept is True:
             return max(1, int(self.cache_pages * (PREFIX_SHARE if self.enforced else 1)))
         if 0 < kept < self.page_bytes:
@@ -81,13 +94,17 @@ class Fitting:
             )
         return min(int(kept) // self.page_bytes, self.cache_pages)
 
+    def pages(self, positions: int) -> int:
+        """Most pages that a sequence of so many positions holds."""
+        return self._layout.pages(positions, max(self.chunk, MAX_DRAFT + 1))
+
     def positions(self, request: Request) -> int:
         """Cache positions a request can come to need: all its tokens, and none beyond the context."""
         return min(len(request.prompt) + request.max_tokens, self._spec.max_positions)
 
     def sizes(self, requests: Items[Request]) -> FastTierSizes:
         """What competes for the fast tier while these requests are served."""
-        needs = sorted((pages_for(self.positions(r)) for r in requests for _ in range(r.copies)), reverse=True)
+        needs = sorted((self.pages(self.positions(r)) for r in requests for _ in range(r.copies)), reverse=True)
         pages = sum(needs[: self._options.batch]) + self.prefix_pages
         return self.sizes_beside(min(pages, self.cache_pages) * self.page_bytes)
 

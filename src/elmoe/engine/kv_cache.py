@@ -2,7 +2,8 @@
 
 Capacity is a ceiling: memory is touched as pages are first used and returned to the system where :meth:`PagedCache.shrink`
 is called. A prompt's pages can be shared: full pages are counted, the page that is still written is copied. With a prefix
-cache, full pages stay when their sequence ends, for texts that begin alike, until their room is needed.
+cache, full pages stay when their sequence ends, for texts that begin alike, until their room is needed. Of layers with a
+window, the pages behind it are let go (see ``cache_layout``), and no prefixes are kept.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import KVCache
+from elmoe.engine.cache_layout import PAGE_POSITIONS, layout_of, pages_for
 from elmoe.engine.prefixes import NONE, Prefixes
 from elmoe.errors import BudgetError
 from elmoe.models.spec import GroupedAttention, ModelSpec
 
-PAGE_POSITIONS = 64
-"""Positions per page, a multiple of 16 (the kernels' block)."""
+__all__ = ["PAGE_POSITIONS", "CacheEntry", "PagedCache", "pages_for"]
+
 SYSTEM_PAGE = mmap.PAGESIZE
+NO_PAGE = -1
 
 
 @dataclass(eq=False)
 class CacheEntry:
-    """The pages of one sequence, by stretch of ``PAGE_POSITIONS`` positions, and its row in the kernels' table; -1: none, so
-    that the sequence cannot be computed. ``known``: first pages that the prefix cache knows."""
+    """The pages of one sequence, by stretch of ``PAGE_POSITIONS`` positions and in it by group of layers, -1 where a window
+    has let go of one; and its row in the kernels' table, -1: none, so that the sequence cannot be computed. ``known``: first
+    pages that the prefix cache knows."""
 
     pages: list[int] = field(default_factory=list)
     row: int = -1
@@ -37,7 +41,7 @@ class CacheEntry:
 
 
 class PagedCache:
-    """Pages for the layers of one kind of attention.
+    """Pages for the layers of a model.
 
     :param rows: sequences that can be computed together. :param positions: longest sequence. :param pages: ceiling of pages,
         at most what all rows can hold. :param resting: most pages that the prefix cache keeps of sequences that ended.
@@ -48,19 +52,25 @@ class PagedCache:
     ) -> None:  # fmt: skip
         attention = spec.layers[0].attention
         assert isinstance(attention, GroupedAttention)
-        per_row = pages_for(positions)
+        self.layout = layout = layout_of(spec)
+        per_row = pages_for(positions) * layout.groups
         count = rows * per_row if pages is None else pages
-        block = (count, len(spec.layers), attention.kv_heads)
+        block = (count, layout.layers, attention.kv_heads)
         self._keys_memory, keys = _lazy((*block, PAGE_POSITIONS // 16, attention.head_dim, 16))
         self._values_memory, values = _lazy((*block, PAGE_POSITIONS, attention.head_dim))
-        self.page_bytes = PAGE_POSITIONS * spec.kv_bytes_per_position
-        self.kernels = KVCache(keys, values, np.full((rows, per_row), -1, np.int32))
+        self.page_bytes = layout.page_bytes
+        self.kernels = KVCache(keys, values, np.full((rows, per_row), NO_PAGE, np.int32), layout.places)
+        self._windowed = [group for group, window in enumerate(layout.windows) if window is not None]
+        self._layer_windows = [
+            layer.attention.window for layer in spec.layers if isinstance(layer.attention, GroupedAttention)
+        ]
         self._free = list(range(count - 1, -1, -1))
         self._free_rows = list(range(rows - 1, -1, -1))
         self._holders = [0] * count
         self._touched = np.zeros(count, bool)
         self._prefixes = Prefixes(resting, PAGE_POSITIONS)
         self.keeps_prefixes = resting > 0
+        assert not (self.keeps_prefixes and self._windowed), "pages behind a window are let go: no text can begin with them"
 
     @property
     def pages(self) -> int:
@@ -101,15 +111,18 @@ class PagedCache:
         entry.row = self._free_rows.pop()
         self.kernels.table[entry.row, : len(entry.pages)] = entry.pages
 
+    def positions(self, entry: CacheEntry) -> int:
+        """Up to which position an entry has pages."""
+        return len(entry.pages) // self.layout.groups * PAGE_POSITIONS
+
     def missing(self, entry: CacheEntry, positions: int) -> int:
-        """Pages that an entry lacks for its first ``positions`` positions."""
-        held = len(entry.pages)
-        return 0 if positions <= held * PAGE_POSITIONS else pages_for(positions) - held
+        """Pages that an entry lacks up to position ``positions``."""
+        return 0 if positions <= self.positions(entry) else pages_for(positions) * self.layout.groups - len(entry.pages)
 
     def reserve(self, entry: CacheEntry, positions: int) -> None:
         """Give an entry pages for ``positions`` positions; BudgetError, and no page taken, if the pool has too few."""
         missing = self.missing(entry, positions)
-        if missing > self.free_pages or pages_for(positions) > self.kernels.table.shape[1]:
+        if missing > self.free_pages or len(entry.pages) + missing > self.kernels.table.shape[1]:
             raise BudgetError("the KV cache has no page left", "raise --kv-memory, or lower the batch or the lengths")
         for _ in range(missing):
             page = self._free.pop() if self._free else self._prefixes.give_up()
@@ -121,16 +134,18 @@ class PagedCache:
 
     def trim(self, entry: CacheEntry, positions: int) -> None:
         """Give back the pages behind an entry's first ``positions`` positions."""
-        keep = pages_for(positions)
+        keep = pages_for(positions) * self.layout.groups
         while len(entry.pages) > keep:
             page = entry.pages.pop()
             if entry.row >= 0:
-                self.kernels.table[entry.row, len(entry.pages)] = -1
+                self.kernels.table[entry.row, len(entry.pages)] = NO_PAGE
             self._let_go(page)
         entry.known = min(entry.known, keep)
 
     def _let_go(self, page: int) -> None:
         """One holder less."""
+        if page == NO_PAGE:
+            return
         self._holders[page] -= 1
         if not self._holders[page]:
             if page not in self._prefixes:
@@ -142,6 +157,8 @@ class PagedCache:
 
     def _hold(self, page: int) -> None:
         """One holder more of a page that somebody holds, or that rests."""
+        if page == NO_PAGE:
+            return
         if not self._holders[page]:
             self._prefixes.wake(page)
         self._holders[page] += 1
@@ -182,6 +199,19 @@ class PagedCache:
         while self._prefixes.resting:
             self._free.append(self._prefixes.give_up())
 
+    def forget(self, entry: CacheEntry, computed: int) -> None:
+        """Give back the pages of windowed layers that no token at position ``computed`` or later sees."""
+        for group in self._windowed:
+            last = self.layout.first_seen(group, computed) // PAGE_POSITIONS
+            for index in range((last - 1) * self.layout.groups + group, -1, -self.layout.groups):
+                page = entry.pages[index]
+                if page == NO_PAGE:
+                    break  # what is before it was let go earlier
+                entry.pages[index] = NO_PAGE
+                if entry.row >= 0:
+                    self.kernels.table[entry.row, index] = NO_PAGE
+                self._let_go(page)
+
     def release(self, entry: CacheEntry) -> None:
         """Give back all pages of an entry, and its row."""
         self.trim(entry, 0)
@@ -194,7 +224,7 @@ class PagedCache:
 
         :raises BudgetError: there is no page for the copy.
         """
-        full = positions // PAGE_POSITIONS
+        full = positions // PAGE_POSITIONS * self.layout.groups
         copy = CacheEntry(entry.pages[:full], known=min(entry.known, full))
         for page in copy.pages:
             self._hold(page)
@@ -205,7 +235,8 @@ class PagedCache:
                 self.release(copy)
                 raise
             for array in (self.kernels.keys, self.kernels.values):
-                array[copy.pages[full]] = array[entry.pages[full]]
+                for ours, theirs in zip(copy.pages[full:], entry.pages[full:], strict=False):
+                    array[ours] = array[theirs]
         return copy
 
     def shrink(self) -> int:
@@ -223,17 +254,14 @@ class PagedCache:
         return freed
 
     def digest(self, entry: CacheEntry, positions: int) -> str:
-        """A hash of the first ``positions`` positions' key and value bytes over all layers; the entry must be bound."""
+        """A hash of the first ``positions`` positions' key and value bytes over all layers, of windowed ones those that the
+        next token sees; the entry must be bound."""
         state = hashlib.blake2b(digest_size=16)
-        for layer in range(self.kernels.keys.shape[1]):
-            for array in self.kernels.gather(layer, entry.row, positions):
+        for layer, window in enumerate(self._layer_windows):
+            first = 0 if window is None else max(0, positions + 1 - window)
+            for array in self.kernels.gather(layer, entry.row, positions, first):
                 state.update(np.ascontiguousarray(array).tobytes())
         return state.hexdigest()
-
-
-def pages_for(positions: int) -> int:
-    """Pages that hold ``positions`` positions."""
-    return -(-positions // PAGE_POSITIONS)
 
 
 def _lazy(shape: tuple[int, ...]) -> tuple[mmap.mmap, NDArray[np.float16]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from elmoe.engine.kv_cache import PAGE_POSITIONS, PagedCache, pages_for
+from elmoe.engine.kv_cache import PAGE_POSITIONS, PagedCache
 from elmoe.engine.request import Output, Request
 from elmoe.engine.sequence import DECODING, FINISHED, PREFILL, WAITING, Sequence
 from elmoe.engine.statistics import Statistics
@@ -86,8 +86,9 @@ class Scheduler:
         if (request.stop or request.text) and self._text is None:
             raise RequestError("stop strings and text need a tokenizer to decode with")
         limit = min(len(request.prompt) + request.max_tokens, self._spec.max_positions)
-        if pages_for(limit) > self._cache.pages:
-            held, needed = self._cache.pages * self._cache.page_bytes, pages_for(limit) * self._cache.page_bytes
+        pages = self._cache.layout.pages(limit, self.chunk)
+        if pages > self._cache.pages:
+            held, needed = self._cache.pages * self._cache.page_bytes, pages * self._cache.page_bytes
             raise BudgetError(
                 f"{limit} positions need {needed} bytes of KV cache, its ceiling is {held} bytes",
                 "raise --kv-memory or --fast-memory, or ask for fewer tokens",
@@ -183,7 +184,7 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, positions: int) -> bool:
         """Give a sequence pages, taking them from copies that wait and from younger sequences if there are none; False if it
         had to give way itself."""
-        if positions <= len(sequence.entry.pages) * PAGE_POSITIONS:
+        if positions <= self._cache.positions(sequence.entry):
             return True
         while self._cache.missing(sequence.entry, positions) > self._cache.free_pages:
             holder = next((one for one in reversed(self.waiting) if one.entry.pages), None) or self.running[-1]
@@ -215,6 +216,7 @@ class Scheduler:
             if chunk.sequence.finish is None:
                 chunk.sequence.computed = chunk.last
                 self._cache.keep(chunk.sequence.entry, chunk.sequence.tokens, chunk.last)
+                self._cache.forget(chunk.sequence.entry, chunk.last)
                 self._share(chunk.sequence)
         outputs, self._ended = self._ended, []
         for sequence in batch.decoding:
@@ -222,8 +224,9 @@ class Scheduler:
             if self._cache.keeps_prefixes and sequence.finish != "failed":
                 self._cache.keep(sequence.entry, sequence.tokens, sequence.computed)
             if sequence.finish is None:
-                if len(sequence.entry.pages) * PAGE_POSITIONS >= sequence.computed + PAGE_POSITIONS:
+                if self._cache.positions(sequence.entry) >= sequence.computed + PAGE_POSITIONS:
                     self._cache.trim(sequence.entry, sequence.computed)
+                self._cache.forget(sequence.entry, sequence.computed)
                 outputs.append(sequence.report(self.first_request))
         outputs += [self._retire(one) for one in self.running[:] if one.finish is not None]
         return outputs

@@ -135,8 +135,8 @@ def sigmoid_router(config: Config, normalize: bool, groups: int, kept: int, scal
     )  # fmt: skip
 
 
-def attention_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
-    """GGUF's metadata of what all families with grouped-query attention have."""
+def attention_metadata(spec: ModelSpec, truncate: bool = True) -> dict[str, int | float | str]:
+    """GGUF's metadata of what all families with grouped-query attention have. ``truncate``: see ``scaling_metadata``."""
     attention = spec.layers[0].attention
     assert isinstance(attention, GroupedAttention) and attention.rope is not None
     return {
@@ -151,7 +151,7 @@ def attention_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
         "rope.freq_base": attention.rope.theta,
         "rope.dimension_count": attention.head_dim,
         "vocab_size": spec.vocabulary,
-    } | scaling_metadata(attention.rope)
+    } | scaling_metadata(attention.rope, truncate)
 
 
 def attention_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:

@@ -40,7 +40,8 @@ class GgufFamily:
 class Family:
     """One family. ``name``: ``model_type`` in config.json; ``architectures``: its ``architectures``; ``names``: see
     :data:`Names`; None where no checkpoint can be converted yet, and the simulator alone reads the family. ``formats``:
-    those of its published weights that are not the default ones of ``models.sizes``."""
+    those of its published weights that are not the default ones of ``models.sizes``. ``alternating``: what the names of
+    tensors begin with that hold all experts of a layer, rows of gates and ups in alternation."""
 
     name: str
     architectures: tuple[str, ...]
@@ -48,3 +49,4 @@ class Family:
     names: Names | None = None
     gguf: GgufFamily | None = None
     formats: Mapping[str, str] = field(default_factory=dict)
+    alternating: str | None = None

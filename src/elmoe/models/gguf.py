@@ -15,7 +15,7 @@ from elmoe.untrusted import short
 
 IGNORED = ("rope.scaling.finetuned", "attention.sliding_window", "attention.causal")
 """Metadata keys that change nothing in the architectures here, as in llama.cpp: windows that only others use."""
-ROADMAP = ("gpt-oss", "deepseek2", "glm4moe", "granitemoe")
+ROADMAP = ("deepseek2", "glm4moe", "granitemoe")
 """Architectures that are planned."""
 
 
@@ -71,7 +71,10 @@ def spec_of_metadata(
         scaling = scaling_config(
             metadata, gguf.architecture, lambda: values(FACTORS) if has(FACTORS) else None, head_dim, theta
         )
-        config |= {} if scaling is None else {"rope_scaling": scaling}
+        scaling = {"rope_type": "default"} if scaling is None else config.get("rope_scaling", {}) | scaling
+        if scaling["rope_type"] != "yarn":
+            scaling.pop("truncate", None)
+        config["rope_scaling"] = scaling
         spec = family.read_config(Config(config, "metadata"))
     except ModelError as error:
         message = str(error)

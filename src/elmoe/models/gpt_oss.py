@@ -1,4 +1,5 @@
-"""GPT-OSS (``GptOssForCausalLM``): attention with sinks, every second layer in a window; biases everywhere; clamped SwiGLU.
+"""GPT-OSS (``GptOssForCausalLM``, GGUF ``gpt-oss``): attention with sinks, every second layer in a window,
+biases everywhere, clamped SwiGLU.
 
 The router's bias is part of its logits, and the softmax is over the chosen experts alone. Experts are published in MXFP4.
 """
@@ -7,10 +8,20 @@ from __future__ import annotations
 
 import msgspec
 
-from elmoe.models.common import choice, grouped_attention, model
+from elmoe.errors import ModelError
+from elmoe.models.common import (
+    EXPERT_KEYS,
+    GROUPED_KEYS,
+    attention_fixed,
+    attention_metadata,
+    choice,
+    grouped_attention,
+    model,
+)
 from elmoe.models.config import Config
-from elmoe.models.family import Family
-from elmoe.models.spec import Activation, LayerSpec, ModelSpec, Moe, Router
+from elmoe.models.family import Family, GgufFamily
+from elmoe.models.names import EXPERTS_GGUF, GROUPED, GROUPED_GGUF
+from elmoe.models.spec import Activation, GroupedAttention, LayerSpec, ModelSpec, Moe, Router
 
 _SCALING = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -45,4 +56,59 @@ def read_config(config: Config) -> ModelSpec:
     )  # fmt: skip
 
 
-FAMILY = Family(name="gpt_oss", architectures=("GptOssForCausalLM",), read_config=read_config, formats={"experts": "table4"})
+def _gguf_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
+    moe = spec.moe(0)
+    windows = [layer.attention.window for layer in spec.layers if isinstance(layer.attention, GroupedAttention)]
+    if windows != [(windows[0], None)[index % 2] for index in range(len(windows))] or windows[0] is None:
+        raise ModelError("not every second layer has a window, from the first on", "gpt-oss has: it cannot be written")
+    if (moe.activation.alpha, moe.activation.limit) != (1.702, 7.0):
+        raise ModelError("the constants of its activation are not those of gpt-oss, which GGUF does not say")
+    return attention_metadata(spec, truncate=False) | {
+        "attention.sliding_window": windows[0], "expert_feed_forward_length": moe.width, "expert_count": spec.experts,
+        "expert_used_count": spec.top_k,
+    }  # fmt: skip
+
+
+def _gguf_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
+    return attention_fixed(spec) | {"expert_gating_func": (3, 0), "expert_shared_count": (0,)}
+
+
+_LAYER, _BLOCK = "model.layers.{layer}.", "blk.{layer}."
+_EXPERTS = _LAYER + "mlp.experts."
+FAMILY = Family(
+    name="gpt_oss",
+    architectures=("GptOssForCausalLM",),
+    read_config=read_config,
+    formats={"experts": "table4"},
+    alternating=_EXPERTS,
+    names=GROUPED
+    | {"router": _LAYER + "mlp.router.weight", "router_bias": _LAYER + "mlp.router.bias"}
+    | {"sinks": _LAYER + "self_attn.sinks", "expert_down_bias": _EXPERTS + "down_proj_bias"}
+    | {f"expert_{part}_bias": _EXPERTS + "gate_up_proj_bias" for part in ("gate", "up")},
+    gguf=GgufFamily(
+        architecture="gpt-oss",
+        keys=GROUPED_KEYS
+        | EXPERT_KEYS
+        | {"intermediate_size": "expert_feed_forward_length", "sliding_window": "attention.sliding_window"},
+        required=(
+            "num_hidden_layers",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "head_dim",
+            "num_experts",
+            "num_experts_per_tok",
+            "sliding_window",
+            "rope_theta",
+            "rms_norm_eps",
+        ),
+        config={"rope_scaling": {"truncate": False}},
+        names=GROUPED_GGUF
+        | EXPERTS_GGUF
+        | {"ffn_norm": _BLOCK + "post_attention_norm.weight", "sinks": _BLOCK + "attn_sinks.weight"}
+        | {"router_bias": _BLOCK + "ffn_gate_inp.bias"}
+        | {f"expert_{part}_bias": _BLOCK + f"ffn_{part}_exps.bias" for part in ("gate", "up", "down")},
+        metadata=_gguf_metadata,
+        fixed=_gguf_fixed,
+    ),
+)

@@ -57,10 +57,12 @@ def _of_layer(layer: LayerSpec) -> Iterator[str]:
         yield from _of_grouped(attention)
     else:
         yield "latent attention"
-    if found.activation != Activation():
-        yield f"the activation {found.activation.kind}"
-    if found.bias:
-        yield "biases of feed-forwards"
+    clamped = found.activation.kind == "clamped_swiglu" and found.activation.limit is not None
+    if not (isinstance(found, Moe) and found.bias and clamped):  # experts have both, or neither
+        if found.activation != Activation():
+            yield f"the activation {found.activation.kind}"
+        if found.bias:
+            yield "biases of feed-forwards"
     if isinstance(found, Moe):
         yield from _of_experts(found)
     elif not isinstance(found, Dense):
@@ -70,10 +72,6 @@ def _of_layer(layer: LayerSpec) -> Iterator[str]:
 def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
     if attention.head_dim % HEAD_DIMENSIONS:
         yield f"'head_dim' {attention.head_dim} (supported: multiples of {HEAD_DIMENSIONS})"
-    if attention.window is not None:
-        yield f"a window of {attention.window} positions"
-    if attention.sinks:
-        yield "attention sinks"
     if attention.score_scale is not None and attention.score_scale != attention.head_dim**-0.5:
         yield f"a score scale of {attention.score_scale:g}"
     if attention.gate:
@@ -95,10 +93,10 @@ def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
 
 def _of_experts(moe: Moe) -> Iterator[str]:
     router = moe.router
-    if router.score != "softmax":
-        yield f"the router score '{router.score}'"
-    if router.logit_bias or router.selection_bias:
-        yield "biases of the router"
+    if router.score == "sigmoid":
+        yield "the router score 'sigmoid'"
+    if router.selection_bias:
+        yield "a bias of the router's selection"
     if router.groups > 1:
         yield f"{router.groups} groups of experts"
     if router.scaling != 1:
