@@ -12,9 +12,10 @@ help: ## what each target does (this list)
 demo: .venv/.installed ## text from the embedded model, plain and elastic, and a table of simulated hardware
 	$(BIN)/elmoe demo
 
-# Quick tier: at most 4 minutes on 2 cores.
+# Quick tier: at most 4 minutes on 2 cores. Two processes, a file of tests in one: fixtures of a file are made once.
+JOBS ?= 2
 test: .venv/.test ## quick tier of tests: no PyTorch, network or GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 # Full tier: hours.
 full: test full-tests full-grid described parity docs ## full tier: test, full-tests, full-grid, described, parity and docs
@@ -82,7 +83,8 @@ peers: .venv/.installed ## build llama.cpp for the benchmarks
 	touch $@
 
 .venv/.test: .venv/.installed
-	$(BIN)/python -m pip install --quiet "httpx>=0.27" "hypothesis>=6.100" "llguidance>=1.0" "openai>=1.60" "pytest>=8"
+	$(BIN)/python -m pip install --quiet "httpx>=0.27" "hypothesis>=6.100" "llguidance>=1.0" "openai>=1.60" \
+	  "pytest>=8" "pytest-xdist>=3.6"
 	touch $@
 
 .venv/.check: .venv/.test

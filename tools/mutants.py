@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("policy", "engine", "store", "convert", "hw", "systems", "sim")
 WORK = ROOT / "build" / "mutants"
 SECONDS = 240
-"""Most seconds of a mutant's tests."""
+"""Most seconds of a mutant's tests, unless ``--limit`` says more for a busy machine."""
 _ENGINE = ("unit/test_step", "unit/test_engine", "unit/test_llm", "unit/test_direct", "kernels/test_forward")
 _STORE = ("unit/test_store", "unit/test_writer", "unit/test_convert", "unit/test_slow_tier")
 _CONVERT = ("unit/test_convert", "unit/test_import", "unit/test_gguf")
@@ -168,13 +168,13 @@ class Copy:
             process.wait()
         return outcome, monotonic() - began
 
-    def judge(self, mutant: Mutant, tests: list[str]) -> dict[str, object]:
-        """Run the tests with the mutant in place."""
+    def judge(self, mutant: Mutant, tests: list[str], limit: float) -> dict[str, object]:
+        """Run the tests with the mutant in place, for at most ``limit`` seconds."""
         path = self.package / mutant.module
         original = path.read_text()
         path.write_text(mutant.applied(original))
         try:
-            outcome, seconds = self.run(tests, SECONDS)
+            outcome, seconds = self.run(tests, limit)
         finally:
             path.write_text(original)
         return asdict(mutant) | {"outcome": outcome, "seconds": round(seconds, 1), "tests": tests}
@@ -187,6 +187,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=25)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after these; run again to go on")
+    parser.add_argument("--limit", type=float, default=SECONDS, help="most seconds of a mutant's tests")
     parser.add_argument("--again", action="store_true", help="try those that survived once more")
     arguments = parser.parse_args()
     results, end = WORK / "results.jsonl", monotonic() + arguments.seconds
@@ -201,7 +202,7 @@ def main() -> int:
             for mutant in left[job :: arguments.jobs]:
                 if monotonic() > end:
                     return
-                line = copies[job].judge(mutant, chosen(mutant.module))
+                line = copies[job].judge(mutant, chosen(mutant.module), arguments.limit)
                 done[mutant.name] = line
                 with results.open("a") as file:
                     file.write(json.dumps(line) + "\n")

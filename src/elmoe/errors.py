@@ -66,4 +66,11 @@ class HardwareError(ElmoeError):
 
 
 class MissingExtraError(ElmoeError):
-    """An optional dependency that is not installed; the hint names the extra of the package that brings it."""
+    """An optional dependency that is not installed; the hint names the extra of the package that brings it.
+
+    ``module``: the dependency; ``what``: that which needs it.
+    """
+
+    def __init__(self, what: str, module: str, hint: str) -> None:
+        super().__init__(f"{what} needs '{module}', which is not installed", hint)
+        self.what, self.module = what, module

@@ -26,9 +26,9 @@ def missing_extra(module: str, what: str) -> MissingExtraError | None:
     for extra, modules in EXTRAS.items():
         if module in modules:
             return MissingExtraError(
-                f"{what} needs '{module}', which is not installed",
+                what, module,
                 f"install the extra '{extra}': pip install 'elmoe[{extra}]', or in a checkout pip install '.[{extra}]'",
-            )
+            )  # fmt: skip
     return None
 
 
@@ -36,11 +36,14 @@ def missing_extra(module: str, what: str) -> MissingExtraError | None:
 def naming_extra(what: str) -> Iterator[None]:
     """Turns the failed import of an optional module into a MissingExtraError that names the extra.
 
-    :param what: the subject of the message, such as ``elmoe simulate``.
+    :param what: the subject of the message, such as ``elmoe simulate``; it replaces a package such as ``elmoe.trace``.
     :raises MissingExtraError: in place of the ModuleNotFoundError of a module that an extra brings.
     """
     try:
         yield
+    except MissingExtraError as error:
+        found = missing_extra(error.module, what) if error.what.startswith("elmoe.") else None
+        raise (found or error) from error.__cause__
     except ModuleNotFoundError as error:
         found = missing_extra((error.name or "").split(".")[0], what)
         if found is None:

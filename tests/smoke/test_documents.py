@@ -37,6 +37,7 @@ ELSEWHERE = {
     "pip install ": ".ci/try_wheel, and make demo",
     "elmoe demo": "tests/smoke/test_cli.py",
     "python -m tests.fuzz.run ": "tests/fuzz",
+    ".venv/bin/python -m pytest ": "this very run",
 }
 """Beginnings of commands that are not run here, and what runs them."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from elmoe.extras import EXTRAS, missing_extra
+from tests import command
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys({modules!r}));"
@@ -50,7 +51,8 @@ def test_a_verb_without_its_extra_says_which(arguments, tmp_path):
     run = verb(*(word.format(**names) for word in arguments))
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
     error, hint = run.stderr.strip().splitlines()[-2:]
-    assert error.startswith("error: ") and "which is not installed" in error, run.stderr
+    subject = "the table of described hardware" if arguments[0] == "demo" else f"elmoe {arguments[0]}"
+    assert error.startswith(f"error: {subject} needs '") and "which is not installed" in error, run.stderr
     assert hint.startswith("hint: ") and "pip install 'elmoe[sim]'" in hint, run.stderr
     assert not (tmp_path / "out").exists()
 
@@ -59,6 +61,27 @@ def test_the_server_names_its_extra():
     run = verb("serve", "demo", modules=EXTRAS["server"])
     error, hint = run.stderr.strip().splitlines()
     assert run.returncode == 1 and error.startswith("error: elmoe serve needs '") and "'elmoe[server]'" in hint, run.stderr
+
+
+@pytest.mark.parametrize("module", EXTRAS["sim"])
+def test_an_extra_that_is_half_installed_is_named_with_what_lacks(module, tmp_path):
+    result, out = tmp_path / "result.json", tmp_path / "out"
+    arguments = ("simulate", "--hardware", "xpu", "--model", "demo", "--prompts", "mt_bench", "--batch", "1", "--form", "ar")
+    if module == "plotly":
+        assert command.run(*arguments, "--out", str(result)).returncode == 0
+        arguments = ("report", str(result))
+    run = verb(*arguments, "--out", str(out), modules=(module,))
+    error, hint = run.stderr.strip().splitlines()[-2:]
+    assert error == f"error: elmoe {arguments[0]} needs '{module}', which is not installed" and "elmoe[sim]" in hint
+    assert run.returncode == 1 and not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [("generate", "demo", "--prompt", "The"), ("inspect", "demo"), ("doctor",), ("demo",)])
+def test_missing_native_kernels_are_told_in_two_lines(arguments):
+    run = verb(*arguments, modules=("elmoe._native",))
+    error, hint = run.stderr.strip().splitlines()
+    assert run.returncode == 1 and error.startswith("error: the native kernels are missing") and "compiler" in hint
+    assert verb("--help", modules=("elmoe._native",)).returncode == 0
 
 
 def test_text_needs_no_extra():

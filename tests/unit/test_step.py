@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from threading import Thread
 
@@ -18,6 +19,7 @@ from elmoe.engine.passes import most_likely
 from elmoe.engine.request import Request
 from elmoe.engine.sequence import judge
 from elmoe.errors import BudgetError, RequestError
+from elmoe.units import format_bytes
 from tests.tiny import TinyReader, tiny_spec
 
 READER = TinyReader(tiny_spec())
@@ -114,7 +116,7 @@ def test_more_of_the_cache_than_there_is_is_refused_by_its_size():
 
 
 def test_a_ceiling_below_one_page_is_refused():
-    with pytest.raises(BudgetError, match=f"one page of 64 positions, {PAGE} bytes"):
+    with pytest.raises(BudgetError, match=re.escape(f"one page of 64 positions, {format_bytes(PAGE)}")):
         engine(kv_memory=PAGE - 1)
     assert engine(kv_memory=PAGE).cache.pages == 1
 

@@ -95,6 +95,8 @@ def command(
     from elmoe.store import peak_memory
     from elmoe.tokenizer import split_stops
 
+    if trace_path is not None:
+        import elmoe.trace  # noqa: F401 - what it needs is told before a model is converted
     check_output(trace_path, force, "trace")
     check_output(timeline_path, force, "timeline")
     prompts = collect_prompts(prompt, prompts_path, chat, system)

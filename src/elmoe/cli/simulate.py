@@ -14,11 +14,6 @@ from elmoe.cli.common import IntegerList, force_option, json_option, print_json
 from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
 from elmoe.terminal import number, print_table, progress_bar, size, small_number
 
-FORM_WORDS = {
-    "ar": "nothing, plain decoding", "eagle": "a head of one layer", "small_lm": "a separate small model",
-    "quant": "a 4-bit copy", "elastic": "4-bit slices of the experts in the fast memory",
-}  # fmt: skip
-
 
 @click.command()
 @click.option(
@@ -118,10 +113,11 @@ def _show_costs(rows: list[dict[str, Any]], model: str, batch: int) -> None:
 
 def _words(rows: list[dict[str, Any]]) -> list[str]:
     """What the words in the tables mean."""
-    forms = [f"{form}: {FORM_WORDS[form]}" for form in dict.fromkeys(row["form"] for row in rows) if form in FORM_WORDS]
+    from elmoe.systems.forms import explain_forms
+
     rivals = any(row["acceptance"] == "preset" for row in rows)
     return [
-        "form, by what drafts: " + "; ".join(forms) + ".",
+        f"form, by what drafts: {explain_forms(row['form'] for row in rows)}.",
         "acceptance: probability that the model accepts a draft token" + ("; preset: that of the form." if rivals else "."),
         "busiest unit: main and fast are the memories, compute the processor, each with the share of time it works.",
     ]

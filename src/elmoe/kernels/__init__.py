@@ -46,7 +46,7 @@ try:
 except ImportError as error:
     raise KernelError(
         f"the native kernels are missing ({error})",
-        "reinstall with a C++20 compiler (make demo)",
+        "install elmoe again, with a C++20 compiler: pip install ., or make demo",
     ) from error
 
 __all__ = [

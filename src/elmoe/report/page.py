@@ -31,7 +31,7 @@ def write_page(sections: Sequence[Section], path: Path, title: str = "elmoe: wha
 
 
 def cell(value: Any) -> str:
-    """A table cell: three significant digits."""
+    """A table cell: three significant digits, zeros at the end too."""
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:#.3g}".rstrip(".") if isinstance(value, float) else str(value)

@@ -8,6 +8,7 @@ from typing import Any
 
 from elmoe.report.figures import bars
 from elmoe.report.section import Figure, Table
+from elmoe.systems.forms import explain_forms
 from elmoe.units import format_bytes
 
 Row = dict[str, Any]
@@ -84,7 +85,8 @@ def summary_table(rows: Sequence[Row], reference: str) -> Table:
             )
         )  # fmt: skip
     return Table(
-        title=f"Systems in their fastest form, over plain {reference}: means over models and prompts", status="simulated",
+        title=f"Systems in their fastest form, over plain {reference}: means over models and prompts",
+        status=f"simulated; forms by what drafts: {explain_forms(row['form'] for row in rows)}",
         columns=("system", *(f"speed, batch {b}" for b in batches), "speed, mean", "tokens/J, mean", "fastest forms",
                  "busiest unit"),
         rows=tuple(lines),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +18,19 @@ from elmoe.trace.acceptance import AcceptanceTable
 FormName = Literal["ar", "eagle", "small_lm", "quant", "elastic", "bit_axis"]
 """``bit_axis`` is an ablation of ``elastic``: MSB slices alone, but of all experts, those not resident read as they come."""
 FORMS: tuple[FormName, ...] = ("ar", "eagle", "small_lm", "quant", "elastic")
+FORM_WORDS: dict[str, str] = {
+    "ar": "nothing, plain decoding", "eagle": "a head of one layer", "small_lm": "a separate small model",
+    "quant": "a 4-bit copy", "elastic": "4-bit slices of the experts in the fast memory",
+    "bit_axis": "4-bit slices of all experts",
+}  # fmt: skip
+"""What drafts, by form."""
 COPY_BITS = 4.5
 """Bits of a weight of a 4-bit copy with its scales."""
+
+
+def explain_forms(names: Iterable[str]) -> str:
+    """What drafts in forms of these names, for people."""
+    return "; ".join(f"{name}: {FORM_WORDS[name]}" for name in dict.fromkeys(names) if name in FORM_WORDS)
 
 
 def lower(machine: Machine, operation: Operation) -> Cost:
