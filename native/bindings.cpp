@@ -172,6 +172,7 @@ uint64_t bind_stream_read(Input<uint8_t, 1> data) {
 
 void bind_expert_slices(nb::module_& m);
 void bind_forward(nb::module_& m);
+void bind_packing(nb::module_& m);
 void bind_read_pool(nb::module_& m);
 
 NB_MODULE(_native, m) {
@@ -205,6 +206,7 @@ NB_MODULE(_native, m) {
     m.def("logits", &bind_logits);
     m.def("sample", &bind_sample);
     m.def("stream_read", &bind_stream_read);
+    bind_packing(m);
     bind_read_pool(m);
     bind_expert_slices(m);
     bind_forward(m);
