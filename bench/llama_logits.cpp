@@ -26,7 +26,7 @@ int main(int count, char ** arguments) {
     for (int index = 0; index < found; ++index) std::printf("%d\n", words[index]);
     llama_context_params context_options = llama_context_default_params();
     context_options.n_ctx = context_options.n_batch = context_options.n_ubatch = ids.size() + 8;
-    context_options.n_threads = context_options.n_threads_batch = 2;
+    context_options.n_threads = context_options.n_threads_batch = 1;  // on a busy machine more wait for each other, spinning
     std::ofstream out(arguments[3], std::ios::binary);
     for (const bool together : {true, false}) {
         llama_context * context = llama_init_from_model(model, context_options);

@@ -179,6 +179,7 @@ uint64_t bind_stream_read(Input<uint8_t, 1> data) {
 
 void bind_expert_slices(nb::module_& m);
 void bind_forward(nb::module_& m);
+void bind_packing(nb::module_& m);
 void bind_read_pool(nb::module_& m);
 
 NB_MODULE(_native, m) {
@@ -219,6 +220,7 @@ NB_MODULE(_native, m) {
     m.def("sample", &bind_sample, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
           nb::arg().none());
     m.def("stream_read", &bind_stream_read);
+    bind_packing(m);
     bind_read_pool(m);
     bind_expert_slices(m);
     bind_forward(m);

@@ -47,14 +47,23 @@ def quantize(weights: NDArray[np.float32], name: str = "weight") -> tuple[NDArra
     weights = np.asarray(weights, dtype=np.float32)
     if weights.ndim != 2:
         raise NumericsError(f"tensor '{name}' has {weights.ndim} dimensions, a matrix has 2")
-    if not np.isfinite(weights).all():
-        raise NumericsError(f"tensor '{name}' holds NaN or infinite weights", "re-export the checkpoint")
     rows, columns = weights.shape
     groups = ceil_div(columns, GROUP)
     padded = np.zeros((rows, groups * GROUP), np.float32)
     padded[:, :columns] = weights
     grouped = padded.reshape(rows, groups, GROUP)
     absmax = np.abs(grouped).max(axis=2) if columns else np.zeros((rows, groups), np.float32)
+    scales = group_scales(absmax, name)
+    wide = scales.astype(np.float32)[:, :, None]
+    ratio = np.divide(grouped, wide, out=np.zeros_like(grouped), where=wide != 0)
+    codes = np.clip(np.rint(ratio), -127, 127).astype(np.int8)
+    return codes.reshape(rows, groups * GROUP), scales
+
+
+def group_scales(absmax: NDArray[np.float32], name: str) -> NDArray[np.float16]:
+    """Scales of groups with these largest magnitudes, both (rows, groups); raises as :func:`quantize`."""
+    if not np.isfinite(absmax).all():
+        raise NumericsError(f"tensor '{name}' holds NaN or infinite weights", "re-export the checkpoint")
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         scales = (absmax / np.float32(127)).astype(np.float16)
         if not np.isfinite(scales).all():
@@ -63,11 +72,7 @@ def quantize(weights: NDArray[np.float32], name: str = "weight") -> tuple[NDArra
             )
         # A subnormal scale may be rounded down so far that absmax falls outside the code range.
         too_small = np.rint(absmax / scales.astype(np.float32)) > 127
-    scales = np.where(too_small, np.nextafter(scales, np.float16(np.inf)), scales)
-    wide = scales.astype(np.float32)[:, :, None]
-    ratio = np.divide(grouped, wide, out=np.zeros_like(grouped), where=wide != 0)
-    codes = np.clip(np.rint(ratio), -127, 127).astype(np.int8)
-    return codes.reshape(rows, groups * GROUP), scales
+    return np.where(too_small, np.nextafter(scales, np.float16(np.inf)), scales)
 
 
 def split(codes: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -152,16 +157,18 @@ class NestedMatrix:
         rows, padded_columns = codes.shape
         padding = -rows % BLOCK_ROWS
         hi, lo = split(np.pad(codes, ((0, padding), (0, 0))))
-        padded_scales = np.pad(scales, ((0, padding), (0, 0)))
-        blocks, groups = (rows + padding) // BLOCK_ROWS, padded_columns // GROUP
-        interleaved = padded_scales.reshape(blocks, BLOCK_ROWS, groups).transpose(0, 2, 1)
-        return cls(
-            rows,
-            padded_columns if columns is None else columns,
-            pack_plane(hi),
-            pack_plane(lo),
-            np.ascontiguousarray(interleaved),
-        )
+        return cls.from_planes(rows, padded_columns if columns is None else columns, pack_plane(hi), pack_plane(lo), scales)
+
+    @classmethod
+    def from_planes(
+        cls, rows: int, columns: int, hi: NDArray[np.uint8], lo: NDArray[np.uint8], scales: NDArray[np.float16]
+    ) -> NestedMatrix:
+        """Planes of all blocks, and scales (rows, groups), which are interleaved."""
+        blocks, groups, _ = hi.shape
+        padded = np.zeros((blocks * BLOCK_ROWS, groups), np.float16)
+        padded[:rows] = scales
+        interleaved = padded.reshape(blocks, BLOCK_ROWS, groups).transpose(0, 2, 1)
+        return cls(rows, columns, hi, lo, np.ascontiguousarray(interleaved))
 
     @classmethod
     def from_weights(cls, weights: NDArray[np.float32], name: str = "weight") -> NestedMatrix:

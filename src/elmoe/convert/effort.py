@@ -6,7 +6,7 @@ from elmoe.models.spec import ModelSpec
 from elmoe.models.tensors import Formats, feed_forwards, tensors
 from elmoe.store.layout import record_sections
 
-EXACT, FLOATS, REQUANTISED = 15e-9, 35e-9, 60e-9
+EXACT, FLOATS, REQUANTISED = 5e-9, 12e-9, 50e-9
 """Seconds of a weight on one core of a server: codes that are reordered, floats that are quantised, codes that become floats
 before."""
 BASE_MEMORY, PIECE_MEMORY = 160 << 20, 128 << 20

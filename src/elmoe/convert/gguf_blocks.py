@@ -11,12 +11,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as TensorType
 from numpy.typing import NDArray
 
-from elmoe.bitslice import NestedMatrix, QuantizedMatrix
+from elmoe.bitslice import QuantizedMatrix
 from elmoe.bitslice.formats import AffineMatrix, PlanesMatrix, TableMatrix
-from elmoe.bitslice.formats.packing import pack_lanes, padded_rows
-from elmoe.bitslice.nested import BLOCK_ROWS, GROUP, GROUP_BYTES
-from elmoe.convert.q8_0 import split_blocks
+from elmoe.bitslice.formats.packing import pack_lanes
+from elmoe.convert.q8_0 import matrix_of
 from elmoe.errors import NumericsError
+from elmoe.kernels.packing import paired_groups_plane, pairs_plane
 from elmoe.models.formats import FORMATS
 
 Bytes = NDArray[np.uint8]
@@ -49,8 +49,8 @@ def read_blocks(kind: TensorType, raw: Bytes, columns: int, name: str) -> Quanti
     :param raw: (rows, bytes of a row). NumericsError names a tensor with scales that are NaN or infinite.
     """
     if kind == TensorType.Q8_0:
-        return NestedMatrix.from_codes(*split_blocks(raw, name), columns)
-    blocks = raw.reshape(len(raw), -1, gguf.GGML_QUANT_SIZES[kind][1])
+        return matrix_of(raw, columns, name)
+    blocks = np.ascontiguousarray(raw).reshape(len(raw), -1, gguf.GGML_QUANT_SIZES[kind][1])
     return _READERS[kind](blocks, columns, name)
 
 
@@ -73,29 +73,19 @@ def _halves(blocks: Bytes, at: int, name: str) -> NDArray[np.float16]:
     return scales
 
 
-def _plane(pairs: Bytes) -> Bytes:
-    """Bytes of the column pairs (c, c + 16), c the last axis of (rows, groups, 16), as a plane."""
-    words = padded_rows(np.ascontiguousarray(pairs).view("<u4"))
-    rows, groups, _ = words.shape
-    lanes = words.reshape(rows // BLOCK_ROWS, BLOCK_ROWS, groups, 4).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(lanes).view(np.uint8).reshape(rows // BLOCK_ROWS, groups, GROUP_BYTES)
-
-
-def _paired(nibbles: Bytes) -> Bytes:
-    """(rows, blocks, 4, 32) bytes of a K type, low nibbles a group and high nibbles the next, to bytes of column pairs."""
-    first, second = nibbles[..., :16], nibbles[..., 16:]
-    pairs = np.stack([first & 15 | second << 4, first >> 4 | second & 0xF0], axis=3)
-    return pairs.reshape(len(nibbles), -1, GROUP // 2)
+def _pairs(blocks: Bytes, offset: int) -> Bytes:
+    """The plane of (rows, blocks, bytes) whose codes, as pairs of columns, lie behind ``offset``."""
+    return pairs_plane(blocks.reshape(len(blocks), -1), blocks.shape[2], offset)
 
 
 def _q4_0(blocks: Bytes, columns: int, name: str) -> QuantizedMatrix:
     scales = pack_lanes(_halves(blocks, 0, name))
-    return AffineMatrix.of("affine4_0", len(blocks), columns, hi=_plane(blocks[:, :, 2:]), scales=scales)
+    return AffineMatrix.of("affine4_0", len(blocks), columns, hi=_pairs(blocks, 2), scales=scales)
 
 
 def _q4_1(blocks: Bytes, columns: int, name: str) -> QuantizedMatrix:
     return AffineMatrix.of(
-        "affine4_1", len(blocks), columns, hi=_plane(blocks[:, :, 4:]), scales=pack_lanes(_halves(blocks, 0, name)),
+        "affine4_1", len(blocks), columns, hi=_pairs(blocks, 4), scales=pack_lanes(_halves(blocks, 0, name)),
         minima=pack_lanes(-_halves(blocks, 2, name)),
     )  # fmt: skip
 
@@ -107,7 +97,7 @@ def _q4_k(blocks: Bytes, columns: int, name: str) -> QuantizedMatrix:
     minimum_steps = np.concatenate([m & 63, rest >> 4 | m >> 2 & 0x30], axis=2)
     both = np.stack([steps, minimum_steps], axis=3).reshape(len(blocks), -1, 2)
     return AffineMatrix.of(
-        "affine4_k", len(blocks), columns, hi=_plane(_paired(blocks[:, :, 16:].reshape(*blocks.shape[:2], 4, 32))),
+        "affine4_k", len(blocks), columns, hi=paired_groups_plane(blocks.reshape(len(blocks), -1), blocks.shape[2], 16),
         scales=pack_lanes(_halves(blocks, 0, name)), minima=pack_lanes(_halves(blocks, 2, name)), steps=pack_lanes(both),
     )  # fmt: skip
 
@@ -124,7 +114,7 @@ def _q6_k(blocks: Bytes, columns: int, name: str) -> QuantizedMatrix:
 
 def _iq4_nl(blocks: Bytes, columns: int, name: str) -> QuantizedMatrix:
     scales = pack_lanes(_halves(blocks, 0, name))
-    return TableMatrix.of("table4_nl", len(blocks), columns, hi=_plane(blocks[:, :, 2:]), scales=scales)
+    return TableMatrix.of("table4_nl", len(blocks), columns, hi=_pairs(blocks, 2), scales=scales)
 
 
 def _iq4_xs(blocks: Bytes, columns: int, name: str) -> QuantizedMatrix:
@@ -133,7 +123,7 @@ def _iq4_xs(blocks: Bytes, columns: int, name: str) -> QuantizedMatrix:
     low = (blocks[:, :, 4:8, None] >> INTERLEAVE).reshape(rows, count, 8) & 15
     steps = ((low | high << 4).astype(np.int16) - 32).astype(np.int8).reshape(rows, -1)
     return TableMatrix.of(
-        "table4_xs", rows, columns, hi=_plane(blocks[:, :, 8:].reshape(rows, -1, 16)),
+        "table4_xs", rows, columns, hi=_pairs(blocks, 8),
         scales=pack_lanes(_halves(blocks, 0, name)), steps=pack_lanes(steps),
     )  # fmt: skip
 
@@ -142,7 +132,7 @@ def _mxfp4(blocks: Bytes, columns: int, name: str) -> QuantizedMatrix:
     steps = np.ascontiguousarray(blocks[:, :, 0])
     if (steps == 255).any():
         raise NumericsError(f"tensor '{name}' holds an E8M0 scale of 255, which means NaN", "download the file anew")
-    return TableMatrix.of("table4_mx", len(blocks), columns, hi=_plane(blocks[:, :, 1:]), steps=pack_lanes(steps))
+    return TableMatrix.of("table4_mx", len(blocks), columns, hi=_pairs(blocks, 1), steps=pack_lanes(steps))
 
 
 _READERS = {

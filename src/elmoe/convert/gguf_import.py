@@ -10,7 +10,7 @@ import numpy as np
 from gguf import Keys
 from numpy.typing import NDArray
 
-from elmoe.bitslice import QuantizedMatrix, quantized
+from elmoe.bitslice import QuantizedMatrix
 from elmoe.bitslice.formats import concatenated
 from elmoe.bitslice.nested import BLOCK_ROWS
 from elmoe.convert.effort import conversion_memory, conversion_seconds
@@ -21,6 +21,7 @@ from elmoe.convert.head_rows import rows_of_neighbours
 from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.convert.source import PIECE, refuse_leftovers, told_apart
 from elmoe.errors import ConvertError
+from elmoe.kernels.packing import quantized
 from elmoe.models import FAMILIES
 from elmoe.models.formats import Format, joined_formats
 from elmoe.models.gguf import gguf_family, gguf_shape, spec_of_metadata

@@ -8,24 +8,23 @@ from numpy.typing import NDArray
 from elmoe.bitslice import NestedMatrix
 from elmoe.bitslice.nested import GROUP
 from elmoe.errors import ConvertError, NumericsError
+from elmoe.kernels.packing import split_codes
 
 BLOCK_BYTES = 2 + GROUP
 """A block: one fp16 scale, then 32 int8 codes."""
 
 
-def split_blocks(blocks: NDArray[np.uint8], name: str) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """Codes and scales of Q8_0 rows.
+def matrix_of(blocks: NDArray[np.uint8], columns: int, name: str) -> NestedMatrix:
+    """Q8_0 rows (rows, groups * 34) uint8 as a matrix; codes of -128 are kept.
 
-    :param blocks: (rows, groups * 34) uint8.
-    :returns: codes (rows, groups * 32) int8, -128 among them; scales (rows, groups) float16.
     :raises NumericsError: a scale is NaN or infinite; the message names the tensor.
     """
-    rows = len(blocks)
-    grouped = blocks.reshape(rows, -1, BLOCK_BYTES)
+    grouped = blocks.reshape(len(blocks), -1, BLOCK_BYTES)
     scales = np.ascontiguousarray(grouped[:, :, :2]).view("<f2")[:, :, 0]
     if not np.isfinite(scales).all():
         raise NumericsError(f"tensor '{name}' holds NaN or infinite scales", "download the file anew")
-    return np.ascontiguousarray(grouped[:, :, 2:]).view(np.int8).reshape(rows, -1), scales.astype(np.float16, copy=False)
+    hi, lo = split_codes(blocks, BLOCK_BYTES, 2)
+    return NestedMatrix.from_planes(len(blocks), columns, hi, lo, scales.astype(np.float16, copy=False))
 
 
 def blocks_of(matrix: NestedMatrix, first: int, last: int, name: str) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.bitslice import QuantizedMatrix, quantized
+from elmoe.bitslice import QuantizedMatrix
 from elmoe.bitslice.formats import concatenated
 from elmoe.bitslice.nested import BLOCK_ROWS
 from elmoe.convert.checkpoint import Checkpoint
@@ -18,6 +18,7 @@ from elmoe.convert.fused_experts import BLOCKS, MXFP4, SCALES, FusedExperts
 from elmoe.convert.identity import is_source
 from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.errors import ConvertError, ModelError
+from elmoe.kernels.packing import quantized
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.config import Config
 from elmoe.models.family import Names

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+from collections.abc import Iterable
 
 import msgspec
 
@@ -120,6 +121,11 @@ def check_name(name: str, field: str) -> None:
 
 def checksum(*parts: bytes | memoryview) -> str:
     """Checksum of bytes, 16 hexadecimal digits."""
+    return checksum_of(parts)
+
+
+def checksum_of(parts: Iterable[bytes | memoryview]) -> str:
+    """The same, of parts that come one after the other."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         state.update(part)

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -21,6 +22,7 @@ from elmoe.errors import ConvertError, NumericsError, StoreError
 from elmoe.models.formats import Format
 from elmoe.models.spec import ModelSpec
 from elmoe.models.tensors import FLOATS, FeedForward, Formats, Tensor, check_formats, feed_forward, feed_forwards, tensors
+from elmoe.store.ahead import WriteBack, ahead
 from elmoe.store.format import (
     DENSE_FILE,
     DENSE_ROLE,
@@ -35,6 +37,7 @@ from elmoe.store.format import (
     TextFile,
     check_header,
     checksum,
+    checksum_of,
     header_page,
     layer_file,
 )
@@ -44,6 +47,8 @@ from elmoe.store.reader import MemoryReader
 
 ROW_BLOCK = 4096
 """Rows of a large matrix quantised at a time."""
+CHUNK = 8 << 20
+"""Bytes of a tensor that are read back together."""
 SAFE_BYTES = 256 << 20
 """Bytes of ``dense.bin`` after which they are put on the disk and noted, so that a resume goes on behind them."""
 Progress = Callable[[int, int], None]
@@ -210,18 +215,20 @@ class StoreWriter:
                 handle.flush()
             dense, noted, safe = DenseFile(handle.fileno(), found), len(found), 0
             everything: list[Tensor | FeedForward] = [*names, *parts]
-            for one in everything:
-                before = dense.end
-                if isinstance(one, Tensor):
-                    dense.tensor(one, self._formats, weights)
-                else:
-                    dense.record(one, self._formats, weights)
-                step(int(isinstance(one, Tensor)), dense.end - before)
-                safe += dense.end - before
-                if safe >= SAFE_BYTES and len(dense.entries) > noted:
-                    os.fsync(handle.fileno())
-                    self._append(JournalLine(tensors=tuple(dense.entries[noted:])))
-                    noted, safe = len(dense.entries), 0
+            with WriteBack(handle.fileno()) as disk:
+                for one in everything:
+                    before = dense.end
+                    if isinstance(one, Tensor):
+                        dense.tensor(one, self._formats, weights)
+                    else:
+                        dense.record(one, self._formats, weights)
+                    step(int(isinstance(one, Tensor)), dense.end - before)
+                    disk.wrote(dense.end - before)
+                    safe += dense.end - before
+                    if safe >= SAFE_BYTES and len(dense.entries) > noted:
+                        os.fsync(handle.fileno())
+                        self._append(JournalLine(tensors=tuple(dense.entries[noted:])))
+                        noted, safe = len(dense.entries), 0
             self._append(JournalLine(file=_close(handle.fileno(), DENSE_FILE, dense.end), tensors=tuple(dense.entries)))
 
     def _write_layer(self, part: FeedForward, weights: Weights, step: Step) -> None:
@@ -229,12 +236,18 @@ class StoreWriter:
         name, layout, sums = layer_file(part.layer), record_layout(part, format), []
         with _guarded(self.path), open(self.partial / name, "w+b") as handle:
             handle.write(header_page(EXPERTS_ROLE, part.layer, self._shapes))
-            for expert in range(part.count):
-                records = layout.pack(weights.projections(part, expert, layout.formats))
-                for record in records:
-                    handle.write(record.data)
-                sums.append(tuple(checksum(record.data) for record in records))
-                step(1, sum(record.nbytes for record in records))
+
+            def packed(expert: int) -> tuple[NDArray[np.uint8], ...]:
+                return layout.pack(weights.projections(part, expert, layout.formats))
+
+            with WriteBack(handle.fileno()) as disk:
+                for records in ahead(partial(packed, expert) for expert in range(part.count)):
+                    for record in records:
+                        handle.write(record.data)
+                    sums.append(tuple(checksum(record.data) for record in records))
+                    size = sum(record.nbytes for record in records)
+                    step(1, size)
+                    disk.wrote(size)
             handle.flush()
             size = PAGE + part.count * sum(record_sections(part, format).values())
             entry = LayerEntry(layer=part.layer, file=name, format=format, offset=PAGE, checksums=tuple(sums))
@@ -307,9 +320,9 @@ class DenseFile:
         else:
             for before, (piece, one) in tensor.pieces(format).items():
                 rows = piece.shape[0]
-                padded = ceil_div(rows, BLOCK_ROWS) * BLOCK_ROWS
-                for first in range(0, rows, ROW_BLOCK):
-                    matrix = weights.matrix(piece, first, min(first + ROW_BLOCK, rows), one)
+                padded, starts = ceil_div(rows, BLOCK_ROWS) * BLOCK_ROWS, range(0, rows, ROW_BLOCK)
+                calls = (partial(weights.matrix, piece, first, min(first + ROW_BLOCK, rows), one) for first in starts)
+                for first, matrix in zip(starts, ahead(calls), strict=True):
                     for section, data in sections_of(matrix).items():
                         name = before + section
                         self._put(data, offsets[name] + sizes[name] * first // padded)
@@ -342,8 +355,12 @@ class DenseFile:
             view, offset = view[written:], offset + written
 
     def _enter(self, name: str, format: str, offsets: dict[str, int], sizes: dict[str, int]) -> None:
-        parts = [os.pread(self._handle, sizes[section], offset) for section, offset in offsets.items()]
-        self.entries.append(TensorEntry(name=name, format=format, offsets=offsets, checksum=checksum(*parts)))
+        parts = (
+            os.pread(self._handle, min(CHUNK, offset + sizes[section] - at), at)
+            for section, offset in offsets.items()
+            for at in range(offset, offset + sizes[section], CHUNK)
+        )
+        self.entries.append(TensorEntry(name=name, format=format, offsets=offsets, checksum=checksum_of(parts)))
 
 
 class _guarded:
