@@ -68,6 +68,11 @@ class Call:
         self._outputs: list[tuple[int, Output]] = []
         self._changed = asyncio.Event()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether there is something to take, or will be."""
+        return self.running > 0 or bool(self._outputs)
+
     async def take(self) -> list[tuple[int, Output]]:
         """Outputs since the last call, each with the index of its prompt, once there are some; none after :meth:`wake`.
 
