@@ -94,7 +94,7 @@ class Service:
             raise ApiError(400, "stream_options needs stream: true", "stream_options", "invalid_value")
         progress = stream and bool(body.return_progress)
         try:
-            call = self.engine.submit(requests, progress)
+            call = self.engine.submit(requests, stream, progress)
         except Full:
             raise self.full(len(answers.choices)) from None
         facts = request.scope["facts"]
