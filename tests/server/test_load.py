@@ -36,17 +36,47 @@ def until(condition, seconds=20.0):
         time.sleep(0.02)
 
 
+SCOPE = {
+    "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
+    "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http", "root_path": "",
+    "server": ("test", 80), "client": ("test", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_what_comes_while_an_event_is_sent_is_not_lost(api, tokens):
+    """A connection that takes each event slowly, so that the engine is done before."""
+    body = {"model": "whale", "prompt": "The whale", "max_tokens": tokens, "temperature": 0}
+
+    async def read_slowly():
+        parts = [{"type": "http.request", "body": json.dumps(body | {"stream": True}).encode(), "more_body": False}]
+        sent = []
+
+        async def receive():
+            if parts:
+                return parts.pop()
+            await asyncio.sleep(60)
+
+        async def send(message):
+            await asyncio.sleep(0.1)
+            sent.append(message.get("body", b""))
+
+        await asyncio.wait_for(api.app(dict(SCOPE), receive, send), 20)
+        return b"".join(sent).decode()
+
+    events = [line[6:] for line in api.portal.call(read_slowly).split("\n\n") if line.startswith("data: {")]
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+    whole = api.post("/v1/completions", json=body).json()["choices"][0]
+    assert text == whole["text"] and json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
+    assert len(events) < max(tokens, 2)  # those that came together were sent together
+
+
 def test_a_client_that_leaves_ends_its_request_at_once(api, model):
     """With the engine of this process, whose requests can be counted."""
     engine = api.app.state.service.engine
     body = {"model": "whale", "prompt": "The", "max_tokens": 1400, "ignore_eos": True, "temperature": 1.0}
 
     async def leave(stream):
-        scope = {
-            "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
-            "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http", "root_path": "",
-            "server": ("test", 80), "client": ("test", 1),
-        }  # fmt: skip
         left, first = asyncio.Event(), asyncio.Event()
         parts = [{"type": "http.request", "body": json.dumps(body | {"stream": stream}).encode(), "more_body": False}]
 
@@ -59,7 +89,7 @@ def test_a_client_that_leaves_ends_its_request_at_once(api, model):
         async def send(message):
             first.set()
 
-        task = asyncio.ensure_future(api.app(scope, receive, send))
+        task = asyncio.ensure_future(api.app(dict(SCOPE), receive, send))
         while not engine.engine.scheduler.running:
             await asyncio.sleep(0.01)
         left.set()

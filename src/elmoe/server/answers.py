@@ -89,21 +89,22 @@ class Answers:
         number = index * self.copies + output.choice
         choice, request = self.choices[number], self._requests[index]
         self.completion_tokens += len(output.tokens)
-        new = Choice([output.text], list(output.tokens), list(output.logprobs), list(output.alternatives))
-        new.offset = choice.offset
+        new = Choice([output.text], offset=choice.offset)
+        if self._logprobs:
+            new.tokens, new.logprobs = list(output.tokens), list(output.logprobs)
+            new.alternatives = list(output.alternatives)
         if output.result is not None:
             self.cached_tokens += getattr(output.result, "cached_tokens", 0) if output.choice == 0 else 0
             choice.finish = new.finish = _FINISH.get(output.result.finish, "stop")
-            if len(output.result.shown(request)) < len(output.result.tokens):  # the last one is no text
+            if self._logprobs and len(output.result.shown(request)) < len(output.result.tokens):  # the last one is no text
                 del new.tokens[-1:], new.logprobs[-1:], new.alternatives[-1:]
         if self._logprobs and not self._chat:
             choice.offset += sum(len(self._texts.of(token)[0]) for token in new.tokens)
         if keep:
             choice.texts.append(output.text)
-            if self._logprobs:
-                choice.tokens += new.tokens
-                choice.logprobs += new.logprobs
-                choice.alternatives += new.alternatives
+            choice.tokens += new.tokens
+            choice.logprobs += new.logprobs
+            choice.alternatives += new.alternatives
         return number, new
 
     def whole(self) -> ChatCompletion | Completion:
@@ -136,6 +137,9 @@ class Answers:
 
     def _merged(self, outputs: Sequence[tuple[int, Output]]) -> Iterator[tuple[int, Choice]]:
         """What is new, answer by answer: a client that reads slowly gets fewer events."""
+        if len(outputs) == 1:
+            yield self.add(*outputs[0], keep=False)
+            return
         news: dict[int, Choice] = {}
         for index, output in outputs:
             number, new = self.add(index, output, keep=False)

@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -38,8 +38,8 @@ class TimeUp(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One prompt of a call. ``number``: the engine's. ``unreported``: answers that have not ended. Of the thread alone, but
-    for ``prompt_done``, the computed positions of the prompt."""
+    """One prompt of a call. ``number``: the engine's. ``unreported``: answers that have not ended. ``held``: outputs that
+    the loop has not been told of. Of the thread alone, but for ``prompt_done``, the computed positions of the prompt."""
 
     call: Call
     index: int
@@ -47,17 +47,19 @@ class Job:
     number: int = -1
     unreported: int = 0
     prompt_done: int = 0
+    held: list[Output] = field(default_factory=list)
 
 
 class Call:
     """What a client asked for while it is served: one prompt, or several. Of the loop alone.
 
-    ``running``: answers that have not ended. ``error``: what ended it before its time. ``follows``: whether :meth:`take`
-    returns when more of a prompt is computed. Times are of ``perf_counter``.
+    ``running``: answers that have not ended. ``error``: what ended it before its time. ``streams``: whether the loop is told
+    of every step, or of answers that have ended alone; ``follows``: whether :meth:`take` returns when more of a prompt is
+    computed. Times are of ``perf_counter``; the thread sets those of tokens.
     """
 
-    def __init__(self, requests: Sequence[Request], follows: bool = False) -> None:
-        self.follows = follows
+    def __init__(self, requests: Sequence[Request], streams: bool, follows: bool) -> None:
+        self.streams, self.follows = streams, follows
         self.jobs = [Job(self, index, request, unreported=request.copies) for index, request in enumerate(requests)]
         self.running = sum(request.copies for request in requests)
         self.error: BaseException | None = None
@@ -69,8 +71,8 @@ class Call:
         self._changed = asyncio.Event()
 
     @property
-    def unfinished(self) -> bool:
-        """Whether there are outputs to take, now or later."""
+    def under_way(self) -> bool:
+        """Whether there is something to take, or will be."""
         return self.running > 0 or bool(self._outputs)
 
     async def take(self) -> list[tuple[int, Output]]:
@@ -90,11 +92,8 @@ class Call:
         """Let :meth:`take` return."""
         self._changed.set()
 
-    def add(self, index: int, output: Output, now: float) -> None:
+    def add(self, index: int, output: Output) -> None:
         """What a step brought."""
-        if output.tokens:
-            self.last_token = now
-            self.first_token = self.first_token or now
         if output.result is not None:
             self.running -= 1
             if output.result.error is not None:
@@ -143,9 +142,9 @@ class EngineThread:
         """Whether so many more answers may wait."""
         return self.answers + answers <= self._most
 
-    def submit(self, requests: Sequence[Request], follows: bool = False) -> Call:
+    def submit(self, requests: Sequence[Request], streams: bool = False, follows: bool = False) -> Call:
         """Serve requests. Full where there is no room."""
-        call = Call(requests, follows)
+        call = Call(requests, streams, follows)
         if not self.room(call.running):
             raise Full
         self.answers += call.running
@@ -192,15 +191,24 @@ class EngineThread:
         self.failure = None
         if self.engine.statistics is not self._statistics:
             self._ended, self._statistics = self.totals(), self.engine.statistics
-        brought: list[tuple[Job, Output]] = []
+        brought: list[tuple[Job, list[Output]]] = []
+        now = perf_counter()
         for output in outputs:
             job = self._jobs.get(output.request)
-            if job is not None:
-                brought.append((job, output))
-                if output.result is not None:
-                    job.unreported -= 1
-                    if not job.unreported:
-                        del self._jobs[output.request]
+            if job is None:
+                continue
+            call = job.call
+            if output.tokens:
+                call.last_token = now
+                call.first_token = call.first_token or now
+            job.held.append(output)
+            if output.result is not None or call.streams:
+                brought.append((job, job.held))
+                job.held = []
+            if output.result is not None:
+                job.unreported -= 1
+                if not job.unreported:
+                    del self._jobs[output.request]
         for number, done in self.engine.prompt_progress().items():
             if number in self._jobs:
                 job = self._jobs[number]
@@ -208,7 +216,7 @@ class EngineThread:
                 if job.call.follows:
                     self._post(job.call.wake)
         if brought:
-            self._post(partial(self._deliver, brought, perf_counter()))
+            self._post(partial(self._deliver, brought))
 
     def _begin(self, job: Job) -> None:
         if job.call.error is not None:
@@ -251,11 +259,12 @@ class EngineThread:
         while self._posted:
             self._posted.popleft()()
 
-    def _deliver(self, brought: list[tuple[Job, Output]], now: float) -> None:
-        for job, output in brought:
-            if output.result is not None:
-                self.answers -= 1
-            job.call.add(job.index, output, now)
+    def _deliver(self, brought: list[tuple[Job, list[Output]]]) -> None:
+        for job, outputs in brought:
+            for output in outputs:
+                if output.result is not None:
+                    self.answers -= 1
+                job.call.add(job.index, output)
 
     def _refuse(self, job: Job, answers: int, error: BaseException) -> None:
         job.call.end(error)

@@ -77,7 +77,7 @@ class Exchange:
         """The whole answer. ApiError for what ended it; ClientDisconnect where nobody waits for it."""
         try:
             async with self._present(request.receive):
-                while self._call.unfinished:
+                while self._call.under_way:
                     for index, output in await self._call.take():
                         self._answers.add(index, output)
         except Gone:
@@ -108,7 +108,7 @@ class Exchange:
         told = 0
         try:
             async with self._present(receive):
-                while call.unfinished:  # what ends it may come while the client is being written to
+                while call.under_way:
                     outputs = await call.take()
                     data = answers.events(outputs, usage, running_usage) if outputs else b""
                     done = sum(job.prompt_done for job in call.jobs) if call.first_token is None else 0
