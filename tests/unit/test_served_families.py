@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from elmoe import bitslice, kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.convert import convert_checkpoint
 from elmoe.convert.gguf_export import export_store
+from elmoe.convert.source import open_source
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import ConvertError
 from elmoe.models import spec_of_config
+from elmoe.schema.hardware import load_hardware
+from elmoe.sim.grid import Grid, run_grid
+from elmoe.sim.recorded import Counts, predict
 from elmoe.store import open_direct, open_store
-from tests.checkpoints import write_checkpoint
+from elmoe.trace import TraceRecorder, read_trace
+from tests.checkpoints import random_weights, write_checkpoint
 from tests.family_configs import CONFIGS
 
 REQUESTS = [
@@ -27,6 +33,8 @@ WAYS = (
     {"mode": "elastic", "fast_memory": 0.4, "draft_length": 3, "batch": 2, "prefill_chunk": 7},
 )
 NOT_IN_GGUF = {
+    "glm4_moe": "family glm4_moe cannot be written",
+    "glm4_moe_options": "family glm4_moe cannot be written",
     "qwen2_yarn": "YaRN|rope scaling",
     "olmoe_normalized": "norm_topk_prob is true",
     "qwen2_moe_dense_layers": "the layers differ",
@@ -75,3 +83,34 @@ def test_gguf_and_back(tmp_path, name):
             assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes(), file.name
     with open_store(path) as one, open_store(tmp_path / "back") as other:
         assert one.spec == other.spec
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe_windows", "olmoe"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_simulator_predicts_hits_and_bytes(tmp_path, name, share):
+    """Each kind of attention and of experts: exactly, from a recorded run."""
+    options = EngineOptions(mode="elastic", fast_memory=share, batch=2, draft_length=3, all_ranks=True)
+    with open_store(store(tmp_path, name)) as reader:
+        engine = Engine(reader, kernels, options)
+        with TraceRecorder(tmp_path / "run.trace", reader.spec, {}, all_ranks=True) as recorder:
+            _, statistics = engine.generate(REQUESTS, recorder=recorder)
+        sizes = engine.fitting.sizes(REQUESTS)
+        predicted = predict(read_trace(tmp_path / "run.trace"), engine.fitting.slots(sizes), sizes, options.residency).phases
+    for phase, counters in statistics.phases.items():
+        mine = predicted.get(phase, Counts())
+        for count in ("tokens", "msb_hits", "msb_misses", "lsb_hits", "lsb_misses", "fast_bytes", "slow_bytes"):
+            assert getattr(mine, count) == getattr(counters, count), (phase, count)
+    row = run_grid(Grid((load_hardware("xpu"),), (str(tmp_path / "store"),), ("mt_bench",), (1,), ("ar",)), workers=1)[0]
+    assert row["tokens_per_second"] > 0
+
+
+def test_layers_that_predict_further_tokens_are_named_as_left_out(tmp_path):
+    config = CONFIGS["glm4_moe"] | {"num_nextn_predict_layers": 1}
+    further = {"model.layers.3.eh_proj.weight": np.zeros((64, 128), np.float32)}
+    folder = write_checkpoint(tmp_path / "source", config, random_weights(config) | further)
+    source = open_source(folder)
+    source.check()
+    assert source.left_out == ("model.layers.3.eh_proj.weight",)
+    other = write_checkpoint(tmp_path / "other", CONFIGS["glm4_moe"], random_weights(config) | further)
+    with pytest.raises(ConvertError, match=r"does not have: 'model\.layers\.3\.eh_proj\.weight'"):
+        open_source(other).check()

@@ -12,6 +12,7 @@ from elmoe.models.common import (
 )
 from elmoe.models.config import Config
 from elmoe.models.family import Family
+from elmoe.models.names import EXPERTS, GROUPED
 from elmoe.models.spec import LayerSpec, ModelSpec
 
 
@@ -28,4 +29,13 @@ def read_config(config: Config) -> ModelSpec:
     return model(config, FAMILY.name, layers, epsilon=1e-5, positions=131072)
 
 
-FAMILY = Family(name="glm4_moe", architectures=("Glm4MoeForCausalLM",), read_config=read_config)
+_MLP = "model.layers.{layer}.mlp."
+FAMILY = Family(
+    name="glm4_moe",
+    architectures=("Glm4MoeForCausalLM",),
+    read_config=read_config,
+    names=GROUPED
+    | EXPERTS
+    | {"selection_bias": _MLP + "gate.e_score_correction_bias"}
+    | {f"shared_{part}": f"{_MLP}shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
+)

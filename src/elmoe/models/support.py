@@ -80,8 +80,6 @@ def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
     if rope is None:
         yield "attention without rotary embedding"
         return
-    if rope.dimensions != attention.head_dim:
-        yield f"rotary embedding of {rope.dimensions} of {attention.head_dim} dimensions"
     if rope.interleaved:
         yield "interleaved rotary embedding"
     scaling = rope.scaling
@@ -93,11 +91,5 @@ def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
 
 def _of_experts(moe: Moe) -> Iterator[str]:
     router = moe.router
-    if router.score == "sigmoid":
-        yield "the router score 'sigmoid'"
-    if router.selection_bias:
-        yield "a bias of the router's selection"
     if router.groups > 1:
         yield f"{router.groups} groups of experts"
-    if router.scaling != 1:
-        yield f"a router scaling of {router.scaling:g}"
