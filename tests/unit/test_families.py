@@ -111,7 +111,7 @@ def test_gpt_oss_alternates_windows_and_has_sinks_and_biases():
     assert attention.rope.scaling == yarn
     assert moe.router == Router(experts=32, top_k=4, score="chosen_softmax", logit_bias=True)
     assert moe.bias and moe.activation == Activation(kind="clamped_swiglu", alpha=1.702, limit=7.0)
-    assert load_model("gpt-oss-20b").formats == {"experts": "table4"}
+    assert load_model("gpt-oss-20b").formats == {"experts": "table4_mx"}
     bare = spec("gpt-oss-20b", layer_types="absent", rope_scaling="absent", rope_theta="absent", attention_bias="absent")
     assert bare == model
     other = ["full_attention"] * 23 + ["sliding_attention"]

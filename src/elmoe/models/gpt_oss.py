@@ -79,7 +79,7 @@ FAMILY = Family(
     name="gpt_oss",
     architectures=("GptOssForCausalLM",),
     read_config=read_config,
-    formats={"experts": "table4"},
+    formats={"experts": "table4_mx"},
     alternating=_EXPERTS,
     names=GROUPED
     | {"router": _LAYER + "mlp.router.weight", "router_bias": _LAYER + "mlp.router.bias"}
