@@ -162,7 +162,7 @@ def test_the_engine_says_what_it_cannot_run(name):
 @pytest.mark.parametrize("name", [name for name in model_names() if spec(name).family not in REFUSED_FAMILIES])
 def test_the_engine_runs_the_others(name):
     check_supported(spec(name))
-    assert FAMILIES[spec(name).family].names
+    assert FAMILIES[spec(name).family].names and FAMILIES[spec(name).family].gguf
 
 
 REFUSED = [

@@ -22,6 +22,7 @@ from elmoe.store import open_direct, open_store
 from elmoe.trace import TraceRecorder, read_trace
 from tests.checkpoints import random_weights, write_checkpoint
 from tests.family_configs import CONFIGS
+from tests.unit.test_dense import rewritten
 
 REQUESTS = [
     Request((5, 6, 7), 10),
@@ -33,8 +34,6 @@ WAYS = (
     {"mode": "elastic", "fast_memory": 0.4, "draft_length": 3, "batch": 2, "prefill_chunk": 7},
 )
 NOT_IN_GGUF = {
-    "glm4_moe": "family glm4_moe cannot be written",
-    "glm4_moe_options": "family glm4_moe cannot be written",
     "qwen2_yarn": "YaRN|rope scaling",
     "olmoe_normalized": "norm_topk_prob is true",
     "qwen2_moe_dense_layers": "the layers differ",
@@ -114,3 +113,18 @@ def test_layers_that_predict_further_tokens_are_named_as_left_out(tmp_path):
     other = write_checkpoint(tmp_path / "other", CONFIGS["glm4_moe"], random_weights(config) | further)
     with pytest.raises(ConvertError, match=r"does not have: 'model\.layers\.3\.eh_proj\.weight'"):
         open_source(other).check()
+
+
+def test_layers_that_predict_further_tokens_are_left_out_of_gguf_files_too(tmp_path):
+    path = store(tmp_path, "glm4_moe")
+    with open_store(path) as reader:
+        export_store(reader, tmp_path / "model.gguf")
+    extra = [("blk.3.nextn.eh_proj.weight", np.zeros((64, 128), np.float32))]
+    metadata = [("glm4moe.block_count", 4), ("glm4moe.nextn_predict_layers", 1)]
+    source = open_source(rewritten(tmp_path / "model.gguf", tmp_path / "more.gguf", metadata, extra))
+    source.check()
+    assert source.left_out == ("blk.3.nextn.eh_proj.weight",) and len(source.spec.layers) == 3
+    for wrong in (4, 1 << 20):
+        metadata[1] = ("glm4moe.nextn_predict_layers", wrong)
+        with pytest.raises(ConvertError, match=f"nextn_predict_layers' is {wrong}"):
+            open_source(rewritten(tmp_path / "model.gguf", tmp_path / f"{wrong}.gguf", metadata, extra))

@@ -87,6 +87,7 @@ FAMILY = Family(
     | {f"expert_{part}_bias": _EXPERTS + "gate_up_proj_bias" for part in ("gate", "up")},
     gguf=GgufFamily(
         architecture="gpt-oss",
+        flags={"attention_bias": "attention_output_bias"},
         keys=GROUPED_KEYS
         | EXPERT_KEYS
         | {"intermediate_size": "expert_feed_forward_length", "sliding_window": "attention.sliding_window"},
