@@ -43,6 +43,7 @@ build/tokenizers:
 full-grid: .venv/.test ## the whole losslessness grid and 1,000 random schedules
 	$(BIN)/python -m tests.lossless
 	$(BIN)/python -m tests.schedules --count 1000
+	$(BIN)/python -m tests.schedules --count 300 --windows
 
 # `make fuzz FUZZ_SECONDS=600` for less; inputs that fail are kept in build/fuzz.
 FUZZ_SECONDS ?= 3600

@@ -17,9 +17,8 @@ namespace elmoe {
 
 namespace {
 
-// Half-split rotation; each product is rounded before the sum (no contraction).
-void rotate(float* x, int head_dim, const float* cosine, const float* sine) {
-    const int half = head_dim / 2;
+// Half-split rotation of the first 2 * half dimensions; each product is rounded before the sum (no contraction).
+void rotate(float* x, int half, const float* cosine, const float* sine) {
     for (int i = 0; i < half; ++i) {
         const float first = x[i], second = x[half + i];
         x[i] = first * cosine[i] - second * sine[i];
@@ -67,7 +66,7 @@ bool prepare_token(const Call& call, int t) {
     const int heads = layer.heads, kv_heads = layer.kv_heads, head_dim = layer.head_dim;
     const int slot = call.places.slots[t], position = call.places.positions[t];
     float* row = call.projected + t * call.stride;
-    const int64_t table = static_cast<int64_t>(position) * (head_dim / 2);
+    const int64_t table = static_cast<int64_t>(position) * call.places.pairs;
     if (layer.projection_bias) k.add(row, layer.projection_bias, (heads + 2 * kv_heads) * head_dim);
     if (layer.full_norms) {
         k.rms_norm(row, layer.query_norm, row, heads * head_dim, layer.epsilon);
@@ -77,7 +76,7 @@ bool prepare_token(const Call& call, int t) {
         float* head = row + h * head_dim;
         const float* norm = h < heads ? layer.query_norm : layer.key_norm;
         if (norm && !layer.full_norms) k.rms_norm(head, norm, head, head_dim, layer.epsilon);
-        rotate(head, head_dim, call.places.cosine + table, call.places.sine + table);
+        rotate(head, call.places.pairs, call.places.cosine + table, call.places.sine + table);
     }
     uint16_t key[1024], value[1024];
     const int page = position / cache.page_positions, within = position % cache.page_positions;

@@ -14,14 +14,13 @@ namespace elmoe {
 void check_attention(const AttentionLayer& a, const Cache& c, int64_t first_layer, int64_t layers, const Array<float, 2>& x,
                      const Input<int32_t, 1>& slots, const Input<int32_t, 1>& positions, const Input<float, 2>& cosine,
                      const Input<float, 2>& sine) {
-    const int tokens = narrow(side(x, 0), kTooLarge), half = a.head_dim / 2;
+    const int tokens = narrow(side(x, 0), kTooLarge);
     require(side(x, 1) == a.query_key_value.columns && slots.shape(0) == x.shape(0) &&
                 positions.shape(0) == x.shape(0),
             "x, slots or positions do not fit");
     require(c.head_dim == a.head_dim && c.kv_heads == a.kv_heads && first_layer >= 0 && first_layer + layers <= c.model_layers,
             "the cache does not fit");
-    require(side(cosine, 1) == half && side(sine, 1) == half &&
-                cosine.shape(0) == sine.shape(0),
+    require(side(cosine, 1) <= a.head_dim / 2 && sine.shape(1) == cosine.shape(1) && cosine.shape(0) == sine.shape(0),
             "rotary tables do not fit");
     const int group = c.group(first_layer);
     for (int t = 0; t < tokens; ++t) {
@@ -77,7 +76,8 @@ void bind_attention(const AttentionHolder& holder, Array<float, 2> x, const Cach
     check_attention(holder.layer, cache.cache, layer, 1, x, slots, positions, cosine, sine);
     nb::gil_scoped_release release;
     Operation operation;
-    const Places places{static_cast<int>(x.shape(0)), slots.data(), positions.data(), cosine.data(), sine.data()};
+    const Places places{static_cast<int>(x.shape(0)), slots.data(), positions.data(), cosine.data(), sine.data(),
+                        static_cast<int>(cosine.shape(1))};
     attention_block(holder.layer, x.data(), places, cache.cache, static_cast<int>(layer));
 }
 
@@ -198,8 +198,10 @@ NB_MODULE(_native, m) {
              nb::arg("output"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("epsilon"),
              nb::arg("projection_bias").none(), nb::arg("output_bias").none(), nb::arg("sinks").none(), nb::arg("window"));
     nb::class_<RouterHolder>(m, "Router")
-        .def(nb::init<Input<float, 1>, Input<float, 2>, int64_t, float, bool, std::optional<Input<float, 1>>>(), nb::arg("norm"),
-             nb::arg("router"), nb::arg("top_k"), nb::arg("epsilon"), nb::arg("normalize"), nb::arg("bias").none());
+        .def(nb::init<Input<float, 1>, Input<float, 2>, int64_t, float, bool, std::optional<Input<float, 1>>, bool,
+                      std::optional<Input<float, 1>>, float>(),
+             nb::arg("norm"), nb::arg("router"), nb::arg("top_k"), nb::arg("epsilon"), nb::arg("normalize"), nb::arg("bias").none(),
+             nb::arg("sigmoid"), nb::arg("selection_bias").none(), nb::arg("scaling"));
     nb::class_<TermsHolder>(m, "Terms").def(nb::init<Input<float, 2>, Input<float, 2>, Input<float, 2>, float, float>());
     nb::class_<CacheHolder>(m, "Cache")
         .def(nb::init<Array<uint16_t, 6>, Array<uint16_t, 5>, Input<int32_t, 2>, std::optional<Input<int32_t, 2>>>(),

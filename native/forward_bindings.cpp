@@ -148,7 +148,8 @@ void forward_all(const StackHolder& stack, Array<float, 2> x, const CacheHolder&
         };
     nb::gil_scoped_release release;
     Operation operation;
-    const Places places{static_cast<int>(tokens), slots.data(), positions.data(), cosine.data(), sine.data()};
+    const Places places{static_cast<int>(tokens), slots.data(), positions.data(), cosine.data(), sine.data(),
+                        static_cast<int>(cosine.shape(1))};
     const int stride = static_cast<int>(size);
     forward(stack.layers, x.data(), places, cache.cache, draft,
             {nullptr, ranked.data(), scores.data(), static_cast<int>(ranks), experts.data(), weights.data(), stride, stride}, company);

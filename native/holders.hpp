@@ -121,16 +121,18 @@ struct RouterHolder {
     RouterLayer layer;
     Input<float, 1> norm;
     Input<float, 2> router;
-    std::optional<Input<float, 1>> bias;
+    std::optional<Input<float, 1>> bias, selection_bias;
 
     RouterHolder(Input<float, 1> norm_, Input<float, 2> router_, int64_t top_k, float epsilon, bool normalize,
-                 std::optional<Input<float, 1>> bias_)
-        : norm(norm_), router(router_), bias(bias_) {
+                 std::optional<Input<float, 1>> bias_, bool sigmoid, std::optional<Input<float, 1>> selection_bias_, float scaling)
+        : norm(norm_), router(router_), bias(bias_), selection_bias(selection_bias_) {
         require(side(norm, 0) == side(router, 1) && top_k > 0 && top_k <= side(router, 0) &&
-                    (!bias || side(*bias, 0) == side(router, 0)),
+                    (!bias || side(*bias, 0) == side(router, 0)) &&
+                    (!selection_bias || side(*selection_bias, 0) == side(router, 0)),
                 "router does not fit");
-        layer = {norm.data(), router.data(), bias ? bias->data() : nullptr, narrow(side(router, 0), kTooLarge), narrow(side(router, 1), kTooLarge),
-                 narrow(top_k, kTooLarge), epsilon, normalize};
+        layer = {norm.data(), router.data(), bias ? bias->data() : nullptr,
+                 selection_bias ? selection_bias->data() : nullptr, narrow(side(router, 0), kTooLarge), narrow(side(router, 1), kTooLarge),
+                 narrow(top_k, kTooLarge), epsilon, normalize, sigmoid, scaling};
     }
 };
 

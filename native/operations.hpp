@@ -108,22 +108,24 @@ struct Cache {
     int place(int64_t layer) const { return places ? places[2 * layer + 1] : static_cast<int>(layer); }
 };
 
-// Where the tokens of a call are, and the rotary tables (positions, head_dim / 2). A chain: a token is in the cell of its
+// Where the tokens of a call are, and the rotary tables (positions, pairs): 2 * pairs dimensions of a head are rotated. A chain: a token is in the cell of its
 // position, and sees the cells before it.
 struct Places {
     int tokens;
     const int32_t *slots, *positions;
     const float *cosine, *sine;
+    int pairs;
 };
 
 // `layer_index` is the layer of the cache.
 void attention_block(const AttentionLayer& layer, float* x, const Places& places, const Cache& cache, int layer_index);
 
 struct RouterLayer {
-    const float *norm, *router, *bias;  // bias may be null
+    const float *norm, *router, *bias, *selection_bias;  // the biases may be null
     int experts, hidden, top_k;
     float epsilon;
-    bool normalize;
+    bool normalize, sigmoid;
+    float scaling;
 };
 
 // `size` experts are chosen for a token; there is room for `stride` of them, the rest is set to -1 and weight 0.

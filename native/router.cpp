@@ -1,7 +1,8 @@
 // The router of a layer: which experts a token runs, and their weights.
 //
 // h = rms_norm(x); l[e] = sum over i of h[i] * router[e][i] as 16 lane sums (i mod 16) and the fixed tree, and perhaps a bias;
-// p = softmax(l), the exact maximum first, then 16 lane sums. Ranking: by p descending, ties to the lower id. Sums of chosen probabilities are one
+// p = 1 / (1 + exp(-l)), or p = softmax(l), the exact maximum first, then 16 lane sums. Ranking: by p (plus a bias of the
+// selection) descending, ties to the lower id. Sums of chosen probabilities are one
 // fp32 chain in ascending id. All sums are fp32: there is no integer accumulator.
 #include <algorithm>
 #include <atomic>
@@ -34,10 +35,10 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
             k.dots(row, layer.router + static_cast<int64_t>(first) * hidden, std::min(each, experts - first), hidden, p + first);
         });
     };
-    auto* all_logits = scratch().get<float>(static_cast<size_t>(Pool::instance().threads()) * experts);
+    auto* all_logits = scratch().get<float>(static_cast<size_t>(Pool::instance().threads()) * 2 * experts);
     auto* all_orders = scratch().get<int32_t>(static_cast<size_t>(Pool::instance().threads()) * (experts + 2 * top_k));
     auto one = [&](int t, int thread) {
-        float* p = all_logits + static_cast<size_t>(thread) * experts;
+        float *p = all_logits + static_cast<size_t>(thread) * 2 * experts, *choice = layer.selection_bias ? p + experts : p;
         int32_t* order = all_orders + static_cast<size_t>(thread) * (experts + 2 * top_k);
         int32_t *natural = order + experts, *chosen = natural + top_k;
         float* row = out.hidden + static_cast<int64_t>(t) * hidden;
@@ -47,9 +48,17 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
         for (int e = 0; e < experts; ++e)
             if (!std::isfinite(p[e])) finite = false;
         if (!finite) return;
-        const float sum = k.softmax_numerators(p, experts);
-        for (int e = 0; e < experts; ++e) p[e] = p[e] / sum;
-        auto better = [p](int32_t a, int32_t b) { return p[a] != p[b] ? p[a] > p[b] : a < b; };
+        if (layer.sigmoid) {
+            for (int e = 0; e < experts; ++e) p[e] = -p[e];
+            k.exp_shifted(p, 0.0f, p, experts);
+            for (int e = 0; e < experts; ++e) p[e] = 1.0f / (1.0f + p[e]);
+        } else {
+            const float sum = k.softmax_numerators(p, experts);
+            for (int e = 0; e < experts; ++e) p[e] = p[e] / sum;
+        }
+        if (layer.selection_bias)
+            for (int e = 0; e < experts; ++e) choice[e] = p[e] + layer.selection_bias[e];
+        auto better = [choice](int32_t a, int32_t b) { return choice[a] != choice[b] ? choice[a] > choice[b] : a < b; };
         std::iota(order, order + experts, 0);
         std::partial_sort(order, order + std::max(out.ranks, top_k), order + experts, better);
         for (int i = 0; i < out.ranks; ++i) {
@@ -80,6 +89,8 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
         } else if (layer.normalize) {
             for (int i = 0; i < out.size; ++i) weights[i] = weights[i] / natural_sum;
         }
+        if (layer.scaling != 1)
+            for (int i = 0; i < out.size; ++i) weights[i] = weights[i] * layer.scaling;
     };
     if (!large || split)
         for (int t = 0; t < tokens; ++t) one(t, 0);

@@ -51,6 +51,15 @@ def _gpt_oss(**values: Any) -> dict[str, Any]:
     } | values)  # fmt: skip
 
 
+def _glm4_moe(**values: Any) -> dict[str, Any]:
+    return _family("Glm4MoeForCausalLM", "glm4_moe", **{
+        "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 32, "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": True, "use_qk_norm": False, "attention_bias": True, "partial_rotary_factor": 0.5,
+    } | values)  # fmt: skip
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama_llama3": _llama(rope_scaling=LLAMA3, rope_theta=5e5, tie_word_embeddings=True, head_dim=32),
     "llama_biases_yarn": _llama(attention_bias=True, rope_scaling=YARN | {"beta_fast": 16.0, "beta_slow": 2.0}),
@@ -67,6 +76,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_moe_windows": _qwen2_moe(use_sliding_window=True, sliding_window=33, max_window_layers=9, num_hidden_layers=4),
     "qwen2_moe_dense_layers": _qwen2_moe(
         norm_topk_prob=True, mlp_only_layers=[0], qkv_bias=False, tie_word_embeddings=True, num_key_value_heads=1),
+    "glm4_moe": _glm4_moe(),
+    "glm4_moe_options": _glm4_moe(
+        n_shared_experts=2, routed_scaling_factor=1.8, use_qk_norm=True, attention_bias=False, norm_topk_prob=False),
     "gpt_oss": _gpt_oss(),
     "gpt_oss_options": _gpt_oss(
         attention_bias=False, swiglu_limit=1.5, swiglu_alpha=1.2, head_dim=32, num_experts_per_tok=4,

@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from tokenizers import Tokenizer, decoders, models
 
@@ -22,6 +23,7 @@ from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request, Result
 from elmoe.errors import BudgetError, NumericsError, RequestError
 from elmoe.grammar import Grammars
+from elmoe.models.spec import ModelSpec
 from elmoe.store import open_direct, open_store
 from elmoe.store.synthetic import synthesize
 from elmoe.text import TextStream
@@ -32,9 +34,18 @@ POISON = 96
 """The token whose embedding is not finite: a request that meets it fails."""
 
 
-def poisoned_store(folder: Path) -> Path:
+def windowed_spec() -> ModelSpec:
+    """The same with sinks, and windows shorter and longer than a page in two layers."""
+    layers = (
+        msgspec.structs.replace(layer, attention=msgspec.structs.replace(layer.attention, window=window, sinks=True))
+        for layer, window in zip(SPEC.layers, (20, None, 90), strict=True)
+    )
+    return msgspec.structs.replace(SPEC, layers=tuple(layers))
+
+
+def poisoned_store(folder: Path, spec: ModelSpec) -> Path:
     """A random model with the poisonous token."""
-    synthesize(folder / "store", SPEC, seed=3)
+    synthesize(folder / "store", spec, seed=3)
     with open_store(folder / "store") as reader:
         offsets = next(entry.offsets for entry in reader.manifest.tensors if entry.name == "embedding")
         groups = reader.matrix("embedding").scales.shape[1]
@@ -70,8 +81,8 @@ def text_stream(prompt, stop) -> TextStream:
 class Schedules:
     """Draws schedules on one model and checks them; answers of requests alone are computed once."""
 
-    def __init__(self, folder: Path) -> None:
-        store = poisoned_store(folder)
+    def __init__(self, folder: Path, spec: ModelSpec = SPEC) -> None:
+        store = poisoned_store(folder, spec)
         self.memory, self.direct = open_store(store), open_direct(store)
         self._alone: dict[Request, list[Result]] = {}
         self._plain = Engine(
@@ -205,9 +216,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--windows", action="store_true", help="of a model whose layers have windows")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        schedules = Schedules(Path(folder))
+        schedules = Schedules(Path(folder), windowed_spec() if arguments.windows else SPEC)
         for seed in range(arguments.first, arguments.first + arguments.count):
             try:
                 schedules.run(seed)

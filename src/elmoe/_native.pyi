@@ -53,6 +53,9 @@ class Router:
         epsilon: float,
         normalize: bool,
         bias: NDArray[np.float32] | None,
+        sigmoid: bool,
+        selection_bias: NDArray[np.float32] | None,
+        scaling: float,
     ) -> None: ...
 
 class Cache:

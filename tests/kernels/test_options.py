@@ -131,6 +131,11 @@ def test_route_with_a_bias(machine, normalize):
             ours, theirs = kernels.route(weights, x, *choice), bitslice.route(weights, x, *choice)
             for name in ("hidden", "ranked", "scores", "experts", "weights"):
                 assert same_bits(getattr(ours, name), getattr(theirs, name)), name
+    sigmoid = replace(weights, sigmoid=True, selection_bias=normal(rng, 13, magnitude=0.3), scaling=1.8)
+    for choice in ((), (allowed, 2, True), (allowed, 3, False)):
+        ours, theirs = kernels.route(sigmoid, x, *choice), bitslice.route(sigmoid, x, *choice)
+        for name in ("hidden", "ranked", "scores", "experts", "weights"):
+            assert same_bits(getattr(ours, name), getattr(theirs, name)), name
     plain = bitslice.route(replace(weights, bias=None), x)
     assert not np.array_equal(plain.experts, bitslice.route(weights, x).experts)
 

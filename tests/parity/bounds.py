@@ -12,8 +12,8 @@ from dataclasses import dataclass
 FLOAT_BOUND = 2e-5
 """Float backend against transformers; measured 3.7e-6 at most, most of it from float32 norms there."""
 
-FAMILY_BOUND = 5e-5
-"""The same for the families of ``tests/family_configs.py``."""
+FAMILY_BOUND = 1e-5
+"""The same for the families of ``tests/family_configs.py``; measured 2.0e-6 at most."""
 
 
 @dataclass(frozen=True)

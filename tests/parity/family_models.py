@@ -27,12 +27,15 @@ def make(name: str) -> Any:
             last = parameter_name.rpartition(".")[2]
             if parameter_name.endswith("norm.weight"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            elif "bias" in last or last == "sinks":
+            elif "bias" in last or last == "sinks":  # a correction bias is a buffer
                 parameter.copy_(0.3 * torch.randn_like(parameter))
             elif ".gate.weight" in parameter_name or ".router.weight" in parameter_name:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
             elif ".experts." in parameter_name:
                 parameter.copy_(0.12 * torch.randn_like(parameter))
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn_like(buffer))
     return model
 
 

@@ -90,10 +90,11 @@ def _softmax(x: Float) -> Float:
 
 
 def _rotate(x: Float, cosine: NDArray, sine: NDArray) -> Float:
-    """``x * cos + rotate_half(x) * sin`` with tables repeated over both halves."""
-    half = x.shape[-1] // 2
+    """``x * cos + rotate_half(x) * sin`` with tables repeated over both halves, of the dimensions that are rotated."""
+    half = cosine.shape[-1]
+    x, rest = x[..., : 2 * half], x[..., 2 * half :]
     turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
-    return x * np.tile(cosine, 2)[:, None, :] + turned * np.tile(sine, 2)[:, None, :]
+    return np.concatenate([x * np.tile(cosine, 2)[:, None, :] + turned * np.tile(sine, 2)[:, None, :], rest], axis=-1)
 
 
 def attention_block(
@@ -157,20 +158,23 @@ def route(
 ) -> Routing:
     hidden = rms_norm(x, weights.norm, weights.epsilon)
     logits = hidden @ weights.router.astype(np.float64).T
-    probabilities = _softmax(logits if weights.bias is None else logits + weights.bias)
-    order = np.argsort(-probabilities, axis=1, kind="stable")
+    logits = logits if weights.bias is None else logits + weights.bias
+    probabilities = 1 / (1 + np.exp(-logits)) if weights.sigmoid else _softmax(logits)
+    choice = probabilities if weights.selection_bias is None else probabilities + weights.selection_bias
+    order = np.argsort(-choice, axis=1, kind="stable")
     natural = np.sort(order[:, : weights.top_k], axis=1)
     natural_sum = np.take_along_axis(probabilities, natural, axis=1).sum(axis=1, keepdims=True)
     experts = natural
     if allowed is not None:
         size = min(draft_top_k or weights.top_k, weights.top_k, int(np.count_nonzero(allowed)))
-        masked = np.where(allowed != 0, probabilities, -1.0)
+        masked = np.where(allowed != 0, choice, -np.inf)
         experts = np.sort(np.argsort(-masked, axis=1, kind="stable")[:, :size], axis=1)
     chosen = np.take_along_axis(probabilities, experts, axis=1)
     if allowed is not None and rescale:
         chosen = chosen / chosen.sum(axis=1, keepdims=True) * (1.0 if weights.normalize else natural_sum)
     elif weights.normalize:
         chosen = chosen / natural_sum
+    chosen = chosen * weights.scaling
     ranked = order[:, : 2 * weights.top_k].astype(np.int32)
     return Routing(hidden, ranked, np.take_along_axis(probabilities, ranked, axis=1), experts.astype(np.int32), chosen)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from tests.schedules import Schedules
+import pytest
+
+from tests.schedules import SPEC, Schedules, windowed_spec
 
 
-def test_requests_that_come_and_go_get_what_they_get_alone(tmp_path):
-    schedules = Schedules(tmp_path)
+@pytest.mark.parametrize("spec", [SPEC, windowed_spec()], ids=["all positions", "windows"])
+def test_requests_that_come_and_go_get_what_they_get_alone(tmp_path, spec):
+    schedules = Schedules(tmp_path, spec)
     try:
         for seed in range(40):
             schedules.run(seed)

@@ -116,6 +116,9 @@ def test_orders_of_rows_are_inverse(head_dim):
     "changes,named",
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+        ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' of a theta of 1"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                           "original_max_position_embeddings": 64}}, "not below 'high_freq_factor'"),
         ({"mlp_bias": True}, "biases of feed-forwards"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
         ({"head_dim": 24}, "'head_dim' 24"),
@@ -136,7 +139,7 @@ def test_a_gguf_architecture_is_not_a_family():
     assert gguf_family({"general.architecture": "llama", "llama.expert_count": 8}, families)[0].name == "mixtral"
     with pytest.raises(ModelError, match="'deepseek2' is not supported") as caught:
         gguf_family({"general.architecture": "deepseek2"}, families)
-    assert "supported: gpt-oss, llama, olmoe, qwen2, qwen2moe, qwen3" in caught.value.hint
+    assert "supported: glm4moe, gpt-oss, llama, olmoe, qwen2, qwen2moe, qwen3, qwen3moe" in caught.value.hint
     assert "on the roadmap: deepseek2" in caught.value.hint
 
 
@@ -145,13 +148,13 @@ def rewritten(path, out, metadata=(), extra=(), kinds=None):
     source = GgufFile(path)
     writer = gguf.GGUFWriter(out, source.metadata["general.architecture"])
     for key, value in source.metadata.items():
-        if key == "general.architecture":
+        if key == "general.architecture" or key in dict(metadata):
             continue
         add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
                list: writer.add_array}[type(value)]  # fmt: skip
         add(key, value)
     for key, value in metadata:
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_float32(key, value)
+        {str: writer.add_string, int: writer.add_uint32}.get(type(value), writer.add_float32)(key, value)
     for one in gguf.GGUFReader(path).tensors:
         values, kind = gguf.quants.dequantize(one.data, one.tensor_type), one.tensor_type
         if one.tensor_type == gguf.GGMLQuantizationType.Q8_0 and kinds is not None:

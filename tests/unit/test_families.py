@@ -17,7 +17,7 @@ from elmoe.models.load import load_model, model_names
 from elmoe.models.spec import Activation, Dense, LinearScaling, ModelSpec, Moe, Router, YarnScaling
 from elmoe.models.support import check_supported
 
-REFUSED_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe", "glm4_moe_lite")
+REFUSED_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
 FOLDER = os.environ.get("ELMOE_PUBLISHED_CONFIGS")
 """Folder of whole published ``config.json`` files, one a model, if there is one."""
 
@@ -111,7 +111,7 @@ def test_gpt_oss_alternates_windows_and_has_sinks_and_biases():
     assert attention.rope.scaling == yarn
     assert moe.router == Router(experts=32, top_k=4, score="chosen_softmax", logit_bias=True)
     assert moe.bias and moe.activation == Activation(kind="clamped_swiglu", alpha=1.702, limit=7.0)
-    assert load_model("gpt-oss-20b").formats == {"experts": "table4"}
+    assert load_model("gpt-oss-20b").formats == {"experts": "table4_mx"}
     bare = spec("gpt-oss-20b", layer_types="absent", rope_scaling="absent", rope_theta="absent", attention_bias="absent")
     assert bare == model
     other = ["full_attention"] * 23 + ["sliding_attention"]

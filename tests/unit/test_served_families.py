@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from elmoe import bitslice, kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.convert import convert_checkpoint
 from elmoe.convert.gguf_export import export_store
+from elmoe.convert.source import open_source
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import ConvertError
 from elmoe.models import spec_of_config
+from elmoe.schema.hardware import load_hardware
+from elmoe.sim.grid import Grid, run_grid
+from elmoe.sim.recorded import Counts, predict
 from elmoe.store import open_direct, open_store
-from tests.checkpoints import write_checkpoint
+from elmoe.trace import TraceRecorder, read_trace
+from tests.checkpoints import random_weights, write_checkpoint
 from tests.family_configs import CONFIGS
+from tests.unit.test_dense import rewritten
 
 REQUESTS = [
     Request((5, 6, 7), 10),
@@ -75,3 +82,49 @@ def test_gguf_and_back(tmp_path, name):
             assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes(), file.name
     with open_store(path) as one, open_store(tmp_path / "back") as other:
         assert one.spec == other.spec
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe_windows", "olmoe"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_simulator_predicts_hits_and_bytes(tmp_path, name, share):
+    """Each kind of attention and of experts: exactly, from a recorded run."""
+    options = EngineOptions(mode="elastic", fast_memory=share, batch=2, draft_length=3, all_ranks=True)
+    with open_store(store(tmp_path, name)) as reader:
+        engine = Engine(reader, kernels, options)
+        with TraceRecorder(tmp_path / "run.trace", reader.spec, {}, all_ranks=True) as recorder:
+            _, statistics = engine.generate(REQUESTS, recorder=recorder)
+        sizes = engine.fitting.sizes(REQUESTS)
+        predicted = predict(read_trace(tmp_path / "run.trace"), engine.fitting.slots(sizes), sizes, options.residency).phases
+    for phase, counters in statistics.phases.items():
+        mine = predicted.get(phase, Counts())
+        for count in ("tokens", "msb_hits", "msb_misses", "lsb_hits", "lsb_misses", "fast_bytes", "slow_bytes"):
+            assert getattr(mine, count) == getattr(counters, count), (phase, count)
+    row = run_grid(Grid((load_hardware("xpu"),), (str(tmp_path / "store"),), ("mt_bench",), (1,), ("ar",)), workers=1)[0]
+    assert row["tokens_per_second"] > 0
+
+
+def test_layers_that_predict_further_tokens_are_named_as_left_out(tmp_path):
+    config = CONFIGS["glm4_moe"] | {"num_nextn_predict_layers": 1}
+    further = {"model.layers.3.eh_proj.weight": np.zeros((64, 128), np.float32)}
+    folder = write_checkpoint(tmp_path / "source", config, random_weights(config) | further)
+    source = open_source(folder)
+    source.check()
+    assert source.left_out == ("model.layers.3.eh_proj.weight",)
+    other = write_checkpoint(tmp_path / "other", CONFIGS["glm4_moe"], random_weights(config) | further)
+    with pytest.raises(ConvertError, match=r"does not have: 'model\.layers\.3\.eh_proj\.weight'"):
+        open_source(other).check()
+
+
+def test_layers_that_predict_further_tokens_are_left_out_of_gguf_files_too(tmp_path):
+    path = store(tmp_path, "glm4_moe")
+    with open_store(path) as reader:
+        export_store(reader, tmp_path / "model.gguf")
+    extra = [("blk.3.nextn.eh_proj.weight", np.zeros((64, 128), np.float32))]
+    metadata = [("glm4moe.block_count", 4), ("glm4moe.nextn_predict_layers", 1)]
+    source = open_source(rewritten(tmp_path / "model.gguf", tmp_path / "more.gguf", metadata, extra))
+    source.check()
+    assert source.left_out == ("blk.3.nextn.eh_proj.weight",) and len(source.spec.layers) == 3
+    for wrong in (4, 1 << 20):
+        metadata[1] = ("glm4moe.nextn_predict_layers", wrong)
+        with pytest.raises(ConvertError, match=f"nextn_predict_layers' is {wrong}"):
+            open_source(rewritten(tmp_path / "model.gguf", tmp_path / f"{wrong}.gguf", metadata, extra))

@@ -151,11 +151,12 @@ def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], epsilon: float
 
 
 def rotate(x: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rotary embedding, half-split form (arXiv 2104.09864): x (tokens, heads, head_dim), tables (tokens, head_dim / 2)."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
+    """Rotary embedding, half-split form (arXiv 2104.09864): x (tokens, heads, head_dim), tables (tokens, pairs); the first
+    ``2 * pairs`` dimensions are rotated."""
+    half = cosine.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cosine, sine = cosine[:, None, :], sine[:, None, :]
-    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis=-1)
 
 
 def attend(
@@ -198,7 +199,7 @@ def attention_block(
     """Add attention to the residual stream ``x`` (tokens, hidden) in place and write keys and values to the cache.
 
     A token attends to the cells that it sees (see ``Places``), tokens of this call included, in the order of positions:
-    where they lie changes no bit. ``cosine``, ``sine``: tables (positions, head_dim / 2) indexed by position.
+    where they lie changes no bit. ``cosine``, ``sine``: tables (positions, pairs) indexed by position, see ``rotate``.
 
     :raises NumericsError: a key or value is not finite in fp16. :raises ValueError: places contradict each other.
     """

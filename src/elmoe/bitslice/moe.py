@@ -23,7 +23,9 @@ from elmoe.errors import NumericsError
 class RouterWeights:
     """``norm`` (hidden,) of the FFN input and ``router`` (experts, hidden), float32; ``normalize``: scale the weights of
     the chosen experts to sum to one, which is a softmax over the chosen ones; ``ranked``: experts to rank, None is ``2 *
-    top_k`` or fewer; ``bias`` (experts,): added to the logits."""
+    top_k`` or fewer; ``bias`` (experts,): added to the logits; ``sigmoid``: scores are sigmoids of logits in place of their
+    softmax; ``selection_bias`` (experts,): added to scores where experts are ranked and chosen, not in their weights;
+    ``scaling``: factor of the weights."""
 
     norm: NDArray[np.float32]
     router: NDArray[np.float32]
@@ -32,6 +34,9 @@ class RouterWeights:
     normalize: bool
     ranked: int | None = None
     bias: NDArray[np.float32] | None = None
+    sigmoid: bool = False
+    selection_bias: NDArray[np.float32] | None = None
+    scaling: float = 1.0
 
     @property
     def ranks(self) -> int:
@@ -43,8 +48,8 @@ class RouterWeights:
 class Routing:
     """What the router said of each token.
 
-    ``hidden`` (tokens, hidden): the normed FFN input. ``ranked`` (tokens, ranks) int32: best experts by
-    probability, unmasked; ``scores``: their probabilities. ``experts`` (tokens, k) int32: the experts to run, ascending;
+    ``hidden`` (tokens, hidden): the normed FFN input. ``ranked`` (tokens, ranks) int32: best experts, unmasked;
+    ``scores``: their probabilities, or sigmoids. ``experts`` (tokens, k) int32: the experts to run, ascending;
     ``weights`` (tokens, k) float32.
     """
 
@@ -85,9 +90,13 @@ def route(
         logits = logits + weights.bias
     if not np.isfinite(logits).all():
         raise NumericsError("a router logit is NaN or infinite", "check the checkpoint's weights")
-    shifted = exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = shifted / lane_sum(shifted)[:, None]
-    order = np.argsort(-probabilities, axis=1, kind="stable")
+    if weights.sigmoid:
+        probabilities = np.float32(1) / (np.float32(1) + exp(-logits))
+    else:
+        shifted = exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = shifted / lane_sum(shifted)[:, None]
+    choice = probabilities if weights.selection_bias is None else probabilities + weights.selection_bias
+    order = np.argsort(-choice, axis=1, kind="stable")
     ranked = order[:, : weights.ranks].astype(np.int32)
     natural = np.sort(order[:, : weights.top_k], axis=1)
     natural_sum = ascending_sum(np.take_along_axis(probabilities, natural, axis=1))
@@ -97,7 +106,7 @@ def route(
         size = min(draft_top_k or weights.top_k, weights.top_k, int(np.count_nonzero(allowed)))
         if size == 0:
             raise NumericsError("a draft has no expert it may use")
-        masked = np.where(allowed[None, :] != 0, probabilities, np.float32(-1))
+        masked = np.where(allowed[None, :] != 0, choice, np.float32(-np.inf))
         experts = np.sort(np.argsort(-masked, axis=1, kind="stable")[:, :size], axis=1)
     chosen = np.take_along_axis(probabilities, experts, axis=1)
     if allowed is not None and rescale:
@@ -110,6 +119,8 @@ def route(
         chosen = np.where(dead, even, chosen * factor[:, None])
     elif weights.normalize:
         chosen = chosen / natural_sum[:, None]
+    if weights.scaling != 1:
+        chosen = chosen * np.float32(weights.scaling)
     return Routing(hidden, ranked, np.take_along_axis(probabilities, ranked, axis=1), experts.astype(np.int32), chosen)
 
 

@@ -17,21 +17,23 @@ from elmoe.terminal import progress_bar
 @click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True, help="Of the weights.")
 @json_option
 def command(config: Path, store: Path, layers: int | None, seed: int, as_json: bool) -> None:
-    """Write STORE with random weights and the shapes of CONFIG, a model's config.json."""
+    """Write STORE with random weights and the shapes of CONFIG, a model's config.json, in the formats of the family's
+    published weights."""
     from elmoe.errors import ConvertError
     from elmoe.files import check_new_folder
-    from elmoe.models import spec_of_config
+    from elmoe.models import family_of, spec_of_config
     from elmoe.store.synthetic import synthesize
     from elmoe.untrusted import load_object, read_bytes
 
     check_new_folder(store, "store")
     raw = read_bytes(config, ConvertError, 1 << 20, "config.json")
     values = load_object(raw, str(config), ConvertError, "expected a model's config.json", repeated_keys=True)
+    spec, formats = spec_of_config(values, config.name), family_of(values, config.name).formats
     if layers is not None:
-        values["num_hidden_layers"] = layers
-    spec = spec_of_config(values, config.name)
+        spec = msgspec.structs.replace(spec, layers=(spec.layers * layers)[:layers])
+    experts = {f"layers.{layer}.experts": formats["experts"] for layer in spec.moe_layers if "experts" in formats}
     with progress_bar("tensors and experts", None) as bar:
-        synthesize(store, spec, seed, bar)
+        synthesize(store, spec, seed, bar, experts)
     if as_json:
         print_json({"store": str(store)})
     else:

@@ -60,8 +60,8 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
         writer = GGUFWriter(partial_path, gguf.architecture)
         try:
             for key, value in metadata.items():
-                if isinstance(value, str):
-                    writer.add_string(key, value)
+                if isinstance(value, (str, bool)):
+                    writer.add_string(key, value) if isinstance(value, str) else writer.add_bool(key, value)
                 else:
                     writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, int(value))
             layer = min(spec.moe_layers, default=0)

@@ -24,7 +24,7 @@ from elmoe.errors import ConvertError
 from elmoe.kernels.packing import quantized
 from elmoe.models import FAMILIES
 from elmoe.models.formats import Format, joined_formats
-from elmoe.models.gguf import gguf_family, gguf_shape, spec_of_metadata
+from elmoe.models.gguf import further_layers, gguf_family, gguf_shape, spec_of_metadata
 from elmoe.models.gguf_rope import FACTORS
 from elmoe.models.spec import GroupedAttention, ModelSpec
 from elmoe.models.support import check_supported
@@ -102,7 +102,10 @@ class GgufSource:
                 one = self._stacked(part, projection)
                 self._file.check(one.name, one.shape, matrix=True)
                 expected.add(one.name)
-        refuse_leftovers(sorted(self._file.names() - expected - {FACTORS}), self.spec.family)  # which the spec was read from
+        others = sorted(self._file.names() - expected - {FACTORS})  # from which the spec was read
+        further = further_layers(self._file.metadata, self._gguf)
+        self.left_out = tuple(name for name in others if name.startswith(further))
+        refuse_leftovers([name for name in others if name not in self.left_out], self.spec.family)
 
     def floats(self, tensor: Tensor) -> NDArray[np.float32]:
         """See ``store.writer.Weights``."""

@@ -120,8 +120,15 @@ class CheckpointSource:
         expected |= self._checkpoint.scale_names({name for name in expected if not name.endswith((BLOCKS, SCALES))})
         tied = {self._names["head"]} if spec.tied_embeddings else set()
         others = sorted(self._checkpoint.names() - expected)
-        self.left_out = tuple(name for name in others if name.endswith(HARMLESS) or name in tied)
+        further = self._further_layers()
+        self.left_out = tuple(name for name in others if name.endswith(HARMLESS) or name in tied or name.startswith(further))
         refuse_leftovers([name for name in others if name not in self.left_out], spec.family)
+
+    def _further_layers(self) -> tuple[str, ...]:
+        """What names of tensors begin with that predict further tokens: layers behind those of the model."""
+        config, layers = Config(self._checkpoint.config), len(self.spec.layers)
+        count = config.integer("num_nextn_predict_layers", default=0, least=0, most=16)
+        return tuple(f"model.layers.{layer}." for layer in range(layers, layers + count))
 
     def floats(self, tensor: Tensor) -> NDArray[np.float32]:
         """See ``store.writer.Weights``."""

@@ -142,7 +142,8 @@ class Decoder:
         router = RouterWeights(
             norm, reader.array(f"{name}router"), spec.norm_epsilon, spec.top_k,
             moe.router.normalize or moe.router.score == "chosen_softmax", ranks,
-            reader.array(f"{name}router_bias") if moe.router.logit_bias else None,
+            reader.array(f"{name}router_bias") if moe.router.logit_bias else None, moe.router.score == "sigmoid",
+            reader.array(f"{name}selection_bias") if moe.router.selection_bias else None, moe.router.scaling,
         )  # fmt: skip
         shared, terms = _shared_weights(reader, layer, moe), _terms(reader, layer, moe)
         return LayerWeights(attention, router, reader.expert_layout(layer), none, terms, shared)

@@ -180,7 +180,8 @@ def _attention(weights: AttentionWeights) -> Any:
 
 def _router(weights: RouterWeights) -> Any:
     return _native.Router(
-        weights.norm, weights.router, weights.top_k, weights.epsilon, weights.normalize, weights.bias
+        weights.norm, weights.router, weights.top_k, weights.epsilon, weights.normalize, weights.bias,
+        weights.sigmoid, weights.selection_bias, weights.scaling,
     )  # fmt: skip
 
 

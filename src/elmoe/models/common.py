@@ -149,7 +149,7 @@ def attention_metadata(spec: ModelSpec, truncate: bool = True) -> dict[str, int 
         "attention.value_length": attention.head_dim,
         "attention.layer_norm_rms_epsilon": spec.norm_epsilon,
         "rope.freq_base": attention.rope.theta,
-        "rope.dimension_count": attention.head_dim,
+        "rope.dimension_count": attention.rope.dimensions,
         "vocab_size": spec.vocabulary,
     } | scaling_metadata(attention.rope, truncate)
 
@@ -157,10 +157,10 @@ def attention_metadata(spec: ModelSpec, truncate: bool = True) -> dict[str, int 
 def attention_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
     """GGUF's metadata that must have one of these values where attention is grouped."""
     attention = spec.layers[0].attention
-    assert isinstance(attention, GroupedAttention)
+    assert isinstance(attention, GroupedAttention) and attention.rope is not None
     return {
         "attention.value_length": (attention.head_dim,),
-        "rope.dimension_count": (attention.head_dim,),
+        "rope.dimension_count": (attention.rope.dimensions,),
         "rope.scale_linear": (1.0, 0.0),
         "rope.scaling.attn_factor": (1.0, 0.0),
     }

@@ -22,7 +22,9 @@ class GgufFamily:
     ``config``: what config.json would say beside ``keys``. ``names``: see :data:`Names`; experts are stacked in one tensor.
     ``recognise``: tells families of one architecture apart. ``metadata``: what export writes; it raises ModelError for a
     spec that GGUF cannot describe. ``neighbours``: roles whose rows are so ordered within a head that the rotary embedding
-    pairs neighbours (2i, 2i + 1), where the checkpoint and the store pair halves.
+    pairs neighbours (2i, 2i + 1), where the checkpoint and the store pair halves. ``flags``: key of config.json that is true
+    or false -> role of the tensor of the first layer that tells. ``further``: metadata key of the number of layers that
+    predict further tokens, which ``block_count`` includes.
     """
 
     architecture: str
@@ -34,6 +36,8 @@ class GgufFamily:
     config: Mapping[str, Any] = field(default_factory=dict)
     recognise: Callable[[Mapping[str, Any]], bool] = lambda metadata: True
     neighbours: tuple[str, ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
+    further: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from elmoe.untrusted import short
 
 IGNORED = ("rope.scaling.finetuned", "attention.sliding_window", "attention.causal")
 """Metadata keys that change nothing in the architectures here, as in llama.cpp: windows that only others use."""
-ROADMAP = ("deepseek2", "glm4moe", "granitemoe")
+ROADMAP = ("deepseek2", "granitemoe")
 """Architectures that are planned."""
 
 
@@ -57,14 +57,15 @@ def spec_of_metadata(
     layers = config["num_hidden_layers"]
     if isinstance(layers, bool) or not isinstance(layers, int) or not 0 < layers <= MOST["layers"]:
         raise ModelError(f"metadata '{gguf.architecture}.block_count' is {layers!r}", f"supported: 1 to {MOST['layers']}")
+    further = further_layers(metadata, gguf)
+    config["num_hidden_layers"] = layers = layers - len(further)
     if "router" in gguf.names:
         router = gguf.names["router"]
         config["mlp_only_layers"] = [layer for layer in range(layers) if not has(router.format(layer=layer))]
         if len(config["mlp_only_layers"]) == layers:
             raise ModelError(f"tensor '{router.format(layer=0)}' is missing", "the file has no layer with experts")
     config["tie_word_embeddings"] = not has(gguf.names["head"])
-    for key, role in (("qkv_bias", "query_bias"), ("attention_bias", "attention_output_bias")):
-        config[key] = has(gguf.names.get(role, "").format(layer=0))
+    config |= {key: has(gguf.names[role].format(layer=0)) for key, role in gguf.flags.items()}
     try:
         plain = Config(config, "metadata")
         head_dim, theta = plain.heads(plain.integer("hidden_size"))[2], plain.number("rope_theta", 10000.0)
@@ -91,6 +92,17 @@ def spec_of_metadata(
         if value not in allowed:
             raise ModelError(f"metadata '{gguf.architecture}.{key}' is {value!r}", f"supported: {allowed[0]!r}")
     return spec
+
+
+def further_layers(metadata: Mapping[str, Any], gguf: GgufFamily) -> tuple[str, ...]:
+    """What names of tensors begin with that predict further tokens: the last layers of a file.
+
+    :raises ModelError: their number is no number of layers.
+    """
+    count, layers = metadata.get(f"{gguf.architecture}.{gguf.further}", 0), metadata[f"{gguf.architecture}.block_count"]
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < layers:
+        raise ModelError(f"metadata '{gguf.architecture}.{gguf.further}' is {count!r}", f"supported: 0 to {layers - 1}")
+    return tuple(f"blk.{layer}." for layer in range(layers - count, layers))
 
 
 def metadata_of_spec(spec: ModelSpec, gguf: GgufFamily) -> dict[str, int | float | str]:

@@ -1,8 +1,14 @@
-"""GLM-4.5 and 4.6 (``Glm4MoeForCausalLM``): grouped-query attention that rotates half of a head, DeepSeek-V3's router."""
+"""GLM-4.5 and 4.6 (``Glm4MoeForCausalLM``, GGUF ``glm4moe``): half of a head is
+rotated, DeepSeek-V3's router."""
 
 from __future__ import annotations
 
+from elmoe.errors import ModelError
 from elmoe.models.common import (
+    GROUPED_KEYS,
+    GROUPED_REQUIRED,
+    attention_fixed,
+    attention_metadata,
     experts_with_shared,
     feed_forwards,
     grouped_attention,
@@ -11,8 +17,9 @@ from elmoe.models.common import (
     sparse_layers,
 )
 from elmoe.models.config import Config
-from elmoe.models.family import Family
-from elmoe.models.spec import LayerSpec, ModelSpec
+from elmoe.models.family import Family, GgufFamily
+from elmoe.models.names import EXPERTS, EXPERTS_GGUF, GROUPED, GROUPED_GGUF
+from elmoe.models.spec import Dense, LayerSpec, ModelSpec
 
 
 def read_config(config: Config) -> ModelSpec:
@@ -28,4 +35,59 @@ def read_config(config: Config) -> ModelSpec:
     return model(config, FAMILY.name, layers, epsilon=1e-5, positions=131072)
 
 
-FAMILY = Family(name="glm4_moe", architectures=("Glm4MoeForCausalLM",), read_config=read_config)
+def _gguf_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
+    first, dense = spec.moe_layers[0], spec.layers[0].feed_forward
+    moe = spec.moe(first)
+    if spec.dense_layers != tuple(range(first)) or len(set(spec.layers)) > 2 or moe.shared_width % moe.width:
+        raise ModelError("its dense layers are not the first ones, or layers differ otherwise", "glm4moe cannot say that")
+    return attention_metadata(spec) | {
+        "feed_forward_length": dense.width if isinstance(dense, Dense) else moe.width,
+        "expert_feed_forward_length": moe.width, "expert_count": spec.experts, "expert_used_count": spec.top_k,
+        "expert_shared_count": moe.shared_width // moe.width, "leading_dense_block_count": first,
+        "expert_weights_scale": moe.router.scaling, "expert_weights_norm": moe.router.normalize, "expert_gating_func": 2,
+    }  # fmt: skip
+
+
+def _gguf_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
+    return attention_fixed(spec) | {"expert_gating_func": (2, 0), "expert_group_count": (1, 0)}
+
+
+_PARTS = ("gate", "up", "down")
+_MLP = "model.layers.{layer}.mlp."
+FAMILY = Family(
+    name="glm4_moe",
+    architectures=("Glm4MoeForCausalLM",),
+    read_config=read_config,
+    names=GROUPED
+    | EXPERTS
+    | {"selection_bias": _MLP + "gate.e_score_correction_bias"}
+    | {f"shared_{part}": f"{_MLP}shared_experts.{part}_proj.weight" for part in _PARTS},
+    gguf=GgufFamily(
+        architecture="glm4moe",
+        flags={"attention_bias": "query_bias", "use_qk_norm": "query_norm"},
+        keys=GROUPED_KEYS
+        | {
+            "n_routed_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "moe_intermediate_size": "expert_feed_forward_length",
+            "n_shared_experts": "expert_shared_count",
+            "first_k_dense_replace": "leading_dense_block_count",
+            "routed_scaling_factor": "expert_weights_scale",
+            "norm_topk_prob": "expert_weights_norm",
+        },
+        required=(
+            *GROUPED_REQUIRED,
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "first_k_dense_replace",
+        ),
+        further="nextn_predict_layers",
+        names=GROUPED_GGUF
+        | EXPERTS_GGUF
+        | {"ffn_norm": "blk.{layer}.post_attention_norm.weight", "selection_bias": "blk.{layer}.exp_probs_b.bias"}
+        | {f"shared_{part}": f"blk.{{layer}}.ffn_{part}_shexp.weight" for part in _PARTS},
+        metadata=_gguf_metadata,
+        fixed=_gguf_fixed,
+    ),
+)

@@ -79,7 +79,7 @@ FAMILY = Family(
     name="gpt_oss",
     architectures=("GptOssForCausalLM",),
     read_config=read_config,
-    formats={"experts": "table4"},
+    formats={"experts": "table4_mx"},
     alternating=_EXPERTS,
     names=GROUPED
     | {"router": _LAYER + "mlp.router.weight", "router_bias": _LAYER + "mlp.router.bias"}
@@ -87,6 +87,7 @@ FAMILY = Family(
     | {f"expert_{part}_bias": _EXPERTS + "gate_up_proj_bias" for part in ("gate", "up")},
     gguf=GgufFamily(
         architecture="gpt-oss",
+        flags={"attention_bias": "attention_output_bias"},
         keys=GROUPED_KEYS
         | EXPERT_KEYS
         | {"intermediate_size": "expert_feed_forward_length", "sliding_window": "attention.sliding_window"},

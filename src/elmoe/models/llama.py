@@ -37,6 +37,7 @@ FAMILY = Family(
     names=GROUPED,
     gguf=GgufFamily(
         architecture="llama",
+        flags={"attention_bias": "attention_output_bias"},
         keys=GROUPED_KEYS,
         required=GROUPED_REQUIRED,
         names=GROUPED_GGUF,

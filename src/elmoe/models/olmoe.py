@@ -39,6 +39,7 @@ FAMILY = Family(
     names=GROUPED | EXPERTS,
     gguf=GgufFamily(
         architecture="olmoe",
+        flags={"attention_bias": "attention_output_bias"},
         keys=GROUPED_KEYS | EXPERT_KEYS,
         required=EXPERTS_REQUIRED,
         names=GROUPED_GGUF | EXPERTS_GGUF,

@@ -73,6 +73,7 @@ FAMILY = Family(
     | {f"shared_{part}": f"model.layers.{{layer}}.mlp.shared_expert.{part}_proj.weight" for part in _PARTS},
     gguf=GgufFamily(
         architecture="qwen2moe",
+        flags={"qkv_bias": "query_bias"},
         keys=GROUPED_KEYS
         | EXPERT_KEYS
         | {

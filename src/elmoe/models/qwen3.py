@@ -32,6 +32,7 @@ FAMILY = Family(
     names=GROUPED,
     gguf=GgufFamily(
         architecture="qwen3",
+        flags={"attention_bias": "attention_output_bias"},
         keys=GROUPED_KEYS,
         required=GROUPED_REQUIRED,
         names=GROUPED_GGUF,

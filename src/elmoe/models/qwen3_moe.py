@@ -53,6 +53,7 @@ FAMILY = Family(
     names=GROUPED | EXPERTS,
     gguf=GgufFamily(
         architecture="qwen3moe",
+        flags={"attention_bias": "attention_output_bias"},
         keys=GROUPED_KEYS | EXPERT_KEYS | {"moe_intermediate_size": "expert_feed_forward_length"},
         required=(
             "num_hidden_layers",

@@ -105,8 +105,8 @@ class GroupedAttention(_Part, frozen=True, tag="grouped"):
             raise ModelError(f"attention.heads {self.heads} is no multiple of attention.kv_heads {self.kv_heads}")
         if self.rope is not None and self.rope.dimensions > self.head_dim:
             raise ModelError(f"rope.dimensions {self.rope.dimensions} exceed attention.head_dim {self.head_dim}")
-        if self.window is not None and self.window < 1:
-            raise ModelError(f"attention.window is {self.window}, not a positive number of positions")
+        if self.window is not None and not 1 <= self.window <= MOST["max_positions"]:
+            raise ModelError(f"attention.window is {self.window}, allowed is 1..{MOST['max_positions']} positions")
 
     @property
     def query_width(self) -> int:

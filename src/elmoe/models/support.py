@@ -80,24 +80,20 @@ def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
     if rope is None:
         yield "attention without rotary embedding"
         return
-    if rope.dimensions != attention.head_dim:
-        yield f"rotary embedding of {rope.dimensions} of {attention.head_dim} dimensions"
     if rope.interleaved:
         yield "interleaved rotary embedding"
     scaling = rope.scaling
     if scaling is not None and not isinstance(scaling, (LinearScaling, Llama3Scaling, YarnScaling)):
         yield f"the rope scaling '{scaling.__struct_config__.tag}'"
+    if isinstance(scaling, YarnScaling) and rope.theta <= 1:
+        yield f"the rope scaling 'yarn' of a theta of {rope.theta:g}"
+    if isinstance(scaling, Llama3Scaling) and not scaling.low_frequency_factor < scaling.high_frequency_factor:
+        yield f"a 'low_freq_factor' of {scaling.low_frequency_factor:g} that is not below 'high_freq_factor'"
     if isinstance(scaling, YarnScaling) and scaling.score_factor != 1:
         yield f"a score factor of {scaling.score_factor:g} of the rope scaling 'yarn'"
 
 
 def _of_experts(moe: Moe) -> Iterator[str]:
     router = moe.router
-    if router.score == "sigmoid":
-        yield "the router score 'sigmoid'"
-    if router.selection_bias:
-        yield "a bias of the router's selection"
     if router.groups > 1:
         yield f"{router.groups} groups of experts"
-    if router.scaling != 1:
-        yield f"a router scaling of {router.scaling:g}"

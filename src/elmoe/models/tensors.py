@@ -144,6 +144,8 @@ def _layer_tensors(spec: ModelSpec, index: int, layer: LayerSpec) -> Iterator[Te
         yield floats("router", experts, hidden)
         if moe.router.logit_bias:
             yield floats("router_bias", experts)
+        if moe.router.selection_bias:
+            yield floats("selection_bias", experts)
         if moe.bias:
             yield floats("expert_gate_bias", experts, moe.width)
             yield floats("expert_up_bias", experts, moe.width)
