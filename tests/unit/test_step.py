@@ -108,7 +108,9 @@ def test_an_aborted_request_leaves_at_once_with_what_it_wrote():
 
 def test_more_of_the_cache_than_there_is_is_refused_by_its_size():
     one = engine(kv_memory=2 * PAGE)
-    with pytest.raises(BudgetError, match=f"129 positions need {3 * PAGE} bytes.*{2 * PAGE} bytes") as caught:
+    with pytest.raises(
+        BudgetError, match=f"129 positions need {format_bytes(3 * PAGE)} .*{format_bytes(2 * PAGE)}"
+    ) as caught:
         one.add(Request((1,), 128))
     assert "--kv-memory" in caught.value.hint
     one.add(Request((1,), 127))
