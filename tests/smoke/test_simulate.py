@@ -12,6 +12,8 @@ from elmoe.cli.main import cli
 from elmoe.errors import ElmoeError, HardwareError, ModelError
 from elmoe.files import write_whole
 from elmoe.models.load import load_model
+from elmoe.schema.hardware import load_hardware
+from elmoe.sim.grid import Grid, run_grid
 from elmoe.units import format_bytes
 
 SMALL = ["--model", "qwen3-30b-a3b", "--prompts", "mt_bench", "--batch", "1,4"]
@@ -95,6 +97,13 @@ def test_bad_hardware_is_refused_by_file_and_path(tmp_path, change, message):
         run("simulate", *SMALL, "--hardware", str(path))
     assert "my.yaml" in str(caught.value) and "$" in str(caught.value)
     assert caught.value.hint
+
+
+def test_processes_give_the_rows_of_one_in_the_same_order():
+    grid, told = Grid((load_hardware("xpu"),), ("demo",), ("mt_bench", "gsm8k"), (1,), ("ar",), steps=4), []
+    rows = run_grid(grid, lambda done, total: told.append((done, total)))
+    assert rows == run_grid(grid, workers=1) == run_grid(grid, workers=2)
+    assert [row["prompts"] for row in rows] == ["mt_bench", "gsm8k"] and told == [(1, 2), (2, 2)]
 
 
 def test_a_model_too_large_becomes_a_row_that_says_so():

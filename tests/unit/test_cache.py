@@ -280,7 +280,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
         stored(source, tmp_path / "file" / "cache", Told().telling)
     assert "--store-dir" in caught.value.hint
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(ConvertError, match="more bytes of disk, 10 are free") as caught:
+    with pytest.raises(ConvertError, match=" more of disk, 10 B are free") as caught:
         stored(source, tmp_path / "cache", Told().telling)
     assert "--store-dir" in caught.value.hint
 

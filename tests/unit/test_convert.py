@@ -242,7 +242,7 @@ def test_an_existing_target_and_a_full_disk(tmp_path, monkeypatch):
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ConvertError, match="more bytes of disk, 1000 are free"):
+    with pytest.raises(ConvertError, match=" more of disk, 1000 B are free"):
         convert_checkpoint(source, tmp_path / "other")
 
 

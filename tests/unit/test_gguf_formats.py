@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -14,7 +15,7 @@ from gguf import GGMLQuantizationType as TensorType
 
 from elmoe.bitslice import format_of, quantized
 from elmoe.bitslice.formats import concatenated
-from elmoe.convert import convert_checkpoint
+from elmoe.convert import convert_checkpoint, gguf_import
 from elmoe.convert.checkpoint import E4M3
 from elmoe.convert.gguf_blocks import EXACT, FLOATS, SUPPORTED, dequantized, nearest_format, read_blocks
 from elmoe.convert.gguf_writing import tensor_bytes, write_blocks
@@ -304,3 +305,21 @@ def test_fp8_with_block_scales_is_what_its_values_are(tmp_path):
 def test_codes_of_fp8():
     assert E4M3[[0x00, 0x01, 0x08, 0x38, 0x7E, 0xC0]].tolist() == [0, 2**-9, 2**-6, 1, 448, -2]
     assert np.isnan(E4M3[[0x7F, 0xFF]]).all() and np.isfinite(E4M3).sum() == 254
+
+
+def test_the_time_of_a_conversion_follows_the_types(monkeypatch):
+    """Weights by what is done with them; vectors take no time."""
+    kinds = {
+        "a": ("Q4_0", (3, 32)),
+        "b": ("F16", (5, 32)),
+        "c": ("BF16", (7, 32)),
+        "d": ("Q5_0", (11, 32)),
+        "e": ("F32", (32,)),
+    }
+    file = SimpleNamespace(
+        names=lambda: set(kinds), tensor=lambda name: SimpleNamespace(type=TensorType[kinds[name][0]], shape=kinds[name][1])
+    )
+    source = object.__new__(gguf_import.GgufSource)
+    source._file = file
+    monkeypatch.setattr(gguf_import, "conversion_seconds", lambda **counts: counts)
+    assert source.seconds() == {"exact": 3 * 32, "floats": 12 * 32, "requantised": 11 * 32}

@@ -52,6 +52,20 @@ def test_a_draft_goes_on_where_only_several_more_tokens_pay():
     assert planner.proceed([[]], Plan(None, 8, 1.0)) == [False]
 
 
+def test_no_draft_is_longer_than_sixteen():
+    """However well drafts pay: here they and longer verifications cost nothing."""
+    assert stopping(0.0, acceptance=0.999).chosen.draft_length == 16
+
+
+@pytest.mark.parametrize(("steps", "wait"), [(15, 256), (16, 64), (17, 64)])
+def test_drafts_that_ran_for_sixteen_steps_are_tried_again_soon(steps, wait):
+    """Others wait twice as long as before."""
+    planner = stopping(0.5)
+    planner.chosen, planner._drafting, planner._wait = Plan(None, 0, 1.0), steps, 128
+    planner._judge_drafts()
+    assert planner._wait == wait and planner._drafting == planner._resting == 0
+
+
 # --- what it all comes to
 
 

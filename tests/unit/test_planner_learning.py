@@ -275,3 +275,17 @@ def test_a_plain_step_that_read_nothing_teaches_the_same_by_either_way():
         planner.plan(1, LITTLE, LITTLE.all_experts, np.zeros((1, 16)))
         told.append((planner.correction(False), float(planner.costs.target_seconds(2)), planner.chosen))
     assert told[0] == told[1]
+
+
+def test_draft_passes_of_several_sequences_are_counted_once():
+    """Six draft tokens of two sequences are three passes: their seconds are as modelled, so nothing is corrected."""
+    planner = Planner(TierShape.of(LITTLE), draft_length=3, reads=False)
+    planner.costs.draft_seconds = lambda tokens: 1.0
+    planner.costs.target_seconds = lambda tokens: 0.0 * np.asarray(tokens)
+    for _ in range(20):
+        planner.plan(2, LITTLE, LITTLE.all_experts, np.zeros((1, 16)))
+        planner.observe_planning(1e-9)
+        planner.observe_step(2, 6, 0, 3.0)
+        planner.begin_run()
+    planner.plan(2, replace(LITTLE), LITTLE.all_experts, np.zeros((1, 16)))
+    assert planner.correction(True) == pytest.approx(1.0)

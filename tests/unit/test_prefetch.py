@@ -59,8 +59,18 @@ def test_the_fastest_distance_is_taken(monkeypatch):
 def test_small_stores_and_slow_reads_measure_nothing(monkeypatch):
     reader = TinyReader(tiny_spec())
     kernels.set_prefetch(2048)
-    assert prefetch_distance.choose_prefetch_distance(reader) == {}
+    with monkeypatch.context() as any_rate:
+        any_rate.setattr(prefetch_distance, "LEAST_RATE", 0.0)
+        assert prefetch_distance.choose_prefetch_distance(reader) == {}
     monkeypatch.setattr(prefetch_distance, "LEAST_BYTES", 0)
     monkeypatch.setattr(prefetch_distance, "LEAST_RATE", 1e18)
     assert prefetch_distance.choose_prefetch_distance(reader) == {}
     assert kernels.prefetch() == 2048
+
+
+def test_a_distance_that_the_user_chose_stays(monkeypatch):
+    monkeypatch.setattr(prefetch_distance, "LEAST_BYTES", 0)
+    monkeypatch.setattr(prefetch_distance, "LEAST_RATE", 0.0)
+    monkeypatch.setattr(kernels, "PREFETCH_PINNED", True)
+    kernels.set_prefetch(1024)
+    assert prefetch_distance.choose_prefetch_distance(TinyReader(tiny_spec())) == {} and kernels.prefetch() == 1024

@@ -65,7 +65,8 @@ def test_copies_compute_their_prompt_once_and_draw_by_their_index():
     one = engine(batch=3)
     one.add(Request(prompt, 6, SamplingParameters(1.0, seed=4), ignore_eos=True, copies=3))
     results = finish(one)
-    assert one.statistics.phases["prefill"].tokens == 79
+    phases = one.statistics.phases
+    assert phases["prefill"].tokens == 79 and phases["mixed"].tokens == 0  # there copies would compute it
     answers = [results[0, choice] for choice in range(3)]
     assert len({answer.tokens for answer in answers}) == 3
     for choice, answer in enumerate(answers):
@@ -108,7 +109,9 @@ def test_an_aborted_request_leaves_at_once_with_what_it_wrote():
 
 def test_more_of_the_cache_than_there_is_is_refused_by_its_size():
     one = engine(kv_memory=2 * PAGE)
-    with pytest.raises(BudgetError, match=f"129 positions need {3 * PAGE} bytes.*{2 * PAGE} bytes") as caught:
+    with pytest.raises(
+        BudgetError, match=f"129 positions need {format_bytes(3 * PAGE)} .*{format_bytes(2 * PAGE)}"
+    ) as caught:
         one.add(Request((1,), 128))
     assert "--kv-memory" in caught.value.hint
     one.add(Request((1,), 127))

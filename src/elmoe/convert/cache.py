@@ -153,7 +153,7 @@ def _convert(source: Path, store: Path, found: dict[str, Any], old: Cached | Non
         shutil.rmtree(store, ignore_errors=True)
         raise ConvertError(f"what was written to '{store}' cannot be read back: {error}", hint) from error
     except ConvertError as error:
-        if "bytes of disk" in str(error):
+        if "more of disk" in str(error):
             raise ConvertError(str(error), f"free some disk, or {hint}") from error
         raise
     if old is not None and old.entry.name != store.name:  # of the source as it was; what stays of it is only disk

@@ -28,6 +28,7 @@ from elmoe.models.spec import GroupedAttention, ModelSpec, Rope
 from elmoe.models.tensors import PROJECTIONS, feed_forwards, tensors
 from elmoe.store import MemoryReader
 from elmoe.store.writer import ROW_BLOCK
+from elmoe.units import format_bytes
 
 Rows = Callable[[], Iterator[NDArray]]
 """A tensor's rows, part by part."""
@@ -184,5 +185,6 @@ def _check_room(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise ConvertError(
-            f"'{path}' needs {needed} bytes of disk, {free} are free", "free some disk or choose another place"
+            f"'{path}' needs {format_bytes(needed)} of disk, {format_bytes(free)} are free",
+            "free some disk or choose another place",
         )

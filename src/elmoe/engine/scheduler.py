@@ -18,6 +18,7 @@ from elmoe.engine.statistics import Statistics
 from elmoe.errors import BudgetError, ElmoeError, RequestError
 from elmoe.models.spec import ModelSpec
 from elmoe.text import TextStream
+from elmoe.units import format_bytes
 
 TextFactory = Callable[[tuple[int, ...], tuple[str, ...]], TextStream]
 """Makes the text of a sequence from its prompt and its stop strings."""
@@ -90,7 +91,7 @@ class Scheduler:
         if pages > self._cache.pages:
             held, needed = self._cache.pages * self._cache.page_bytes, pages * self._cache.page_bytes
             raise BudgetError(
-                f"{limit} positions need {needed} bytes of KV cache, its ceiling is {held} bytes",
+                f"{limit} positions need {format_bytes(needed)} of KV cache, its ceiling is {format_bytes(held)}",
                 "raise --kv-memory or --fast-memory, or ask for fewer tokens",
             )
         number, self._next_request = self._next_request, self._next_request + 1

@@ -44,6 +44,7 @@ from elmoe.store.format import (
 from elmoe.store.journal import Journal, JournalLine, sync_directory
 from elmoe.store.layout import after_sections, record_layout, record_sections, shapes_digest, store_bytes, tensor_sections
 from elmoe.store.reader import MemoryReader
+from elmoe.units import format_bytes
 
 ROW_BLOCK = 4096
 """Rows of a large matrix quantised at a time."""
@@ -98,7 +99,8 @@ class StoreWriter:
                 needed, free = store_bytes(spec, self._formats) - kept, shutil.disk_usage(self.partial).free
             if free < needed:
                 raise ConvertError(
-                    f"'{path}' needs {needed} more bytes of disk, {free} are free", "free some disk or choose another place"
+                    f"'{path}' needs {format_bytes(needed)} more of disk, {format_bytes(free)} are free",
+                    "free some disk or choose another place",
                 )
         except BaseException:
             journal.close()
