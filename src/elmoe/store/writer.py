@@ -97,6 +97,8 @@ class StoreWriter:
                 kept = sum(line.file.bytes for line in journal.lines if line.file)
                 needed, free = store_bytes(spec, self._formats) - kept, shutil.disk_usage(self.partial).free
             if free < needed:
+                if len(journal.lines) == 1:  # nothing is finished
+                    journal.discard()
                 raise ConvertError(
                     f"'{path}' needs {needed} more bytes of disk, {free} are free", "free some disk or choose another place"
                 )
