@@ -29,8 +29,8 @@ class FormatChoice:
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> FormatChoice:
-        """Of ``FORMAT`` (for all matrices) or ``KIND=FORMAT``; that of experts may be three, joined by ``+``, for gate, up and
-        down. ConvertError lists what there is."""
+        """Of ``FORMAT`` (for all matrices) or ``KIND=FORMAT``; that of experts may be three, joined by ``+``, for gate, up
+        and down. ConvertError lists what there is."""
         chosen: dict[str, str] = {}
         for text in texts:
             kind, equals, name = text.rpartition("=")
