@@ -21,7 +21,7 @@ from typing import Any
 SKEW = 0.65
 """Of the routers (see ``quantisations.SkewedRouters``): the upper half of the experts takes 77 % of the routing."""
 TOKENS, TIMEOUT = 4, 900
-"""Tokens decoded per sequence with 16 layers (with 4, four times as many), and seconds that a run may take."""
+"""Tokens decoded per sequence with 16 layers (with fewer, more), and seconds that a run may take."""
 LLAMA = "-m {model} -t 2 -c {context} -npp 4 -ntg {tokens} -npl {batch} --no-repack --output-format jsonl"
 RATE = re.compile(r'"speed_tg": *([\d.]+)|([\d.]+) *(?:tokens/s|tok/s|t/s|tokens per second)')
 UNKNOWN = (
@@ -39,7 +39,7 @@ def add_rows(
 
     :param bandwidth: throttle of their reads, bytes per second. :param others: ``NAME=COMMAND``, see ``--peer``.
     """
-    tokens = TOKENS * (16 // layers)
+    tokens = TOKENS * max(1, 16 // layers)
     program = programs / "llama-batched-bench"
     peers = {"llama.cpp": f"{program} {LLAMA}"} | dict(one.split("=", 1) for one in others)
     where = "in a child memory cgroup" + (", reads throttled in a block I/O cgroup" if bandwidth else "")

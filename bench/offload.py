@@ -373,7 +373,7 @@ def show(data: dict[str, Any], title: str) -> None:
 
 def larger_than_memory(arguments: argparse.Namespace, batches: list[int], names: list[str]) -> dict[str, Any]:
     """Rows of all systems and peers on a model of OLMoE's shapes."""
-    folder, layers = arguments.folder, 4 if arguments.quick else 16
+    folder, layers = arguments.folder, arguments.layers or (4 if arguments.quick else 16)
     batches = [1, 4, 16] if arguments.quick and arguments.batch == ALL_BATCHES else batches
     store, file = skewed_store(folder, layers, arguments.format)
     quick = "1340MiB" if arguments.format == "q8_0" else "60%"  # half of the expert bytes beside dense, KV and staging
@@ -409,7 +409,10 @@ def main() -> None:
         "--folder", type=Path, default=Path("build/offload"), help="where stores and traces are kept (10 GB)"
     )
     parser.add_argument("--prompts", type=Path, help="folder of published prompt sets")
-    parser.add_argument("--quick", action="store_true", help="4 layers, one budget unless --budgets, batch 1, 4, 16")
+    parser.add_argument(
+        "--quick", action="store_true", help="4 layers and one budget unless others are given, batch 1, 4, 16"
+    )
+    parser.add_argument("--layers", type=int, help="[default: 16; --quick: 4]")
     parser.add_argument("--format", default="q8_0", choices=NAMES, help="quantisation of the model")
     parser.add_argument("--own-routing", action="store_true", help="decode by the model's own routing, without a replay")
     parser.add_argument("--demo", action="store_true", help="the demo model, throttled")

@@ -36,6 +36,8 @@ ELSEWHERE = {
     ". .venv/bin/activate": "the environment that these tests run in",
     "pip install ": ".ci/try_wheel, and make demo",
     "elmoe demo": "tests/smoke/test_cli.py",
+    "elmoe serve": "tests/server",
+    "elmoe chat": "tests/server",
     "python -m tests.fuzz.run ": "tests/fuzz",
     ".venv/bin/python -m pytest ": "this very run",
 }

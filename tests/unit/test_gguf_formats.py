@@ -208,6 +208,7 @@ def test_a_mixed_file_keeps_each_tensor_and_tells_the_rest(tmp_path):
     [
         (["affine4"], "affine4_k", "affine4_k"), (["experts=table4"], "table4_nl", "nested8"),
         (["planes6", "experts=affine4_1"], "affine4_1", "planes6"), (["matrices=table4_mx"], "nested8", "table4_mx"),
+        (["experts=affine4+affine4+planes6"], "affine4_k+affine4_k+planes6", "nested8"),
     ],
 )  # fmt: skip
 def test_formats_can_be_chosen(tmp_path, texts, experts, others):
@@ -218,7 +219,7 @@ def test_formats_can_be_chosen(tmp_path, texts, experts, others):
         assert found.pop("layers.0.experts") == experts
         assert {found[name] for name in ("embedding", "layers.0.query_key_value", "layers.1.dense_ffn")} == {others}
         reader.verify()
-    assert {line.split(":")[0].split("-> ")[1] for line in lines} == {experts, others}
+    assert {line.split(":")[0].split("-> ")[1] for line in lines} == {*experts.split("+"), others}
     assert all("dB" in line for line in lines)
 
 
@@ -236,6 +237,9 @@ def test_the_command_tells_formats_and_refuses_others(tmp_path):
     assert done.returncode and "experts=..., matrices=..." in done.stderr and not (tmp_path / "two").exists()
     for text in ("nested9", "=", "experts="):
         with pytest.raises(ConvertError, match="no format"):
+            FormatChoice.parse([text])
+    for text, count in (("experts=affine4+affine4", 2), ("affine4+affine4+planes6", 3), ("matrices=table4+table4", 2)):
+        with pytest.raises(ConvertError, match=f"gives {count} formats"):
             FormatChoice.parse([text])
 
 

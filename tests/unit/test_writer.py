@@ -243,6 +243,7 @@ def test_a_conversion_that_finds_no_room_lets_go_of_its_target(source, tmp_path,
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
         with pytest.raises(ConvertError, match="more of disk") as kept:  # a traceback keeps the writer alive
             convert_checkpoint(source, tmp_path / "store")
+        assert not (tmp_path / "store.partial").exists()
     convert_checkpoint(source, tmp_path / "store")
     assert kept.value.hint and (tmp_path / "store").is_dir()
 

@@ -23,7 +23,8 @@ from elmoe.terminal import progress_bar
     multiple=True,
     metavar="[KIND=]FORMAT",
     help="Format of all matrices, or of a KIND (experts, matrices): nested8, affine4, table4, planes6, or one of their "
-    "variants [default: the one that holds the file's type exactly, else the nearest].",
+    "variants; for gate, up and down of experts three, joined by + [default: the one that holds the file's type exactly, "
+    "else the nearest].",
 )
 @json_option
 def command(source: Path, store: Path, tokenizer: Path | None, formats: tuple[str, ...], as_json: bool) -> None:

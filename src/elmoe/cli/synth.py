@@ -19,6 +19,8 @@ from elmoe.terminal import progress_bar
 def command(config: Path, store: Path, layers: int | None, seed: int, as_json: bool) -> None:
     """Write STORE with random weights and the shapes of CONFIG, a model's config.json, in the formats of the family's
     published weights."""
+    import msgspec
+
     from elmoe.errors import ConvertError
     from elmoe.files import check_new_folder
     from elmoe.models import family_of, spec_of_config

@@ -149,6 +149,7 @@ def _convert(source: Path, store: Path, found: dict[str, Any], old: Cached | Non
             convert_source(model, store, written=lambda done, total: bar(done, total))
         with telling.bar("verifying", model_bytes(model)) as bar, MemoryReader(store) as reader:
             reader.verify(bar)
+            bar(model_bytes(model))  # headers and padding
     except StoreError as error:
         shutil.rmtree(store, ignore_errors=True)
         raise ConvertError(f"what was written to '{store}' cannot be read back: {error}", hint) from error

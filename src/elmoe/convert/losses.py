@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from elmoe.bitslice import QuantizedMatrix
 from elmoe.errors import ConvertError
-from elmoe.models.formats import CHOICES, FORMATS
+from elmoe.models.formats import CHOICES, FORMATS, JOIN, joined_formats
+from elmoe.models.tensors import PROJECTIONS
 
 KINDS = ("experts", "matrices")
 """What a format may be chosen for: routed experts, and all other matrices."""
@@ -28,14 +29,20 @@ class FormatChoice:
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> FormatChoice:
-        """Of ``FORMAT`` (for all matrices) or ``KIND=FORMAT``; ConvertError lists what there is."""
+        """Of ``FORMAT`` (for all matrices) or ``KIND=FORMAT``; that of experts may be three, joined by ``+``, for gate, up
+        and down. ConvertError lists what there is."""
         chosen: dict[str, str] = {}
         for text in texts:
             kind, equals, name = text.rpartition("=")
-            name = CHOICES.get(name, name)
-            if name not in FORMATS or (equals and kind not in KINDS):
+            names = [CHOICES.get(one, one) for one in name.split(JOIN)]
+            if len(names) not in ((1, len(PROJECTIONS)) if kind == "experts" else (1,)):
+                raise ConvertError(
+                    f"'{text[:60]}' gives {len(names)} formats", "give one, or for experts three: experts=GATE+UP+DOWN"
+                )
+            if not set(names) <= set(FORMATS) or (equals and kind not in KINDS):
                 known = ", ".join([*CHOICES, *(one for one in FORMATS if one not in CHOICES)])
                 raise ConvertError(f"there is no format '{text[:60]}'", f"give {known}, or experts=..., matrices=...")
+            name = joined_formats(names)
             chosen |= {kind: name} if equals else dict.fromkeys(KINDS, name)
         return cls(**chosen)
 

@@ -66,9 +66,7 @@ class Journal:
             raise
         if os.path.lexists(path):  # another conversion has finished since
             if new:
-                with suppress(OSError):
-                    os.unlink(self.partial / JOURNAL)
-                    self.partial.rmdir()
+                self.discard()
             self.close()
             raise ConvertError(f"'{path}' exists already", "remove it or choose another name")
 
@@ -148,6 +146,12 @@ class Journal:
             data = data[os.write(self._handle, data) :]
         os.fsync(self._handle)
         self.lines.append(line)
+
+    def discard(self) -> None:
+        """Remove a folder in which nothing is finished."""
+        with suppress(OSError):
+            os.unlink(self.partial / JOURNAL)
+            self.partial.rmdir()
 
     def finish(self) -> None:
         """Give the folder the name of the store. The journal goes after that: a folder without one cannot be resumed."""

@@ -98,6 +98,8 @@ class StoreWriter:
                 kept = sum(line.file.bytes for line in journal.lines if line.file)
                 needed, free = store_bytes(spec, self._formats) - kept, shutil.disk_usage(self.partial).free
             if free < needed:
+                if len(journal.lines) == 1:  # nothing is finished
+                    journal.discard()
                 raise ConvertError(
                     f"'{path}' needs {format_bytes(needed)} more of disk, {format_bytes(free)} are free",
                     "free some disk or choose another place",
