@@ -50,6 +50,8 @@ from elmoe.store.format import MANIFEST
 
 INLINE_CHARACTERS = 4096
 """Longest text that is cut into tokens without leaving the loop."""
+MOST_RETRY = 60
+"""Longest time that Retry-After tells, seconds."""
 STOP_SECONDS = 20.0
 """Time that a step under way has to end at the end of the program."""
 T = TypeVar("T")
@@ -67,6 +69,7 @@ class Service:
         self.opened = int((model.path / MANIFEST).stat().st_mtime)
         digest = hashlib.blake2b((model.path / MANIFEST).read_bytes(), digest_size=4).hexdigest()
         self.fingerprint = f"elmoe-{__version__}-{digest}"
+        self._seconds = 1.0  # that a call takes, about
         self.started: Callable[[], None] = lambda: None
         """Called when requests can come."""
 
@@ -109,9 +112,10 @@ class Service:
 
     def full(self, answers: int) -> ApiError:
         """The refusal of a call for which there is no room."""
-        most = self.model.engine.options.batch + self.settings.queue
-        told = f"{self.engine.answers} answers are served or wait, of at most {most}"
-        return ApiError(429, f"{told}: try again", None, "queue_full", {"retry-after": "1"})
+        batch = self.model.engine.options.batch
+        told = f"{self.engine.answers} answers are served or wait, of at most {batch + self.settings.queue}"
+        seconds = min(MOST_RETRY, max(1, round(self._seconds * max(1, self.engine.answers - batch) / batch)))
+        return ApiError(429, f"{told}: try again", None, "queue_full", {"retry-after": str(seconds)})
 
     def ended(self, facts: dict[str, Any], call: Call, answers: Answers, error: BaseException | None) -> None:
         """Note how a call went."""
@@ -120,7 +124,9 @@ class Service:
             "finish": answers.finish_reasons, "ended": None if error is None else type(error).__name__,
             "first_token_seconds": None if call.first_token is None else round(call.first_token - call.began, 4),
         }  # fmt: skip
-        self.metrics.ended(call, answers, error, perf_counter() - call.began)
+        seconds = perf_counter() - call.began
+        self._seconds += 0.1 * (seconds - self._seconds)
+        self.metrics.ended(call, answers, error, seconds)
 
 
 def service_of(request: Request) -> Service:

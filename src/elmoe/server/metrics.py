@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from elmoe import __version__
@@ -55,6 +55,7 @@ class Metrics:
     """All metrics of one server."""
 
     def __init__(self, model: Model, engine: EngineThread) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each that nobody asks for
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(model, engine))
 
