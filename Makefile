@@ -21,7 +21,7 @@ test: .venv/.test ## quick tier of tests: no PyTorch, network or GPU
 full: test full-tests full-grid described parity docs ## full tier: test, full-tests, full-grid, described, parity and docs
 
 full-tests: .venv/.test ## the cases that the quick tier leaves out (tests marked `full`)
-	$(BIN)/python -m pytest -m full
+	$(BIN)/python -m pytest -m full --numprocesses $(JOBS) --dist loadfile
 
 check: .venv/.check ## lint, format, types and import contracts
 	$(BIN)/ruff check .
