@@ -90,6 +90,7 @@ class Schedules:
         )
         self.seen: dict[str, int] = defaultdict(int)
         self._grammars = grammars()
+        self._windows = any(layer.attention.window is not None for layer in spec.layers)
 
     def close(self) -> None:
         self.memory.close()
@@ -131,6 +132,7 @@ class Schedules:
 
     def options(self, rng: np.random.Generator, direct: bool) -> EngineOptions:
         page = 64 * SPEC.kv_bytes_per_position
+        prefixes = [False, True, page, 4 * page][int(rng.integers(4))]
         return EngineOptions(
             mode=str(rng.choice(["plain", "cache", "elastic", "elastic"])),  # type: ignore[arg-type]
             fast_memory=float(rng.choice([0.0, 0.3, 0.7, 1.0])) if direct or rng.random() < 0.5 else None,
@@ -138,7 +140,7 @@ class Schedules:
             kv_memory=int(rng.choice([3, 5, 7, 14, 60])) * page, prefill_chunk=int(rng.choice([1, 7, 16, 33, 64, 300])),
             keep_kv_digest=True, split=str(rng.choice(["auto", "msb_first", "whole_experts"])),  # type: ignore[arg-type]
             staging_experts=int(rng.choice([2, 4, 16])),
-            prefix_cache=[False, True, page, 4 * page][int(rng.integers(4))],
+            prefix_cache=bool(prefixes) if self._windows else prefixes,  # a size is refused where pages are let go
         )  # fmt: skip
 
     def run(self, seed: int) -> None:

@@ -33,10 +33,13 @@ COMMANDS = {
 @click.option("--model", "model_name", help="With a URL: the model to ask [default: the first of the server].")
 @click.option("--api-key", envvar="ELMOE_API_KEY", help="With a URL: the key of the server [default: $ELMOE_API_KEY].")
 @click.option("--system", type=PromptText(), help="System message.")
-@click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True)
+@click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True,
+              help="plain: no drafts, nothing is kept in memory. cache: the experts used most are kept. elastic: these also "
+              "draft.")  # fmt: skip
 @click.option("--temperature", type=float, default=0.7, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=seed_type, help="Same messages, same answers [default: drawn for each answer].")
-@click.option("--max-tokens", type=click.IntRange(1, 1 << 24), default=1024, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1, 1 << 24), default=1024, show_default=True,
+              help="Tokens of an answer at most.")  # fmt: skip
 @serving_options
 @json_option
 def command(
