@@ -278,6 +278,44 @@ def test_penalties_and_grammars_are_passed_on_or_refused(api):
     assert plain.json()["choices"] == post(api, "/v1/chat/completions", CHAT).json()["choices"]
 
 
+SCHEMA = {
+    "type": "object", "properties": {"size": {"type": "integer"}}, "required": ["size"], "additionalProperties": False,
+}  # fmt: skip
+
+
+def test_answers_of_a_schema(api, model):
+    wanted = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "whale", "schema": SCHEMA}},
+        "max_tokens": 60,
+    }
+    answer = post(api, "/v1/chat/completions", CHAT | wanted).json()["choices"][0]
+    assert set(json.loads(answer["message"]["content"])) == {"size"} and answer["finish_reason"] == "stop"
+    assert answer["message"]["content"] == model.chat(CHAT["messages"], max_tokens=60, json_schema=SCHEMA).text
+    anything = post(api, "/v1/chat/completions", CHAT | {"response_format": {"type": "json_object"}, "max_tokens": 8}).json()
+    assert anything["choices"][0]["message"]["content"].startswith("{")
+    for schema in ({"type": "nothing"}, {"$ref": "http://example.org/schema"}, {"pattern": "("}):
+        wanted["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+        error = post(api, "/v1/chat/completions", CHAT | wanted).json()["error"]
+        assert (error["param"], error["code"]) == ("response_format", "invalid_value"), error
+
+
+def test_prompts_that_begin_alike_are_computed_once(store):
+    from fastapi.testclient import TestClient
+
+    import elmoe
+    from elmoe.server.app import create_app
+    from elmoe.server.settings import Settings
+
+    with elmoe.load(store, prefix_cache=True) as model, TestClient(create_app(model, Settings("whale"))) as api:
+        body = TEXT | {"prompt": "The whale and the sea. " * 40}
+        first, second = (post(api, "/v1/completions", body).json() for _ in range(2))
+        assert first["choices"] == second["choices"]
+        cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in (first, second)]
+        assert cached[0] == 0 and cached[1] >= 128
+        told = metrics(api)
+        assert told["elmoe_prefix_cache_hits_total"] == cached[1] and told['elmoe_fast_memory_bytes{use="prefix_cache"}'] > 0
+
+
 def metrics(api):
     lines = api.get("/metrics").text.splitlines()
     return {name: float(value) for line in lines if line[0] != "#" for name, _, value in [line.rpartition(" ")]}

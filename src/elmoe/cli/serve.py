@@ -36,6 +36,8 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
               help="Answers that may wait; further ones are refused with 429.")  # fmt: skip
 @click.option("--memory", type=Quantity("SIZE", parse_bytes), help="All memory that the server may take, 8GiB for "
               "example: what fits is told, too little is refused [default: what is available, less 512 MiB].")  # fmt: skip
+@click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True,
+              help="Keep what was computed of earlier prompts and chats, for those that begin alike.")  # fmt: skip
 @click.option("--api-key", "keys", multiple=True, envvar="ELMOE_API_KEY", help="Key that clients send; may be "
               "repeated. Also taken from $ELMOE_API_KEY, which other users of this machine do not see.")  # fmt: skip
 @click.option("--api-key-file", type=file, help="File of keys, one a line.")
@@ -56,8 +58,8 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @json_option
 def command(
     store: str, host: str, port: int, model_name: str | None, mode: Any, batch: int, queue: int, memory: int | None,
-    keys: tuple[str, ...],
-    api_key_file: Path | None, cors_origins: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, max_body: int,
+    prefix_cache: bool, keys: tuple[str, ...], api_key_file: Path | None,
+    cors_origins: tuple[str, ...], tls_cert: Path | None, tls_key: Path | None, max_body: int,
     max_prompt: int | None, max_n: int, max_connections: int, body_timeout: float, timeout: float, serving: Serving,
     as_json: bool,
 ) -> int:  # fmt: skip
@@ -80,7 +82,8 @@ def command(
     listener = bound_socket(host, port)  # before the model is loaded, which may take minutes
     if not keys and not host.startswith(LOOPBACK):
         log.warning("other machines may use this server, and no key is asked for: give --api-key-file")
-    with listener, _load(store, serving, serving.options(mode, batch), memory) as model:
+    options = replace(serving.options(mode, batch), prefix_cache=prefix_cache)
+    with listener, _load(store, serving, options, memory) as model:
         log.info("loaded", extra={"facts": {"reader": model.reader_note, "tier": model.tier}})
         settings = Settings(
             model_name or model.path.name, keys, cors_origins, queue, max_body, max_prompt, max_n, timeout,

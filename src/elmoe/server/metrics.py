@@ -139,15 +139,16 @@ class _EngineCollector:
             slices = sizes.all_experts
         use = GaugeMetricFamily("elmoe_fast_memory_bytes", "Bytes of the fast tier, by use.", labels=["use"])
         for name, value in {
-            "dense": sizes.dense, "kv_cache": cache.bytes_touched, "staging": sizes.staging, "expert_slices": slices,
+            "dense": sizes.dense, "kv_cache": cache.bytes_touched - cache.bytes_resting,
+            "prefix_cache": cache.bytes_resting, "staging": sizes.staging, "expert_slices": slices,
         }.items():  # fmt: skip
             use.add_metric([name], value)
         yield use
         budget = engine.fitting.budget(engine.fitting.sizes_beside(cache.bytes_touched))
         yield _gauge("fast_memory_budget_bytes", "Budget of the fast tier.", budget)
         yield _gauge("kv_cache_ceiling_bytes", "Largest size of the KV cache.", cache.pages * cache.page_bytes)
-        yield _gauge("kv_cache_usage_ratio", "Share of the KV cache that is in use.", cache.bytes_in_use / cache.page_bytes
-                     / cache.pages)  # fmt: skip
+        used = (cache.bytes_in_use - cache.bytes_resting) / cache.page_bytes / cache.pages
+        yield _gauge("kv_cache_usage_ratio", "Share of the KV cache that answers use.", used)
         yield _gauge("process_resident_memory_bytes", "Resident memory of the server, mapped files included.", resident())
 
 

@@ -121,13 +121,15 @@ class Translator:
                     f"prompt may have (the context of {self.context} holds the answer, too): shorten it", prompt.field,
                     "context_length_exceeded",
                 )  # fmt: skip
+        model, field = self._model, "response_format" if "json_schema" in given else None
         try:
             params = SamplingParams(**self._sampling(body, given)).seeded()
-            requests = numbered(params.request(prompt.tokens, self._model.tokenizer) for prompt in prompts)
+            requests = numbered(params.request(prompt.tokens, model.tokenizer, model.grammars) for prompt in prompts)
+            field = None
             for request in requests:
-                request.check(self._model.spec.vocabulary, self._model.spec.max_positions)
+                request.check(model.spec.vocabulary, model.spec.max_positions)
         except (RequestError, BudgetError) as error:
-            raise ApiError(400, with_hint(str(error), error.hint), None, "invalid_value") from None
+            raise ApiError(400, with_hint(str(error), error.hint), field, "invalid_value") from None
         return requests
 
     def _sampling(self, body: SamplingBody, given: dict[str, Any]) -> dict[str, Any]:
