@@ -356,3 +356,10 @@ def test_the_description_names_all_routes_and_fields(api):
     assert {"temperature", "messages", "response_format"} <= set(
         description["components"]["schemas"]["ChatBody"]["properties"]
     )
+
+
+def test_a_model_is_named_as_it_was_given(tmp_path):
+    from elmoe.cli.serve import given_name
+
+    names = {"demo": "demo", "models/SmolLM2.Q4_1.gguf": "SmolLM2.Q4_1", str(tmp_path / "my-store/"): "my-store", "/": ""}
+    assert {path: given_name(path) for path in names} == names

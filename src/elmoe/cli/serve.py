@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,11 +87,16 @@ def command(
     with listener, _load(store, serving, options, memory) as model:
         log.info("loaded", extra={"facts": {"reader": model.reader_note, "tier": model.tier}})
         settings = Settings(
-            model_name or model.path.name, keys, cors_origins, queue, max_body, max_prompt, max_n, timeout,
-            body_timeout, connections=max_connections,
+            model_name or given_name(store) or model.path.name, keys, cors_origins, queue, max_body, max_prompt, max_n,
+            timeout, body_timeout, connections=max_connections,
         )  # fmt: skip
         ordered = serve(create_app(model, settings), listener, tls_cert, tls_key)
     return 0 if ordered else 130
+
+
+def given_name(store: str) -> str:
+    """What a user would call a model given by this path: without folders and ``.gguf``."""
+    return Path(os.path.abspath(store)).name.removesuffix(".gguf")
 
 
 def _load(store: str, serving: Serving, options: EngineOptions, memory: int | None) -> Model:
