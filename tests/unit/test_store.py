@@ -19,6 +19,7 @@ from elmoe.engine.request import Request
 from elmoe.errors import StoreError
 from elmoe.models import spec_of_config
 from elmoe.store import open_direct, open_store
+from elmoe.store.reader import MANIFEST_LIMIT
 from elmoe.store.synthetic import synthesize
 from tests.checkpoints import tiny_config, write_checkpoint
 
@@ -278,3 +279,11 @@ def test_a_closed_store_is_named(store):
     reader.close()
     with pytest.raises(StoreError, match="closed"):
         engine.generate([Request((1, 2), 2)])
+
+
+def test_a_manifest_without_end_is_not_read(tmp_path):
+    (tmp_path / "manifest.json").write_bytes(b"{}")
+    os.truncate(tmp_path / "manifest.json", MANIFEST_LIMIT + 1)
+    with pytest.raises(StoreError, match=f"has more than {MANIFEST_LIMIT} bytes") as caught:
+        open_store(tmp_path)
+    assert caught.value.hint
