@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from tests.parity.tiny_checkpoints import write_folder, write_tokenizer
 
 def make(name: str) -> Any:
     """A random model whose attention is peaked, whose norms are not all one and whose biases are not zero."""
-    values = {key: value for key, value in CONFIGS[name].items() if key not in ("architectures", "model_type")}
+    values = deepcopy(CONFIGS[name])  # transformers writes into what it is given: a theta into a shared scaling, say
+    kind = values.pop("model_type")
+    del values["architectures"]
     torch.manual_seed(sum(map(ord, name)))
-    config = transformers.CONFIG_MAPPING[CONFIGS[name]["model_type"]](**values, initializer_range=0.12, pad_token_id=0)
+    config = transformers.CONFIG_MAPPING[kind](**values, initializer_range=0.12, pad_token_id=0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
