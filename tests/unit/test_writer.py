@@ -179,7 +179,8 @@ def test_a_source_that_changes_during_its_conversion_is_refused(source, tmp_path
         if done == total - when:
             shutil.copy(other / "model.safetensors", source / "model.safetensors")
 
-    with pytest.raises(ConvertError, match="has changed during the conversion"):
+    # Or the reading of what comes next, which goes on meanwhile, meets a file that is shorter.
+    with pytest.raises(ConvertError, match=r"has changed during the conversion|model\.safetensors' ends at byte"):
         convert_checkpoint(source, tmp_path / "store", progress)
     assert not (tmp_path / "store").exists()
     convert_checkpoint(source, tmp_path / "store")
