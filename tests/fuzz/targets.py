@@ -152,10 +152,13 @@ def _run_gguf(folder: Path, raw: bytes) -> None:
 
 def _run_tokenizer(folder: Path, raw: bytes) -> None:
     from elmoe.convert.gguf_tokenizer import describe
-    from elmoe.errors import ElmoeError
+    from elmoe.errors import ElmoeError, StoreError
     from elmoe.text import TextStream
-    from elmoe.tokenizer import encode, load_tokenizer, split_stops
+    from elmoe.tokenizer import TOKENIZER_LIMIT, encode, load_tokenizer, split_stops
+    from elmoe.untrusted import read_bytes
 
+    (folder / "tokenizer.json").write_bytes(raw)  # and read with the bound that stores and checkpoints have
+    raw = read_bytes(folder / "tokenizer.json", StoreError, TOKENIZER_LIMIT, "tokenizer")
     with suppress(ElmoeError):
         describe(raw, 300)
     tokenizer = load_tokenizer(raw, "tokenizer.json")

@@ -165,6 +165,8 @@ def read_trace(path: str | Path) -> Trace:
         _check_rows(trace)
     except TraceError as error:
         raise TraceError(f"'{path}' {error}", "the file is damaged: record it anew") from None
+    except pa.ArrowException as error:  # an index beyond its dictionary, say, which reading alone does not notice
+        raise TraceError(f"'{path}' holds values that contradict each other: {short(error)}", "record it anew") from error
     return trace
 
 
