@@ -266,3 +266,18 @@ def test_time_is_bounded_and_silence_is_filled(model):
             del model.engine.step
         assert ": 0 of" in stream and '"code":"timeout"' in stream
         until(lambda: api.app.state.service.engine.answers == 0)
+
+
+def test_what_is_cancelled_at_the_end_is_no_news():
+    import asyncio
+    import logging
+
+    from elmoe.server.logs import _worth_telling
+
+    def worth(message: str, error: BaseException | None = None) -> bool:
+        info = None if error is None else (type(error), error, None)
+        return _worth_telling(logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, message, None, info))
+
+    assert not worth("Exception in ASGI application", asyncio.CancelledError())
+    assert not worth("Traceback (most recent call last):\nasyncio.exceptions.CancelledError\n")
+    assert worth("Exception in ASGI application", ValueError()) and worth("listening")

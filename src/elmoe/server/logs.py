@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -54,9 +55,14 @@ def configure(as_json: bool, level: int = logging.INFO) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("elmoe").setLevel(level)
-    logging.getLogger("uvicorn.error").addFilter(_worth_telling)
+    handler.addFilter(_worth_telling)
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:
-    """What clients send that is no HTTP is their fault, and no news."""
-    return "Invalid HTTP request" not in record.getMessage() and "Unsupported upgrade" not in record.getMessage()
+    """What clients send that is no HTTP is their fault, and no news; what the second signal cancels was to be cancelled."""
+    told = record.getMessage()
+    if record.exc_info and record.exc_info[0] is not None and issubclass(record.exc_info[0], asyncio.CancelledError):
+        return False
+    if told.rstrip().endswith("CancelledError"):  # a traceback that is the message itself
+        return False
+    return "Invalid HTTP request" not in told and "Unsupported upgrade" not in told
