@@ -263,4 +263,4 @@ def test_what_is_written_is_put_on_the_disk_before_the_rename(source, tmp_path, 
     partial = str(tmp_path / "store.partial")
     names = ("", "/journal.jsonl", "/dense.bin", "/layer-002.experts", "/tokenizer.json", "/manifest.json")
     assert {partial + name for name in names} <= set(synced) and synced[-1] == str(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == opened
+    assert len(os.listdir("/proc/self/fd")) <= opened  # what earlier tests left may be closed meanwhile
