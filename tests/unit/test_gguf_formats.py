@@ -170,7 +170,7 @@ def test_a_file_of_one_type_goes_there_and_back(tmp_path, kind):
         layout = reader.expert_layout(0)
         assert len(next(reader.expert_records(0))) == FORMATS[EXACT[kind]].slices == (2 if layout.lsb_bytes else 1)
     model = load_model(tmp_path / "store")
-    assert model.expert.expert_bits == FORMATS[EXACT[kind]].bits and model.dense_bits == sum(FORMATS[EXACT[kind]].bits)
+    assert model.expert.expert_bits == FORMATS[EXACT[kind]].bits and model.head_precision.bits == model.expert.expert_bits
     assert tensors(export(tmp_path / "store", tmp_path / "second.gguf")) == tensors(first)
 
 
