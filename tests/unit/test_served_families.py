@@ -41,6 +41,8 @@ NOT_IN_GGUF = {
     "gpt_oss_options": "not every second layer",
     "qwen2_moe_windows": "the layers differ",
     "mixtral_window": "a window of 70 positions",
+    "deepseek_v2_groups": "group_limited_greedy",
+    "deepseek_v3_halves": "pairs halves",
 }
 """What GGUF's architectures cannot say."""
 
