@@ -121,7 +121,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True),
     "glm4_moe_lite": _glm4_moe_lite(),
     "glm4_moe_lite_options": _glm4_moe_lite(
-        q_lora_rank=None, n_shared_experts=2, first_k_dense_replace=2, rope_scaling=LLAMA3, rope_theta=5e5,
+        q_lora_rank=None, n_shared_experts=2, first_k_dense_replace=2, mlp_layer_types=["dense", "dense", "sparse"],
+        rope_scaling=LLAMA3, rope_theta=5e5,
         norm_topk_prob=False, routed_scaling_factor=1.0, v_head_dim=48, kv_lora_rank=64, num_attention_heads=6,
         num_key_value_heads=6),
 }  # fmt: skip

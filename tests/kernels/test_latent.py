@@ -138,7 +138,9 @@ def test_absorbed_attention_is_the_attention_that_it_stands_for():
     bitslice.latent_block(weights, found, cache, 0, Places(np.zeros(20, np.int32), positions), cosine, sine)
     rows = cache.gather(0, 0, 20)[1][0].astype(np.float64)
     normed = bitslice.rms_norm(x, weights.norm, weights.epsilon)
-    query = bitslice.matmul(weights.query_latent, normed)[-1, : heads * (plain + ROTARY)].reshape(heads, -1).astype(np.float64)
+    query = (
+        bitslice.matmul(weights.query_latent, normed)[-1, : heads * (plain + ROTARY)].reshape(heads, -1).astype(np.float64)
+    )
     turned = (query[:, plain::2] + 1j * query[:, plain + 1 :: 2]) * (cosine[19] + 1j * sine[19])
     query[:, plain::2], query[:, plain + 1 :: 2] = turned.real, turned.imag
     key_up = weights.key_up.dequantize().astype(np.float64).reshape(heads, rank, plain)

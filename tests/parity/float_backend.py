@@ -261,7 +261,9 @@ def shared_weights(gate: NDArray[np.float32] | None, hidden: NDArray) -> Float:
     return np.ones((len(hidden), 1)) if gate is None else 1 / (1 + np.exp(-(hidden @ gate)))[:, None]
 
 
-forward = partial(bitslice.forward, operations=Operations(attention_block, rms_norm, route, expert_ffn, shared_weights, latent_block))
+forward = partial(
+    bitslice.forward, operations=Operations(attention_block, rms_norm, route, expert_ffn, shared_weights, latent_block)
+)
 
 
 def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> Float:

@@ -5,8 +5,8 @@ applied to its query (it is *absorbed*), scores and weighted sums are over laten
 applied to its sum. That is attention of all heads to one key, the latent and behind it the rotary key that all heads share,
 whose first part is the value too. Prompts and single tokens are computed alike, so no bit depends on how a text is cut.
 
-Projections of heads are matmuls of their own rows: activations are quantised by head, chains are those of ``matmul``. Scores,
-softmax and sums are those of ``attend``.
+Projections of heads are matmuls of their own rows: activations are quantised by head, chains are those of ``matmul``.
+Scores, softmax and sums are those of ``attend``.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class LatentWeights:
     embedding, and ``value_dim`` of its value; ``rank`` of the latent is a multiple of 16, as ``value_dim``.
 
     ``query_latent``: rows of the queries (heads * (plain_dim + rotary_dim)), or of what ``query_up`` makes them of after
-    ``query_norm``; then of the latent (rank); then of the rotary key (rotary_dim). ``key_up``: (heads * rank, plain_dim), the
-    transposed key projection of each head; ``value_up``: (heads * value_dim, rank). ``output``: (hidden, heads * value_dim).
-    ``epsilon`` of ``norm``, ``latent_epsilon`` of ``query_norm`` and ``latent_norm``. ``scale``: of the scores.
+    ``query_norm``; then of the latent (rank); then of the rotary key (rotary_dim). ``key_up``: (heads * rank, plain_dim),
+    the transposed key projection of each head; ``value_up``: (heads * value_dim, rank). ``output``: (hidden, heads *
+    value_dim). ``epsilon`` of ``norm``, ``latent_epsilon`` of the other norms. ``scale``: of the scores.
     ``interleaved``: the rotary embedding pairs neighbours, otherwise halves.
     """
 
     norm: NDArray[np.float32]
     query_latent: Matrix
     query_norm: NDArray[np.float32] | None
-    query_up: QuantizedMatrix | None
+    query_up: Matrix | None
     latent_norm: NDArray[np.float32]
     key_up: QuantizedMatrix
     value_up: QuantizedMatrix
-    output: QuantizedMatrix
+    output: Matrix
     heads: int
     plain_dim: int
     rotary_dim: int
@@ -60,9 +60,7 @@ class LatentWeights:
         return self.value_up.rows // self.heads
 
 
-def rotate_neighbours(
-    x: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np.float32]
-) -> NDArray[np.float32]:
+def rotate_neighbours(x: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np.float32]) -> NDArray[np.float32]:
     """As ``rotate``, of dimensions (2i, 2i + 1) in place of halves; all dimensions are rotated."""
     first, second = x[..., 0::2], x[..., 1::2]
     cosine, sine = cosine[:, None, :], sine[:, None, :]

@@ -37,8 +37,8 @@ MOST_VALUES = 1 << 12
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of the file. ``head_dim``: of a head whose rows lie as neighbours (see ``GgufFamily``), else 0. ``fused``: the
-    role of a part of one that holds the whole projection from latents, see ``FusedRows``; ``shape`` is then the whole's."""
+    """A tensor of the file. ``head_dim``: of a head whose rows lie as neighbours (see ``GgufFamily``), else 0. ``fused``:
+    the role of a part of one that holds the whole projection from latents, see ``FusedRows``; ``shape`` is the whole's."""
 
     name: str
     shape: tuple[int, ...]

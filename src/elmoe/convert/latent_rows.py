@@ -1,5 +1,5 @@
-"""Parts of the projection from latents to keys and values, which checkpoints and older GGUF files hold as one tensor: of each
-head first the rows of its keys, then those of its values. A store has the keys' part transposed, so that it is grouped
+"""Parts of the projection from latents to keys and values, which checkpoints and older GGUF files hold as one tensor: of
+each head first the rows of its keys, then those of its values. A store has the keys' part transposed, so that it is grouped
 along the dimensions of a head's query."""
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ from elmoe.bitslice import (
     ExpertLayout,
     ExpertTerms,
     KVCache,
+    LatentWeights,
     LayerStack,
     LayerWeights,
-    LatentWeights,
     Matrix,
     Places,
     Report,
@@ -33,6 +33,7 @@ from elmoe.bitslice import (
     Routings,
     SharedWeights,
 )
+from elmoe.bitslice.formats import QuantizedMatrix, StackedMatrix
 from elmoe.bitslice.rotary import tables_of
 from elmoe.engine.rotary import frequencies_of
 from elmoe.errors import ModelError
@@ -230,8 +231,8 @@ def _latent_weights(reader: WeightReader, name: str, latent: LatentAttention, ep
         query_norm=reader.array(f"{name}query_norm") if two else None,
         query_up=reader.matrix(f"{name}query_up") if two else None,
         latent_norm=reader.array(f"{name}latent_norm"),
-        key_up=reader.matrix(f"{name}key_up"),
-        value_up=reader.matrix(f"{name}value_up"),
+        key_up=_of_one_format(reader, f"{name}key_up"),
+        value_up=_of_one_format(reader, f"{name}value_up"),
         output=reader.matrix(f"{name}attention_output"),
         heads=latent.heads,
         plain_dim=latent.plain_dim,
@@ -241,6 +242,13 @@ def _latent_weights(reader: WeightReader, name: str, latent: LatentAttention, ep
         scale=scale,
         interleaved=latent.rope.interleaved,
     )
+
+
+def _of_one_format(reader: WeightReader, name: str) -> QuantizedMatrix:
+    """A matrix that is one tensor of the checkpoint."""
+    matrix = reader.matrix(name)
+    assert not isinstance(matrix, StackedMatrix)
+    return matrix
 
 
 def _shared_weights(reader: WeightReader, layer: int, moe: Moe) -> SharedWeights | None:

@@ -174,19 +174,20 @@ def _projection(matrix: Matrix) -> Any:
 
 
 def _attention(weights: AttentionWeights) -> Any:
+    projection, output = _projection(weights.query_key_value), _one_matrix(weights.output)
     return _native.Attention(
-        weights.norm, _projection(weights.query_key_value), weights.query_norm, weights.key_norm, _one_matrix(weights.output),
-        weights.heads, weights.kv_heads, weights.head_dim, weights.epsilon, weights.projection_bias, weights.output_bias,
-        weights.sinks, weights.window or 0,
+        weights.norm, projection, weights.query_norm, weights.key_norm, output, weights.heads, weights.kv_heads,
+        weights.head_dim, weights.epsilon, weights.projection_bias, weights.output_bias, weights.sinks, weights.window or 0,
     )  # fmt: skip
 
 
 def _latent(weights: LatentWeights) -> Any:
     up = None if weights.query_up is None else _one_matrix(weights.query_up)
-    matrices = (_one_matrix(one) for one in (weights.key_up, weights.value_up, weights.output))
+    key_up, value_up, output = (_one_matrix(one) for one in (weights.key_up, weights.value_up, weights.output))
     return _native.Latent(
-        weights.norm, _projection(weights.query_latent), weights.query_norm, up, weights.latent_norm, *matrices, weights.heads,
-        weights.plain_dim, weights.rotary_dim, weights.epsilon, weights.latent_epsilon, weights.scale, weights.interleaved,
+        weights.norm, _projection(weights.query_latent), weights.query_norm, up, weights.latent_norm, key_up, value_up,
+        output, weights.heads, weights.plain_dim, weights.rotary_dim, weights.epsilon, weights.latent_epsilon, weights.scale,
+        weights.interleaved,
     )  # fmt: skip
 
 

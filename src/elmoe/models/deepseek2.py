@@ -21,6 +21,8 @@ SOFTMAX, SIGMOID = 1, 2
 """Values of ``expert_gating_func``."""
 FLASH_LAYERS, FLASH_VOCABULARY = (47, 48), 154880
 """Of GLM-4.7-Flash, with which llama.cpp takes a missing ``expert_gating_func`` for a sigmoid."""
+ABSENT = {"norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1}
+"""What a file means that does not say it, as llama.cpp takes it: families have other values of their own."""
 MULTIPLIER = 0.1
 """Of ``mscale_all_dim`` in ``yarn_log_multiplier``."""
 
@@ -47,7 +49,13 @@ def is_kimi(metadata: Mapping[str, Any]) -> bool:
 
 def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json would say of heads and YaRN."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(ABSENT)
+    if grouped(metadata) and gating(metadata) == SOFTMAX:
+        count = _value(metadata, "expert_group_count")
+        raise ModelError(
+            f"metadata '{ARCHITECTURE}.expert_group_count' is {count!r}, and scores are a softmax",
+            "implementations differ in what a group is worth",
+        )
     rotary = _value(metadata, "rope.dimension_count")
     for ours, part in (("qk_nope_head_dim", "key"), ("v_head_dim", "value")):
         size = _value(metadata, f"attention.{part}_length_mla", _value(metadata, f"attention.{part}_length"))

@@ -28,16 +28,11 @@ def _v2_router(config: Config) -> Router:
     groups = kept = 1
     if config.values.get("topk_method") == "group_limited_greedy":
         groups, kept = config.integer("n_group"), config.integer("topk_group")
-    normalize, scaling = config.flag("norm_topk_prob", False), config.number("routed_scaling_factor", 1.0)
-    if normalize and scaling != 1:
-        config.fail(
-            f"'norm_topk_prob' is True and 'routed_scaling_factor' is {scaling:g}",
-            "implementations of DeepSeek-V2 differ in whether both apply",
-        )
+    config.must_be("norm_topk_prob", False)  # implementations of DeepSeek-V2 differ in what it does
     experts, top_k = choice(config, "n_routed_experts", "num_experts")
     return Router(
-        experts=experts, top_k=top_k, normalize=normalize, groups=groups, kept_groups=kept, group_score="best",
-        scaling=scaling,
+        experts=experts, top_k=top_k, groups=groups, kept_groups=kept, group_score="best",
+        scaling=config.number("routed_scaling_factor", 1.0),
     )  # fmt: skip
 
 

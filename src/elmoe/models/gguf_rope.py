@@ -93,8 +93,8 @@ def _llama3_config(divisors: Sequence[float], dimensions: int, theta: float) -> 
 def scaling_metadata(
     rope: Rope, truncate: bool = True, attention_factor: float | None = None
 ) -> dict[str, int | float | str]:  # fmt: skip
-    """GGUF's metadata of a scaling; ModelError where there is none that says it. ``truncate``, ``attention_factor``: of YaRN,
-    as a reader takes them for the architecture; None is the usual one of its factor."""
+    """GGUF's metadata of a scaling; ModelError where there is none that says it. ``truncate``, ``attention_factor``: of
+    YaRN, as a reader takes them for the architecture; None is the usual one of its factor."""
     scaling = rope.scaling
     if scaling is None or isinstance(scaling, Llama3Scaling):
         return {}

@@ -1,4 +1,5 @@
-"""GLM-4.7-Flash (``Glm4MoeLiteForCausalLM``, GGUF ``deepseek2``): DeepSeek-V3's latent attention and router with GLM's experts."""
+"""GLM-4.7-Flash (``Glm4MoeLiteForCausalLM``, GGUF ``deepseek2``): DeepSeek-V3's latent attention and router with GLM's
+experts."""
 
 from __future__ import annotations
 

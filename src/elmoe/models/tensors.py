@@ -165,7 +165,11 @@ def _grouped_tensors(attention: GroupedAttention, hidden: int, index: int) -> It
 def _latent_tensors(attention: LatentAttention, hidden: int, index: int) -> Iterator[Tensor]:
     """``key_up`` holds the transposed key projection of each head, so that a query is multiplied with it."""
     heads, rank, query = attention.heads, attention.latent_rank, attention.query_width
-    latent, floats, matrix = Part("latent", (attention.cache_values, hidden)), partial(_floats, index), partial(_matrix, index)
+    latent, floats, matrix = (
+        Part("latent", (attention.cache_values, hidden)),
+        partial(_floats, index),
+        partial(_matrix, index),
+    )
     if attention.query_rank is None:
         yield matrix("query_latent", Part("query", (query, hidden)), latent)
     else:
