@@ -11,7 +11,7 @@
 #include <atomic>
 #include <cmath>
 
-#include "operations.hpp"
+#include "attention.hpp"
 
 namespace elmoe {
 
@@ -35,28 +35,11 @@ struct Call {
     float* projected;
     int64_t stride;
 
-    int group = cache.group(layer_index), place = cache.place(layer_index);
-
     // Of a page's (layer, kv head), in halves.
     int64_t page_at(int slot, int page, int head) const {
-        const int64_t index = cache.table[(static_cast<int64_t>(slot) * cache.slot_pages + page) * cache.groups + group];
-        const int64_t per_head = static_cast<int64_t>(cache.page_positions) * layer.head_dim;
-        return ((index * cache.layers + place) * cache.kv_heads + head) * per_head;
+        return cache.block(slot, page, layer_index, head) * cache.page_positions * layer.head_dim;
     }
 };
-
-// (tokens, rows rounded up to a block) = matrix * rms_norm(x).
-float* normed_projection(const AttentionLayer& layer, const float* x, int tokens) {
-    const int64_t hidden = layer.query_key_value.columns;
-    const int64_t stride = static_cast<int64_t>(layer.query_key_value.blocks()) * kBlockRows;
-    auto* normed = scratch().get<float>(static_cast<size_t>(tokens) * hidden);
-    for (int64_t t = 0; t < tokens; ++t)
-        kernels().rms_norm(x + t * hidden, layer.norm, normed + t * hidden, static_cast<int>(hidden), layer.epsilon);
-    auto* projected = scratch().get<float>(tokens * stride);
-    const bool extra = layer.query_key_value.packed();
-    matmul_all(layer.query_key_value, quantize_rows(normed, tokens, static_cast<int>(hidden), kFull, extra), projected, stride);
-    return projected;
-}
 
 // Norms and rotates the heads of a token, writes its keys and values; false if one is not finite in fp16.
 bool prepare_token(const Call& call, int t) {
@@ -105,15 +88,6 @@ void prepare(const Call& call) {
     if (!finite) throw NumericsFailure("layer " + std::to_string(call.layer_index) + ": a key or value is not finite in fp16");
 }
 
-// The first tokens of runs of at most `most` neighbours of one sequence, and the end.
-std::vector<int> runs_of(const Places& places, int most) {
-    std::vector<int> runs{0};
-    for (int t = 1; t < places.tokens; ++t)
-        if (places.slots[t] != places.slots[t - 1] || t - runs.back() == most) runs.push_back(t);
-    runs.push_back(places.tokens);
-    return runs;
-}
-
 // (tokens, heads * head_dim) outputs of all heads. The queries of a run's tokens to one kv head read the same pages. They are one
 // task, or several if there are more threads than such tasks.
 float* attend(const Call& call) {
@@ -121,6 +95,7 @@ float* attend(const Call& call) {
     Pool& pool = Pool::instance();
     const Places& places = call.places;
     const Cache& cache = call.cache;
+    const AttentionShape shape = call.layer.shape();
     const int heads = call.layer.heads, kv_heads = call.layer.kv_heads, head_dim = call.layer.head_dim;
     const int repeat = heads / kv_heads, tokens = places.tokens;
     const int64_t inner = static_cast<int64_t>(heads) * head_dim;
@@ -143,7 +118,7 @@ float* attend(const Call& call) {
         Query* queries = all_queries + static_cast<size_t>(thread) * run_queries;
         int length = 0, earliest = places.positions[runs[run]], many = 0;
         for (int t = runs[run]; t < runs[run + 1]; ++t) {
-            const int position = places.positions[t], first_seen = call.layer.first_seen(position);
+            const int position = places.positions[t], first_seen = shape.first_seen(position);
             length = std::max(length, position + 1);
             earliest = std::min(earliest, first_seen);
             for (int h = kv * repeat; h < (kv + 1) * repeat; ++h)
@@ -168,23 +143,42 @@ float* attend(const Call& call) {
     return attended;
 }
 
-void add_output(const AttentionLayer& layer, const float* attended, int tokens, float* x) {
-    const int64_t stride = static_cast<int64_t>(layer.output.blocks()) * kBlockRows, hidden = layer.output.rows;
+}  // namespace
+
+float* normed_projection(const Stack& matrix, const float* norm, float epsilon, const float* x, int64_t step, int tokens) {
+    const int64_t columns = matrix.columns, stride = static_cast<int64_t>(matrix.blocks()) * kBlockRows;
+    auto* normed = scratch().get<float>(static_cast<size_t>(tokens) * columns);
+    for (int64_t t = 0; t < tokens; ++t)
+        kernels().rms_norm(x + t * step, norm, normed + t * columns, static_cast<int>(columns), epsilon);
+    auto* projected = scratch().get<float>(tokens * stride);
+    matmul_all(matrix, quantize_rows(normed, tokens, static_cast<int>(columns), kFull, matrix.packed()), projected, stride);
+    return projected;
+}
+
+std::vector<int> runs_of(const Places& places, int most) {
+    std::vector<int> runs{0};
+    for (int t = 1; t < places.tokens; ++t)
+        if (places.slots[t] != places.slots[t - 1] || t - runs.back() == most) runs.push_back(t);
+    runs.push_back(places.tokens);
+    return runs;
+}
+
+void add_output(const Matrix& output, const float* bias, const float* attended, int tokens, float* x) {
+    const int64_t stride = static_cast<int64_t>(output.blocks()) * kBlockRows, hidden = output.rows;
     auto* out = scratch().get<float>(tokens * stride);
-    matmul_all(layer.output, false, quantize_rows(attended, tokens, layer.output.columns, kFull, layer.output.packed()), out, stride);
+    matmul_all(output, false, quantize_rows(attended, tokens, output.columns, kFull, output.packed()), out, stride);
     for (int64_t t = 0; t < tokens; ++t) {
-        if (layer.output_bias) kernels().add(out + t * stride, layer.output_bias, static_cast<int>(hidden));
+        if (bias) kernels().add(out + t * stride, bias, static_cast<int>(hidden));
         for (int64_t i = 0; i < hidden; ++i) x[t * hidden + i] += out[t * stride + i];
     }
 }
 
-}  // namespace
-
 void attention_block(const AttentionLayer& layer, float* x, const Places& places, const Cache& cache, int layer_index) {
-    const int64_t stride = static_cast<int64_t>(layer.query_key_value.blocks()) * kBlockRows;
-    const Call call{layer, places, cache, layer_index, normed_projection(layer, x, places.tokens), stride};
+    const Stack& in = layer.query_key_value;
+    float* projected = normed_projection(in, layer.norm, layer.epsilon, x, in.columns, places.tokens);
+    const Call call{layer, places, cache, layer_index, projected, static_cast<int64_t>(in.blocks()) * kBlockRows};
     prepare(call);
-    add_output(layer, attend(call), places.tokens, x);
+    add_output(layer.output, layer.output_bias, attend(call), places.tokens, x);
 }
 
 }  // namespace elmoe

@@ -11,16 +11,16 @@
 using namespace elmoe;
 
 namespace elmoe {
-void check_attention(const AttentionLayer& a, const Cache& c, int64_t first_layer, int64_t layers, const Array<float, 2>& x,
+void check_attention(const AttentionShape& a, const Cache& c, int64_t first_layer, int64_t layers, const Array<float, 2>& x,
                      const Input<int32_t, 1>& slots, const Input<int32_t, 1>& positions, const Input<float, 2>& cosine,
                      const Input<float, 2>& sine) {
     const int tokens = narrow(side(x, 0), kTooLarge);
-    require(side(x, 1) == a.query_key_value.columns && slots.shape(0) == x.shape(0) &&
+    require(side(x, 1) == a.hidden && slots.shape(0) == x.shape(0) &&
                 positions.shape(0) == x.shape(0),
             "x, slots or positions do not fit");
-    require(c.head_dim == a.head_dim && c.kv_heads == a.kv_heads && first_layer >= 0 && first_layer + layers <= c.model_layers,
+    require(c.key_dim == a.key_dim && c.value_dim == a.value_dim && c.kv_heads == a.kv_heads && first_layer >= 0 && first_layer + layers <= c.model_layers,
             "the cache does not fit");
-    require(side(cosine, 1) <= a.head_dim / 2 && sine.shape(1) == cosine.shape(1) && cosine.shape(0) == sine.shape(0),
+    require(side(cosine, 1) <= a.rotated / 2 && sine.shape(1) == cosine.shape(1) && cosine.shape(0) == sine.shape(0),
             "rotary tables do not fit");
     const int group = c.group(first_layer);
     for (int t = 0; t < tokens; ++t) {
@@ -73,12 +73,23 @@ void bind_rms_norm(Input<float, 2> x, Input<float, 1> weight, Array<float, 2> y,
 
 void bind_attention(const AttentionHolder& holder, Array<float, 2> x, const CacheHolder& cache, int64_t layer,
                     Input<int32_t, 1> slots, Input<int32_t, 1> positions, Input<float, 2> cosine, Input<float, 2> sine) {
-    check_attention(holder.layer, cache.cache, layer, 1, x, slots, positions, cosine, sine);
+    check_attention(holder.layer.shape(), cache.cache, layer, 1, x, slots, positions, cosine, sine);
     nb::gil_scoped_release release;
     Operation operation;
     const Places places{static_cast<int>(x.shape(0)), slots.data(), positions.data(), cosine.data(), sine.data(),
                         static_cast<int>(cosine.shape(1))};
     attention_block(holder.layer, x.data(), places, cache.cache, static_cast<int>(layer));
+}
+
+void bind_latent(const LatentHolder& holder, Array<float, 2> x, const CacheHolder& cache, int64_t layer,
+                 Input<int32_t, 1> slots, Input<int32_t, 1> positions, Input<float, 2> cosine, Input<float, 2> sine) {
+    check_attention(holder.layer.shape(), cache.cache, layer, 1, x, slots, positions, cosine, sine);
+    require(2 * side(cosine, 1) == holder.layer.rotary, "rotary tables do not fit");
+    nb::gil_scoped_release release;
+    Operation operation;
+    const Places places{static_cast<int>(x.shape(0)), slots.data(), positions.data(), cosine.data(), sine.data(),
+                        static_cast<int>(cosine.shape(1))};
+    latent_block(holder.layer, x.data(), places, cache.cache, static_cast<int>(layer));
 }
 
 void bind_route(const RouterHolder& holder, Input<float, 2> x, std::optional<Input<uint8_t, 1>> allowed, bool rescale,
@@ -197,11 +208,19 @@ NB_MODULE(_native, m) {
              nb::arg("norm"), nb::arg("query_key_value"), nb::arg("query_norm").none(), nb::arg("key_norm").none(),
              nb::arg("output"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("epsilon"),
              nb::arg("projection_bias").none(), nb::arg("output_bias").none(), nb::arg("sinks").none(), nb::arg("window"));
+    nb::class_<LatentHolder>(m, "Latent")
+        .def(nb::init<Input<float, 1>, nb::object, std::optional<Input<float, 1>>, nb::object, Input<float, 1>, nb::object,
+                      nb::object, nb::object, int64_t, int64_t, int64_t, float, float, float, bool>(),
+             nb::arg("norm"), nb::arg("query_latent"), nb::arg("query_norm").none(), nb::arg("query_up").none(),
+             nb::arg("latent_norm"), nb::arg("key_up"), nb::arg("value_up"), nb::arg("output"), nb::arg("heads"),
+             nb::arg("plain_dim"), nb::arg("rotary_dim"), nb::arg("epsilon"), nb::arg("latent_epsilon"), nb::arg("scale"),
+             nb::arg("interleaved"));
     nb::class_<RouterHolder>(m, "Router")
         .def(nb::init<Input<float, 1>, Input<float, 2>, int64_t, float, bool, std::optional<Input<float, 1>>, bool,
-                      std::optional<Input<float, 1>>, float>(),
+                      std::optional<Input<float, 1>>, float, int64_t, int64_t, bool>(),
              nb::arg("norm"), nb::arg("router"), nb::arg("top_k"), nb::arg("epsilon"), nb::arg("normalize"), nb::arg("bias").none(),
-             nb::arg("sigmoid"), nb::arg("selection_bias").none(), nb::arg("scaling"));
+             nb::arg("sigmoid"), nb::arg("selection_bias").none(), nb::arg("scaling"), nb::arg("groups"), nb::arg("kept_groups"),
+             nb::arg("best_two"));
     nb::class_<TermsHolder>(m, "Terms").def(nb::init<Input<float, 2>, Input<float, 2>, Input<float, 2>, float, float>());
     nb::class_<CacheHolder>(m, "Cache")
         .def(nb::init<Array<uint16_t, 6>, Array<uint16_t, 5>, Input<int32_t, 2>, std::optional<Input<int32_t, 2>>>(),
@@ -213,6 +232,7 @@ NB_MODULE(_native, m) {
     m.def("nested_matmul", &bind_nested_matmul);
     m.def("rms_norm", &bind_rms_norm);
     m.def("attention_block", &bind_attention);
+    m.def("latent_block", &bind_latent);
     m.def("route", &bind_route, nb::arg("router"), nb::arg("x"), nb::arg("allowed").none(), nb::arg("rescale"), nb::arg("hidden"),
           nb::arg("ranked"), nb::arg("scores"), nb::arg("experts"), nb::arg("weights"));
     m.def("expert_ffn", &bind_expert_ffn, nb::arg("expert"), nb::arg("addresses"), nb::arg("hidden"), nb::arg("experts"),

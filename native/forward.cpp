@@ -99,7 +99,10 @@ void forward(const std::vector<Layer>& layers, float* x, const Places& places, c
         const Layer& layer = layers[l];
         scratch().reset();
         note_time(company, l, 0);
-        attention_block(layer.attention, x, places, cache, static_cast<int>(l));
+        if (layer.latent)
+            latent_block(*layer.latent, x, places, cache, static_cast<int>(l));
+        else
+            attention_block(layer.attention, x, places, cache, static_cast<int>(l));
         scratch().reset();
         note_time(company, l, 1);
         if (layer.dense) {

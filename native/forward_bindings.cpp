@@ -33,7 +33,10 @@ struct LayerHolder {
     LayerHolder(nb::object attention, nb::object router, nb::object norm, nb::object expert, Input<int64_t, 2> addresses_,
                 nb::object terms, nb::object shared)
         : addresses(addresses_), keep{attention, router, norm, expert, terms, shared} {
-        const AttentionLayer& block = nb::cast<AttentionHolder&>(attention).layer;
+        const bool latent = nb::isinstance<LatentHolder>(attention);
+        const LatentLayer* absorbed = latent ? &nb::cast<LatentHolder&>(attention).layer : nullptr;
+        const AttentionLayer block = latent ? AttentionLayer{} : nb::cast<AttentionHolder&>(attention).layer;
+        const AttentionShape attended = latent ? absorbed->shape() : block.shape();
         const ExpertShape& shape = nb::cast<ExpertHolder&>(expert).shape;
         const bool dense = router.is_none();
         RouterLayer input{};
@@ -44,7 +47,7 @@ struct LayerHolder {
         } else {
             input = nb::cast<RouterHolder&>(router).layer;
         }
-        layer = {block, input, dense, shape, addresses.data(), nullptr, nullptr};
+        layer = {block, absorbed, attended, input, dense, shape, addresses.data(), nullptr, nullptr};
         if (!terms.is_none()) {
             const TermsHolder& found = nb::cast<TermsHolder&>(terms);
             require(!dense && found.fit(shape, layer.experts()), "biases do not fit the experts");
@@ -54,7 +57,7 @@ struct LayerHolder {
             layer.shared = &nb::cast<SharedHolder&>(shared).shared;
             require(!dense && layer.shared->expert.hidden == shape.hidden, "the shared expert does not fit");
         }
-        require(input.hidden == shape.hidden && block.output.rows == shape.hidden, "attention, router and experts do not fit");
+        require(input.hidden == shape.hidden && attended.hidden == shape.hidden, "attention, router and experts do not fit");
         require(side(addresses, 0) == layer.experts() && side(addresses, 1) == 2, "addresses are (experts, 2)");
     }
 };
@@ -70,10 +73,10 @@ struct StackHolder {
         require(!keep.empty(), "a stack has layers");
         for (const nb::object& object : keep) layers.push_back(nb::cast<LayerHolder&>(object).layer);
         for (const Layer& layer : layers) {
-            const AttentionLayer &a = layer.attention, &first = layers[0].attention;
-            require(layer.expert.hidden == layers[0].expert.hidden && a.head_dim == first.head_dim && a.kv_heads == first.kv_heads,
+            require(layer.expert.hidden == layers[0].expert.hidden && layer.shape.same_cache(layers[0].shape) &&
+                        layer.shape.rotated == layers[0].shape.rotated,
                     "the layers of a stack do not fit each other");
-            windows |= a.window != 0;
+            windows |= layer.shape.window != 0;
             if (layer.dense) continue;
             if (!router) router = &layer.router;
             require(layer.router.experts == router->experts && layer.router.top_k == router->top_k,
@@ -86,7 +89,7 @@ struct StackHolder {
 // Whether a layer before this one needs the same pages.
 bool seen_before(const StackHolder& stack, const Cache& cache, int64_t layer) {
     for (int64_t other = 0; other < layer; ++other)
-        if (stack.layers[other].attention.window == stack.layers[layer].attention.window && cache.group(other) == cache.group(layer))
+        if (stack.layers[other].shape.window == stack.layers[layer].shape.window && cache.group(other) == cache.group(layer))
             return true;
     return false;
 }
@@ -122,7 +125,8 @@ void forward_all(const StackHolder& stack, Array<float, 2> x, const CacheHolder&
     require(static_cast<int64_t>(layers) <= cache.cache.model_layers, "the cache does not fit");
     for (int64_t layer = 0; layer < different; ++layer)
         if (!seen_before(stack, cache.cache, layer))
-            check_attention(stack.layers[layer].attention, cache.cache, layer, 1, x, slots, positions, cosine, sine);
+            check_attention(stack.layers[layer].shape, cache.cache, layer, 1, x, slots, positions, cosine, sine);
+    if (stack.layers[0].latent) require(2 * side(cosine, 1) == stack.layers[0].shape.rotated, "rotary tables do not fit");
     auto fits = [&](const auto& a, size_t last) { return a.shape(0) == rows && a.shape(1) == tokens && a.shape(2) == last; };
     const size_t ranks = ranked.shape(2), size = experts.shape(2);
     require(fits(ranked, ranks) && fits(scores, ranks) && fits(experts, size) && fits(weights, size), "routing arrays do not fit");

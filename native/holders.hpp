@@ -75,6 +75,20 @@ struct MatrixHolder {
     }
 };
 
+// A matrix, or a list of matrices one below the other.
+inline Stack stack_of(const nb::object& object) {
+    std::vector<Matrix> parts;
+    if (nb::isinstance<MatrixHolder>(object))
+        parts.push_back(nb::cast<MatrixHolder&>(object).matrix);
+    else
+        for (nb::handle part : nb::cast<nb::list>(object)) parts.push_back(nb::cast<MatrixHolder&>(part).matrix);
+    require(!parts.empty(), "projections do not fit heads");
+    for (size_t i = 0; i < parts.size(); ++i)
+        require(parts[i].columns == parts[0].columns && (i + 1 == parts.size() || parts[i].rows % kBlockRows == 0),
+                "projections do not fit each other");
+    return Stack(std::move(parts));
+}
+
 struct AttentionHolder {
     AttentionLayer layer;
     std::vector<nb::object> keep;
@@ -84,16 +98,7 @@ struct AttentionHolder {
     AttentionHolder(Input<float, 1> norm, nb::object query_key_value, Floats query_norm, Floats key_norm, nb::object output,
                     int64_t heads, int64_t kv_heads, int64_t head_dim, float epsilon, Floats projection_bias, Floats output_bias,
                     Floats sinks, int64_t window) {
-        std::vector<Matrix> parts;
-        if (nb::isinstance<MatrixHolder>(query_key_value))
-            parts.push_back(nb::cast<MatrixHolder&>(query_key_value).matrix);
-        else
-            for (nb::handle part : nb::cast<nb::list>(query_key_value)) parts.push_back(nb::cast<MatrixHolder&>(part).matrix);
-        require(!parts.empty(), "projections do not fit heads");
-        for (size_t i = 0; i < parts.size(); ++i)
-            require(parts[i].columns == parts[0].columns && (i + 1 == parts.size() || parts[i].rows % kBlockRows == 0),
-                    "projections do not fit each other");
-        const Stack in(std::move(parts));
+        const Stack in = stack_of(query_key_value);
         const Matrix& out = nb::cast<MatrixHolder&>(output).matrix;
         require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
         require(heads <= INT_MAX && head_dim > 0 && head_dim % 16 == 0 && head_dim <= 1024,
@@ -117,6 +122,38 @@ struct AttentionHolder {
     }
 };
 
+struct LatentHolder {
+    LatentLayer layer;
+    std::vector<nb::object> keep;
+
+    LatentHolder(Input<float, 1> norm, nb::object query_latent, std::optional<Input<float, 1>> query_norm, nb::object query_up,
+                 Input<float, 1> latent_norm, nb::object key_up, nb::object value_up, nb::object output, int64_t heads, int64_t plain,
+                 int64_t rotary, float epsilon, float latent_epsilon, float scale, bool interleaved) {
+        auto matrix = [](const nb::object& object) { return nb::cast<MatrixHolder&>(object).matrix; };
+        const Stack in = stack_of(query_latent);
+        const Matrix key = matrix(key_up), value = matrix(value_up), out = matrix(output);
+        const int64_t rank = side(latent_norm, 0);
+        require(heads > 0 && heads <= 1 << 16 && plain > 0 && plain <= 1 << 16 && rank > 0 && rank % 16 == 0 && rotary > 0 &&
+                    rotary % 16 == 0 && rotary <= 1 << 16 && rank + rotary <= 1 << 16,
+                "rank and rotary dimensions must be multiples of 16");
+        require(key.columns == plain && key.rows == heads * rank && value.columns == rank && value.rows % (16 * heads) == 0 &&
+                    out.columns == value.rows,
+                "projections do not fit heads");
+        require(query_up.is_none() == !query_norm, "give both a norm and a second matrix of queries, or neither");
+        const Matrix up = query_norm ? matrix(query_up) : Matrix{};
+        const int64_t queries = heads * (plain + rotary), first = query_norm ? side(*query_norm, 0) : queries;
+        require(in.rows == first + rank + rotary && (!query_norm || (up.rows == queries && up.columns == first && up.whole())),
+                "projections do not fit heads");
+        require(in.whole() && key.whole() && value.whole() && out.whole() && side(norm, 0) == in.columns && out.rows == in.columns,
+                "hidden sizes differ");
+        layer = {norm.data(), query_norm ? query_norm->data() : nullptr, latent_norm.data(), in, up, key, value, out,
+                 narrow(heads, kTooLarge), narrow(rank, kTooLarge), narrow(plain, kTooLarge), narrow(rotary, kTooLarge),
+                 narrow(value.rows / heads, kTooLarge), epsilon, latent_epsilon, scale, interleaved};
+        keep = {nb::cast(norm), query_latent, query_up, nb::cast(latent_norm), key_up, value_up, output};
+        if (query_norm) keep.push_back(nb::cast(*query_norm));
+    }
+};
+
 struct RouterHolder {
     RouterLayer layer;
     Input<float, 1> norm;
@@ -124,15 +161,20 @@ struct RouterHolder {
     std::optional<Input<float, 1>> bias, selection_bias;
 
     RouterHolder(Input<float, 1> norm_, Input<float, 2> router_, int64_t top_k, float epsilon, bool normalize,
-                 std::optional<Input<float, 1>> bias_, bool sigmoid, std::optional<Input<float, 1>> selection_bias_, float scaling)
+                 std::optional<Input<float, 1>> bias_, bool sigmoid, std::optional<Input<float, 1>> selection_bias_, float scaling,
+                 int64_t groups, int64_t kept_groups, bool best_two)
         : norm(norm_), router(router_), bias(bias_), selection_bias(selection_bias_) {
         require(side(norm, 0) == side(router, 1) && top_k > 0 && top_k <= side(router, 0) &&
                     (!bias || side(*bias, 0) == side(router, 0)) &&
                     (!selection_bias || side(*selection_bias, 0) == side(router, 0)),
                 "router does not fit");
+        require(groups > 0 && side(router, 0) % groups == 0 && kept_groups > 0 && kept_groups <= groups &&
+                    side(router, 0) / groups * kept_groups >= top_k && (!best_two || side(router, 0) / groups >= 2),
+                "groups of experts do not fit");
         layer = {norm.data(), router.data(), bias ? bias->data() : nullptr,
                  selection_bias ? selection_bias->data() : nullptr, narrow(side(router, 0), kTooLarge), narrow(side(router, 1), kTooLarge),
-                 narrow(top_k, kTooLarge), epsilon, normalize, sigmoid, scaling};
+                 narrow(top_k, kTooLarge), epsilon, normalize, sigmoid, scaling, narrow(groups, kTooLarge),
+                 narrow(kept_groups, kTooLarge), best_two};
     }
 };
 
@@ -154,9 +196,9 @@ struct CacheHolder {
         : keys(keys_), values(values_), table(table_), places(places_) {
         auto of = [](const auto& array, int axis) { return narrow(side(array, axis), kTooLarge); };
         cache = {keys.data(), values.data(), table.data(), of(values, 0), of(values, 1), of(values, 2),
-                 of(values, 4), of(values, 3), of(table, 0), of(table, 1), nullptr, of(values, 1), 1};
+                 of(keys, 4), of(values, 4), of(values, 3), of(table, 0), of(table, 1), nullptr, of(values, 1), 1};
         require(keys.shape(0) == values.shape(0) && keys.shape(1) == values.shape(1) && keys.shape(2) == values.shape(2) &&
-                    keys.shape(3) * 16 == values.shape(3) && keys.shape(4) == values.shape(4) && keys.shape(5) == 16 &&
+                    keys.shape(3) * 16 == values.shape(3) && keys.shape(5) == 16 &&
                     values.shape(3) > 0,
                 "keys and values do not fit");
         if (!places) return;
@@ -235,7 +277,7 @@ inline int integral_offset(double offset) {
 }
 
 // Throws where a call's places or cache do not fit `layers` layers from `first_layer` of the cache.
-void check_attention(const AttentionLayer& a, const Cache& c, int64_t first_layer, int64_t layers, const Array<float, 2>& x,
+void check_attention(const AttentionShape& a, const Cache& c, int64_t first_layer, int64_t layers, const Array<float, 2>& x,
                      const Input<int32_t, 1>& slots, const Input<int32_t, 1>& positions, const Input<float, 2>& cosine,
                      const Input<float, 2>& sine);
 

@@ -64,6 +64,15 @@ struct Query {
     float sink;
 };
 
+// Latents and rotary keys of one (slot, layer): page p begins at rows[p], with key_dim values a position.
+struct LatentPages {
+    const uint16_t* const* rows;
+    int page_positions, key_dim;
+    const uint16_t* at(int position) const {
+        return rows[position / page_positions] + static_cast<int64_t>(position % page_positions) * key_dim;
+    }
+};
+
 struct Kernels {
     const char* name;
     int tile;  // most tokens in a tile: their accumulators fit the registers
@@ -92,6 +101,14 @@ struct Kernels {
     void (*multiply_add)(float* total, float weight, const float* y, int size);  // total = total + weight * y
     void (*add)(float* total, const float* y, int size);                         // total = total + y
     uint64_t (*read)(const uint8_t* data, int64_t size);                         // bandwidth probe: sums 64-bit words
+    // scores[q * stride + p] of queries, columns (groups of 16 queries, key_dim, 16), at positions first .. last - 1; `first` is
+    // a multiple of 16; widened: scratch of 16 rows of key_dim.
+    void (*latent_scores)(const float* columns, int count, const LatentPages& pages, int first, int last, float scale,
+                          float* scores, int64_t stride, float* widened);
+    // Of each query, `out` (dims) = the sum of weights times the dimensions from first_dim on, divided by its divisor; weights
+    // behind a query's length are 0 up to the longest; widened: scratch of kTilePositions rows of dims, a multiple of 16.
+    void (*latent_values)(const Query* queries, int count, const LatentPages& pages, int first_dim, int dims,
+                          const float* weights, int64_t stride, const float* divisors, float* widened);
 };
 
 const Kernels* portable_kernels();

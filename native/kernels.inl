@@ -393,8 +393,10 @@ void add(float* total, const float* y, int size) {
         store_some(total + i, load_some(total + i, size - i, 0) + load_some(y + i, size - i, 0), size - i);
 }
 
+#include "latent.inl"
+
 const Kernels* table() {
     static const Kernels kernels = {kName,          kTile,  quantize, matmul,       rms_norm, dots, softmax_numerators, exp_shifted, swiglu,
-                                    clamped_swiglu, attend, to_half,  multiply_add, add,      read};
+                                    clamped_swiglu, attend, to_half,  multiply_add, add,      read, latent_scores, latent_values};
     return &kernels;
 }

@@ -83,7 +83,17 @@ struct Stack {
 };
 void matmul_all(const Stack& stack, const std::vector<Tile>& tiles, float* y, int64_t stride);
 
-// `query_norm`, `key_norm` may be null, as the biases and sinks; `full_norms`: over all heads together. A window of 0 is none.
+// What decides whether a call's places, tables and cache fit an attention. `key_dim`, `value_dim`: values of a position and head
+// in the cache's two arrays; `rotated`: dimensions that the tables may turn at most. A window of 0 is none.
+struct AttentionShape {
+    int hidden, kv_heads, key_dim, value_dim, rotated, window;
+    int first_seen(int position) const { return window && position >= window ? position + 1 - window : 0; }
+    bool same_cache(const AttentionShape& other) const {
+        return kv_heads == other.kv_heads && key_dim == other.key_dim && value_dim == other.value_dim;
+    }
+};
+
+// `query_norm`, `key_norm` may be null, as the biases and sinks; `full_norms`: over all heads together.
 struct AttentionLayer {
     const float *norm, *query_norm, *key_norm;
     Stack query_key_value;
@@ -93,19 +103,36 @@ struct AttentionLayer {
     const float *projection_bias, *output_bias, *sinks;
     int window;
     bool full_norms;
-    int first_seen(int position) const { return window && position >= window ? position + 1 - window : 0; }
+    AttentionShape shape() const { return {query_key_value.columns, kv_heads, head_dim, head_dim, head_dim, window}; }
+};
+
+// See elmoe.bitslice.LatentWeights; `query_norm` is null, and `query_up` has no rows, where queries are one matrix.
+struct LatentLayer {
+    const float *norm, *query_norm, *latent_norm;
+    Stack query_latent;
+    Matrix query_up, key_up, value_up, output;
+    int heads, rank, plain, rotary, value_dim;
+    float epsilon, latent_epsilon, scale;
+    bool interleaved;
+    int key_dim() const { return rank + rotary; }
+    AttentionShape shape() const { return {query_latent.columns, 1, 0, key_dim(), rotary, 0}; }
 };
 
 // `slot_pages`: stretches of a slot, each with a page for every group. `places` (model_layers, 2): the group of a layer and its
 // place in a page; null: one group, a layer is in its own place.
 struct Cache {
-    uint16_t *keys, *values;  // (pages, layers, kv_heads, page_positions * head_dim)
+    uint16_t *keys, *values;  // (pages, layers, kv_heads, page_positions * key_dim), and with value_dim
     const int32_t* table;     // (slots, slot_pages, groups)
-    int pages, layers, kv_heads, head_dim, page_positions, slots, slot_pages;
+    int pages, layers, kv_heads, key_dim, value_dim, page_positions, slots, slot_pages;
     const int32_t* places;
     int model_layers, groups;
     int group(int64_t layer) const { return places ? places[2 * layer] : 0; }
     int place(int64_t layer) const { return places ? places[2 * layer + 1] : static_cast<int>(layer); }
+    // In which (page, layer, kv head) the cells of a stretch of a slot are, counted through the arrays.
+    int64_t block(int slot, int stretch, int64_t layer, int head) const {
+        const int64_t page = table[(static_cast<int64_t>(slot) * slot_pages + stretch) * groups + group(layer)];
+        return (page * layers + place(layer)) * kv_heads + head;
+    }
 };
 
 // Where the tokens of a call are, and the rotary tables (positions, pairs): 2 * pairs dimensions of a head are rotated. A chain: a token is in the cell of its
@@ -118,6 +145,7 @@ struct Places {
 };
 
 // `layer_index` is the layer of the cache.
+void latent_block(const LatentLayer& layer, float* x, const Places& places, const Cache& cache, int layer_index);
 void attention_block(const AttentionLayer& layer, float* x, const Places& places, const Cache& cache, int layer_index);
 
 struct RouterLayer {
@@ -126,6 +154,8 @@ struct RouterLayer {
     float epsilon;
     bool normalize, sigmoid;
     float scaling;
+    int groups, kept_groups;  // experts are chosen from the best groups; 1 and 1: from all
+    bool best_two;            // a group is worth its best two experts, not its best one
 };
 
 // `size` experts are chosen for a token; there is room for `stride` of them, the rest is set to -1 and weight 0.
@@ -187,6 +217,8 @@ struct SharedExpert {
 // router but for the norm, the hidden size and epsilon.
 struct Layer {
     AttentionLayer attention;
+    const LatentLayer* latent;  // in place of `attention`, if not null
+    AttentionShape shape;
     RouterLayer router;
     bool dense;
     ExpertShape expert;

@@ -2,7 +2,8 @@
 //
 // h = rms_norm(x); l[e] = sum over i of h[i] * router[e][i] as 16 lane sums (i mod 16) and the fixed tree, and perhaps a bias;
 // p = 1 / (1 + exp(-l)), or p = softmax(l), the exact maximum first, then 16 lane sums. Ranking: by p (plus a bias of the
-// selection) descending, ties to the lower id. Sums of chosen probabilities are one
+// selection) descending, ties to the lower id; where there are groups, experts of the kept groups before all others. A group is
+// worth its best choice, or the sum of its best two, ties to the lower group. Sums of chosen probabilities are one
 // fp32 chain in ascending id. All sums are fp32: there is no integer accumulator.
 #include <algorithm>
 #include <atomic>
@@ -18,6 +19,27 @@ float ascending_sum(const float* values, const int32_t* ids, int count) {
     float sum = 0;
     for (int i = 0; i < count; ++i) sum = sum + values[ids[i]];
     return sum;
+}
+
+// preferred[e] = 1 for the experts of the kept groups, else 0; `order` has room for the groups.
+void rank_groups(const RouterLayer& layer, const float* choice, int32_t* preferred, int32_t* order) {
+    const int size = layer.experts / layer.groups;
+    auto worth = [&](int32_t group) {
+        const float* first = choice + static_cast<int64_t>(group) * size;
+        float best = first[0], second = -HUGE_VALF;
+        for (int i = 1; i < size; ++i) {
+            second = std::max(second, std::min(best, first[i]));
+            best = std::max(best, first[i]);
+        }
+        return layer.best_two ? best + second : best;
+    };
+    std::iota(order, order + layer.groups, 0);
+    std::sort(order, order + layer.groups, [&](int32_t a, int32_t b) {
+        const float one = worth(a), other = worth(b);
+        return one != other ? one > other : a < b;
+    });
+    std::fill(preferred, preferred + layer.experts, 0);
+    for (int i = 0; i < layer.kept_groups; ++i) std::fill(preferred + order[i] * size, preferred + (order[i] + 1) * size, 1);
 }
 }  // namespace
 
@@ -36,11 +58,12 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
         });
     };
     auto* all_logits = scratch().get<float>(static_cast<size_t>(Pool::instance().threads()) * 2 * experts);
-    auto* all_orders = scratch().get<int32_t>(static_cast<size_t>(Pool::instance().threads()) * (experts + 2 * top_k));
+    const size_t order_size = 2 * static_cast<size_t>(experts) + 2 * top_k + layer.groups;
+    auto* all_orders = scratch().get<int32_t>(static_cast<size_t>(Pool::instance().threads()) * order_size);
     auto one = [&](int t, int thread) {
         float *p = all_logits + static_cast<size_t>(thread) * 2 * experts, *choice = layer.selection_bias ? p + experts : p;
-        int32_t* order = all_orders + static_cast<size_t>(thread) * (experts + 2 * top_k);
-        int32_t *natural = order + experts, *chosen = natural + top_k;
+        int32_t* order = all_orders + static_cast<size_t>(thread) * order_size;
+        int32_t *natural = order + experts, *chosen = natural + top_k, *preferred = chosen + top_k, *group_order = preferred + experts;
         float* row = out.hidden + static_cast<int64_t>(t) * hidden;
         k.rms_norm(x + static_cast<int64_t>(t) * hidden, layer.norm, row, hidden, layer.epsilon);
         dots(row, p);
@@ -58,7 +81,11 @@ void route(const RouterLayer& layer, const float* x, int tokens, const uint8_t* 
         }
         if (layer.selection_bias)
             for (int e = 0; e < experts; ++e) choice[e] = p[e] + layer.selection_bias[e];
-        auto better = [choice](int32_t a, int32_t b) { return choice[a] != choice[b] ? choice[a] > choice[b] : a < b; };
+        if (layer.groups > 1) rank_groups(layer, choice, preferred, group_order);
+        auto better = [choice, preferred, grouped = layer.groups > 1](int32_t a, int32_t b) {
+            if (grouped && preferred[a] != preferred[b]) return preferred[a] > preferred[b];
+            return choice[a] != choice[b] ? choice[a] > choice[b] : a < b;
+        };
         std::iota(order, order + experts, 0);
         std::partial_sort(order, order + std::max(out.ranks, top_k), order + experts, better);
         for (int i = 0; i < out.ranks; ++i) {

@@ -74,6 +74,7 @@ template <int Q>
 constexpr int kKeyBlocks = 4 / Q;
 template <int Q>
 constexpr int kValueChunks = Q == 1 ? 8 : 4 / Q;
+constexpr int kLatentPositions = 4;  // whose scores of 16 queries are in registers
 constexpr int kTile = 4;
 
 // Sums of one plane's nibbles times codes, in 16 bits, for the first and the last 8 rows. maddubs adds pairs: a nibble times a

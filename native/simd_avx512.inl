@@ -46,6 +46,7 @@ template <int Q>
 constexpr int kKeyBlocks = 4;
 template <int Q>
 constexpr int kValueChunks = Q == 1 ? 8 : 4;
+constexpr int kLatentPositions = 8;  // whose scores of 16 queries are in registers
 constexpr int kTile = 12;
 
 // Per group and 16 rows: weights' nibbles become unsigned bytes, full (hi << 4 | lo) or draft (hi << 4), and dpbusd adds

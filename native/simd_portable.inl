@@ -93,6 +93,7 @@ template <int Q>
 constexpr int kKeyBlocks = 1;
 template <int Q>
 constexpr int kValueChunks = 8 / Q;
+constexpr int kLatentPositions = 2;  // whose scores of 16 queries are in registers
 constexpr int kTile = 4;
 
 template <int T, bool Full>

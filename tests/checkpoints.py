@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elmoe.convert.fused_experts import fused_name, fused_shape
+from elmoe.convert.latent_rows import ROLES, FusedRows
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.tensors import PROJECTIONS, FeedForward, feed_forward, feed_forwards, tensors
 
@@ -29,7 +30,11 @@ def checkpoint_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a checkpoint with this configuration."""
     spec, names = spec_of_config(config), family_of(config).names
     assert names is not None
-    shapes = {names[part.role].format(layer=tensor.layer): part.shape for tensor in tensors(spec) for part in tensor.parts}
+    shapes = {
+        names[part.role].format(layer=tensor.layer): FusedRows.of(spec).shape if part.role in ROLES else part.shape
+        for tensor in tensors(spec)
+        for part in tensor.parts
+    }
     family = family_of(config)
     for one in feed_forwards(spec):
         if family.alternating is not None:

@@ -60,6 +60,32 @@ def _glm4_moe(**values: Any) -> dict[str, Any]:
     } | values)  # fmt: skip
 
 
+def _latent(architecture: str, kind: str, **values: Any) -> dict[str, Any]:
+    return _family(architecture, kind, **{
+        "intermediate_size": 96, "moe_intermediate_size": 32, "num_key_value_heads": 4, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0,
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "q_lora_rank": None, "kv_lora_rank": 32,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    } | values)  # fmt: skip
+
+
+def _deepseek_v2(**values: Any) -> dict[str, Any]:
+    return _latent("DeepseekV2ForCausalLM", "deepseek_v2", **{"topk_method": "greedy"} | values)
+
+
+def _deepseek_v3(**values: Any) -> dict[str, Any]:
+    return _latent("DeepseekV3ForCausalLM", "deepseek_v3", **{
+        "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "q_lora_rank": 64,
+        "rope_interleave": True} | values)  # fmt: skip
+
+
+def _glm4_moe_lite(**values: Any) -> dict[str, Any]:
+    return _latent("Glm4MoeLiteForCausalLM", "glm4_moe_lite", **{
+        "norm_topk_prob": True, "routed_scaling_factor": 1.8, "q_lora_rank": 32, "v_head_dim": 32,
+        "rope_interleave": True} | values)  # fmt: skip
+
+
+LATENT_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "factor": 40.0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama_llama3": _llama(rope_scaling=LLAMA3, rope_theta=5e5, tie_word_embeddings=True, head_dim=32),
     "llama_biases_yarn": _llama(attention_bias=True, rope_scaling=YARN | {"beta_fast": 16.0, "beta_slow": 2.0}),
@@ -85,5 +111,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         attention_bias=False, swiglu_limit=1.5, swiglu_alpha=1.2, head_dim=32, num_experts_per_tok=4,
         layer_types=["full_attention", "full_attention", "sliding_attention", "full_attention"], sliding_window=17,
         rope_scaling=YARN),
+    "deepseek_v2": _deepseek_v2(rope_scaling=LATENT_YARN, n_shared_experts=2),
+    "deepseek_v2_groups": _deepseek_v2(
+        topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=16.0, q_lora_rank=40,
+        rope_scaling=LATENT_YARN | {"mscale": 1.0}, first_k_dense_replace=0, num_attention_heads=2,
+        num_key_value_heads=2, kv_lora_rank=48, qk_nope_head_dim=24),
+    "deepseek_v3": _deepseek_v3(rope_scaling=LATENT_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}),
+    "deepseek_v3_halves": _deepseek_v3(
+        rope_interleave=False, q_lora_rank=None, n_group=2, topk_group=1, rope_scaling=LINEAR, norm_topk_prob=False,
+        tie_word_embeddings=True),
+    "glm4_moe_lite": _glm4_moe_lite(),
+    "glm4_moe_lite_options": _glm4_moe_lite(
+        q_lora_rank=None, n_shared_experts=2, first_k_dense_replace=2, mlp_layer_types=["dense", "dense", "sparse"],
+        rope_scaling=LLAMA3, rope_theta=5e5,
+        norm_topk_prob=False, routed_scaling_factor=1.0, v_head_dim=48, kv_lora_rank=64, num_attention_heads=6,
+        num_key_value_heads=6),
 }  # fmt: skip
 """By a name of their own."""

@@ -44,6 +44,26 @@ class Attention:
         window: int,
     ) -> None: ...
 
+class Latent:
+    def __init__(
+        self,
+        norm: NDArray[np.float32],
+        query_latent: Matrix | list[Matrix],
+        query_norm: NDArray[np.float32] | None,
+        query_up: Matrix | None,
+        latent_norm: NDArray[np.float32],
+        key_up: Matrix,
+        value_up: Matrix,
+        output: Matrix,
+        heads: int,
+        plain_dim: int,
+        rotary_dim: int,
+        epsilon: float,
+        latent_epsilon: float,
+        scale: float,
+        interleaved: bool,
+    ) -> None: ...
+
 class Router:
     def __init__(
         self,
@@ -56,6 +76,9 @@ class Router:
         sigmoid: bool,
         selection_bias: NDArray[np.float32] | None,
         scaling: float,
+        groups: int,
+        kept_groups: int,
+        best_two: bool,
     ) -> None: ...
 
 class Cache:
@@ -89,7 +112,7 @@ class Shared:
 class Layer:
     def __init__(
         self,
-        attention: Attention,
+        attention: Attention | Latent,
         router: Router | None,
         norm: Norm | None,
         expert: Expert,
@@ -126,6 +149,16 @@ def nested_matmul(matrix: Matrix, x: NDArray[np.float32], y: NDArray[np.float32]
 def rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], y: NDArray[np.float32], epsilon: float) -> None: ...
 def attention_block(
     weights: Attention,
+    x: NDArray[np.float32],
+    cache: Cache,
+    layer: int,
+    slots: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    cosine: NDArray[np.float32],
+    sine: NDArray[np.float32],
+) -> None: ...
+def latent_block(
+    weights: Latent,
     x: NDArray[np.float32],
     cache: Cache,
     layer: int,

@@ -25,6 +25,7 @@ from elmoe.bitslice import (
     ExpertLayout,
     ExpertTerms,
     KVCache,
+    LatentWeights,
     NestedMatrix,
     Places,
     RouterWeights,
@@ -34,7 +35,7 @@ from elmoe.bitslice import (
     quantize_activations,
 )
 from elmoe.bitslice.backend import Operations
-from elmoe.bitslice.moe import expert_matrices
+from elmoe.bitslice.moe import expert_matrices, ranking
 
 Float = NDArray[np.float64]
 
@@ -72,11 +73,16 @@ def _shadow(cache: KVCache) -> tuple[Float, Float]:
 def nested_matmul(
     matrix: NestedMatrix, x: NDArray, draft: bool = False, bits: int = 4, offset: float | None = None
 ) -> Float:
-    if _int8:
-        quantized = quantize_activations(x.astype(np.float32))
-        grouped = quantized.codes.reshape(*quantized.scales.shape, -1) * quantized.scales.astype(np.float64)[:, :, None]
-        x = grouped.reshape(len(x), -1)[:, : matrix.columns]
-    return x.astype(np.float64) @ _weights(matrix, draft, bits, offset).T
+    return _inputs(x) @ _weights(matrix, draft, bits, offset).T
+
+
+def _inputs(x: NDArray) -> Float:
+    """Vectors that a matrix is multiplied with, (count, columns)."""
+    if not _int8:
+        return x.astype(np.float64)
+    quantized = quantize_activations(x.astype(np.float32))
+    grouped = quantized.codes.reshape(*quantized.scales.shape, -1) * quantized.scales.astype(np.float64)[:, :, None]
+    return grouped.reshape(len(x), -1)[:, : x.shape[1]]
 
 
 def rms_norm(x: NDArray, weight: NDArray, epsilon: float) -> Float:
@@ -118,11 +124,7 @@ def attention_block(
     query = _rotate(query, cosine[positions], sine[positions]).reshape(len(x), kv_heads, heads // kv_heads, head_dim)
     key = _rotate(key, cosine[positions], sine[positions])
     keys, values = _shadow(cache)
-    group, inner = cache.place(layer)
-    table = cache.table[:, group :: cache.groups]
-    pages, within = table[slots, positions // cache.page_positions], positions % cache.page_positions
-    if (pages < 0).any():
-        raise IndexError("a position has no page")
+    inner, table, pages, within = _where(cache, layer, places)
     keys[pages, inner, :, within] = key.astype(np.float16) if _int8 else key
     values[pages, inner, :, within] = value.astype(np.float16) if _int8 else value
     attended = np.empty((len(x), heads * head_dim))
@@ -139,6 +141,53 @@ def attention_block(
         attended[token] = np.einsum("grp,pgd->grd", shares, values[page, inner, :, place]).reshape(-1)
     output = nested_matmul(weights.output, attended)
     x += output if weights.output_bias is None else output + weights.output_bias
+
+
+def _where(cache: KVCache, layer: int, places: Places) -> tuple[int, NDArray, NDArray, NDArray]:
+    """A layer's place in a page, its table of pages, and pages and places in them of the tokens."""
+    group, inner = cache.place(layer)
+    table = cache.table[:, group :: cache.groups]
+    pages = table[places.slots, places.positions // cache.page_positions]
+    if (pages < 0).any():
+        raise IndexError("a position has no page")
+    return inner, table, pages, places.positions % cache.page_positions
+
+
+def latent_block(
+    weights: LatentWeights,
+    x: NDArray,
+    cache: KVCache,
+    layer: int,
+    places: Places,
+    cosine: NDArray[np.float32],
+    sine: NDArray[np.float32],
+) -> None:
+    assert places.chain
+    tokens, heads, rank, plain, rotary = len(x), weights.heads, weights.rank, weights.plain_dim, weights.rotary_dim
+    cosine, sine = cosine[places.positions], sine[places.positions]
+    projected = nested_matmul(weights.query_latent, rms_norm(x, weights.norm, weights.epsilon))
+    query, latent, key = np.split(projected, [-(rank + rotary), -rotary], axis=1)
+    if weights.query_up is not None:
+        query = nested_matmul(weights.query_up, rms_norm(query, weights.query_norm, weights.latent_epsilon))
+    query = query.reshape(tokens, heads, plain + rotary)
+    order = np.arange(rotary).reshape(-1, 2).T.reshape(-1) if weights.interleaved else np.arange(rotary)
+    turned = _rotate(query[..., plain:][..., order], cosine, sine)
+    key = _rotate(key[:, None, order], cosine, sine)[:, 0]
+    rows = np.concatenate([rms_norm(latent, weights.latent_norm, weights.latent_epsilon), key], axis=1)
+    values = _shadow(cache)[1]
+    inner, table, pages, within = _where(cache, layer, places)
+    values[pages, inner, 0, within] = rows.astype(np.float16) if _int8 else rows
+    key_up = _weights(weights.key_up, False).reshape(heads, rank, plain)
+    value_up = _weights(weights.value_up, False).reshape(heads, -1, rank)
+    queries = _inputs(query[..., :plain].reshape(-1, plain)).reshape(tokens, heads, plain)
+    absorbed = np.concatenate([np.einsum("thi,hri->thr", queries, key_up), turned], axis=2)
+    attended = np.empty((tokens, heads, rank))
+    for token, (slot, position) in enumerate(zip(places.slots, places.positions, strict=True)):
+        seen = np.arange(position + 1)
+        found = values[table[slot, seen // cache.page_positions], inner, 0, seen % cache.page_positions]
+        attended[token] = _softmax(absorbed[token] @ found.T * weights.scale) @ found[:, :rank]
+    sums = _inputs(attended.reshape(-1, rank)).reshape(tokens, heads, rank)
+    x += nested_matmul(weights.output, np.einsum("thr,hvr->thv", sums, value_up).reshape(tokens, -1))
 
 
 def _normed(weights: AttentionWeights, rows: Float, norm: NDArray[np.float32] | None) -> Float:
@@ -161,14 +210,14 @@ def route(
     logits = logits if weights.bias is None else logits + weights.bias
     probabilities = 1 / (1 + np.exp(-logits)) if weights.sigmoid else _softmax(logits)
     choice = probabilities if weights.selection_bias is None else probabilities + weights.selection_bias
-    order = np.argsort(-choice, axis=1, kind="stable")
+    order = ranking(weights, choice)
     natural = np.sort(order[:, : weights.top_k], axis=1)
     natural_sum = np.take_along_axis(probabilities, natural, axis=1).sum(axis=1, keepdims=True)
     experts = natural
     if allowed is not None:
         size = min(draft_top_k or weights.top_k, weights.top_k, int(np.count_nonzero(allowed)))
-        masked = np.where(allowed != 0, choice, -np.inf)
-        experts = np.sort(np.argsort(-masked, axis=1, kind="stable")[:, :size], axis=1)
+        usable = order[allowed[order] != 0].reshape(len(order), -1)
+        experts = np.sort(usable[:, :size], axis=1)
     chosen = np.take_along_axis(probabilities, experts, axis=1)
     if allowed is not None and rescale:
         chosen = chosen / chosen.sum(axis=1, keepdims=True) * (1.0 if weights.normalize else natural_sum)
@@ -212,7 +261,9 @@ def shared_weights(gate: NDArray[np.float32] | None, hidden: NDArray) -> Float:
     return np.ones((len(hidden), 1)) if gate is None else 1 / (1 + np.exp(-(hidden @ gate)))[:, None]
 
 
-forward = partial(bitslice.forward, operations=Operations(attention_block, rms_norm, route, expert_ffn, shared_weights))
+forward = partial(
+    bitslice.forward, operations=Operations(attention_block, rms_norm, route, expert_ffn, shared_weights, latent_block)
+)
 
 
 def embed(matrix: NestedMatrix, tokens: NDArray[np.int32]) -> Float:

@@ -14,6 +14,7 @@ from elmoe.bitslice import Backend, SamplingParameters
 from elmoe.bitslice.moe import expert_matrices
 from elmoe.convert import convert_checkpoint
 from elmoe.convert.fused_experts import fused_name
+from elmoe.convert.latent_rows import FusedRows
 from elmoe.engine.decoder import AllExperts, Decoder, Draft, Places, WeightReader
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
@@ -147,6 +148,9 @@ def dequantized_tensors(reader: WeightReader) -> dict[str, NDArray[np.float32]]:
         borders = np.cumsum([part.shape[0] for part in tensor.parts])[:-1]
         for part, rows in zip(tensor.parts, np.split(whole, borders), strict=True):
             values[names[part.role].format(layer=tensor.layer)] = rows
+        if tensor.name.endswith("value_up"):
+            keys = reader.matrix(tensor.name.replace("value_up", "key_up")).dequantize()
+            values[names["value_up"].format(layer=tensor.layer)] = _fused_up(FusedRows.of(spec), keys, whole)
     if FAMILIES[spec.family].alternating is not None:
         return values | _fused_experts(reader, values)
     for one in feed_forwards(spec):
@@ -156,6 +160,12 @@ def dequantized_tensors(reader: WeightReader) -> dict[str, NDArray[np.float32]]:
             for projection, matrix in expert_matrices(layout, addresses, expert, False).items():
                 values[names[one.part(projection).role].format(layer=layer, expert=expert)] = matrix.dequantize()
     return values
+
+
+def _fused_up(rows: FusedRows, keys: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The projection from latents of all heads: of each one its keys, then its values."""
+    keys = keys.reshape(rows.heads, rows.rank, rows.plain).transpose(0, 2, 1)
+    return np.concatenate([keys, values.reshape(rows.heads, rows.value, rows.rank)], axis=1).reshape(rows.shape)
 
 
 def _fused_experts(reader: WeightReader, values: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:

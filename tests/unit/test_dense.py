@@ -137,18 +137,19 @@ def test_a_gguf_architecture_is_not_a_family():
     assert gguf_family({"general.architecture": "llama"}, families)[0].name == "llama"
     assert gguf_family({"general.architecture": "llama", "llama.expert_count": 0}, families)[0].name == "llama"
     assert gguf_family({"general.architecture": "llama", "llama.expert_count": 8}, families)[0].name == "mixtral"
-    with pytest.raises(ModelError, match="'deepseek2' is not supported") as caught:
-        gguf_family({"general.architecture": "deepseek2"}, families)
-    assert "supported: glm4moe, gpt-oss, llama, olmoe, qwen2, qwen2moe, qwen3, qwen3moe" in caught.value.hint
-    assert "on the roadmap: deepseek2" in caught.value.hint
+    with pytest.raises(ModelError, match="'granitemoe' is not supported") as caught:
+        gguf_family({"general.architecture": "granitemoe"}, families)
+    assert "supported: deepseek2, glm4moe, gpt-oss, llama, olmoe, qwen2, qwen2moe, qwen3, qwen3moe" in caught.value.hint
+    assert "on the roadmap: granitemoe" in caught.value.hint
 
 
-def rewritten(path, out, metadata=(), extra=(), kinds=None):
-    """A GGUF file with more metadata and tensors, matrices in another type, or in those that ``kinds`` gives by name."""
+def rewritten(path, out, metadata=(), extra=(), kinds=None, without=()):
+    """A GGUF file with more metadata and tensors (bytes are Q8_0), matrices in another type, or in those that ``kinds``
+    gives by name, ``without`` some metadata and tensors."""
     source = GgufFile(path)
     writer = gguf.GGUFWriter(out, source.metadata["general.architecture"])
     for key, value in source.metadata.items():
-        if key == "general.architecture" or key in dict(metadata):
+        if key == "general.architecture" or key in dict(metadata) or key in without:
             continue
         add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
                list: writer.add_array}[type(value)]  # fmt: skip
@@ -156,13 +157,15 @@ def rewritten(path, out, metadata=(), extra=(), kinds=None):
     for key, value in metadata:
         {str: writer.add_string, int: writer.add_uint32}.get(type(value), writer.add_float32)(key, value)
     for one in gguf.GGUFReader(path).tensors:
+        if one.name in without:
+            continue
         values, kind = gguf.quants.dequantize(one.data, one.tensor_type), one.tensor_type
         if one.tensor_type == gguf.GGMLQuantizationType.Q8_0 and kinds is not None:
             kind = kinds(one.name) if callable(kinds) else kinds
         data = one.data if kind == one.tensor_type else gguf.quants.quantize(values, kind)
         writer.add_tensor(one.name, data, raw_dtype=kind)
     for name, values in extra:
-        writer.add_tensor(name, values)
+        writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType.Q8_0 if values.dtype == np.uint8 else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -42,6 +42,8 @@ NOT_IN_GGUF = {
     "gpt_oss_options": "not every second layer",
     "qwen2_moe_windows": "the layers differ",
     "mixtral_window": "a window of 70 positions",
+    "deepseek_v2_groups": "group_limited_greedy",
+    "deepseek_v3_halves": "pairs halves",
 }
 """What GGUF's architectures cannot say."""
 
@@ -85,7 +87,7 @@ def test_gguf_and_back(tmp_path, name):
         assert one.spec == other.spec
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe_windows", "olmoe"])
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe_windows", "olmoe", "deepseek_v2_groups", "deepseek_v3"])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_the_simulator_predicts_hits_and_bytes(tmp_path, name, share):
     """Each kind of attention and of experts: exactly, from a recorded run."""
@@ -104,28 +106,30 @@ def test_the_simulator_predicts_hits_and_bytes(tmp_path, name, share):
     assert row["tokens_per_second"] > 0
 
 
-def test_layers_that_predict_further_tokens_are_named_as_left_out(tmp_path):
-    config = CONFIGS["glm4_moe"] | {"num_nextn_predict_layers": 1}
+@pytest.mark.parametrize("name", ["glm4_moe", "glm4_moe_lite"])
+def test_layers_that_predict_further_tokens_are_named_as_left_out(tmp_path, name):
+    config = CONFIGS[name] | {"num_nextn_predict_layers": 1}
     further = {"model.layers.3.eh_proj.weight": np.zeros((64, 128), np.float32)}
     folder = write_checkpoint(tmp_path / "source", config, random_weights(config) | further)
     source = open_source(folder)
     source.check()
     assert source.left_out == ("model.layers.3.eh_proj.weight",)
-    other = write_checkpoint(tmp_path / "other", CONFIGS["glm4_moe"], random_weights(config) | further)
+    other = write_checkpoint(tmp_path / "other", CONFIGS[name], random_weights(config) | further)
     with pytest.raises(ConvertError, match=r"does not have: 'model\.layers\.3\.eh_proj\.weight'"):
         open_source(other).check()
 
 
-def test_layers_that_predict_further_tokens_are_left_out_of_gguf_files_too(tmp_path):
-    path = store(tmp_path, "glm4_moe")
+@pytest.mark.parametrize(("name", "kind"), [("glm4_moe", "glm4moe"), ("glm4_moe_lite", "deepseek2")])
+def test_layers_that_predict_further_tokens_are_left_out_of_gguf_files_too(tmp_path, name, kind):
+    path = store(tmp_path, name)
     with open_store(path) as reader:
         export_store(reader, tmp_path / "model.gguf")
     extra = [("blk.3.nextn.eh_proj.weight", np.zeros((64, 128), np.float32))]
-    metadata = [("glm4moe.block_count", 4), ("glm4moe.nextn_predict_layers", 1)]
+    metadata = [(f"{kind}.block_count", 4), (f"{kind}.nextn_predict_layers", 1)]
     source = open_source(rewritten(tmp_path / "model.gguf", tmp_path / "more.gguf", metadata, extra))
     source.check()
     assert source.left_out == ("blk.3.nextn.eh_proj.weight",) and len(source.spec.layers) == 3
     for wrong in (4, 1 << 20):
-        metadata[1] = ("glm4moe.nextn_predict_layers", wrong)
+        metadata[1] = (f"{kind}.nextn_predict_layers", wrong)
         with pytest.raises(ConvertError, match=f"nextn_predict_layers' is {wrong}"):
             open_source(rewritten(tmp_path / "model.gguf", tmp_path / f"{wrong}.gguf", metadata, extra))

@@ -30,6 +30,7 @@ from elmoe.bitslice.formats import (
     sections_of,
 )
 from elmoe.bitslice.history import History
+from elmoe.bitslice.latent import LatentWeights, latent_block
 from elmoe.bitslice.matmul import nested_matmul, quantize_activations
 from elmoe.bitslice.moe import ExpertTerms, RouterWeights, Routing, embed, expert_ffn, logits, route, shared_weights
 from elmoe.bitslice.nested import NestedMatrix, quantize
@@ -46,6 +47,7 @@ __all__ = [
     "ExpertTerms",
     "History",
     "KVCache",
+    "LatentWeights",
     "LayerStack",
     "LayerWeights",
     "Matrix",
@@ -68,6 +70,7 @@ __all__ = [
     "format_of",
     "forward",
     "from_sections",
+    "latent_block",
     "logits",
     "matmul",
     "nested_matmul",

@@ -101,7 +101,8 @@ class KVCache:
     page_positions, head_dim). ``table``: (slots, pages per slot) int32 page of each stretch of a slot's cells, -1 where none
     is assigned. ``places``: (layers of the model, 2) int32 where layers lie in several groups, each with pages of its own:
     the group of a layer, and its place in a page; the pages of a stretch are side by side in the table, one of each group.
-    None: one group, a layer is in its own place.
+    None: one group, a layer is in its own place. Of latent attention, ``keys`` have no dimensions, and ``values`` are the
+    latent and behind it the rotary key, of one head.
     """
 
     keys: NDArray[np.float16]
@@ -129,9 +130,9 @@ class KVCache:
         start = first // self.page_positions
         pages = self.table[slot, group :: self.groups][start : -(-length // self.page_positions)]
         blocks = self.keys[pages, inner]  # (pages, kv_heads, blocks, head_dim, 16)
-        kv_heads, head_dim = blocks.shape[1], blocks.shape[3]
-        keys = blocks.transpose(1, 0, 2, 4, 3).reshape(kv_heads, -1, head_dim)
-        values = self.values[pages, inner].transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim)
+        kv_heads, cells = blocks.shape[1], len(pages) * self.page_positions
+        keys = blocks.transpose(1, 0, 2, 4, 3).reshape(kv_heads, cells, -1 if blocks.size else 0)
+        values = self.values[pages, inner].transpose(1, 0, 2, 3).reshape(kv_heads, cells, -1)
         here = slice(first - start * self.page_positions, length - start * self.page_positions)
         return keys[:, here], values[:, here]
 
@@ -161,10 +162,11 @@ def rotate(x: NDArray[np.float32], cosine: NDArray[np.float32], sine: NDArray[np
 
 def attend(
     query: NDArray[np.float32], keys: NDArray[np.float16], values: NDArray[np.float16], first: int = 0,
-    sinks: NDArray[np.float32] | None = None,
+    sinks: NDArray[np.float32] | None = None, scale: np.float32 | None = None,
 ) -> NDArray[np.float32]:  # fmt: skip
     """One token: query (heads, head_dim), keys and values (kv_heads, length, head_dim) of the positions from ``first`` on,
-    ``sinks`` (heads,) -> (heads, head_dim)."""
+    ``sinks`` (heads,) -> (heads, head_dim). ``scale`` of the scores: None is ``1 / sqrt(head_dim)``. Values may have fewer
+    dimensions than keys, and then the result has as few."""
     heads, head_dim = query.shape
     kv_heads, length, _ = keys.shape
     repeat = heads // kv_heads
@@ -173,12 +175,12 @@ def attend(
     scores = np.zeros((heads, length), np.float32)
     for i in range(head_dim):
         scores = scores + query[:, i, None] * wide_keys[:, :, i]
-    scores = scores * (np.float32(1) / np.sqrt(np.float32(head_dim)))
+    scores = scores * (np.float32(1) / np.sqrt(np.float32(head_dim)) if scale is None else scale)
     largest = scores.max(axis=1)
     if sinks is not None:
         largest = np.maximum(largest, sinks)
     weights = exp(scores - largest[:, None])
-    result = np.zeros((heads, head_dim), np.float32)
+    result = np.zeros((heads, values.shape[2]), np.float32)
     for position in range(length):
         result = result + weights[:, position, None] * wide_values[:, position]
     divisor = lane_sum(np.pad(weights, ((0, 0), (first % LANES, 0))))

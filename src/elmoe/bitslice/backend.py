@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from elmoe.bitslice.attention import AttentionWeights, KVCache, Places, attention_block, rms_norm
 from elmoe.bitslice.expert import ExpertLayout
 from elmoe.bitslice.formats import Matrix
+from elmoe.bitslice.latent import LatentWeights, latent_block
 from elmoe.bitslice.moe import ExpertTerms, RouterWeights, Routing, expert_ffn, route, shared_weights
 from elmoe.bitslice.sampling import Sample, SamplingParameters
 from elmoe.errors import NumericsError
@@ -50,7 +51,7 @@ class LayerWeights:
     """One layer. ``addresses``: (experts, 2) int64, where the MSB and LSB records of its experts lie, read anew in every
     pass; 0 where a record is not in memory."""
 
-    attention: AttentionWeights
+    attention: AttentionWeights | LatentWeights
     feed_forward: RouterWeights | DenseWeights
     layout: ExpertLayout
     addresses: NDArray[np.int64]
@@ -169,9 +170,10 @@ class Operations(NamedTuple):
     route: Callable[..., Routing]
     expert_ffn: Callable[..., None]
     shared_weights: Callable[..., NDArray]
+    latent_block: Callable[..., None]
 
 
-DEFINITION = Operations(attention_block, rms_norm, route, expert_ffn, shared_weights)
+DEFINITION = Operations(attention_block, rms_norm, route, expert_ffn, shared_weights, latent_block)
 
 
 def forward(
@@ -202,7 +204,9 @@ def forward(
     row = 0
     for index, layer in enumerate(stack.layers):
         times = [perf_counter()]
-        operations.attention_block(layer.attention, x, cache, index, places, cosine, sine)
+        latent = isinstance(layer.attention, LatentWeights)
+        attend = operations.latent_block if latent else operations.attention_block
+        attend(layer.attention, x, cache, index, places, cosine, sine)
         times.append(perf_counter())
         weights = layer.feed_forward
         if isinstance(weights, DenseWeights):

@@ -25,7 +25,8 @@ class RouterWeights:
     the chosen experts to sum to one, which is a softmax over the chosen ones; ``ranked``: experts to rank, None is ``2 *
     top_k`` or fewer; ``bias`` (experts,): added to the logits; ``sigmoid``: scores are sigmoids of logits in place of their
     softmax; ``selection_bias`` (experts,): added to scores where experts are ranked and chosen, not in their weights;
-    ``scaling``: factor of the weights."""
+    ``scaling``: factor of the weights. ``groups`` of experts that follow each other: those of the ``kept_groups`` best are
+    ranked and chosen before all others; a group is worth its best expert, or with ``best_two`` the sum of its best two."""
 
     norm: NDArray[np.float32]
     router: NDArray[np.float32]
@@ -37,6 +38,9 @@ class RouterWeights:
     sigmoid: bool = False
     selection_bias: NDArray[np.float32] | None = None
     scaling: float = 1.0
+    groups: int = 1
+    kept_groups: int = 1
+    best_two: bool = False
 
     @property
     def ranks(self) -> int:
@@ -68,6 +72,19 @@ def ascending_sum(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return total
 
 
+def ranking(weights: RouterWeights, choice: NDArray[np.float32]) -> NDArray[np.intp]:
+    """(tokens, experts) ids by ``choice`` descending, ties to the lowest id; those of kept groups are before all others."""
+    order = np.argsort(-choice, axis=1, kind="stable")
+    if weights.groups == 1:
+        return order
+    grouped = np.sort(choice.reshape(len(choice), weights.groups, -1), axis=2)
+    worth = grouped[..., -1] + grouped[..., -2] if weights.best_two else grouped[..., -1]
+    kept = np.zeros(worth.shape, bool)
+    np.put_along_axis(kept, np.argsort(-worth, axis=1, kind="stable")[:, : weights.kept_groups], True, axis=1)
+    behind = ~np.repeat(kept, grouped.shape[2], axis=1)
+    return np.take_along_axis(order, np.argsort(np.take_along_axis(behind, order, axis=1), axis=1, kind="stable"), axis=1)
+
+
 def route(
     weights: RouterWeights,
     x: NDArray[np.float32],
@@ -96,7 +113,7 @@ def route(
         shifted = exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = shifted / lane_sum(shifted)[:, None]
     choice = probabilities if weights.selection_bias is None else probabilities + weights.selection_bias
-    order = np.argsort(-choice, axis=1, kind="stable")
+    order = ranking(weights, choice)
     ranked = order[:, : weights.ranks].astype(np.int32)
     natural = np.sort(order[:, : weights.top_k], axis=1)
     natural_sum = ascending_sum(np.take_along_axis(probabilities, natural, axis=1))
@@ -106,8 +123,8 @@ def route(
         size = min(draft_top_k or weights.top_k, weights.top_k, int(np.count_nonzero(allowed)))
         if size == 0:
             raise NumericsError("a draft has no expert it may use")
-        masked = np.where(allowed[None, :] != 0, choice, np.float32(-np.inf))
-        experts = np.sort(np.argsort(-masked, axis=1, kind="stable")[:, :size], axis=1)
+        usable = order[allowed[order] != 0].reshape(len(order), -1)
+        experts = np.sort(usable[:, :size], axis=1)
     chosen = np.take_along_axis(probabilities, experts, axis=1)
     if allowed is not None and rescale:
         target = np.ones_like(natural_sum) if weights.normalize else natural_sum

@@ -18,6 +18,7 @@ from elmoe.convert.gguf_blocks import EXACT, FLOATS, dequantized, nearest_format
 from elmoe.convert.gguf_file import GgufFile
 from elmoe.convert.gguf_tokenizer import eos_tokens, rebuild, template_tokens
 from elmoe.convert.head_rows import rows_of_neighbours
+from elmoe.convert.latent_rows import KEYS, ROLES, FusedRows
 from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.convert.source import PIECE, refuse_leftovers, told_apart
 from elmoe.errors import ConvertError
@@ -28,7 +29,7 @@ from elmoe.models.gguf import further_layers, gguf_family, gguf_shape, spec_of_m
 from elmoe.models.gguf_rope import FACTORS
 from elmoe.models.spec import GroupedAttention, ModelSpec
 from elmoe.models.support import check_supported
-from elmoe.models.tensors import PROJECTIONS, FeedForward, Tensor, feed_forwards, tensors
+from elmoe.models.tensors import DEFAULT, PROJECTIONS, FeedForward, Tensor, feed_forwards, tensors
 
 MOST_TOKENS = 1 << 24
 MOST_VALUES = 1 << 12
@@ -36,11 +37,13 @@ MOST_VALUES = 1 << 12
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of the file. ``head_dim``: of a head whose rows lie as neighbours (see ``GgufFamily``), else 0."""
+    """A tensor of the file. ``head_dim``: of a head whose rows lie as neighbours (see ``GgufFamily``), else 0. ``fused``:
+    the role of a part of one that holds the whole projection from latents, see ``FusedRows``; ``shape`` is the whole's."""
 
     name: str
     shape: tuple[int, ...]
     head_dim: int = 0
+    fused: str = ""
 
 
 class GgufSource:
@@ -80,8 +83,9 @@ class GgufSource:
         found = {}
         for tensor in tensors(self.spec):
             if tensor.kind == "matrix":
-                names = [one.name for one in self._parts(tensor)]
-                found[tensor.name] = self._joined(names, self._choice.matrices)
+                parts = self._parts(tensor)
+                chosen = self._choice.matrices or (DEFAULT if parts[0].fused == KEYS else None)
+                found[tensor.name] = self._joined([one.name for one in parts], chosen)
         for part in feed_forwards(self.spec):
             names = [self._stacked(part, projection).name for projection in PROJECTIONS]
             found[part.name] = self._joined(names, self._choice.experts if part.kind == "expert" else self._choice.matrices)
@@ -135,10 +139,15 @@ class GgufSource:
     def _parts(self, tensor: Tensor) -> list[_Part]:
         """The file's tensors that make one of the store."""
         names = self._gguf.names
-        return [
-            _Part(names[part.role].format(layer=tensor.layer), gguf_shape(part), self._heads.get(part.role, 0))
-            for part in tensor.parts
-        ]
+        found = []
+        for part in tensor.parts:
+            name = names[part.role].format(layer=tensor.layer)
+            whole = names.get("fused_up", "").format(layer=tensor.layer)
+            if part.role in ROLES and name not in self._file and whole in self._file:
+                found.append(_Part(whole, FusedRows.of(self.spec).shape, fused=part.role))
+            else:
+                found.append(_Part(name, gguf_shape(part), self._heads.get(part.role, 0)))
+        return found
 
     def _stacked(self, part: FeedForward, projection: str) -> _Part:
         """A projection of all experts, or of the dense feed-forward."""
@@ -150,7 +159,7 @@ class GgufSource:
         """Rows [first, last) of tensors laid one below the other, each seen as a matrix."""
         found, before = [], 0
         for part in parts:
-            count = math.prod(part.shape[:-1])
+            count = last if part.fused else math.prod(part.shape[:-1])  # which is the only part of its matrix
             low, high = max(first - before, 0), min(last - before, count)
             before += count
             step = max(BLOCK_ROWS, PIECE // part.shape[-1] // BLOCK_ROWS * BLOCK_ROWS)
@@ -159,7 +168,15 @@ class GgufSource:
 
     def _piece(self, part: _Part, first: int, last: int, format: Format) -> QuantizedMatrix:
         """Rows [first, last) of one tensor."""
-        kind, columns, raw = self._file.tensor(part.name).type, part.shape[-1], self._raw(part, first, last)
+        kind, columns = self._file.tensor(part.name).type, part.shape[-1]
+        if part.fused == KEYS:
+            weights = FusedRows.of(self.spec).keys(
+                lambda low, high: dequantized(kind, self._file.raw(part.name, low, high), columns), first, last
+            )
+            matrix = quantized(format, weights, part.name)
+            self.losses.quantised(kind.name, format.name, part.name, weights, matrix)
+            return matrix
+        raw = self._raw(part, first, last)
         if EXACT.get(kind) == format.name:
             self.losses.exact(kind.name, format.name, part.name)
             return read_blocks(kind, raw, columns, part.name)
@@ -170,6 +187,9 @@ class GgufSource:
 
     def _raw(self, part: _Part, first: int, last: int) -> NDArray[np.uint8]:
         """Rows as they are in the file, in the order of the checkpoint: of neighbours, whole heads are read."""
+        if part.fused:
+            spans = FusedRows.of(self.spec).value_spans(first, last)
+            return np.concatenate([self._file.raw(part.name, low, high) for low, high in spans])
         if not part.head_dim:
             return self._file.raw(part.name, first, last)
         low = first - first % part.head_dim

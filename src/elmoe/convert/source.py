@@ -16,6 +16,7 @@ from elmoe.convert.effort import conversion_memory, conversion_seconds, weights_
 from elmoe.convert.file_reading import read_json
 from elmoe.convert.fused_experts import BLOCKS, MXFP4, SCALES, FusedExperts
 from elmoe.convert.identity import is_source
+from elmoe.convert.latent_rows import KEYS, ROLES, FusedRows
 from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.errors import ConvertError, ModelError
 from elmoe.kernels.packing import quantized
@@ -143,7 +144,20 @@ class CheckpointSource:
     def matrix(self, tensor: Tensor, first: int, last: int, format: Format) -> QuantizedMatrix:
         """See ``store.writer.Weights``; NumericsError names the checkpoint's tensor."""
         names = self._parts(tensor)
-        return self._quantised(self._checkpoint.rows(names, first, last), names, format)
+        return self._quantised(self._matrix_rows(tensor, names, first, last), names, format)
+
+    def _matrix_rows(self, tensor: Tensor, names: list[str], first: int, last: int) -> NDArray[np.float32]:
+        """Rows of a matrix, which may be a part of the checkpoint's tensor."""
+        if tensor.parts[0].role not in ROLES:
+            return self._checkpoint.rows(names, first, last)
+        rows = FusedRows.of(self.spec)
+
+        def read(low: int, high: int) -> NDArray[np.float32]:
+            return self._checkpoint.rows(names, low, high)
+
+        if tensor.parts[0].role == KEYS:
+            return rows.keys(read, first, last)
+        return np.concatenate([read(low, high) for low, high in rows.value_spans(first, last)])
 
     def _quantised(self, weights: NDArray[np.float32], names: list[str], format: Format) -> QuantizedMatrix:
         label = ", ".join(names)
@@ -208,7 +222,9 @@ class CheckpointSource:
         return self._fused is not None and part.kind == "expert"
 
     def _shape(self, part: Part) -> tuple[int, ...]:
-        """The shape of the checkpoint's tensor of a part: biases of gates and ups may be one."""
+        """The shape of the checkpoint's tensor of a part: biases of gates and ups may be one, parts from latents are."""
+        if part.role in ROLES:
+            return FusedRows.of(self.spec).shape
         if self._fused and part.role in ALTERNATING:
             return part.shape[0], 2 * part.shape[1]
         return part.shape

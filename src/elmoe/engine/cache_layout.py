@@ -13,7 +13,7 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from elmoe.models.spec import GroupedAttention, ModelSpec
+from elmoe.models.spec import GroupedAttention, LayerSpec, ModelSpec
 
 PAGE_POSITIONS = 64
 """Positions per page, a multiple of 16 (the kernels' block)."""
@@ -47,13 +47,16 @@ class CacheLayout:
         return total
 
 
+def window_of(layer: LayerSpec) -> int | None:
+    """Positions that a token sees in a layer; None is all."""
+    return layer.attention.window if isinstance(layer.attention, GroupedAttention) else None
+
+
 def layout_of(spec: ModelSpec) -> CacheLayout:
     """The layout of a model's cache."""
     kinds: dict[int | None, list[int]] = {}
     for index, layer in enumerate(spec.layers):
-        attention = layer.attention
-        assert isinstance(attention, GroupedAttention)
-        kinds.setdefault(attention.window, []).append(index)
+        kinds.setdefault(window_of(layer), []).append(index)
     size = reduce(gcd, map(len, kinds.values()))
     page_bytes = PAGE_POSITIONS * spec.kv_bytes_per_position * size // len(spec.layers)
     if len(kinds) == 1:

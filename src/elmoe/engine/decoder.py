@@ -7,6 +7,7 @@ the experts it needs.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import sqrt
 from time import perf_counter
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from elmoe.bitslice import (
     ExpertLayout,
     ExpertTerms,
     KVCache,
+    LatentWeights,
     LayerStack,
     LayerWeights,
     Matrix,
@@ -31,10 +33,11 @@ from elmoe.bitslice import (
     Routings,
     SharedWeights,
 )
+from elmoe.bitslice.formats import QuantizedMatrix, StackedMatrix
 from elmoe.bitslice.rotary import tables_of
 from elmoe.engine.rotary import frequencies_of
 from elmoe.errors import ModelError
-from elmoe.models.spec import GroupedAttention, ModelSpec, Moe, Rope
+from elmoe.models.spec import GroupedAttention, LatentAttention, ModelSpec, Moe, Rope, YarnScaling
 
 __all__ = ["AllExperts", "Decoder", "Draft", "ExpertSource", "Places", "Routings", "WeightReader"]
 
@@ -108,32 +111,20 @@ class Decoder:
         self._head = self._embedding if spec.tied_embeddings else reader.matrix("head")
         self._final_norm = reader.array("final_norm")
         self._layers = [self._layer_weights(reader, layer, ranks) for layer in range(len(spec.layers))]
-        self._rotary = frequencies_of(rope_of(grouped_attention(spec)))
+        self._rotary = frequencies_of(rope_of(spec.layers[0].attention))
         self._cosine, self._sine = tables_of(0, *self._rotary)
         self._stack: tuple[AddressTables, LayerStack] | None = None
 
     def _layer_weights(self, reader: WeightReader, layer: int, ranks: int | None) -> LayerWeights:
         """A layer's weights; its experts' addresses are the source's."""
         spec, name = self.spec, f"layers.{layer}."
-        grouped = grouped_attention(spec, layer)
-        normed = grouped.query_key_norm != "none"
-        norm, dense = reader.array(f"{name}ffn_norm"), layer in spec.dense_layers
-        attention = AttentionWeights(
-            norm=reader.array(f"{name}attention_norm"),
-            query_key_value=reader.matrix(f"{name}query_key_value"),
-            query_norm=reader.array(f"{name}query_norm") if normed else None,
-            key_norm=reader.array(f"{name}key_norm") if normed else None,
-            output=reader.matrix(f"{name}attention_output"),
-            heads=grouped.heads,
-            kv_heads=grouped.kv_heads,
-            head_dim=grouped.head_dim,
-            epsilon=spec.norm_epsilon,
-            projection_bias=reader.array(f"{name}query_key_value_bias") if grouped.query_key_value_bias else None,
-            output_bias=reader.array(f"{name}attention_output_bias") if grouped.output_bias else None,
-            sinks=reader.array(f"{name}sinks") if grouped.sinks else None,
-            window=grouped.window,
-        )
-        if dense:
+        norm, found = reader.array(f"{name}ffn_norm"), spec.layers[layer].attention
+        attention: AttentionWeights | LatentWeights
+        if isinstance(found, GroupedAttention):
+            attention = _grouped_weights(reader, name, found, spec.norm_epsilon)
+        else:
+            attention = _latent_weights(reader, name, found, spec.norm_epsilon)
+        if layer in spec.dense_layers:
             addresses = reader.expert_addresses(layer)
             return LayerWeights(
                 attention, DenseWeights(norm, spec.norm_epsilon), reader.expert_layout(layer), addresses
@@ -144,6 +135,7 @@ class Decoder:
             moe.router.normalize or moe.router.score == "chosen_softmax", ranks,
             reader.array(f"{name}router_bias") if moe.router.logit_bias else None, moe.router.score == "sigmoid",
             reader.array(f"{name}selection_bias") if moe.router.selection_bias else None, moe.router.scaling,
+            moe.router.groups, moe.router.kept_groups, moe.router.group_score == "best_two",
         )  # fmt: skip
         shared, terms = _shared_weights(reader, layer, moe), _terms(reader, layer, moe)
         return LayerWeights(attention, router, reader.expert_layout(layer), none, terms, shared)
@@ -209,6 +201,56 @@ class Decoder:
         return logits, routings
 
 
+def _grouped_weights(reader: WeightReader, name: str, grouped: GroupedAttention, epsilon: float) -> AttentionWeights:
+    normed = grouped.query_key_norm != "none"
+    return AttentionWeights(
+        norm=reader.array(f"{name}attention_norm"),
+        query_key_value=reader.matrix(f"{name}query_key_value"),
+        query_norm=reader.array(f"{name}query_norm") if normed else None,
+        key_norm=reader.array(f"{name}key_norm") if normed else None,
+        output=reader.matrix(f"{name}attention_output"),
+        heads=grouped.heads,
+        kv_heads=grouped.kv_heads,
+        head_dim=grouped.head_dim,
+        epsilon=epsilon,
+        projection_bias=reader.array(f"{name}query_key_value_bias") if grouped.query_key_value_bias else None,
+        output_bias=reader.array(f"{name}attention_output_bias") if grouped.output_bias else None,
+        sinks=reader.array(f"{name}sinks") if grouped.sinks else None,
+        window=grouped.window,
+    )
+
+
+def _latent_weights(reader: WeightReader, name: str, latent: LatentAttention, epsilon: float) -> LatentWeights:
+    scaling, scale = latent.rope.scaling, latent.score_scale
+    if scale is None:
+        scale = (scaling.score_factor if isinstance(scaling, YarnScaling) else 1.0) / sqrt(latent.query_dim)
+    two = latent.query_rank is not None
+    return LatentWeights(
+        norm=reader.array(f"{name}attention_norm"),
+        query_latent=reader.matrix(f"{name}query_latent"),
+        query_norm=reader.array(f"{name}query_norm") if two else None,
+        query_up=reader.matrix(f"{name}query_up") if two else None,
+        latent_norm=reader.array(f"{name}latent_norm"),
+        key_up=_of_one_format(reader, f"{name}key_up"),
+        value_up=_of_one_format(reader, f"{name}value_up"),
+        output=reader.matrix(f"{name}attention_output"),
+        heads=latent.heads,
+        plain_dim=latent.plain_dim,
+        rotary_dim=latent.rope.dimensions,
+        epsilon=epsilon,
+        latent_epsilon=latent.norm_epsilon,
+        scale=scale,
+        interleaved=latent.rope.interleaved,
+    )
+
+
+def _of_one_format(reader: WeightReader, name: str) -> QuantizedMatrix:
+    """A matrix that is one tensor of the checkpoint."""
+    matrix = reader.matrix(name)
+    assert not isinstance(matrix, StackedMatrix)
+    return matrix
+
+
 def _shared_weights(reader: WeightReader, layer: int, moe: Moe) -> SharedWeights | None:
     """The expert of a layer that every token uses, if it has one."""
     if not moe.shared_width:
@@ -225,15 +267,7 @@ def _terms(reader: WeightReader, layer: int, moe: Moe) -> ExpertTerms | None:
     return ExpertTerms(gate, up, down, moe.activation.alpha, moe.activation.limit)
 
 
-def grouped_attention(spec: ModelSpec, layer: int = 0) -> GroupedAttention:
-    """The attention of a layer; ModelError where it is of another kind."""
-    attention = spec.layers[layer].attention
-    if not isinstance(attention, GroupedAttention):
-        raise ModelError(f"layer {layer}: attention of kind {type(attention).__name__} is not supported")
-    return attention
-
-
-def rope_of(attention: GroupedAttention) -> Rope:
+def rope_of(attention: GroupedAttention | LatentAttention) -> Rope:
     """Its rotary embedding; ModelError where it has none."""
     if attention.rope is None:
         raise ModelError("attention without rotary embedding is not supported")

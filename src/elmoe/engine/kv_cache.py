@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.bitslice import KVCache
-from elmoe.engine.cache_layout import PAGE_POSITIONS, layout_of, pages_for
+from elmoe.engine.cache_layout import PAGE_POSITIONS, layout_of, pages_for, window_of
 from elmoe.engine.prefixes import NONE, Prefixes
 from elmoe.errors import BudgetError
 from elmoe.models.spec import GroupedAttention, ModelSpec
@@ -51,20 +51,21 @@ class PagedCache:
         self, spec: ModelSpec, rows: int, positions: int, pages: int | None = None, resting: int = 0
     ) -> None:  # fmt: skip
         attention = spec.layers[0].attention
-        assert isinstance(attention, GroupedAttention)
+        if isinstance(attention, GroupedAttention):
+            heads, key_dim, value_dim = attention.kv_heads, attention.head_dim, attention.head_dim
+        else:
+            heads, key_dim, value_dim = 1, 0, attention.cache_values
         self.layout = layout = layout_of(spec)
         per_row = pages_for(positions) * layout.groups
         count = rows * per_row if pages is None else pages
-        block = (count, layout.layers, attention.kv_heads)
-        self._keys_memory, keys = _lazy((*block, PAGE_POSITIONS // 16, attention.head_dim, 16))
-        self._values_memory, values = _lazy((*block, PAGE_POSITIONS, attention.head_dim))
+        block = (count, layout.layers, heads)
+        self._keys_memory, keys = _lazy((*block, PAGE_POSITIONS // 16, key_dim, 16))
+        self._values_memory, values = _lazy((*block, PAGE_POSITIONS, value_dim))
         self.page_bytes = layout.page_bytes
         self.kernels = KVCache(keys, values, np.full((rows, per_row), NO_PAGE, np.int32), layout.places)
         self.windowed = [group for group, window in enumerate(layout.windows) if window is not None]
         """Groups of layers whose pages are let go."""
-        self._layer_windows = [
-            layer.attention.window for layer in spec.layers if isinstance(layer.attention, GroupedAttention)
-        ]
+        self._layer_windows = [window_of(layer) for layer in spec.layers]
         self._free = list(range(count - 1, -1, -1))
         self._free_rows = list(range(rows - 1, -1, -1))
         self._holders = [0] * count

@@ -19,6 +19,7 @@ from elmoe.bitslice import (
     ExpertLayout,
     ExpertTerms,
     KVCache,
+    LatentWeights,
     LayerStack,
     LayerWeights,
     Matrix,
@@ -54,6 +55,7 @@ __all__ = [
     "embed",
     "expert_ffn",
     "forward",
+    "latent_block",
     "logits",
     "matmul",
     "nested_matmul",
@@ -164,24 +166,35 @@ def _one_matrix(matrix: Matrix) -> Any:
     return _handle(matrix, _matrix)
 
 
+def _projection(matrix: Matrix) -> Any:
+    """The native object of a matrix, or the list of those of its parts."""
+    if isinstance(matrix, StackedMatrix):
+        return [_handle(part, _matrix) for part in matrix.parts]
+    return _handle(matrix, _matrix)
+
+
 def _attention(weights: AttentionWeights) -> Any:
-    stacked = weights.query_key_value
-    projection = (
-        [_handle(part, _matrix) for part in stacked.parts]
-        if isinstance(stacked, StackedMatrix)
-        else _handle(stacked, _matrix)
-    )
+    projection, output = _projection(weights.query_key_value), _one_matrix(weights.output)
     return _native.Attention(
-        weights.norm, projection, weights.query_norm, weights.key_norm, _one_matrix(weights.output),
-        weights.heads, weights.kv_heads, weights.head_dim, weights.epsilon, weights.projection_bias, weights.output_bias,
-        weights.sinks, weights.window or 0,
+        weights.norm, projection, weights.query_norm, weights.key_norm, output, weights.heads, weights.kv_heads,
+        weights.head_dim, weights.epsilon, weights.projection_bias, weights.output_bias, weights.sinks, weights.window or 0,
+    )  # fmt: skip
+
+
+def _latent(weights: LatentWeights) -> Any:
+    up = None if weights.query_up is None else _one_matrix(weights.query_up)
+    key_up, value_up, output = (_one_matrix(one) for one in (weights.key_up, weights.value_up, weights.output))
+    return _native.Latent(
+        weights.norm, _projection(weights.query_latent), weights.query_norm, up, weights.latent_norm, key_up, value_up,
+        output, weights.heads, weights.plain_dim, weights.rotary_dim, weights.epsilon, weights.latent_epsilon, weights.scale,
+        weights.interleaved,
     )  # fmt: skip
 
 
 def _router(weights: RouterWeights) -> Any:
     return _native.Router(
         weights.norm, weights.router, weights.top_k, weights.epsilon, weights.normalize, weights.bias,
-        weights.sigmoid, weights.selection_bias, weights.scaling,
+        weights.sigmoid, weights.selection_bias, weights.scaling, weights.groups, weights.kept_groups, weights.best_two,
     )  # fmt: skip
 
 
@@ -213,8 +226,9 @@ def _layer(layer: LayerWeights) -> Any:
     weights = layer.feed_forward
     router = None if isinstance(weights, DenseWeights) else _handle(weights, _router)
     norm = _handle(weights, _norm) if isinstance(weights, DenseWeights) else None
+    make = _latent if isinstance(layer.attention, LatentWeights) else _attention
     return _native.Layer(
-        _handle(layer.attention, _attention), router, norm, _handle(layer.layout, _expert), layer.addresses,
+        _handle(layer.attention, make), router, norm, _handle(layer.layout, _expert), layer.addresses,
         None if layer.terms is None else _handle(layer.terms, _terms),
         None if layer.shared is None else _handle(layer.shared, _shared),
     )  # fmt: skip
@@ -261,12 +275,21 @@ def attention_block(
     sine: NDArray[np.float32],
 ) -> None:
     """Add attention to ``x`` in place and write the cache; see ``bitslice.attention_block``. Chains only."""
+    _attend(_native.attention_block, _handle(weights, _attention), x, cache, layer, places, cosine, sine)
+
+
+def latent_block(
+    weights: LatentWeights, x: NDArray[np.float32], cache: KVCache, layer: int, places: Places, cosine: NDArray[np.float32],
+    sine: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """Add latent attention to ``x`` in place and write the cache; see ``bitslice.latent_block``. Chains only."""
+    _attend(_native.latent_block, _handle(weights, _latent), x, cache, layer, places, cosine, sine)
+
+
+def _attend(block: Any, native: Any, x: NDArray, cache: KVCache, layer: int, places: Places, *tables: NDArray) -> None:
     _check_chain(places)
     try:
-        _native.attention_block(
-            _handle(weights, _attention), x, _handle(cache, _cache), layer, places.slots, places.positions,
-            cosine, sine,
-        )  # fmt: skip
+        block(native, x, _handle(cache, _cache), layer, places.slots, places.positions, *tables)
     except _native.NumericsFailure as error:
         raise NumericsError(str(error), "check the checkpoint's weights") from None
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V2, DeepSeek-V3 and R1, Kimi-K2: latent attention, shared experts, experts chosen by groups.
+"""DeepSeek-V2, DeepSeek-V3 and R1, Kimi-K2 (GGUF ``deepseek2``): latent attention, shared experts, experts chosen by groups.
 
 V2 scores by softmax and takes a group for its best expert; V3 and Kimi score by sigmoid, add a bias for the choice only, and
 take a group for its best two. Modules that predict further tokens (``num_nextn_predict_layers``) are not part of a spec.
@@ -16,7 +16,9 @@ from elmoe.models.common import (
     sparse_layers,
 )
 from elmoe.models.config import Config
+from elmoe.models.deepseek2 import SIGMOID, SOFTMAX, deepseek2, gating, grouped, is_kimi
 from elmoe.models.family import Family
+from elmoe.models.names import LATENT
 from elmoe.models.spec import LayerSpec, ModelSpec, Router
 
 
@@ -26,16 +28,11 @@ def _v2_router(config: Config) -> Router:
     groups = kept = 1
     if config.values.get("topk_method") == "group_limited_greedy":
         groups, kept = config.integer("n_group"), config.integer("topk_group")
-    normalize, scaling = config.flag("norm_topk_prob", False), config.number("routed_scaling_factor", 1.0)
-    if normalize and scaling != 1:
-        config.fail(
-            f"'norm_topk_prob' is True and 'routed_scaling_factor' is {scaling:g}",
-            "implementations of DeepSeek-V2 differ in whether both apply",
-        )
+    config.must_be("norm_topk_prob", False)  # implementations of DeepSeek-V2 differ in what it does
     experts, top_k = choice(config, "n_routed_experts", "num_experts")
     return Router(
-        experts=experts, top_k=top_k, normalize=normalize, groups=groups, kept_groups=kept, group_score="best",
-        scaling=scaling,
+        experts=experts, top_k=top_k, groups=groups, kept_groups=kept, group_score="best",
+        scaling=config.number("routed_scaling_factor", 1.0),
     )  # fmt: skip
 
 
@@ -51,6 +48,7 @@ def _read(config: Config, family: str, router: Router, positions: int) -> ModelS
 def read_v2(config: Config) -> ModelSpec:
     """The spec of a DeepSeek-V2 configuration; ModelError names any value that is not supported."""
     config.must_be("mlp_bias", False)
+    config.must_be("rope_interleave", True)
     return _read(config, FAMILY.name, _v2_router(config), positions=2048)
 
 
@@ -64,6 +62,18 @@ def read_kimi(config: Config) -> ModelSpec:
     return _read(config, KIMI_K2.name, sigmoid_router(config, True, groups=8, kept=4, scaling=2.5), positions=4096)
 
 
-FAMILY = Family(name="deepseek_v2", architectures=("DeepseekV2ForCausalLM",), read_config=read_v2)
-V3 = Family(name="deepseek_v3", architectures=("DeepseekV3ForCausalLM",), read_config=read_v3)
+FAMILY = Family(
+    name="deepseek_v2",
+    architectures=("DeepseekV2ForCausalLM",),
+    read_config=read_v2,
+    names=LATENT,
+    gguf=deepseek2(lambda metadata: gating(metadata) == SOFTMAX),
+)
+V3 = Family(
+    name="deepseek_v3",
+    architectures=("DeepseekV3ForCausalLM",),
+    read_config=read_v3,
+    names=LATENT,
+    gguf=deepseek2(lambda metadata: gating(metadata) == SIGMOID and grouped(metadata) and not is_kimi(metadata)),
+)
 KIMI_K2 = Family(name="kimi_k2", architectures=("DeepseekV3ForCausalLM", "KimiK2ForCausalLM"), read_config=read_kimi)

@@ -19,7 +19,8 @@ class GgufFamily:
 
     ``keys``: key of config.json -> metadata key behind the architecture's name; ``required`` of them must be there.
     ``fixed``: metadata that must have one of these values where it is present, the first of which is written on export.
-    ``config``: what config.json would say beside ``keys``. ``names``: see :data:`Names`; experts are stacked in one tensor.
+    ``config``: what config.json would say beside ``keys``, by the metadata; its ``rope_scaling`` counts where the file's is
+    YaRN. ``names``: see :data:`Names`; experts are stacked in one tensor.
     ``recognise``: tells families of one architecture apart. ``metadata``: what export writes; it raises ModelError for a
     spec that GGUF cannot describe. ``neighbours``: roles whose rows are so ordered within a head that the rotary embedding
     pairs neighbours (2i, 2i + 1), where the checkpoint and the store pair halves. ``flags``: key of config.json that is true
@@ -33,7 +34,7 @@ class GgufFamily:
     names: Names
     metadata: Callable[[ModelSpec], dict[str, int | float | str]]
     fixed: Callable[[ModelSpec], Mapping[str, tuple[Any, ...]]] = lambda spec: {}
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda metadata: {}
     recognise: Callable[[Mapping[str, Any]], bool] = lambda metadata: True
     neighbours: tuple[str, ...] = ()
     flags: Mapping[str, str] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from elmoe.untrusted import short
 
 IGNORED = ("rope.scaling.finetuned", "attention.sliding_window", "attention.causal")
 """Metadata keys that change nothing in the architectures here, as in llama.cpp: windows that only others use."""
-ROADMAP = ("deepseek2", "granitemoe")
+ROADMAP = ("granitemoe",)
 """Architectures that are planned."""
 
 
@@ -46,7 +46,7 @@ def spec_of_metadata(
     """
     gguf = family.gguf
     assert gguf is not None
-    config: dict[str, Any] = {"vocab_size": vocabulary, "eos_token_id": eos, **gguf.config}
+    config: dict[str, Any] = {"vocab_size": vocabulary, "eos_token_id": eos, **gguf.config(metadata)}
     for ours, theirs in gguf.keys.items():
         value = metadata.get(f"{gguf.architecture}.{theirs}")
         if value is not None:
@@ -68,14 +68,11 @@ def spec_of_metadata(
     config |= {key: has(gguf.names[role].format(layer=0)) for key, role in gguf.flags.items()}
     try:
         plain = Config(config, "metadata")
-        head_dim, theta = plain.heads(plain.integer("hidden_size"))[2], plain.number("rope_theta", 10000.0)
+        rotary, theta = _rotary_dim(plain), plain.number("rope_theta", 10000.0)
         scaling = scaling_config(
-            metadata, gguf.architecture, lambda: values(FACTORS) if has(FACTORS) else None, head_dim, theta
-        )
-        scaling = {"rope_type": "default"} if scaling is None else config.get("rope_scaling", {}) | scaling
-        if scaling["rope_type"] != "yarn":
-            scaling.pop("truncate", None)
-        config["rope_scaling"] = scaling
+            metadata, gguf.architecture, lambda: values(FACTORS) if has(FACTORS) else None, rotary, theta
+        ) or {"rope_type": "default"}  # fmt: skip
+        config["rope_scaling"] = (config.get("rope_scaling", {}) if scaling["rope_type"] == "yarn" else {}) | scaling
         spec = family.read_config(Config(config, "metadata"))
     except ModelError as error:
         message = str(error)
@@ -92,6 +89,13 @@ def spec_of_metadata(
         if value not in allowed:
             raise ModelError(f"metadata '{gguf.architecture}.{key}' is {value!r}", f"supported: {allowed[0]!r}")
     return spec
+
+
+def _rotary_dim(config: Config) -> int:
+    """Dimensions that a scaling of the rotary embedding is about."""
+    if config.has("qk_rope_head_dim"):
+        return config.integer("qk_rope_head_dim")
+    return config.heads(config.integer("hidden_size"))[2]
 
 
 def further_layers(metadata: Mapping[str, Any], gguf: GgufFamily) -> tuple[str, ...]:
@@ -111,5 +115,7 @@ def metadata_of_spec(spec: ModelSpec, gguf: GgufFamily) -> dict[str, int | float
 
 
 def gguf_shape(part: Part) -> tuple[int, ...]:
-    """The shape of a tensor in a GGUF file: a gate of one row is a vector there."""
+    """The shape of a tensor in a GGUF file: a gate of one row is a vector there, and rows of heads have an axis of heads."""
+    if part.heads:
+        return part.heads, part.shape[0] // part.heads, part.shape[1]
     return part.shape[1:] if part.role == "shared_expert_gate" else part.shape

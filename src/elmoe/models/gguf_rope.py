@@ -90,9 +90,11 @@ def _llama3_config(divisors: Sequence[float], dimensions: int, theta: float) -> 
     return values
 
 
-def scaling_metadata(rope: Rope, truncate: bool = True) -> dict[str, int | float | str]:
-    """GGUF's metadata of a scaling; ModelError where there is none that says it. ``truncate``: of YaRN, as a reader takes it
-    for the architecture."""
+def scaling_metadata(
+    rope: Rope, truncate: bool = True, attention_factor: float | None = None
+) -> dict[str, int | float | str]:  # fmt: skip
+    """GGUF's metadata of a scaling; ModelError where there is none that says it. ``truncate``, ``attention_factor``: of
+    YaRN, as a reader takes them for the architecture; None is the usual one of its factor."""
     scaling = rope.scaling
     if scaling is None or isinstance(scaling, Llama3Scaling):
         return {}
@@ -100,6 +102,7 @@ def scaling_metadata(rope: Rope, truncate: bool = True) -> dict[str, int | float
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
     if isinstance(scaling, YarnScaling) and scaling.truncate == truncate:
         usual = 0.1 * log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+        usual = usual if attention_factor is None else attention_factor
         if abs(scaling.attention_factor - usual) > 1e-6:
             raise ModelError(f"YaRN's attention factor of {scaling.attention_factor:g} cannot be written as GGUF")
         return {

@@ -103,7 +103,7 @@ FAMILY = Family(
             "rope_theta",
             "rms_norm_eps",
         ),
-        config={"rope_scaling": {"truncate": False}},
+        config=lambda metadata: {"rope_scaling": {"truncate": False}},
         names=GROUPED_GGUF
         | EXPERTS_GGUF
         | {"ffn_norm": _BLOCK + "post_attention_norm.weight", "sinks": _BLOCK + "attn_sinks.weight"}

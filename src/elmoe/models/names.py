@@ -1,4 +1,4 @@
-"""Names of tensors that families with grouped-query attention share, in Hugging Face folders and in GGUF files."""
+"""Names of tensors that families share, in Hugging Face folders and in GGUF files."""
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ EXPERTS = {
 }
 """Of routers and experts there, as most families call them."""
 
+LATENT = (
+    GROUPED
+    | EXPERTS
+    | {
+        "query_down": _LAYER + "self_attn.q_a_proj.weight",
+        "query_norm": _LAYER + "self_attn.q_a_layernorm.weight",
+        "query_up": _LAYER + "self_attn.q_b_proj.weight",
+        "latent": _LAYER + "self_attn.kv_a_proj_with_mqa.weight",
+        "latent_norm": _LAYER + "self_attn.kv_a_layernorm.weight",
+        "key_up": _LAYER + "self_attn.kv_b_proj.weight",
+        "value_up": _LAYER + "self_attn.kv_b_proj.weight",
+        "selection_bias": _LAYER + "mlp.gate.e_score_correction_bias",
+        **{f"shared_{name}": _LAYER + f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")},
+    }
+)
+"""Of families with latent attention: one tensor holds the keys' and the values' projections, head by head."""
+
 GROUPED_GGUF = {
     "embedding": "token_embd.weight",
     "head": "output.weight",
@@ -55,5 +72,22 @@ EXPERTS_GGUF = {
     **{f"expert_{name}": _BLOCK + f"ffn_{name}_exps.weight" for name in ("gate", "up", "down")},
 }
 """Of routers and experts there."""
+LATENT_GGUF = (
+    GROUPED_GGUF
+    | EXPERTS_GGUF
+    | {
+        "query_down": _BLOCK + "attn_q_a.weight",
+        "query_norm": _BLOCK + "attn_q_a_norm.weight",
+        "query_up": _BLOCK + "attn_q_b.weight",
+        "latent": _BLOCK + "attn_kv_a_mqa.weight",
+        "latent_norm": _BLOCK + "attn_kv_a_norm.weight",
+        "key_up": _BLOCK + "attn_k_b.weight",
+        "value_up": _BLOCK + "attn_v_b.weight",
+        "fused_up": _BLOCK + "attn_kv_b.weight",
+        "selection_bias": _BLOCK + "exp_probs_b.bias",
+        **{f"shared_{name}": _BLOCK + f"ffn_{name}_shexp.weight" for name in ("gate", "up", "down")},
+    }
+)
+"""Of latent attention there; ``fused_up`` is what older files have in place of the two before it."""
 NEIGHBOURS = ("query", "key", "query_bias", "key_bias")
 """Roles whose rows GGUF's ``llama`` has in another order: see ``GgufFamily``."""

@@ -64,7 +64,7 @@ FAMILY = Family(
             "moe_intermediate_size",
             "rms_norm_eps",
         ),
-        config={"norm_topk_prob": True},
+        config=lambda metadata: {"norm_topk_prob": True},
         names=GROUPED_GGUF | EXPERTS_GGUF,
         metadata=_gguf_metadata,
         fixed=experts_fixed,

@@ -129,6 +129,8 @@ class LatentAttention(_Part, frozen=True, tag="latent"):
 
     A head's query and key are ``plain_dim`` values without and ``rope.dimensions`` with rotary embedding; the rotary part of
     the key is shared by all heads. ``query_rank``: rank of the query projection, None where it is one matrix.
+    ``score_scale``: factor of the scores, None is ``query_dim ** -0.5`` times the score factor of the rope's scaling.
+    ``norm_epsilon`` of the norms of the latent and of the projected query, which is not the model's.
     """
 
     heads: int
@@ -138,6 +140,7 @@ class LatentAttention(_Part, frozen=True, tag="latent"):
     rope: Rope
     query_rank: int | None = None
     score_scale: float | None = None
+    norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         _check_sizes(self, "attention", "heads", latent_rank="rank", plain_dim="head_dim", value_dim="head_dim")
@@ -148,6 +151,11 @@ class LatentAttention(_Part, frozen=True, tag="latent"):
     def query_dim(self) -> int:
         """Values of a head's query, plain and rotary."""
         return self.plain_dim + self.rope.dimensions
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all queries."""
+        return self.heads * self.query_dim
 
     @property
     def cache_values(self) -> int:
@@ -190,6 +198,11 @@ class Router(_Part, frozen=True):
             raise ModelError(f"router.top_k is {self.top_k}, allowed is 1..{self.experts}, the number of experts")
         if self.groups < 1 or self.experts % self.groups or not 1 <= self.kept_groups <= self.groups:
             raise ModelError(f"router keeps {self.kept_groups} of {self.groups} groups of {self.experts} experts")
+        size = self.experts // self.groups
+        if self.groups > 1 and (size * self.kept_groups < self.top_k or (self.group_score == "best_two" and size < 2)):
+            raise ModelError(
+                f"router chooses {self.top_k} experts of {self.kept_groups} groups of {size}, which have too few"
+            )
 
 
 class Moe(_Part, frozen=True, tag="moe"):

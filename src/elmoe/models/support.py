@@ -18,11 +18,14 @@ from elmoe.models.spec import (
     ModelSpec,
     Moe,
     Multipliers,
+    Rope,
     YarnScaling,
 )
 
 HEAD_DIMENSIONS = 16
 """Divisor of a head's dimensions: the lanes of a block of cached keys."""
+MOST_LATENT = 4096
+"""Largest sum of the dimensions of a latent and its rotary key."""
 
 
 def check_supported(spec: ModelSpec) -> None:
@@ -56,16 +59,14 @@ def _of_layer(layer: LayerSpec) -> Iterator[str]:
     if isinstance(attention, GroupedAttention):
         yield from _of_grouped(attention)
     else:
-        yield "latent attention"
+        yield from _of_latent(attention)
     clamped = found.activation.kind == "clamped_swiglu" and found.activation.limit is not None
     if not (isinstance(found, Moe) and found.bias and clamped):  # experts have both, or neither
         if found.activation != Activation():
             yield f"the activation {found.activation.kind}"
         if found.bias:
             yield "biases of feed-forwards"
-    if isinstance(found, Moe):
-        yield from _of_experts(found)
-    elif not isinstance(found, Dense):
+    if not isinstance(found, Moe | Dense):
         yield f"a feed-forward of kind {type(found).__name__}"
 
 
@@ -82,6 +83,25 @@ def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
         return
     if rope.interleaved:
         yield "interleaved rotary embedding"
+    if isinstance(rope.scaling, YarnScaling) and rope.scaling.score_factor != 1:
+        yield f"a score factor of {rope.scaling.score_factor:g} of the rope scaling 'yarn'"
+    yield from _of_rope(rope)
+
+
+def _of_latent(attention: LatentAttention) -> Iterator[str]:
+    sizes = {
+        "kv_lora_rank": attention.latent_rank, "qk_rope_head_dim": attention.rope.dimensions,
+        "v_head_dim": attention.value_dim,
+    }  # fmt: skip
+    for name, size in sizes.items():
+        if size % HEAD_DIMENSIONS:
+            yield f"'{name}' {size} (supported: multiples of {HEAD_DIMENSIONS})"
+    if attention.cache_values > MOST_LATENT:
+        yield f"latents of {attention.cache_values} dimensions with the rotary key (supported: up to {MOST_LATENT})"
+    yield from _of_rope(attention.rope)
+
+
+def _of_rope(rope: Rope) -> Iterator[str]:
     scaling = rope.scaling
     if scaling is not None and not isinstance(scaling, (LinearScaling, Llama3Scaling, YarnScaling)):
         yield f"the rope scaling '{scaling.__struct_config__.tag}'"
@@ -89,11 +109,3 @@ def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
         yield f"the rope scaling 'yarn' of a theta of {rope.theta:g}"
     if isinstance(scaling, Llama3Scaling) and not scaling.low_frequency_factor < scaling.high_frequency_factor:
         yield f"a 'low_freq_factor' of {scaling.low_frequency_factor:g} that is not below 'high_freq_factor'"
-    if isinstance(scaling, YarnScaling) and scaling.score_factor != 1:
-        yield f"a score factor of {scaling.score_factor:g} of the rope scaling 'yarn'"
-
-
-def _of_experts(moe: Moe) -> Iterator[str]:
-    router = moe.router
-    if router.groups > 1:
-        yield f"{router.groups} groups of experts"

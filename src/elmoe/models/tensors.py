@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from elmoe.errors import ModelError
 from elmoe.models.formats import BLOCK_ROWS, JOIN, Format, split_formats
-from elmoe.models.spec import Dense, GroupedAttention, LayerSpec, ModelSpec, Moe
+from elmoe.models.spec import Dense, GroupedAttention, LatentAttention, LayerSpec, ModelSpec, Moe
 
 PROJECTIONS = ("gate", "up", "down")
 """Matrices of a feed-forward, in the order of a record."""
@@ -24,10 +25,12 @@ parts, or of gate, up and down projection, are joined by ``+`` where they differ
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a checkpoint. ``role``: key of a family's names; ``shape``: outermost dimension first."""
+    """One tensor of a checkpoint. ``role``: key of a family's names; ``shape``: outermost dimension first. ``heads``: where
+    rows are those of heads, and GGUF has an axis of heads before them; else 0."""
 
     role: str
     shape: tuple[int, ...]
+    heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,34 +114,22 @@ def tensors(spec: ModelSpec) -> Iterator[Tensor]:
         yield from _layer_tensors(spec, index, layer)
 
 
+def _floats(layer: int, name: str, *shape: int) -> Tensor:
+    return Tensor(f"layers.{layer}.{name}", "floats", (Part(name, shape),), layer)
+
+
+def _matrix(layer: int, name: str, *parts: Part) -> Tensor:
+    return Tensor(f"layers.{layer}.{name}", "matrix", parts, layer)
+
+
 def _layer_tensors(spec: ModelSpec, index: int, layer: LayerSpec) -> Iterator[Tensor]:
-    attention, hidden = layer.attention, spec.hidden
-    if not isinstance(attention, GroupedAttention):
-        raise ModelError(f"layer {index}: tensors of latent attention are not known yet")
-
-    def floats(name: str, *shape: int) -> Tensor:
-        return Tensor(f"layers.{index}.{name}", "floats", (Part(name, shape),), index)
-
-    def matrix(name: str, *parts: Part) -> Tensor:
-        return Tensor(f"layers.{index}.{name}", "matrix", parts, index)
-
-    query, kv = attention.query_width, attention.kv_width
+    hidden, attention, moe, floats = spec.hidden, layer.attention, layer.feed_forward, partial(_floats, index)
     yield floats("attention_norm", hidden)
-    yield matrix("query_key_value", Part("query", (query, hidden)), Part("key", (kv, hidden)), Part("value", (kv, hidden)))
-    if attention.query_key_value_bias:
-        biases = Part("query_bias", (query,)), Part("key_bias", (kv,)), Part("value_bias", (kv,))
-        yield Tensor(f"layers.{index}.query_key_value_bias", "floats", biases, index)
-    if attention.query_key_norm != "none":
-        per_head = attention.query_key_norm == "head"
-        yield floats("query_norm", attention.head_dim if per_head else query)
-        yield floats("key_norm", attention.head_dim if per_head else kv)
-    yield matrix("attention_output", Part("attention_output", (hidden, query)))
-    if attention.output_bias:
-        yield floats("attention_output_bias", hidden)
-    if attention.sinks:
-        yield floats("sinks", attention.heads)
+    if isinstance(attention, GroupedAttention):
+        yield from _grouped_tensors(attention, hidden, index)
+    else:
+        yield from _latent_tensors(attention, hidden, index)
     yield floats("ffn_norm", hidden)
-    moe = layer.feed_forward
     if isinstance(moe, Moe):
         experts = moe.router.experts
         yield floats("router", experts, hidden)
@@ -152,6 +143,43 @@ def _layer_tensors(spec: ModelSpec, index: int, layer: LayerSpec) -> Iterator[Te
             yield floats("expert_down_bias", experts, hidden)
         if moe.shared_gate:
             yield floats("shared_expert_gate", 1, hidden)
+
+
+def _grouped_tensors(attention: GroupedAttention, hidden: int, index: int) -> Iterator[Tensor]:
+    query, kv, floats, matrix = attention.query_width, attention.kv_width, partial(_floats, index), partial(_matrix, index)
+    yield matrix("query_key_value", Part("query", (query, hidden)), Part("key", (kv, hidden)), Part("value", (kv, hidden)))
+    if attention.query_key_value_bias:
+        biases = Part("query_bias", (query,)), Part("key_bias", (kv,)), Part("value_bias", (kv,))
+        yield Tensor(f"layers.{index}.query_key_value_bias", "floats", biases, index)
+    if attention.query_key_norm != "none":
+        per_head = attention.query_key_norm == "head"
+        yield floats("query_norm", attention.head_dim if per_head else query)
+        yield floats("key_norm", attention.head_dim if per_head else kv)
+    yield matrix("attention_output", Part("attention_output", (hidden, query)))
+    if attention.output_bias:
+        yield floats("attention_output_bias", hidden)
+    if attention.sinks:
+        yield floats("sinks", attention.heads)
+
+
+def _latent_tensors(attention: LatentAttention, hidden: int, index: int) -> Iterator[Tensor]:
+    """``key_up`` holds the transposed key projection of each head, so that a query is multiplied with it."""
+    heads, rank, query = attention.heads, attention.latent_rank, attention.query_width
+    latent, floats, matrix = (
+        Part("latent", (attention.cache_values, hidden)),
+        partial(_floats, index),
+        partial(_matrix, index),
+    )
+    if attention.query_rank is None:
+        yield matrix("query_latent", Part("query", (query, hidden)), latent)
+    else:
+        yield matrix("query_latent", Part("query_down", (attention.query_rank, hidden)), latent)
+        yield floats("query_norm", attention.query_rank)
+        yield matrix("query_up", Part("query_up", (query, attention.query_rank)))
+    yield floats("latent_norm", rank)
+    yield matrix("key_up", Part("key_up", (heads * rank, attention.plain_dim), heads))
+    yield matrix("value_up", Part("value_up", (heads * attention.value_dim, rank), heads))
+    yield matrix("attention_output", Part("attention_output", (hidden, heads * attention.value_dim)))
 
 
 def feed_forward(spec: ModelSpec, layer: int) -> FeedForward:
