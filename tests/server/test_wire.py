@@ -178,7 +178,7 @@ REFUSED = [
     ({"temperature": "hot"}, "temperature", VALUE),
     ({"temperature": -1}, "temperature", VALUE),
     ({"temperature": True}, "temperature", VALUE),
-    ({"temperature": 1e-5}, None, VALUE),
+    ({"temperature": 1e-5}, "temperature", VALUE),
     ({"top_p": 0}, "top_p", VALUE),
     ({"top_k": 1.5}, "top_k", VALUE),
     ({"max_tokens": 0}, "max_tokens", VALUE),
@@ -193,6 +193,7 @@ REFUSED = [
     ({"stream": True, "stream_options": {"include": True}}, "stream_options.include", UNKNOWN),
     ({"logit_bias": {"x": 1}}, "logit_bias", VALUE),
     ({"logit_bias": {"1": 101}}, "logit_bias.1", VALUE),
+    ({"logit_bias": {"4096": 1}}, "logit_bias", VALUE),
     ({"response_format": {"type": "xml"}}, "response_format.type", VALUE),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", VALUE),
@@ -297,6 +298,15 @@ def test_answers_of_a_schema(api, model):
         wanted["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
         error = post(api, "/v1/chat/completions", CHAT | wanted).json()["error"]
         assert (error["param"], error["code"]) == ("response_format", "invalid_value"), error
+
+
+def test_completions_take_a_format_as_chats_do(api, model):
+    wanted = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
+    text = post(api, "/v1/completions", TEXT | {"max_tokens": 60, "response_format": wanted}).json()["choices"][0]["text"]
+    assert text == model.generate("The whale", max_tokens=60, json_schema=SCHEMA).text and set(json.loads(text)) == {"size"}
+    wanted["json_schema"]["schema"] = {"pattern": "("}
+    error = post(api, "/v1/completions", TEXT | {"response_format": wanted})
+    assert error.status_code == 400 and error.json()["error"]["param"] == "response_format"
 
 
 def test_prompts_that_begin_alike_are_computed_once(store):

@@ -47,8 +47,8 @@ Measured = TypeVar("Measured", bound=Constant)
 @dataclass(frozen=True)
 class MeasuredMachine:
     """``fast``, ``slow``: bytes/s. ``fixed``: seconds per layer and pass, ``decisions``: beyond them in target passes.
-    ``throughput``: operations/s, two a
-    multiply-accumulate. ``error``: mean relative error of the fit over the batch sizes."""
+    ``throughput``: operations/s, two a multiply-accumulate. ``error``: mean relative error of the fit over the batch
+    sizes."""
 
     fast: float
     slow: float
@@ -89,7 +89,7 @@ def calibrate(reader: DirectReader, slow_bandwidth: float | None = None) -> Meas
     footprint = min(512 << 20, sum(file.bytes for file in reader.manifest.files))
     return MeasuredMachine(
         memory_bandwidth(footprint, kernels.threads()), _slow_bandwidth(reader, slow_bandwidth), fixed / len(spec.layers),
-        (target_fixed - fixed) / max(1, len(spec.moe_layers)), 2 * _macs(spec) / per_token, error,
+        (target_fixed - fixed) / max(1, len(spec.moe_layers)), 2 * macs(spec) / per_token, error,
     )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def hardware_of(machine: MeasuredMachine, fast_bytes: int, slow_bytes: int, name
     )  # fmt: skip
 
 
-def _macs(spec: ModelSpec) -> float:
+def macs(spec: ModelSpec) -> float:
     """Multiply-accumulates of weights per token: all matrices but the embedding, a router, top-k experts."""
     dense = sum(prod(tensor.shape) for tensor in tensors(spec) if len(tensor.shape) == 2 and tensor.name != "embedding")
     head = spec.hidden * spec.vocabulary if spec.tied_embeddings else 0
