@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 
 import httpx
 import msgspec
@@ -12,7 +14,8 @@ import pytest
 
 from elmoe.engine.options import EngineOptions
 from elmoe.errors import BudgetError
-from elmoe.measure.calibrate import macs
+from elmoe.extras import EXTRAS
+from elmoe.models.tensors import macs_per_token
 from elmoe.server.memory import forecast, planned
 from elmoe.store import open_store
 from elmoe.store.synthetic import synthesize
@@ -66,7 +69,7 @@ def test_times_are_those_that_were_measured(large, monkeypatch, tmp_path):
         speeds.keep(first)
         times = forecast(reader, size(large), options, 4 << 30).times
         touched = speeds.touched_bytes(reader) / speeds.touched_bytes(demo)
-        assert times.decode == pytest.approx(first.decode_seconds * max(touched, macs(SPEC) / first.decode_macs))
+        assert times.decode == pytest.approx(first.decode_seconds * max(touched, macs_per_token(SPEC) / first.decode_macs))
         own = speeds.measure(reader, repeats=1)
         speeds.keep(own)
         speeds.keep(msgspec.structs.replace(own, machine="another", decode_seconds=1e9))
@@ -79,6 +82,13 @@ def test_times_are_those_that_were_measured(large, monkeypatch, tmp_path):
         for content in ("", "[", "[{}]", speeds.kept_file().read_text().replace('"bytes": ', '"bytes": -')):
             speeds.kept_file().write_text(content)
             assert speeds.kept(large) is None
+
+
+def test_a_forecast_needs_no_other_extra():
+    """Neither here nor in `elmoe doctor`, which measures."""
+    code = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1:])); import elmoe.measure.speeds, elmoe.server.memory"
+    done = subprocess.run([sys.executable, "-c", code, *EXTRAS["sim"], *EXTRAS["chat"]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_memory_stays_within_what_was_given(large):

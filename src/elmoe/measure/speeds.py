@@ -20,7 +20,7 @@ from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.errors import RequestError
 from elmoe.files import write_whole
-from elmoe.measure.calibrate import macs
+from elmoe.models.tensors import macs_per_token
 from elmoe.store.format import MANIFEST
 from elmoe.store.reader import MemoryReader
 from elmoe.untrusted import decode_json, read_bytes
@@ -54,8 +54,8 @@ class Speeds(msgspec.Struct, frozen=True):
     def scaled(self, reader: MemoryReader) -> tuple[float, float]:
         """``decode_seconds`` and ``prompt_seconds`` of another store: by what its tokens compute or touch, whichever is
         more."""
-        decode = max(macs(reader.spec) / self.decode_macs, touched_bytes(reader) / self.bytes)
-        return self.decode_seconds * decode, self.prompt_seconds * prompt_macs(reader) / self.prompt_macs
+        decode = max(macs_per_token(reader.spec) / self.decode_macs, touched_bytes(reader) / self.bytes)
+        return self.decode_seconds * decode, self.prompt_seconds * (prompt_macs(reader) / self.prompt_macs)
 
 
 def kept_file() -> Path:
@@ -79,7 +79,7 @@ def store_digest(path: Path) -> str:
 
 def prompt_macs(reader: MemoryReader) -> float:
     """Multiply-accumulates of a token of a prompt: without the head, which is computed for the last one only."""
-    return macs(reader.spec) - reader.spec.hidden * reader.spec.vocabulary
+    return macs_per_token(reader.spec) - reader.spec.hidden * reader.spec.vocabulary
 
 
 def touched_bytes(reader: MemoryReader) -> int:
@@ -102,7 +102,7 @@ def measure(reader: MemoryReader, repeats: int = REPEATS) -> Speeds:
         store_digest(reader.path), reader.path.name, this_machine(), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         median(run["plain"].seconds / run["plain"].steps for run in runs),
         median(run["prefill"].seconds for run in runs) / len(prompt),
-        macs(spec), prompt_macs(reader), touched_bytes(reader),
+        macs_per_token(spec), prompt_macs(reader), touched_bytes(reader),
     )  # fmt: skip
 
 
