@@ -46,7 +46,7 @@ from elmoe.terminal import print_table
 from elmoe.units import parse_bytes
 
 WORDS = ["the", "whale", "sea", "ship", "captain", "old", "white", "and", "of", "a", "in", "his", "with", "upon", "all"]
-START_SECONDS, ANSWER_SECONDS, PATIENCE = 120.0, 900.0, 20.0
+START_SECONDS, ANSWER_SECONDS, PATIENCE = 120.0, 900.0, 3.0
 """Most seconds for a server to be ready, for an answer, and of waiting for other programs to rest."""
 TICK = os.sysconf("SC_CLK_TCK")
 OURS, PLAIN, ENGINE, PEER = "elmoe serve", "elmoe serve, plain client", "elmoe bench", "llama-server"

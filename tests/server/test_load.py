@@ -76,6 +76,21 @@ def test_what_comes_while_an_event_is_sent_is_not_lost(api, tokens):
     assert len(events) == min(tokens, 2)  # those that came together were sent together
 
 
+@pytest.mark.parametrize("answers", [1, 2])
+def test_tokens_gather_between_events(model, answers):
+    """The first come at once, and the last ones with the end, however long the time between events is."""
+    body = {"model": "whale", "prompt": "The whale", "max_tokens": 24, "temperature": 1, "seed": 3, "n": answers}
+    with TestClient(create_app(model, Settings("whale", event_seconds=1e6))) as api:
+        whole = api.post("/v1/completions", json=body).json()["choices"]
+        lines = api.post("/v1/completions", json=body | {"stream": True}).text.split("\n\n")
+    events = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert len(events) == 2 * answers
+    for choice in whole:
+        own = [event for event in events if event["index"] == choice["index"]]
+        assert "".join(event["text"] for event in own) == choice["text"]
+        assert [event["finish_reason"] for event in own] == [None, "length"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_request_before_the_next_step(api, stream):
     """With the engine of this process, whose steps can be let go one by one."""

@@ -102,8 +102,9 @@ class Service:
             raise self.full(len(answers.choices)) from None
         facts = request.scope["facts"]
         exchange = Exchange(
-            self.engine, call, answers, settings.request_seconds, settings.ping_seconds, progress, partial(self.ended, facts)
-        )
+            self.engine, call, answers, settings.request_seconds, settings.event_seconds, settings.ping_seconds, progress,
+            partial(self.ended, facts),
+        )  # fmt: skip
         if stream:
             usage = options is not None and options.include_usage
             return exchange.stream(usage, options is not None and options.continuous_usage_stats)
