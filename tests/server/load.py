@@ -10,6 +10,7 @@ import asyncio
 import json
 import random
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,13 +29,16 @@ SCHEMA = {
     "type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "size": {"type": "integer"}},
     "required": ["name", "size"], "additionalProperties": False,
 }  # fmt: skip
-WHOLE, STREAM, LEAVE = "whole", "stream", "leave"
+WHOLE, STREAM, LEAVE, HURRY = "whole", "stream", "leave", "hurry"
 CONCURRENT = 16
+LONGEST_HURRY = 0.3
+"""Seconds after which a client in a hurry has left."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A request, and how it is asked: as a whole, streamed, or left in the middle of a stream."""
+    """A request, and how it is asked: as a whole, streamed, left behind the first event of a stream, or left at a random
+    time if it has not ended by then."""
 
     path: str
     body: dict[str, Any]
@@ -49,6 +53,7 @@ class Case:
         wanted = self.body.get("response_format", {})
         if wanted.get("type") == "json_schema":
             params["json_schema"] = wanted["json_schema"]["schema"]
+        params["json_object"] = wanted.get("type") == "json_object"
         ask = model.generate if "prompt" in self.body else model.chat
         first = ask(self.body.get("prompt") or self.body["messages"], SamplingParams(**params))
         answers = [first, *first.others]
@@ -66,17 +71,17 @@ def random_case(rng: random.Random) -> Case:
     }  # fmt: skip
     if rng.random() < 0.3:
         body["stop"] = [rng.choice((" the", ",", "\n"))]
-    if rng.random() < 0.4 and "presence_penalty" in KNOWN:
+    if rng.random() < 0.4:
         body |= {"presence_penalty": rng.choice((0, 1.5)), "frequency_penalty": rng.choice((0, 0.5)),
                  "repetition_penalty": rng.choice((1, 1.3)), "logit_bias": {str(rng.randrange(4096)): 5.0}}  # fmt: skip
-    way = rng.choice((WHOLE, WHOLE, STREAM, STREAM, LEAVE))
+    way = rng.choice((WHOLE, WHOLE, STREAM, STREAM, LEAVE, HURRY))
+    if rng.random() < 0.4:
+        body.pop("stop", None)
+        schema = {"type": "json_schema", "json_schema": {"name": "whale", "schema": SCHEMA}}
+        body["response_format"] = rng.choice((schema, schema, {"type": "json_object"}))
     if rng.random() < 0.5:
         return Case("/v1/completions", body | {"prompt": text, "logprobs": 0}, way)
-    body |= {"messages": [{"role": "user", "content": text}], "logprobs": True}
-    if rng.random() < 0.5 and "json_schema" in KNOWN:
-        body.pop("stop", None)
-        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "whale", "schema": SCHEMA}}
-    return Case("/v1/chat/completions", body, way)
+    return Case("/v1/chat/completions", body | {"messages": [{"role": "user", "content": text}], "logprobs": True}, way)
 
 
 def part_of(choice: dict[str, Any]) -> tuple[str, list[float]]:
@@ -120,7 +125,9 @@ def answers(url: str, cases: list[Case], seed: int = 0, pause: float = 0.02) -> 
             async def one(case: Case) -> Any:
                 async with turns:
                     await asyncio.sleep(rng.expovariate(1 / pause))
-                    return await ask(http, case)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(rng.random() * LONGEST_HURRY if case.way == HURRY else None):
+                            return await ask(http, case)
 
             return await asyncio.gather(*(one(case) for case in cases))
 

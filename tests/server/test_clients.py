@@ -94,7 +94,6 @@ def test_keys_are_asked_for(store, tmp_path):
         other = httpx.options(f"{server.url}/v1/models", headers=preflight | {"origin": "https://else.example"})
         assert "access-control-allow-origin" not in other.headers
         assert "other key" not in server.text() and "first key" not in server.text()
-        assert server.seconds < 10  # under 2 s where nobody else computes
 
 
 def test_tls_and_what_does_not_fit(store, tmp_path):

@@ -8,8 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
+import elmoe
+from elmoe.server.app import create_app
 from elmoe.server.schemas import ChatCompletion, Completion, ErrorBody
+from elmoe.server.settings import Settings
+from tests.server.waiting import SCOPE, gated, reached
 
 NAME = re.compile(r"elmoe_\w+")
 CHAT = {"model": "whale", "messages": [{"role": "user", "content": "What is a whale?"}], "max_tokens": 12, "temperature": 0}
@@ -87,34 +92,6 @@ def test_a_stream_is_the_whole_answer_in_pieces(api, several):
         assert [one["delta"].get("role") for one in own] == ["assistant"] + [None] * (len(own) - 1)
 
 
-def test_a_client_that_reads_slowly_gets_all_of_a_stream(api):
-    """What ends an answer may come while the client is being written to."""
-    body = TEXT | {"stream": True, "max_tokens": 24}
-    asked = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-    got: list[bytes] = []
-
-    async def receive():
-        if not asked:
-            await asyncio.Event().wait()
-        return asked.pop()
-
-    async def send(message):
-        got.append(message.get("body", b""))
-        await asyncio.sleep(0.05)  # longer than what is left of the answer takes
-
-    headers = [(b"content-type", b"application/json"), (b"host", b"testserver")]
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "root_path": "", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
-        "client": ("test", 1), "server": ("testserver", 80), "headers": headers,
-    }  # fmt: skip
-    api.portal.call(api.app, scope, receive, send)
-    lines = [line.removeprefix("data: ") for line in b"".join(got).decode().split("\n\n") if line]
-    assert lines[-1] == "[DONE]"
-    text = "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
-    assert text == post(api, "/v1/completions", TEXT | {"max_tokens": 24}).json()["choices"][0]["text"]
-
-
 def test_a_stream_of_several_prompts(api):
     body = TEXT | {"prompt": ["The whale", "The sea", "A ship"]}
     whole = post(api, "/v1/completions", body).json()
@@ -127,19 +104,37 @@ def test_a_stream_of_several_prompts(api):
 
 
 def test_progress_of_a_prompt_is_told(store):
-    from fastapi.testclient import TestClient
+    """A chunk of the prompt is computed once the client has been told of the one before."""
+    body = TEXT | {"prompt": "The whale and the sea. " * 100, "stream": True, "return_progress": True}
+    told = []
 
-    import elmoe
-    from elmoe.server.app import create_app
-    from elmoe.server.settings import Settings
+    async def ask(app, gate):
+        asked = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
 
-    with elmoe.load(store, prefill_chunk=64) as model, TestClient(create_app(model, Settings("whale"))) as api:
-        body = TEXT | {"prompt": "The whale and the sea. " * 100, "stream": True, "return_progress": True}
-        told = [
-            event["prompt_progress"] for event in events(post(api, "/v1/completions", body)) if "prompt_progress" in event
-        ]
-    done = [one["processed"] for one in told]
-    assert len(done) >= 3 and done == sorted(set(done)) and done[-1] < told[0]["total"]
+        async def receive():
+            if not asked:
+                await asyncio.Event().wait()
+            return asked.pop()
+
+        async def send(message):
+            for line in message.get("body", b"").decode().splitlines():
+                if "prompt_progress" in line:
+                    told.append(json.loads(line[6:])["prompt_progress"])
+                    gate.release()
+
+        gate.release()
+        answer = asyncio.ensure_future(app(dict(SCOPE), receive, send))
+        await reached(lambda: told and told[-1]["processed"] + 64 >= told[-1]["total"])
+        gate.release(100)
+        await answer
+
+    with (
+        elmoe.load(store, prefill_chunk=64) as model, TestClient(create_app(model, Settings("whale"))) as api,
+        gated(model.engine) as gate,
+    ):  # fmt: skip
+        api.portal.call(ask, api.app, gate)
+    total = told[0]["total"]
+    assert total > 300 and [one["processed"] for one in told] == list(range(64, total, 64))
 
 
 def test_tokens_and_texts(api, model):
@@ -178,7 +173,7 @@ REFUSED = [
     ({"temperature": "hot"}, "temperature", VALUE),
     ({"temperature": -1}, "temperature", VALUE),
     ({"temperature": True}, "temperature", VALUE),
-    ({"temperature": 1e-5}, None, VALUE),
+    ({"temperature": 1e-5}, "temperature", VALUE),
     ({"top_p": 0}, "top_p", VALUE),
     ({"top_k": 1.5}, "top_k", VALUE),
     ({"max_tokens": 0}, "max_tokens", VALUE),
@@ -193,6 +188,7 @@ REFUSED = [
     ({"stream": True, "stream_options": {"include": True}}, "stream_options.include", UNKNOWN),
     ({"logit_bias": {"x": 1}}, "logit_bias", VALUE),
     ({"logit_bias": {"1": 101}}, "logit_bias.1", VALUE),
+    ({"logit_bias": {"4096": 1}}, "logit_bias", VALUE),
     ({"response_format": {"type": "xml"}}, "response_format.type", VALUE),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", VALUE),
@@ -243,11 +239,6 @@ def test_forms_and_other_paths_and_methods(api):
 
 
 def test_a_template_that_refuses(tmp_path):
-    from fastapi.testclient import TestClient
-
-    import elmoe
-    from elmoe.server.app import create_app
-    from elmoe.server.settings import Settings
     from tests.templated import templated_store
 
     store = templated_store(tmp_path, "{{ raise_exception('no ' + messages[0].role) }}")
@@ -299,13 +290,16 @@ def test_answers_of_a_schema(api, model):
         assert (error["param"], error["code"]) == ("response_format", "invalid_value"), error
 
 
+def test_completions_take_a_format_as_chats_do(api, model):
+    wanted = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
+    text = post(api, "/v1/completions", TEXT | {"max_tokens": 60, "response_format": wanted}).json()["choices"][0]["text"]
+    assert text == model.generate("The whale", max_tokens=60, json_schema=SCHEMA).text and set(json.loads(text)) == {"size"}
+    wanted["json_schema"]["schema"] = {"pattern": "("}
+    error = post(api, "/v1/completions", TEXT | {"response_format": wanted})
+    assert error.status_code == 400 and error.json()["error"]["param"] == "response_format"
+
+
 def test_prompts_that_begin_alike_are_computed_once(store):
-    from fastapi.testclient import TestClient
-
-    import elmoe
-    from elmoe.server.app import create_app
-    from elmoe.server.settings import Settings
-
     with elmoe.load(store, prefix_cache=True) as model, TestClient(create_app(model, Settings("whale"))) as api:
         body = TEXT | {"prompt": "The whale and the sea. " * 40}
         first, second = (post(api, "/v1/completions", body).json() for _ in range(2))

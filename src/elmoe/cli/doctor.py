@@ -13,10 +13,13 @@ from elmoe.cli.common import Quantity, force_option, json_option, print_json
 from elmoe.terminal import print_table
 from elmoe.units import format_bytes, parse_bandwidth
 
+FITS = 0.9
+"""Share of the memory available that a store may take to be served from memory."""
+
 
 @click.command("doctor")
 @click.option("--store", default="demo", show_default=True, help="Store whose disk is measured.")
-@click.option("--quick", is_flag=True, help="Leave out the bandwidth measurements.")
+@click.option("--quick", is_flag=True, help="Leave out what is measured.")
 @click.option("--hardware", type=click.Path(dir_okay=False, path_type=Path),
               help="Write this machine, measured on the store, for `elmoe simulate --hardware`.")  # fmt: skip
 @click.option(
@@ -29,7 +32,8 @@ from elmoe.units import format_bytes, parse_bandwidth
 def command(
     store: str, quick: bool, hardware: Path | None, slow_bandwidth: float | None, force: bool, as_json: bool
 ) -> None:  # fmt: skip
-    """Tell what this machine can do: instruction set, threads, memory and disk bandwidth; and advise."""
+    """Tell what this machine can do: instruction set, threads, memory and disk bandwidth, and how fast it computes STORE;
+    and advise. That speed is kept for the forecasts of elmoe serve."""
     from elmoe import __version__, kernels
     from elmoe.convert.cache import stored
     from elmoe.engine.prefetch_distance import choose_prefetch_distance
@@ -61,6 +65,15 @@ def command(
             data["prefetch_seconds"] = choose_prefetch_distance(reader)
             data["prefetch_bytes"] = kernels.prefetch()
             data["disk_read_bytes_per_second"] = disk_bandwidth(reader.path / largest.name)
+            if int(str(data["store_bytes"])) <= FITS * available:
+                from elmoe.measure.speeds import keep, measure
+                from elmoe.opening import use_threads
+
+                use_threads("native")
+                speeds = measure(reader)
+                keep(speeds)
+                data["decode_tokens_per_second"] = 1 / speeds.decode_seconds
+                data["prompt_tokens_per_second"] = 1 / speeds.prompt_seconds
         if hardware is not None:
             from elmoe.measure.calibrate import calibrate, hardware_of
             from elmoe.opening import use_threads
@@ -100,6 +113,9 @@ def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("software prefetch", f"{format_bytes(ahead)} ahead" if ahead else "off: it does not help here"))
     if "disk_read_bytes_per_second" in data:
         lines.append(("disk read, past the page cache", f"{data['disk_read_bytes_per_second'] / 1e9:.2f} GB/s"))
+    if "decode_tokens_per_second" in data:
+        lines.append(("plain decoding, one answer", f"{data['decode_tokens_per_second']:,.0f} tokens/s"))
+        lines.append(("prompts", f"{data['prompt_tokens_per_second']:,.0f} tokens/s"))
     if "hardware" in data:
         lines.append(("hardware description", data["hardware"]))
         lines.append(("mean error of its pass times", f"{data['pass_cost_fit_error']:.1%}"))
@@ -112,7 +128,7 @@ def _advice(data: dict[str, Any]) -> list[str]:
     advice = []
     if data["variant"] == "portable":
         advice.append("This processor has no AVX2: the portable kernels are used, which are several times slower.")
-    if store <= 0.9 * available:
+    if store <= FITS * available:
         advice.append("The store fits in memory: no --fast-memory is needed.")
     else:
         budget = format_bytes(0.8 * available).replace(" ", "")

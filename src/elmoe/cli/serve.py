@@ -87,8 +87,9 @@ def command(
     with listener, _load(store, serving, options, memory) as model:
         log.info("loaded", extra={"facts": {"reader": model.reader_note, "tier": model.tier}})
         settings = Settings(
-            model_name or given_name(store) or model.path.name, keys, cors_origins, queue, max_body, max_prompt, max_n,
-            timeout, body_timeout, connections=max_connections,
+            model_name or given_name(store) or model.path.name, keys, cors_origins, queue, body_bytes=max_body,
+            prompt_tokens=max_prompt, answers=max_n, request_seconds=timeout, body_seconds=body_timeout,
+            connections=max_connections,
         )  # fmt: skip
         ordered = serve(create_app(model, settings), listener, tls_cert, tls_key)
     return 0 if ordered else 130

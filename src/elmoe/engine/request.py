@@ -21,6 +21,8 @@ RANGES = {
 }  # fmt: skip
 """Allowed values of sampling parameters; those of penalties and bias are OpenAI's, which has no repetition penalty."""
 MOST_BIAS = 100.0
+LEAST_TEMPERATURE = 0.001
+"""Lowest temperature that is not greedy: logits are divided by it."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def check_sampling(sampling: SamplingParameters, vocabulary: int) -> None:
     """RequestError naming the sampling parameter that is out of its range."""
     for name, (low, high) in RANGES.items():
         check_within(name, getattr(sampling, name), low, high)
-    if 0 < sampling.temperature < 1e-3:
-        raise RequestError(f"temperature is {sampling.temperature}", "use 0 for greedy decoding, or at least 0.001")
+    if 0 < sampling.temperature < LEAST_TEMPERATURE:
+        told = f"use 0 for greedy decoding, or at least {LEAST_TEMPERATURE}"
+        raise RequestError(f"temperature is {sampling.temperature}", told)
     if sampling.top_k < 0:
         raise RequestError(f"top_k is {sampling.top_k}", "use 0 to switch it off")
     seen: set[int] = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from math import prod
 from statistics import median
 from time import perf_counter
 from typing import TypeVar
@@ -19,8 +18,7 @@ from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.kernels.reads import ReadPool
 from elmoe.measure.probe import memory_bandwidth
-from elmoe.models.spec import ModelSpec
-from elmoe.models.tensors import feed_forwards, tensors
+from elmoe.models.tensors import macs_per_token
 from elmoe.schema.constants import (
     Bandwidth,
     Capacity,
@@ -47,8 +45,8 @@ Measured = TypeVar("Measured", bound=Constant)
 @dataclass(frozen=True)
 class MeasuredMachine:
     """``fast``, ``slow``: bytes/s. ``fixed``: seconds per layer and pass, ``decisions``: beyond them in target passes.
-    ``throughput``: operations/s, two a
-    multiply-accumulate. ``error``: mean relative error of the fit over the batch sizes."""
+    ``throughput``: operations/s, two a multiply-accumulate. ``error``: mean relative error of the fit over the batch
+    sizes."""
 
     fast: float
     slow: float
@@ -89,7 +87,7 @@ def calibrate(reader: DirectReader, slow_bandwidth: float | None = None) -> Meas
     footprint = min(512 << 20, sum(file.bytes for file in reader.manifest.files))
     return MeasuredMachine(
         memory_bandwidth(footprint, kernels.threads()), _slow_bandwidth(reader, slow_bandwidth), fixed / len(spec.layers),
-        (target_fixed - fixed) / max(1, len(spec.moe_layers)), 2 * _macs(spec) / per_token, error,
+        (target_fixed - fixed) / max(1, len(spec.moe_layers)), 2 * macs_per_token(spec) / per_token, error,
     )  # fmt: skip
 
 
@@ -158,15 +156,6 @@ def hardware_of(machine: MeasuredMachine, fast_bytes: int, slow_bytes: int, name
             fast_dense=True, expert_cache=True, bit_slices=True, parallel_tiers=True, refill=True
         ),
     )  # fmt: skip
-
-
-def _macs(spec: ModelSpec) -> float:
-    """Multiply-accumulates of weights per token: all matrices but the embedding, a router, top-k experts."""
-    dense = sum(prod(tensor.shape) for tensor in tensors(spec) if len(tensor.shape) == 2 and tensor.name != "embedding")
-    head = spec.hidden * spec.vocabulary if spec.tied_embeddings else 0
-    parts = feed_forwards(spec)
-    used = [(spec.top_k if part.kind == "expert" else 1) * 3 * part.hidden * part.width for part in parts]
-    return float(dense + head + sum(used))
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

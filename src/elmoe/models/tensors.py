@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Literal
 
 from elmoe.errors import ModelError
@@ -203,6 +204,15 @@ def feed_forwards(spec: ModelSpec) -> list[FeedForward]:
     layers = range(len(spec.layers))
     found = [part for layer in layers for part in (feed_forward(spec, layer), shared_feed_forward(spec, layer))]
     return [part for part in found if part is not None]
+
+
+def macs_per_token(spec: ModelSpec) -> float:
+    """Multiply-accumulates of weights per token: all matrices but the embedding, a router, top-k experts."""
+    dense = sum(prod(tensor.shape) for tensor in tensors(spec) if len(tensor.shape) == 2 and tensor.name != "embedding")
+    head = spec.hidden * spec.vocabulary if spec.tied_embeddings else 0
+    parts = feed_forwards(spec)
+    used = [(spec.top_k if part.kind == "expert" else 1) * 3 * part.hidden * part.width for part in parts]
+    return float(dense + head + sum(used))
 
 
 def check_formats(spec: ModelSpec, formats: Formats) -> None:

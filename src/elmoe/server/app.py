@@ -22,7 +22,7 @@ from elmoe import __version__
 from elmoe.engine.request import Request as EngineRequest
 from elmoe.llm import Model
 from elmoe.server.answers import Answers
-from elmoe.server.bodies import BoundedRoute
+from elmoe.server.bodies import BoundedRoute, Held
 from elmoe.server.engine_thread import Call, EngineThread, Full
 from elmoe.server.errors import ApiError, on_http_error, on_invalid
 from elmoe.server.exchange import Exchange
@@ -102,8 +102,9 @@ class Service:
             raise self.full(len(answers.choices)) from None
         facts = request.scope["facts"]
         exchange = Exchange(
-            self.engine, call, answers, settings.request_seconds, settings.ping_seconds, progress, partial(self.ended, facts)
-        )
+            self.engine, call, answers, settings.request_seconds, settings.event_seconds, settings.ping_seconds, progress,
+            partial(self.ended, facts),
+        )  # fmt: skip
         if stream:
             usage = options is not None and options.include_usage
             return exchange.stream(usage, options is not None and options.continuous_usage_stats)
@@ -141,7 +142,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "A field is wrong.", 401: "The key is missing or wrong.", 404: "There is no such model.",
         408: "The body did not arrive.", 413: "The body is too large.", 415: "The body is no JSON.",
-        429: "The queue is full: see Retry-After.", 500: "The model or the server failed.", 504: "Time is up.",
+        429: "The queue is full, or too much is sent at once: see Retry-After.", 500: "The model or the server failed.",
+        504: "Time is up.",
     }.items()
 }  # fmt: skip
 
@@ -150,8 +152,8 @@ def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _ERRORS[status] for status in statuses}
 
 
-_READ, _WRITTEN = _responses(401), _responses(400, 401, 408, 413, 415)
-_SERVED = _WRITTEN | _responses(404, 429, 500, 504)
+_READ, _WRITTEN = _responses(401), _responses(400, 401, 408, 413, 415, 429)
+_SERVED = _WRITTEN | _responses(404, 500, 504)
 
 
 def create_app(model: Model, settings: Settings) -> FastAPI:
@@ -169,7 +171,7 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
         title="elmoe", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Mixture-of-Experts models behind OpenAI's wire format.",
     )  # fmt: skip
-    app.state.service, app.state.settings = Service(model, settings), settings
+    app.state.service, app.state.settings, app.state.held = Service(model, settings), settings, Held()
     app.router.route_class = BoundedRoute
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -1,4 +1,4 @@
-"""Reading bodies: bounded in size, time and depth, strict JSON alone."""
+"""Reading bodies: bounded in size, time and depth, one by one and together; strict JSON alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,18 @@ from elmoe.untrusted import load_object
 _CLOSE = {"connection": "close"}
 
 
+class Held:
+    """Bytes of all bodies that an application holds."""
+
+    bytes = 0
+
+
 class BoundedRequest(Request):
     """A request whose body may not be larger, slower or deeper than the settings say."""
 
     _whole: bytes | None = None
+    held = 0
+    """Bytes of the body so far."""
 
     async def body(self) -> bytes:
         """The whole body."""
@@ -44,13 +52,23 @@ class BoundedRequest(Request):
         return self._whole
 
     async def _bounded(self, settings: Settings) -> bytes:
-        parts, size = [], 0
+        parts: list[bytes] = []
+        all_: Held = self.app.state.held
         async for part in self.stream():
             parts.append(part)
-            size += len(part)
-            if size > settings.body_bytes:
+            self.held += len(part)
+            all_.bytes += len(part)
+            if self.held > settings.body_bytes:
                 raise _too_large(settings)
+            if all_.bytes > max(settings.all_body_bytes, settings.body_bytes):
+                told = f"all bodies together are larger than {format_bytes(settings.all_body_bytes)}: try again"
+                raise ApiError(429, told, None, "too_many_bodies", _CLOSE | {"retry-after": "1"})
         return b"".join(parts)
+
+    def forget(self) -> None:
+        """The body is not needed any more."""
+        self.app.state.held.bytes -= self.held
+        self.held = 0
 
     async def json(self) -> Any:
         """The body as an object."""
@@ -74,6 +92,10 @@ class BoundedRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
-            return await handler(BoundedRequest(request.scope, request.receive))
+            own = BoundedRequest(request.scope, request.receive)
+            try:
+                return await handler(own)
+            finally:
+                own.forget()
 
         return bounded

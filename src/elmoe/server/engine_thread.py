@@ -68,7 +68,7 @@ class Call:
         self.first_token: float | None = None
         self.last_token: float | None = None
         self._outputs: list[tuple[int, Output]] = []
-        self._changed = asyncio.Event()
+        self._changed, self._over = asyncio.Event(), asyncio.Event()
 
     @property
     def under_way(self) -> bool:
@@ -88,6 +88,13 @@ class Call:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    async def gather(self, seconds: float) -> None:
+        """Let outputs gather for so long, or until all answers have ended."""
+        if seconds > 0 and self.running:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._over.wait()
+
     def wake(self) -> None:
         """Let :meth:`take` return."""
         self._changed.set()
@@ -98,6 +105,8 @@ class Call:
             self.running -= 1
             if output.result.error is not None:
                 self.end(output.result.error)
+            elif not self.running:
+                self._over.set()
         self._outputs.append((index, output))
         self._changed.set()
 
@@ -105,6 +114,7 @@ class Call:
         """End it with an error; the first one counts."""
         self.error = self.error or error
         self._changed.set()
+        self._over.set()
 
 
 class EngineThread:

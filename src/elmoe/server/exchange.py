@@ -37,16 +37,17 @@ def as_api_error(error: BaseException, seconds: float) -> ApiError:
 class Exchange:
     """Serves one call.
 
-    :param pings: seconds of silence after which a stream gets a comment. :param progress: whether a stream tells how much of
+    :param gather: least seconds between events of a stream, but for the last. :param pings: seconds of silence after which
+        a stream gets a comment. :param progress: whether a stream tells how much of
         its prompts is computed. :param ended: told once when the call is over, with what ended it before its time.
     """
 
     def __init__(
-        self, engine: EngineThread, call: Call, answers: Answers, seconds: float, pings: float, progress: bool,
-        ended: Callable[[Call, Answers, BaseException | None], None],
+        self, engine: EngineThread, call: Call, answers: Answers, seconds: float, gather: float, pings: float,
+        progress: bool, ended: Callable[[Call, Answers, BaseException | None], None],
     ) -> None:  # fmt: skip
         self._engine, self._call, self._answers, self._seconds = engine, call, answers, seconds
-        self._pings, self._progress, self._ended = pings, progress, ended
+        self._gather, self._pings, self._progress, self._ended = gather, pings, progress, ended
 
     @asynccontextmanager
     async def _present(self, receive: Receive) -> AsyncIterator[None]:
@@ -118,6 +119,7 @@ class Exchange:
                         data = f": {done} of {answers.prompt_tokens} prompt tokens are computed\n\n".encode()
                     if data:
                         await write(data)
+                        await call.gather(self._gather - (perf_counter() - sent))
         except Gone:
             return
         except Exception as error:

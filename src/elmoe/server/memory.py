@@ -7,6 +7,7 @@ disk, and the fast tier gets what program and buffers leave.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from elmoe.engine.kv_cache import PAGE_POSITIONS, pages_for
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.tier import tier_sizes
 from elmoe.errors import BudgetError, StoreError
-from elmoe.kernels import threads
-from elmoe.measure.probe import disk_bandwidth, memory_bandwidth
+from elmoe.measure.probe import disk_bandwidth
+from elmoe.measure.speeds import Speeds, kept, measure, store_digest
 from elmoe.models.spec import ModelSpec
 from elmoe.opening import HEADROOM
 from elmoe.policy.budget import FastTierSizes, prefill_chunk
 from elmoe.server.metrics import resident
-from elmoe.store import available_memory
+from elmoe.store import available_memory, open_store
 from elmoe.store.reader import MemoryReader
 from elmoe.units import format_bytes
 
@@ -36,15 +37,49 @@ KV_SHARE = 0.25
 """Largest share of a fast tier that the KV cache may take beyond that, where experts are read."""
 PROBE_BYTES = 64 << 20
 """Bytes that are read to measure a bandwidth."""
-CHUNKED_PROMPT = 1000
-"""Tokens of the prompt whose time is forecast."""
+PROMPT = 1000
+"""Tokens of the prompt whose time is forecast, where the context holds so many."""
+BUFFERED_RATE = 1e9
+"""Bytes per second that are expected of a file system that refuses direct reads."""
+
+
+def _rounded(value: float) -> str:
+    """Two digits: an estimate has no more."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds: of a token of one answer without drafts, computing and reading; of a prompt of ``prompt`` tokens likewise.
+    ``why``: what they are made of."""
+
+    decode: float
+    decode_reads: float
+    prompt: int
+    prompt_seconds: float
+    prompt_reads: float
+    why: str
+
+    def facts(self) -> dict[str, str]:
+        """In words, for the log."""
+        token, prompt = self.decode + self.decode_reads, self.prompt_seconds + self.prompt_reads
+        read = ""
+        if self.decode_reads:
+            read = (
+                f"; of a token {_rounded(1e3 * self.decode)} ms compute and {_rounded(1e3 * self.decode_reads)} ms read, of "
+                f"the prompt {_rounded(self.prompt_seconds)} s and {_rounded(self.prompt_reads)} s"
+            )
+        return {
+            "tokens_per_second": f"about {_rounded(1 / token)} of one answer without drafts",
+            "first_token": f"after about {_rounded(prompt)} s behind a prompt of {self.prompt} tokens",
+            "why": self.why + read,
+        }
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What will be in memory, bytes. ``whole``: the store is mapped. ``resident_share``: of the bytes of experts that the
-    fast tier holds. ``decode_seconds``: of a token of one sequence; ``prompt_seconds``: of reading the experts of a prompt
-    of ``CHUNKED_PROMPT`` tokens, 0 where all are in memory."""
+    """What will be in memory, bytes, and how long things will take. ``whole``: the store is mapped. ``resident_share``: of
+    the bytes of experts that the fast tier holds."""
 
     memory: int
     program: int
@@ -55,8 +90,7 @@ class Forecast:
     experts: int
     whole: bool
     resident_share: float
-    decode_seconds: float
-    prompt_seconds: float
+    times: Times
 
     @property
     def fast(self) -> int:
@@ -71,10 +105,7 @@ class Forecast:
         }  # fmt: skip
         facts = {name: format_bytes(value).replace(" ", "") for name, value in parts.items()}
         facts["experts_in_memory"] = f"{100 * self.resident_share:.0f}%"
-        facts["tokens_per_second"] = f"about {1 / self.decode_seconds:.3g} of one answer without drafts"
-        if self.prompt_seconds:
-            facts[f"prompt_of_{CHUNKED_PROMPT}_tokens"] = f"at least {self.prompt_seconds:.2g} s of reading"
-        return facts
+        return facts | self.times.facts()
 
 
 def buffer_bytes(spec: ModelSpec, options: EngineOptions, chunk: int) -> int:
@@ -102,8 +133,8 @@ def forecast(reader: MemoryReader, store_bytes: int, options: EngineOptions, mem
     left = given - program - buffers
     if left - store_bytes >= least_kv:
         kv = min(most_kv, (left - store_bytes) // page * page)
-        parts = Forecast(given, program, buffers, sizes.dense, kv, 0, store_bytes - sizes.dense, True, 1.0, 0, 0)
-        return _timed(parts, reader, sizes)
+        times = _times(reader, sizes, 1.0)
+        return Forecast(given, program, buffers, sizes.dense, kv, 0, store_bytes - sizes.dense, True, 1.0, times)
     if not spec.moe_layers:
         raise _too_little(given, program + buffers + store_bytes + least_kv, "the model has no experts that could be read")
     buffers = buffer_bytes(spec, options, options.prefill_chunk or _chunk(spec, reads=True))
@@ -115,8 +146,8 @@ def forecast(reader: MemoryReader, store_bytes: int, options: EngineOptions, mem
     kv = min(most_kv, (least_kv + spare) // page * page)
     experts = fast - sizes.fixed - kv
     share = min(1.0, experts / max(1, sizes.all_experts))
-    parts = Forecast(given, program, buffers, sizes.dense, kv, sizes.staging, experts, False, share, 0, 0)
-    return _timed(parts, reader, sizes)
+    times = _times(reader, sizes, share)
+    return Forecast(given, program, buffers, sizes.dense, kv, sizes.staging, experts, False, share, times)
 
 
 def _too_little(given: int, needed: int, why: str) -> BudgetError:
@@ -145,18 +176,29 @@ def _tokenizer_bytes(path: Path) -> int:
         return 0
 
 
-def _timed(parts: Forecast, reader: MemoryReader, sizes: FastTierSizes) -> Forecast:
-    """With times: what a token touches over the bandwidth of memory, what it misses over that of the disk. Misses are as if
-    all experts were used alike; real routing repeats itself, so that fewer are read."""
-    touched = sizes.dense + sizes.top_k * (sum(sizes.msb) + sum(sizes.lsb))
-    missed = (1 - parts.resident_share) * (touched - sizes.dense)
-    disk, chunks = 1e9, -(-CHUNKED_PROMPT // _chunk(reader.spec, reads=True))
+def _times(reader: MemoryReader, sizes: FastTierSizes, share: float) -> Times:
+    """What this machine's kept speeds foretell (see ``measure.speeds``), and what reading adds: misses are as if all experts
+    were used alike; real routing repeats itself, so that fewer are read."""
+    speeds = kept(reader.path) or _of_demo()
+    decode, each = speeds.scaled(reader)
+    same = speeds.store == store_digest(reader.path)
+    why = f"measured on {'this store' if same else repr(speeds.name)}, {speeds.measured}"
+    if not same:
+        why += f", scaled: elmoe doctor --store {reader.path.name} measures this one"
+    prompt = min(PROMPT, reader.spec.max_positions - 1)
+    missed, disk = 1 - share, BUFFERED_RATE
     if missed:
-        largest = max(reader.manifest.files, key=lambda file: file.bytes)
-        try:
+        with suppress(StoreError):
+            largest = max(reader.manifest.files, key=lambda file: file.bytes)
             disk = disk_bandwidth(reader.path / largest.name, PROBE_BYTES)
-        except StoreError:  # through the page cache then
-            disk = 1e9
-    decode = touched / memory_bandwidth(PROBE_BYTES, threads()) + missed / disk
-    prompt = chunks * (1 - parts.resident_share) * sizes.all_experts / disk
-    return replace(parts, decode_seconds=decode, prompt_seconds=prompt)
+        why += f", {disk / 1e9:.2g} GB/s of disk"
+    chunks = -(-prompt // _chunk(reader.spec, reads=True))
+    token = sizes.top_k * (sum(sizes.msb) + sum(sizes.lsb))
+    reads = missed * token / disk, chunks * missed * sizes.all_experts / disk
+    return Times(decode, reads[0], prompt, prompt * each, reads[1], why)
+
+
+def _of_demo() -> Speeds:
+    """Speeds of the embedded model, measured at once: nothing was kept."""
+    with open_store("demo") as reader:
+        return measure(reader, repeats=1)

@@ -75,7 +75,7 @@ class Translator:
                 for name, one in ((f"prompt.{index}", one) for index, one in enumerate(prompt))
             ]
         given = {"logprobs": body.logprobs or 0, "max_tokens": body.max_tokens or COMPLETION_TOKENS}
-        return self._requests(prompts, body, given)
+        return self._requests(prompts, body, given | _format(body))
 
     def chat_prompt(self, messages: Iterable[Message], variables: Mapping[str, Any] | None) -> Prompt:
         """A chat as tokens."""
@@ -121,7 +121,7 @@ class Translator:
                     f"prompt may have (the context of {self.context} holds the answer, too): shorten it", prompt.field,
                     "context_length_exceeded",
                 )  # fmt: skip
-        model, field = self._model, "response_format" if "json_schema" in given else None
+        model, field = self._model, None if body.response_format is None else "response_format"
         try:
             params = SamplingParams(**self._sampling(body, given)).seeded()
             requests = numbered(params.request(prompt.tokens, model.tokenizer, model.grammars) for prompt in prompts)
@@ -129,6 +129,8 @@ class Translator:
             for request in requests:
                 request.check(model.spec.vocabulary, model.spec.max_positions)
         except (RequestError, BudgetError) as error:
+            first = str(error).partition(" ")[0]
+            field = first if first in SamplingBody.model_fields else field
             raise ApiError(400, with_hint(str(error), error.hint), field, "invalid_value") from None
         return requests
 
@@ -158,7 +160,7 @@ def _plain(message: Message) -> dict[str, Any]:
     return {"role": role, "content": text} | {name: value for name, value in further.items() if value is not None}
 
 
-def _format(body: ChatBody) -> dict[str, Any]:
+def _format(body: SamplingBody) -> dict[str, Any]:
     """What the answer has to be, as sampling parameters."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":

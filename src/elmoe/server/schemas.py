@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
+from elmoe.engine.request import LEAST_TEMPERATURE
 from elmoe.server.settings import LONGEST_STOP, MOST_BIASES, MOST_MESSAGES, MOST_PROMPTS, MOST_STOPS
 
 
@@ -24,6 +25,22 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+
+
+class SchemaBody(Body):
+    """A JSON schema that the answer obeys."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What the answer is: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaBody | None = None
 
 
 class SamplingBody(Body):
@@ -48,9 +65,17 @@ class SamplingBody(Body):
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = Field(
         None, description="Most tokens of an answer. Default of a chat: what the context holds; of a completion: 16."
     )
+    response_format: ResponseFormat | None = None
     ignore_eos: bool | None = Field(None, description="Go on behind the model's end, to measure.")
     return_progress: bool | None = Field(None, description="Events of a stream that tell how much of a prompt is computed.")
     user: str | None = Field(None, description="Not used.")
+
+    @field_validator("temperature")
+    @classmethod
+    def _far_from_zero(cls, temperature: float | None) -> float | None:
+        if temperature is not None and 0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"use 0 for the most likely tokens, or at least {LEAST_TEMPERATURE}")
+        return temperature
 
     @field_validator("logit_bias")
     @classmethod
@@ -77,22 +102,6 @@ class Message(Body):
     reasoning_content: str | None = Field(None, description="Handed to the chat template.")
 
 
-class SchemaBody(Body):
-    """A JSON schema that the answer obeys."""
-
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """What the answer is: text, any JSON object, or JSON of a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: SchemaBody | None = None
-
-
 class ChatBody(SamplingBody):
     """``POST /v1/chat/completions``."""
 
@@ -100,7 +109,6 @@ class ChatBody(SamplingBody):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = Field(None, description="As `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
     metadata: dict[str, str] | None = Field(None, description="Not used.")
     store: Literal[False] | None = Field(None, description="Nothing is stored.")
