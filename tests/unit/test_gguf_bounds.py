@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType as TensorType
 
 from elmoe.convert import convert_checkpoint
 from elmoe.errors import ConvertError
-from tests.unit.test_gguf import random_parts, write_gguf
+from tests.gguf_files import random_parts, write_gguf
 
 
 @pytest.mark.parametrize("shape", [(64,), (300, 2, 32)])
