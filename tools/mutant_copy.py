@@ -1,0 +1,127 @@
+"""A copy of the package and the tests, in which one mutant at a time lives; its processes are timed in processor time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
+
+from tools.mutant_tests import FOLDERS, SETTINGS, START, digest
+
+ROOT = Path(__file__).resolve().parents[1]
+LOOK = 0.25
+"""Seconds between two looks at a process."""
+STILL = 240
+"""Looks at a process that uses no processor time before it counts as one that waits for ever."""
+GAP = 5.0
+"""Seconds between two looks after which this process must have been stopped: tests that wait by the clock may then fail."""
+TIMES, MORE = 4.0, 20.0
+"""A test is late after so many times its seconds, and so many more."""
+
+
+def late_after(seconds: float) -> float:
+    """Seconds of processor time after which a test that takes ``seconds`` is late."""
+    return TIMES * seconds + MORE
+
+
+def family(process: int) -> list[int]:
+    """A process and those that it has started, and they."""
+    found = [process]
+    for one in found:
+        for task in Path(f"/proc/{one}/task").glob("*"):
+            with suppress(OSError):
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def used(process: int) -> float:
+    """Seconds of processor time of a process and its family, also of those that have ended."""
+    ticks = 0
+    for one in family(process):
+        with suppress(OSError):
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Copy:
+    """A folder with the package, the tests and the built module."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.package = folder, folder / "src" / "elmoe"
+        skipped = shutil.ignore_patterns("__pycache__", ".venv", "build", ".git", ".hypothesis")
+        shutil.copytree(ROOT, folder, ignore=skipped, dirs_exist_ok=True)
+        import elmoe._native as native  # noqa: TID251 - where the built module lies
+
+        shutil.copy(native.__file__, self.package)
+        # In place of the finder of the editable installation, which would find the original.
+        (folder / "src" / "_editable_skbc_elmoe.py").write_text("")
+        self.environment = os.environ | {
+            "PYTHONPATH": f"{folder / 'src'}{os.pathsep}{folder}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp",
+        }
+        self.command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.mutant_plugin"]
+
+    def record(self, results: Path, packages: tuple[str, ...]) -> None:
+        """Run the quick tests once, and write which lines each runs."""
+        shutil.rmtree(results, ignore_errors=True)
+        results.mkdir(parents=True)
+        measured = "".join(f"\n    {self.package / package}/*" for package in packages)
+        settings = self.folder / "coverage.cfg"
+        settings.write_text(SETTINGS.format(folder=results, packages=measured))
+        (self.folder / "src" / "sitecustomize.py").write_text(START)
+        environment = self.environment | {"COVERAGE_PROCESS_START": str(settings), "ELMOE_RECORD": str(results)}
+        tests = [f"tests/{name}" for name in FOLDERS]
+        subprocess.run([*self.command, "-n", "2", "--dist", "loadfile", *tests], cwd=self.folder, env=environment)
+        (self.folder / "src" / "sitecustomize.py").unlink()
+        digest(results, self.package)
+
+    def run(self, tests: dict[str, float], module: str, change: Callable[[str], str]) -> tuple[str, float, str]:
+        """(outcome, seconds of processor time, last test) of tests, whose seconds are known, with a module changed."""
+        path = self.package / module
+        original = path.read_text()
+        path.write_text(change(original))
+        try:
+            outcome, seconds, stopped = self._run(tests)
+            if stopped and outcome != "survived":
+                outcome, seconds, _ = self._run(tests)
+        finally:
+            path.write_text(original)
+        failed = self.folder / "failed"
+        return outcome, seconds, failed.read_text() if failed.exists() and outcome != "survived" else ""
+
+    def _run(self, tests: dict[str, float]) -> tuple[str, float, bool]:
+        """(outcome, seconds, whether this process was stopped meanwhile)."""
+        chosen, failed = self.folder / "chosen.json", self.folder / "failed"
+        failed.unlink(missing_ok=True)
+        chosen.write_text(json.dumps({test: late_after(seconds) for test, seconds in tests.items()}))
+        files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+        process = subprocess.Popen(
+            [*self.command, "-x", *files], cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=self.environment | {"ELMOE_CHOSEN": str(chosen), "ELMOE_FAILED": str(failed)},
+        )  # fmt: skip
+        most, seconds, still, stopped, looked = late_after(sum(tests.values())), 0.0, 0, False, monotonic()
+        while (code := process.poll()) is None:
+            sleep(LOOK)
+            stopped |= monotonic() - looked > GAP
+            looked, before, seconds = monotonic(), seconds, max(seconds, used(process.pid))
+            still = still + 1 if seconds <= before else 0
+            if seconds > most or still > STILL:
+                for one in family(process.pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(one, signal.SIGKILL)
+                process.wait()
+                return "late", seconds, stopped
+        if code == -signal.SIGPROF:
+            return "late", seconds, stopped
+        if code == 5:
+            raise RuntimeError(f"pytest found none of the tests {list(tests)[:3]}")
+        return "survived" if code == 0 else "killed", seconds, stopped
