@@ -69,6 +69,9 @@ class Copy:
             "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp",
         }
         self.command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.mutant_plugin"]
+        # Compiled once: a changed module is newer than what was compiled of it.
+        compiling = {name: value for name, value in self.environment.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        subprocess.run([*self.command, "--collect-only", "tests"], cwd=folder, env=compiling, stdout=subprocess.DEVNULL)
 
     def record(self, results: Path, packages: tuple[str, ...]) -> None:
         """Run the quick tests once, and write which lines each runs."""
@@ -104,10 +107,11 @@ class Copy:
         failed.unlink(missing_ok=True)
         chosen.write_text(json.dumps({test: late_after(seconds) for test, seconds in tests.items()}))
         files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
+        command = [*self.command, "-x", "-p", "no:xdist", "-p", "no:anyio", *files]
+        environment = self.environment | {"ELMOE_CHOSEN": str(chosen), "ELMOE_FAILED": str(failed)}
         process = subprocess.Popen(
-            [*self.command, "-x", *files], cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env=self.environment | {"ELMOE_CHOSEN": str(chosen), "ELMOE_FAILED": str(failed)},
-        )  # fmt: skip
+            command, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         most, seconds, still, stopped, looked = late_after(sum(tests.values())), 0.0, 0, False, monotonic()
         while (code := process.poll()) is None:
             sleep(LOOK)
