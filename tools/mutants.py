@@ -154,7 +154,7 @@ def judge(copy: Copy, mutant: Mutant, lines: Lines, budget: float) -> dict[str, 
     line = asdict(mutant) | {"tests": len(tests), "left_out": left_out}
     if not tests:
         return line | {"outcome": "survived", "seconds": 0.0, "by": "no test runs the line"}
-    outcome, seconds, by = copy.run(tests, mutant.module, mutant.applied)
+    outcome, seconds, by = copy.run(tests, mutant.module, mutant.line, mutant.applied)
     return line | {"outcome": outcome, "seconds": round(seconds, 1), "by": by}
 
 
@@ -196,6 +196,8 @@ def main() -> int:
             print(f"{line['outcome']} {line['seconds']} s {line['by']}: {mutant.name[:150]}", flush=True)
 
         list(pool.map(work, left))
+        for copy in copies:
+            copy.close()
     judged = [done[one.name] for one in drawn if one.name in done]
     survived = [line for line in judged if line["outcome"] == "survived"]
     print(f"{len(judged)} of {len(drawn)} mutants judged, {len(judged) - len(survived)} killed, {len(survived)} survived")
