@@ -18,6 +18,7 @@ import pytest
 from elmoe import bitslice
 from elmoe.bitslice import NestedMatrix
 from elmoe.convert import convert_checkpoint
+from elmoe.convert import source as source_module
 from elmoe.convert.file_reading import SourceFile
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
@@ -427,3 +428,12 @@ def test_null_means_the_default(key):
     config = tiny_config(hidden_size=64)
     config.pop(key, None)
     assert spec_of_config(config | {key: None}) == spec_of_config(config)
+
+
+def test_a_tensor_that_is_quantised_in_pieces_is_the_same(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "source", tiny_config(moe_intermediate_size=40))
+    convert_checkpoint(tmp_path / "source", tmp_path / "whole")
+    for pieces in (1, 3 * 64 * 16):  # pieces of the fewest rows, and of a few blocks of them
+        monkeypatch.setattr(source_module, "PIECE", pieces)
+        convert_checkpoint(tmp_path / "source", tmp_path / str(pieces))
+        assert content(tmp_path / str(pieces)) == content(tmp_path / "whole")
