@@ -102,9 +102,6 @@ class Copy:
         }
         self.command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         self._server: subprocess.Popen[bytes] | None = None
-        # Compiled once: a changed module is newer than what was compiled of it.
-        compiling = {name: value for name, value in self.environment.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        subprocess.run([*self.command, "--collect-only", "tests"], cwd=folder, env=compiling, stdout=subprocess.DEVNULL)
 
     def record(self, results: Path, packages: tuple[str, ...]) -> None:
         """Run the quick tests once, and write which lines each runs."""

@@ -26,7 +26,6 @@ import elmoe
 from elmoe import kernels
 
 SOURCE = Path(elmoe.__file__).parent
-Codes = dict[tuple[str, int], list[types.CodeType]]
 
 
 def outermost(text: str, line: int) -> tuple[str, int] | None:
@@ -69,6 +68,7 @@ class Server:
     def __init__(self, asked: int, answered: int) -> None:
         self.asked, self.answered = os.fdopen(asked), os.fdopen(answered, "w")
         self.original: dict[str, str] = {}
+        self.living: dict[tuple[str, str, int], list[types.FunctionType]] = {}
         self.failed = False
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -80,6 +80,11 @@ class Server:
                 importlib.import_module(f"elmoe.{package}.{path.stem}" if path.stem != "__init__" else f"elmoe.{package}")
                 self.original[f"{package}/{path.name}"] = path.read_text()
         self.items = {item.nodeid: item for item in session.items}
+        for one in gc.get_objects():
+            if isinstance(one, types.FunctionType):
+                code = one.__code__
+                self.living.setdefault((code.co_filename, code.co_qualname, code.co_firstlineno), []).append(one)
+        gc.freeze()  # collections in a fork would copy all of the memory
         threads = kernels.threads()
         self.tell(ready=len(self.items))
         for line in self.asked:
@@ -135,13 +140,7 @@ class Server:
             old, new = (code_of(text, str(path), *place) for text in (before, after))
         except (SyntaxError, IndexError):
             return False
-        living = [
-            one
-            for one in gc.get_objects()
-            if isinstance(one, types.FunctionType)
-            and (one.__code__.co_filename, one.__code__.co_qualname) == (str(path), old.co_qualname)
-            and one.__code__.co_firstlineno == old.co_firstlineno
-        ]
+        living = self.living.get((str(path), old.co_qualname, old.co_firstlineno), [])
         try:
             for one in living:
                 one.__code__ = new
