@@ -1,4 +1,4 @@
-"""What the offloading benchmarks run on, made once: stores of real shapes with random weights, and traces of the demo model."""
+"""What the offloading benchmarks run on, made once: stores of real shapes with random weights, traces of the demo model."""
 
 from __future__ import annotations
 
