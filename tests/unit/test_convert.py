@@ -200,6 +200,7 @@ def test_incomplete_and_damaged_checkpoints_are_named(tmp_path):
         r"embed_tokens.* damaged shape": lambda source: edit(source, data_offsets=[0, 4, 8]),
         r"embed_tokens.* damaged shape ": lambda source: edit(source, dtype=["F32"]),
         r"embed_tokens.* damaged shape or": lambda source: edit(source, shape=10**30),
+        r"embed_tokens.*a damaged shape": lambda source: edit(source, shape=[1] * 7 + [300, 48]),
         "'tokenizer.json' is not": lambda source: cut(source / "tokenizer.json"),
         "tokenizer.json' is a Git LFS pointer": lambda source: (source / "tokenizer.json").write_text(LFS_POINTER),
         "no safetensors file": lambda source: (source / first).write_text(LFS_POINTER),
