@@ -32,6 +32,15 @@ def _used(item: Any) -> list[str]:
     return [shared_name(one) for one in found if one.scope != "function"]
 
 
+def limits_of(chosen: dict[str, float], known: list[str]) -> dict[str, float]:
+    """Seconds of tests that are named, or whose file is; those that are not known are left out."""
+    found: dict[str, float] = {}
+    for name, seconds in chosen.items():
+        tests = [test for test in known if test == name or test.startswith(f"{name}::")]
+        found |= {test: seconds for test in tests if test not in found}
+    return found
+
+
 class Record:
     """Names contexts, and notes the tests."""
 
@@ -81,8 +90,9 @@ class Chosen:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        order = {name: at for at, name in enumerate(self.limits)}
-        items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
+        found = {item.nodeid: item for item in items}
+        self.limits = limits_of(self.limits, list(found))
+        items[:] = [found[name] for name in self.limits]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:

@@ -24,6 +24,7 @@ import pytest
 
 import elmoe
 from elmoe import kernels
+from tools.mutant_plugin import limits_of
 
 SOURCE = Path(elmoe.__file__).parent
 
@@ -112,12 +113,13 @@ class Server:
             return 9
         factory: Any = session.config._tmp_path_factory  # type: ignore[attr-defined]
         factory._basetemp, factory._given_basetemp = None, Path(temporary)
-        chosen = [self.items[name] for name in tests if name in self.items]
+        limits = limits_of(tests, list(self.items))
+        chosen = [self.items[name] for name in limits]
         if not chosen:
             return 5
         for item, after in zip(chosen, [*chosen[1:], None], strict=True):
             Path(failed).write_text(item.nodeid)  # where the process ends with it
-            signal.setitimer(signal.ITIMER_PROF, tests[item.nodeid])  # its signal ends the process
+            signal.setitimer(signal.ITIMER_PROF, limits[item.nodeid])  # its signal ends the process
             try:
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
             except BaseException:  # a change that ends pytest is noticed too

@@ -32,6 +32,10 @@ BUDGET = 120.0
 """Most seconds that the tests of a mutant take without it, unless ``--budget`` says more; further tests are left out."""
 _ENGINE = ("unit/test_step", "unit/test_engine", "unit/test_llm", "unit/test_direct", "kernels/test_forward")
 _STORE = ("unit/test_store", "unit/test_writer", "unit/test_convert", "unit/test_slow_tier")
+ASSUMED = 5.0
+"""Seconds of a test that is newer than the recording."""
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.json")
+"""Mutants that no test should notice: by name, the reason."""
 _GGUF = ("unit/test_gguf", "unit/test_gguf_refusals", "unit/test_gguf_formats", "unit/test_gguf_tokenizers")
 _CONVERT = ("unit/test_convert", "unit/test_import", *_GGUF)
 _SIMULATION = (
@@ -148,9 +152,10 @@ def chosen(mutant: Mutant, lines: Lines, budget: float) -> tuple[dict[str, float
     return found, left_out
 
 
-def judge(copy: Copy, mutant: Mutant, lines: Lines, budget: float) -> dict[str, object]:
+def judge(copy: Copy, mutant: Mutant, lines: Lines, budget: float, also: list[str]) -> dict[str, object]:
     """The mutant with its outcome: killed, late or survived, ``by`` the test that failed last, of so many ``tests``."""
     tests, left_out = chosen(mutant, lines, budget)
+    tests = dict.fromkeys(also, ASSUMED) | tests
     line = asdict(mutant) | {"tests": len(tests), "left_out": left_out}
     if not tests:
         return line | {"outcome": "survived", "seconds": 0.0, "by": "no test runs the line"}
@@ -168,6 +173,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, help="most seconds that a mutant's tests take without it")
     parser.add_argument("--record", action="store_true", help="record anew which tests run which lines")
     parser.add_argument("--again", action="store_true", help="try those that survived once more")
+    parser.add_argument("--also", nargs="*", default=[], help="files of tests that are newer than the recording, run first")
     parser.add_argument("--unchanged", action="store_true", help="run the tests without the changes: none may fail")
     parser.add_argument("--results", type=Path, default=WORK / "results.jsonl")
     arguments = parser.parse_args()
@@ -188,7 +194,7 @@ def main() -> int:
                 return
             copy = free.pop()
             one = replace(mutant, new=mutant.old) if arguments.unchanged else mutant
-            line = judge(copy, one, lines, arguments.budget)
+            line = judge(copy, one, lines, arguments.budget, arguments.also)
             free.append(copy)
             done[mutant.name] = line
             with results.open("a") as file:
@@ -200,7 +206,11 @@ def main() -> int:
             copy.close()
     judged = [done[one.name] for one in drawn if one.name in done]
     survived = [line for line in judged if line["outcome"] == "survived"]
+    reasons = json.loads(EQUIVALENT.read_text())
+    for line in survived:
+        print(f"{reasons.get(line['name'], 'A TEST IS MISSING')}: {line['name'][:150]}")
     print(f"{len(judged)} of {len(drawn)} mutants judged, {len(judged) - len(survived)} killed, {len(survived)} survived")
+    print(f"{sum(line['name'] in reasons for line in survived)} of the survivors change nothing that a test should notice")
     return 0
 
 
