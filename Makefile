@@ -64,8 +64,12 @@ soak: .venv/.test ## half an hour of a server at twice its capacity
 	$(BIN)/python -m tests.server.soak --seconds $(SOAK_SECONDS)
 
 # Hours; results are kept in build/mutants, and a run that was stopped goes on.
-mutants: .venv/.test ## a sample of changes of the source, each of which a test must notice
+mutants: .venv/.mutants ## a sample of changes of the source, each of which a test must notice
 	$(BIN)/python -m tools.mutants
+
+.venv/.mutants: .venv/.test
+	$(BIN)/python -m pip install --quiet "coverage>=7.10"
+	touch $@
 
 # llama.cpp, to compare with (about 16 minutes, once).
 peers: .venv/.installed ## build llama.cpp for the benchmarks

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from bench.machine_load import observed, wait_for_calm
-from bench.offload import SHAPES, run_elmoe
+from bench.offload_stores import SHAPES, run_elmoe
 from bench.peer_llama import ATTEMPTS, REPACK, PeerError, run
 from bench.random_tokens import RandomTokens
 from elmoe import kernels

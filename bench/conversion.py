@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from bench.llama_offload import evict
-from bench.offload import SHAPES
+from bench.offload_stores import SHAPES
 from bench.peer_llama import run
 from bench.quantisations import shapes_of, write_store
 from elmoe.convert.gguf_export import export_store

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,12 +23,12 @@ from typing import Any
 
 from bench import llama_offload
 from bench.ceilings import Ceilings
+from bench.offload_stores import PROMPT_TOKENS, SEQUENCES, TRACE_TOKENS, parse_budget, recorded_traces, skewed_store
 from bench.own_routing import by_its_own, random_prompts
 from bench.prompts import prompts_of
-from bench.quantisations import NAMES, SkewedRouters, shapes_of, write_store
+from bench.quantisations import NAMES
 from elmoe import kernels
 from elmoe.bitslice import SamplingParameters
-from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
@@ -40,13 +38,10 @@ from elmoe.measure.replay import ReplayBackend
 from elmoe.opening import load_backend
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.store import open_direct, open_store
-from elmoe.store.synthetic import RandomWeights
 from elmoe.terminal import number, print_table, progress_bar
 from elmoe.trace import draft_facts_of_trace, read_trace
 from elmoe.trace.draft_facts import DraftFacts
-from elmoe.units import parse_bytes
 
-SHAPES = Path(__file__).with_name("olmoe_shapes.json")
 SYSTEMS: dict[str, dict[str, Any]] = {
     "naive": {"mode": "plain"},
     "lru": {"mode": "cache", "split": "whole_experts", "residency": ResidencyParameters("lru")},
@@ -56,8 +51,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 FIXED = [name for name in SYSTEMS if name not in ("naive", "lru", "elastic")]
 """The automatic mode's rivals, for --systems."""
-SHARES = (25, 37, 50, 62, 75, 87, 100)
-"""Percent of experts resident while the replayed traces were recorded."""
 TOKENS = {
     "naive": {1: 3, 2: 3, 4: 3, 8: 2, 16: 2},
     "lru": {1: 64, 2: 64, 4: 48, 8: 12, 16: 6},
@@ -70,7 +63,6 @@ have few sequences all systems that cache run equally long."""
 IDEALS = ("clairvoyant", "policy")
 """Ceilings, see bench/ceilings.py."""
 ALL_BATCHES = "1,2,4,8,16"
-SEQUENCES, TRACE_TOKENS, PROMPT_TOKENS = 16, 160, 64
 
 
 def steady_rate(engine: Engine, requests: list[Request]) -> tuple[float, dict[str, Any]]:
@@ -163,56 +155,6 @@ def ceilings_of(facts: list[DraftFacts], engine: Engine, batch: int, rounds: int
     requests = [Request((0,) * PROMPT_TOKENS, TRACE_TOKENS - PROMPT_TOKENS, SamplingParameters())] * batch
     sizes = engine.fitting.sizes(requests)
     return Ceilings(facts, [window(index, batch) for index in range(rounds)], sizes, engine.fitting.budget(sizes))
-
-
-def recorded_traces(folder: Path, prompts: Path | None) -> list[Path]:
-    """Traces of the demo model with a draft from every position, one for each share of resident experts; made once."""
-    text = folder / "prompts.txt"
-    if not text.exists():  # the traces that are there were recorded with the text that is there
-        text.write_text("\n".join(prompts_of(prompts, SEQUENCES)))
-    paths = []
-    for share in SHARES:
-        path = folder / f"demo-{share}.trace"
-        paths.append(path)
-        if not path.exists():
-            run_elmoe(
-                "trace", "record", "demo", str(path), "--prompts", str(text), "--prompt-tokens", str(PROMPT_TOKENS),
-                "--max-tokens", str(TRACE_TOKENS), "--batch", str(SEQUENCES), "--every-position",
-                "--split", "whole_experts", "--fast-memory", f"{share}%",
-            )  # fmt: skip
-    return paths
-
-
-def synthetic_store(folder: Path, layers: int, quantisation: str = "q8_0") -> Path:
-    """A store of OLMoE-1B-7B's shapes; made once."""
-    store = folder / (f"olmoe-{layers}" if quantisation == "q8_0" else f"olmoe-{layers}-{quantisation}")
-    write_store(store, shapes_of(SHAPES, num_hidden_layers=layers), quantisation, RandomWeights(0))
-    return store
-
-
-def skewed_store(folder: Path, layers: int, quantisation: str) -> tuple[Path, Path]:
-    """A store of these shapes whose routers are skewed, and the GGUF file of it; made once."""
-    store = folder / f"olmoe-{layers}-{quantisation}-skewed"
-    # GGUF's qwen3moe rescales the chosen experts' weights
-    spec = shapes_of(SHAPES, num_hidden_layers=layers, norm_topk_prob=True)
-    write_store(store, spec, quantisation, SkewedRouters(0, llama_offload.SKEW))
-    file = store.with_suffix(".gguf")
-    if not file.exists():
-        with open_store(store) as reader:
-            export_store(reader, file)
-    return store, file
-
-
-def parse_budget(text: str, store: Path) -> int:
-    """Bytes, or a share of the model's file such as 30%."""
-    if not text.endswith("%"):
-        return parse_bytes(text)
-    with open_store(store) as reader:
-        return int(float(text[:-1]) / 100 * sum(file.bytes for file in reader.manifest.files))
-
-
-def run_elmoe(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "elmoe.cli.main", *arguments], check=True, stdout=sys.stderr)
 
 
 def compare(

@@ -26,7 +26,8 @@ import numpy as np
 
 from bench.llama_offload import evict
 from bench.lockstep import lockstep_rates
-from bench.offload import recorded_traces, run_elmoe, same, steady_rate, synthetic_store
+from bench.offload import same, steady_rate
+from bench.offload_stores import recorded_traces, run_elmoe, synthetic_store
 from bench.peer_llama import IK, REPACK, Llama, PeerError, run
 from bench.peer_transformers import Transformers
 from bench.quantisations import NAMES

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.offload import recorded_traces, synthetic_store
+from bench.offload_stores import recorded_traces, synthetic_store
 from elmoe import kernels
 from elmoe.engine.engine import Engine
 from elmoe.engine.observe import Timeline

@@ -1,8 +1,10 @@
 """Do the tests bite? A sample of small changes of the source, each of which some test must notice: ``make mutants``.
 
-Each mutant is one change of one expression of a module. A copy of the package with it runs the tests of that module
-(``TESTS``), up to the first that fails. A mutant is killed where a test fails, the tests do not end in time, or the import
-fails. Results are JSON lines in ``build/mutants/results.jsonl``; those there are kept, so that a run can be done in pieces.
+Each mutant is one change of one expression of a module. Tests that run its line (`mutant_tests`) run in a copy of the
+package with it, up to the first that fails: first those in the files of the module (``TESTS``), shortest first. A mutant is
+killed where a test fails, the tests take several times the processor time that they need, or the import fails; it survives
+at once where no test runs its line. Results are JSON lines in ``build/mutants/results.jsonl``; those there are kept, so that
+a run can be done in pieces. Time is processor time: a process that is stopped or waits for others is not late.
 """
 
 from __future__ import annotations
@@ -11,29 +13,31 @@ import argparse
 import ast
 import hashlib
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
 
+from tools.mutant_copy import ROOT, Copy
+from tools.mutant_tests import Lines
 from tools.mutations import changes
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("policy", "engine", "store", "convert", "hw", "systems", "sim")
 WORK = ROOT / "build" / "mutants"
-SECONDS = 240
-"""Most seconds of a mutant's tests, unless ``--limit`` says more for a busy machine."""
+BUDGET = 120.0
+"""Most seconds that the tests of a mutant take without it, unless ``--budget`` says more; further tests are left out."""
 _ENGINE = ("unit/test_step", "unit/test_engine", "unit/test_llm", "unit/test_direct", "kernels/test_forward")
 _STORE = ("unit/test_store", "unit/test_writer", "unit/test_convert", "unit/test_slow_tier")
-_CONVERT = ("unit/test_convert", "unit/test_import", "unit/test_gguf")
+ASSUMED = 5.0
+"""Seconds of a test that is newer than the recording."""
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.json")
+"""Mutants that no test should notice: by name, the reason."""
+_GGUF = ("unit/test_gguf", "unit/test_gguf_refusals", "unit/test_gguf_formats", "unit/test_gguf_tokenizers")
+_CONVERT = ("unit/test_convert", "unit/test_import", *_GGUF)
 _SIMULATION = (
     "golden/test_simulated", "physics/test_physics", "unit/test_workload", "unit/test_own_hardware", "unit/test_report",
     "smoke/test_simulate", "smoke/test_ground_truth", "physics/test_efficiency",
@@ -62,11 +66,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     "store/direct.py": ("unit/test_direct", "unit/test_slow_tier"),
     "store/synthetic.py": ("unit/test_store", "smoke/test_budget", "smoke/test_cli"),
     "convert": _CONVERT,
-    "convert/gguf_export.py": ("unit/test_gguf", "smoke/test_cli"),
-    "convert/gguf_file.py": ("unit/test_gguf",),
-    "convert/gguf_import.py": ("unit/test_gguf",),
-    "convert/gguf_tokenizer.py": ("unit/test_gguf", "unit/test_tokenizer"),
-    "convert/q8_0.py": ("unit/test_gguf",),
+    "convert/gguf_export.py": (*_GGUF, "smoke/test_cli"),
+    "convert/gguf_file.py": _GGUF,
+    "convert/gguf_import.py": _GGUF,
+    "convert/gguf_tokenizer.py": (*_GGUF, "unit/test_tokenizer"),
+    "convert/q8_0.py": _GGUF,
     "hw": _SIMULATION,
     "systems": _SIMULATION,
     "sim": _SIMULATION,
@@ -124,60 +128,39 @@ def sample(count: int, seed: int) -> list[Mutant]:
     return list(by_line.values())[:count]
 
 
-def chosen(module: str) -> list[str]:
-    """Files of tests for a module, the most specific first."""
+def listed(module: str) -> list[str]:
+    """Files of tests of a module."""
     package = module.partition("/")[0]
     return [f"tests/{name}.py" for name in TESTS.get(module, TESTS[package])]
 
 
-class Copy:
-    """A copy of the package and the tests, in which one mutant at a time lives."""
+def chosen(mutant: Mutant, lines: Lines, budget: float) -> tuple[dict[str, float], int]:
+    """({test: seconds that it takes}, number of tests left out): in the order in which they should run."""
+    found: dict[str, float] = {}
+    total, left_out, first = 0.0, 0, listed(mutant.module)
+    for group in lines.groups(mutant.module, mutant.line, mutant.column):
+        files: dict[str, list[str]] = {}
+        for test in sorted(group - found.keys(), key=lambda test: (lines.seconds[test], test)):
+            files.setdefault(test.partition("::")[0], []).append(test)
+        for file in sorted(files, key=lambda file: (file not in first, sum(map(lines.seconds.__getitem__, files[file])))):
+            for test in files[file]:
+                if total + lines.seconds[test] > budget:
+                    left_out += 1
+                else:
+                    total += lines.seconds[test]
+                    found[test] = lines.seconds[test]
+    return found, left_out
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.package = folder, folder / "src" / "elmoe"
-        skipped = shutil.ignore_patterns("__pycache__", ".venv", "build", ".git", ".hypothesis")
-        shutil.copytree(ROOT, folder, ignore=skipped, dirs_exist_ok=True)
-        import elmoe._native as native  # noqa: TID251 - where the built module lies
 
-        shutil.copy(native.__file__, self.package)
-        # In place of the finder of the editable installation, which would find the original.
-        (folder / "src" / "_editable_skbc_elmoe.py").write_text("")
-
-    def run(self, tests: list[str], limit: float) -> tuple[str, float]:
-        """(outcome, seconds): survived, killed or late."""
-        paths = f"{self.folder / 'src'}{os.pathsep}{self.folder}"
-        environment = os.environ | {
-            "PYTHONPATH": paths,
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp",
-        }
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        began = monotonic()
-        process = subprocess.Popen(
-            command, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = process.wait(limit)
-            outcome = "survived" if code == 0 else "killed" if code in (1, 2, 3, 4) or code < 0 else f"code {code}"
-        except subprocess.TimeoutExpired:
-            outcome = "late"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-            process.wait()
-        return outcome, monotonic() - began
-
-    def judge(self, mutant: Mutant, tests: list[str], limit: float) -> dict[str, object]:
-        """Run the tests with the mutant in place, for at most ``limit`` seconds."""
-        path = self.package / mutant.module
-        original = path.read_text()
-        path.write_text(mutant.applied(original))
-        try:
-            outcome, seconds = self.run(tests, limit)
-        finally:
-            path.write_text(original)
-        return asdict(mutant) | {"outcome": outcome, "seconds": round(seconds, 1), "tests": tests}
+def judge(copy: Copy, mutant: Mutant, lines: Lines, budget: float, also: list[str]) -> dict[str, object]:
+    """The mutant with its outcome: killed, late or survived, ``by`` the test that failed last, of so many ``tests``."""
+    tests, left_out = chosen(mutant, lines, budget)
+    tests = dict.fromkeys(also, ASSUMED) | tests
+    line = asdict(mutant) | {"tests": len(tests), "left_out": left_out}
+    if not tests:
+        return line | {"outcome": "survived", "seconds": 0.0, "by": "no test runs the line"}
+    outcome, seconds, by = copy.run(tests, mutant.module, mutant.line, mutant.applied)
+    return line | {"outcome": outcome, "seconds": round(seconds, 1), "by": by}
 
 
 def main() -> int:
@@ -187,31 +170,47 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=25)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after these; run again to go on")
-    parser.add_argument("--limit", type=float, default=SECONDS, help="most seconds of a mutant's tests")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="most seconds that a mutant's tests take without it")
+    parser.add_argument("--record", action="store_true", help="record anew which tests run which lines")
     parser.add_argument("--again", action="store_true", help="try those that survived once more")
+    parser.add_argument("--also", nargs="*", default=[], help="files of tests that are newer than the recording, run first")
+    parser.add_argument("--unchanged", action="store_true", help="run the tests without the changes: none may fail")
+    parser.add_argument("--results", type=Path, default=WORK / "results.jsonl")
     arguments = parser.parse_args()
-    results, end = WORK / "results.jsonl", monotonic() + arguments.seconds
+    results, end = arguments.results, monotonic() + arguments.seconds
     WORK.mkdir(parents=True, exist_ok=True)
     done = {line["name"]: line for line in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
     drawn = sample(arguments.count, arguments.seed)
     left = [one for one in drawn if one.name not in done or (arguments.again and done[one.name]["outcome"] == "survived")]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         copies = [Copy(Path(folder) / str(job)) for job in range(arguments.jobs)]
+        if arguments.record or not (WORK / "lines" / "lines.json").exists():
+            copies[0].record(WORK / "lines", PACKAGES)
+        lines = Lines(WORK / "lines", ROOT / "src" / "elmoe")
+        free = list(copies)
 
-        def work(job: int) -> None:
-            for mutant in left[job :: arguments.jobs]:
-                if monotonic() > end:
-                    return
-                line = copies[job].judge(mutant, chosen(mutant.module), arguments.limit)
-                done[mutant.name] = line
-                with results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(f"{line['outcome']}: {mutant.name[:150]}", flush=True)
+        def work(mutant: Mutant) -> None:
+            if monotonic() > end:
+                return
+            copy = free.pop()
+            one = replace(mutant, new=mutant.old) if arguments.unchanged else mutant
+            line = judge(copy, one, lines, arguments.budget, arguments.also)
+            free.append(copy)
+            done[mutant.name] = line
+            with results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{line['outcome']} {line['seconds']} s {line['by']}: {mutant.name[:150]}", flush=True)
 
-        list(pool.map(work, range(arguments.jobs)))
+        list(pool.map(work, left))
+        for copy in copies:
+            copy.close()
     judged = [done[one.name] for one in drawn if one.name in done]
     survived = [line for line in judged if line["outcome"] == "survived"]
+    reasons = json.loads(EQUIVALENT.read_text())
+    for line in survived:
+        print(f"{reasons.get(line['name'], 'A TEST IS MISSING')}: {line['name'][:150]}")
     print(f"{len(judged)} of {len(drawn)} mutants judged, {len(judged) - len(survived)} killed, {len(survived)} survived")
+    print(f"{sum(line['name'] in reasons for line in survived)} of the survivors change nothing that a test should notice")
     return 0
 
 

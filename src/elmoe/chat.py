@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import re
 import select
 import subprocess
@@ -108,12 +109,12 @@ def templates_of(folder: Path, error: type[ElmoeError] = ConvertError) -> dict[s
     :raises ElmoeError: an ``error`` that names the file which is damaged.
     """
     single = folder / "chat_template.jinja"
-    if single.exists():
+    if os.path.exists(single):
         raw = read_bytes(single, error, TEMPLATE_LIMIT, "chat template")
         return {"default": text_of(raw, str(single), error)}
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / name
-        if path.exists():
+        if os.path.exists(path):
             config = load_object(read_bytes(path, error, CONFIG_LIMIT, name), str(path), error, repeated_keys=True)
             if config.get("chat_template") is not None:
                 return _named(config["chat_template"], str(path), error)

@@ -33,6 +33,10 @@ TOKENS = (
     "**9**9", "{{ messages * 10**8 }}", "{% generation %}", "{{ strftime_now('%Y' * 10**7) }}",
 )  # fmt: skip
 """What is put into a text."""
+VALUES_MORE = 100_000
+"""Most values that one change adds to a document: copies of copies of copies would take hours and all memory."""
+TEXT_MORE = 1 << 26
+"""Most characters that one change adds to a text."""
 
 
 def mutated(rng: Random, seeds: Sequence[bytes], kind: Kind) -> bytes:
@@ -119,7 +123,8 @@ def change_tree(rng: Random, root: Any) -> Any:
     elif how == 6 and isinstance(holder, dict):
         holder[rng.choice(("", "x", str(key) + "s", "y" * 5000))] = holder.pop(key)
     elif isinstance(holder, list):
-        holder.extend([_copied(holder[key])] * rng.choice((1, 3, 2000)))
+        most = VALUES_MORE // (1 + len(_places(holder[key])))
+        holder.extend(_copied(holder[key]) for _ in range(min(most, rng.choice((1, 3, 2000)))))
     else:
         value = holder[key]
         for _ in range(rng.choice((1, 3, 70, 900))):
@@ -147,7 +152,7 @@ def _text(rng: Random, seed: bytes) -> bytes:
         if how == 0 and len(lines) > 1:
             del lines[at]
         elif how == 1:
-            lines[at:at] = [line] * rng.choice((1, 1, 2, 3000))
+            lines[at:at] = [line] * min(TEXT_MORE // (1 + len(line)), rng.choice((1, 1, 2, 3000)))
         elif how == 2:
             lines[at] = line[:column] + rng.choice(TOKENS) + line[column:]
         elif how == 3:

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).with_name("corpus")
 SLICE = 120.0
 """Seconds of a process before a fresh one takes its place, so that slow growth is no fault of an input."""
+HANG = 600.0
+"""Most seconds by the clock that a process may go on after its time: it is ended, and that is a fault."""
 
 
 @dataclass
@@ -83,7 +85,9 @@ def fuzz(targets: list[str], seconds: float, keep: Path, seed: int = 0, jobs: in
         end, turn = monotonic() + share, 0
         with tempfile.TemporaryDirectory() as folder:
             while (left := end - monotonic()) > 0 and len(found.faults) < 20:
-                part = run_child(target, Path(folder) / target, keep, min(left, SLICE), seed * 1000 + turn)
+                part = run_child(
+                    target, Path(folder) / target, keep, min(left, SLICE), seed * 1000 + turn, wall=min(left, SLICE) + HANG
+                )
                 found.add(part)
                 turn += 1
         return found

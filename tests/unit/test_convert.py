@@ -18,6 +18,7 @@ import pytest
 from elmoe import bitslice
 from elmoe.bitslice import NestedMatrix
 from elmoe.convert import convert_checkpoint
+from elmoe.convert import source as source_module
 from elmoe.convert.file_reading import SourceFile
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
@@ -199,6 +200,7 @@ def test_incomplete_and_damaged_checkpoints_are_named(tmp_path):
         r"embed_tokens.* damaged shape": lambda source: edit(source, data_offsets=[0, 4, 8]),
         r"embed_tokens.* damaged shape ": lambda source: edit(source, dtype=["F32"]),
         r"embed_tokens.* damaged shape or": lambda source: edit(source, shape=10**30),
+        r"embed_tokens.*a damaged shape": lambda source: edit(source, shape=[1] * 7 + [300, 48]),
         "'tokenizer.json' is not": lambda source: cut(source / "tokenizer.json"),
         "tokenizer.json' is a Git LFS pointer": lambda source: (source / "tokenizer.json").write_text(LFS_POINTER),
         "no safetensors file": lambda source: (source / first).write_text(LFS_POINTER),
@@ -427,3 +429,12 @@ def test_null_means_the_default(key):
     config = tiny_config(hidden_size=64)
     config.pop(key, None)
     assert spec_of_config(config | {key: None}) == spec_of_config(config)
+
+
+def test_a_tensor_that_is_quantised_in_pieces_is_the_same(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "source", tiny_config(moe_intermediate_size=40))
+    convert_checkpoint(tmp_path / "source", tmp_path / "whole")
+    for pieces in (1, 3 * 64 * 16):  # pieces of the fewest rows, and of a few blocks of them
+        monkeypatch.setattr(source_module, "PIECE", pieces)
+        convert_checkpoint(tmp_path / "source", tmp_path / str(pieces))
+        assert content(tmp_path / str(pieces)) == content(tmp_path / "whole")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -324,3 +325,13 @@ def test_the_arena_gives_back_its_last_slots_and_keeps_what_is_used():
     arena.resize(MSB, 2)
     assert content.from_address(arena.address(MSB, 0)).value == b"kept"
     assert arena.used == 2 * 8192 and arena.capacity == 2 * 8192 + 2 * 4096
+
+
+def test_files_are_read_past_the_page_cache_where_the_file_system_allows_it(store, tmp_path):
+    try:
+        os.close(os.open(store / "dense.bin", os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system refuses O_DIRECT")
+    with open_direct(store) as reader:
+        handle, _ = reader.extent(0, 0)
+        assert not reader.buffered and fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT

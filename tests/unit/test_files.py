@@ -90,7 +90,7 @@ def test_a_pipe_is_written_through(tmp_path):
     reader.start()
     check_output(pipe)
     write_whole(pipe, b"content")
-    reader.join(10)
+    reader.join(120)
     assert got == [b"content"] and stat.S_ISFIFO(pipe.stat().st_mode) and names(tmp_path) == ["pipe"]
 
 

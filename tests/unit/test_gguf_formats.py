@@ -25,7 +25,7 @@ from elmoe.models.formats import FORMATS
 from elmoe.models.load import load_model
 from elmoe.store import open_store
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
-from tests.unit.test_gguf import export, gguf_shapes, tensors, wide_config, write_gguf
+from tests.gguf_files import export, gguf_shapes, tensors, wide_config, write_gguf
 
 HALVES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
           "Q5_0": (0,), "Q5_1": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "IQ2_XXS": (0,), "IQ3_S": (0,),

@@ -8,7 +8,7 @@ import json
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from elmoe.convert.gguf_tokenizer import describe, rebuild
+from elmoe.convert.gguf_tokenizer import describe, eos_tokens, rebuild
 from elmoe.convert.pre_tokenizers import PRE_TOKENIZERS, name_of
 from elmoe.convert.sentencepiece import merges
 from elmoe.errors import ConvertError
@@ -178,6 +178,7 @@ def test_sentencepiece_merges_the_best_result_first():
         ({"tokenizer.ggml.remove_extra_whitespaces": True}, "remove_extra_whitespaces"),
         ({"tokenizer.ggml.precompiled_charsmap": [1, 2]}, "precompiled_charsmap"),
         ({"tokenizer.ggml.token_type": [1] * len(TOKENS)}, "lack single bytes"),
+        ({"tokenizer.ggml.token_type": [1]}, "not as many as their types"),
         ({"tokenizer.ggml.bos_token_id": None}, "id of the begin is None"),
         ({"tokenizer.ggml.model": "bert"}, r"tokenizer\.ggml\.model' is 'bert'"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "default"}, r"tokenizer\.ggml\.pre' is 'default'"),
@@ -189,3 +190,11 @@ def test_what_is_not_known_is_refused_by_name(changes, message):
     with pytest.raises(ConvertError, match=message) as caught:
         rebuild(spm(**changes))
     assert "--tokenizer" in (caught.value.hint or "") or "damaged" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("types", [[3], [1, 3, 3], [3, 1]])
+def test_ends_are_found_whatever_the_number_of_types(types):
+    """Whether there are as many as tokens is told where the tokenizer is rebuilt."""
+    metadata = {"tokenizer.ggml.tokens": ["<|im_end|>", "<|endoftext|>"], "tokenizer.ggml.token_type": types}
+    expected = [index for index, kind in enumerate(types[:2]) if kind == 3]
+    assert eos_tokens(metadata, 2) == expected

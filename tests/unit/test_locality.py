@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pytest
@@ -118,9 +118,9 @@ def test_more_layers_than_a_try_holds_are_sampled(monkeypatch):
 def test_it_is_fast():
     seconds = []
     for _ in range(3):
-        began = perf_counter()
+        began = process_time()
         synthesise(locality(), 128, 8, 8, 16, 96, 0)
-        seconds.append(perf_counter() - began)
+        seconds.append(process_time() - began)
     assert min(seconds) < 1
 
 

@@ -139,6 +139,10 @@ def test_branches_of_a_tree_count_their_own_tokens():
     [
         ({"presence_penalty": 2.1}, r"presence_penalty is 2.1, allowed is -2..2"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
+        ({"frequency_penalty": 2.1}, r"frequency_penalty is 2.1, allowed is -2..2"),
+        ({"frequency_penalty": -2.1}, r"frequency_penalty is -2.1, allowed is -2..2"),
+        ({"presence_penalty": -2.1}, r"presence_penalty is -2.1, allowed is -2..2"),
+        ({"repetition_penalty": 101.0}, r"repetition_penalty is 101.0, allowed is 0.001..100"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, allowed is 0.001..100"),
         ({"logit_bias": ((97, 1.0),)}, "logit_bias has the token id 97"),
         ({"logit_bias": ((5, 101.0),)}, "logit_bias of token 5 is 101.0, allowed is -100..100"),

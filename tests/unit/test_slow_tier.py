@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gc
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from elmoe.measure.perplexity import STRETCH, evaluate
 from elmoe.opening import HEADROOM, _choose_reader
 from elmoe.store.synthetic import synthesize
 from elmoe.units import format_bytes
+from tests.descriptors import open_below
 from tests.tiny import tiny_spec
 
 TEXT = "The whale was white, and the sea was not. " * 20
@@ -103,7 +103,8 @@ def test_a_mapped_file_that_is_replaced_by_renaming_stays(store, tmp_path):
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("when", ["open", "read"])
-def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(store, monkeypatch, when, code):
+def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(store, tmp_path, monkeypatch, when, code):
+    shutil.copytree(store, tmp_path / "store")
     options = EngineOptions(fast_memory=1 << 30)
     with load(store, options, reader="memory") as model:
         expected = model.engine.generate([Request((5, 6, 7), 8)])[0]
@@ -120,13 +121,10 @@ def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(
         return real_preadv(handle, buffers, offset, *more)
 
     monkeypatch.setattr(os, when if when == "open" else "preadv", refuse_open if when == "open" else refuse_read)
-    del model
-    gc.collect()  # what earlier tests left open must not close between the two counts
-    before = len(os.listdir("/proc/self/fd"))
-    with load(store, options, reader="direct") as model:
+    with load(tmp_path / "store", options, reader="direct") as model:
         assert "this file system refuses O_DIRECT" in model.tier
         assert [one.tokens for one in model.engine.generate([Request((5, 6, 7), 8)])[0]] == [one.tokens for one in expected]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(tmp_path) == []
 
 
 def test_another_error_of_the_disk_is_told(store, monkeypatch):
@@ -148,12 +146,11 @@ def test_inspect_tells_the_smallest_budget_that_serves(store):
 
 
 @pytest.mark.parametrize("reader", ["memory", "direct"])
-def test_a_load_that_is_refused_leaves_no_file_open(store, reader):
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
+def test_a_load_that_is_refused_leaves_no_file_open(store, tmp_path, reader):
+    shutil.copytree(store, tmp_path / "store")
     with pytest.raises(RequestError, match="draft_top_k is 9"):
-        load(store, EngineOptions(draft_top_k=9), reader=reader)
-    assert len(os.listdir("/proc/self/fd")) == before
+        load(tmp_path / "store", EngineOptions(draft_top_k=9), reader=reader)
+    assert open_below(tmp_path) == []
 
 
 def test_further_engines_on_an_open_model_have_caches_of_their_own(store):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from elmoe import bitslice, kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.engine import Engine
+from elmoe.engine.kv_cache import CacheEntry, PagedCache
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.passes import most_likely
 from elmoe.engine.request import Request
@@ -190,3 +191,35 @@ def test_alternatives_are_the_likeliest_with_their_logprobs(backend):
         assert [value for _, value in likely] == sorted((value for _, value in likely), reverse=True)
         assert dict(likely).get(token, logprob) == logprob
     assert most_likely(np.zeros(97, np.float32), 3)[2][0] == 2
+
+
+@pytest.mark.parametrize("option", ["batch", "draft_length", "draft_top_k", "prefill_chunk"])
+def test_the_bounds_that_a_refusal_names_are_allowed(option):
+    def check(value):
+        replace(PLAIN, **{option: value}).check(READER.spec, False)
+
+    with pytest.raises(RequestError, match=f"{option} is -1") as told:
+        check(-1)
+    least, most = map(int, re.search(r"allowed is (\d+)\.\.(\d+)", str(told.value)).groups())
+    check(least)
+    check(most)
+    for value in (least - 1, most + 1):
+        with pytest.raises(RequestError, match=f"{option} is {value}, allowed is {least}..{most}"):
+            check(value)
+
+
+def test_a_draft_of_one_token_is_drafted():
+    requests = [Request((1, 2, 3), 12, ignore_eos=True)]
+    plain, _ = engine().generate(requests)
+    drafting, statistics = engine(mode="elastic", draft_length=1).generate(requests)
+    assert drafting == plain and 0 < statistics.drafted <= 12
+
+
+def test_a_row_of_the_table_holds_so_many_pages_and_no_more():
+    cache = PagedCache(READER.spec, 1, 128, pages=8)
+    entry = CacheEntry()
+    cache.bind(entry)
+    cache.reserve(entry, 64)
+    with pytest.raises(BudgetError, match="no page left"):
+        cache.reserve(entry, 192)
+    assert len(entry.pages) == 1 and cache.free_pages == 7

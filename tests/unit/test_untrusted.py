@@ -92,10 +92,10 @@ def test_yaml_that_programs_read_differently_is_refused_with_file_and_line(text,
     ids=["lists", "maps", "dashes", "many", "large", "null", "surrogate", "aliases", "keys", "anchors", "tags", "same"],
 )  # fmt: skip
 def test_hostile_yaml_is_refused_quickly(text):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(HardwareError, match=r"mine\.yaml"):
         of_yaml(text)
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_a_yaml_value_of_another_type_is_told_with_its_line_and_path():

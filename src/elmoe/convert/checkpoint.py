@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -151,12 +152,12 @@ class Checkpoint:
     """A folder with one or many shards."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ConvertError(f"there is no folder '{folder}'", "give a Hugging Face folder with config.json")
+        if not os.path.isdir(folder):
+            raise ConvertError(f"there is no folder '{short(folder)}'", "give a Hugging Face folder with config.json")
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self._block = _fp8_block(self.config.get("quantization_config"))
-        if (folder / "model.safetensors.index.json").exists():
+        if os.path.exists(folder / "model.safetensors.index.json"):
             index = read_json(folder / "model.safetensors.index.json").get("weight_map")
             if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
                 raise ConvertError("'model.safetensors.index.json' has no weight_map")
@@ -259,7 +260,7 @@ class Checkpoint:
     def tokenizer(self) -> bytes:
         """The tokenizer's file."""
         file = self.folder / "tokenizer.json"
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ConvertError(
                 f"'tokenizer.json' is missing in '{self.folder}'", "save it with AutoTokenizer.save_pretrained(folder)"
             )
@@ -272,4 +273,4 @@ class Checkpoint:
     def special_tokens(self) -> dict[str, str]:
         """Texts of special tokens by the variables that chat templates know them by."""
         file = self.folder / "tokenizer_config.json"
-        return special_tokens_of(read_json(file)) if file.is_file() else {}
+        return special_tokens_of(read_json(file)) if os.path.isfile(file) else {}

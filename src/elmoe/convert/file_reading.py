@@ -57,7 +57,7 @@ class SourceFile:
 
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file of a checkpoint; ConvertError names the file."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConvertError(f"'{path.name}' is missing in '{path.parent}'", "give a complete Hugging Face folder")
     raw = read_bytes(path, ConvertError, JSON_LIMIT, "file of a checkpoint")
     return load_object(raw, path.name, ConvertError, "download it anew", repeated_keys=True)

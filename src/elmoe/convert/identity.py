@@ -53,7 +53,7 @@ def part_paths(path: Path) -> list[Path]:
 
 def source_files(path: Path) -> list[Path]:
     """The files of a source, whether they are there or not."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return part_paths(path)
     return [*(path / name for name in SMALL_FILES), *sorted(path.glob("*.safetensors"))]
 

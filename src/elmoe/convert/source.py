@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -264,7 +265,7 @@ def open_source(path: Path, tokenizer: Path | None = None, choice: FormatChoice 
     :raises ConvertError: it is neither, or damaged, or not supported.
     """
     try:
-        if not path.is_dir() and (path.suffix.lower() == ".gguf" or is_source(path)):
+        if not os.path.isdir(path) and (path.suffix.lower() == ".gguf" or is_source(path)):
             from elmoe.convert.gguf_import import GgufSource
 
             return GgufSource(path, tokenizer, choice)
@@ -295,7 +296,7 @@ def _generation_ends(checkpoint: Checkpoint) -> dict[str, Any]:
     """The end-of-sequence ids of generation_config.json, which count in place of those of config.json, as transformers has
     it, those of both first; empty where it names none."""
     path = checkpoint.folder / "generation_config.json"
-    found = Config(read_json(path), path.name) if path.is_file() else None
+    found = Config(read_json(path), path.name) if os.path.isfile(path) else None
     if found is None or not found.has("eos_token_id"):
         return {}
     config = Config(checkpoint.config)

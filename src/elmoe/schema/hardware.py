@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -188,6 +189,6 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
     if str(name_or_path) in preset_names():
         return preset_text(str(name_or_path)), f"{name_or_path}.yaml"
     hint = f"a YAML file, or one of {', '.join(preset_names())}"
-    if not Path(name_or_path).exists():
+    if not os.path.exists(name_or_path):  # which is False of a name that is too long
         raise HardwareError(f"there is no hardware '{short(name_or_path)}'", hint)
     return read_text(name_or_path, HardwareError, MAX_YAML_BYTES, "hardware description", hint), str(name_or_path)

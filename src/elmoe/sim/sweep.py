@@ -33,8 +33,11 @@ def ranged(described: msgspec.Struct) -> list[Ranged]:
 
 
 def changed(described: Described, path: str, value: float) -> Described:
-    """The description with another value (SI) at ``path``; HardwareError if there is no constant."""
-    return _changed(described, path.split("."), value, path)
+    """The description with another value (SI) at ``path``; HardwareError if there is no constant, or no such hardware."""
+    try:
+        return _changed(described, path.split("."), value, path)
+    except ValueError as error:
+        raise HardwareError(f"'{path}' cannot be {value:g}: {error}", "give a value within its range") from error
 
 
 def _changed(node: Any, path: list[str], value: float, whole: str) -> Any:

@@ -18,6 +18,7 @@ import msgspec
 from elmoe.bitslice.expert import PAGE
 from elmoe.errors import StoreError
 from elmoe.models.spec import ModelSpec
+from elmoe.untrusted import short
 
 FORMAT = "elmoe-store"
 VERSION = 2
@@ -31,7 +32,7 @@ DENSE_ROLE, EXPERTS_ROLE = 0, 1
 _HEADER = struct.Struct("<8sIII8s")
 NO_SHAPES = b"\0" * 8
 """In place of the digest of shapes, in stores of before it was written."""
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # as long as file systems have them
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,7 +117,9 @@ def check_header(page: bytes, name: str, role: int, layer: int) -> bytes:
 def check_name(name: str, field: str) -> None:
     """Raise StoreError unless a file name stays inside the store."""
     if not _PLAIN_NAME.fullmatch(name):
-        raise StoreError(f"manifest.json: {field} '{name}' is not a plain file name", "the manifest is damaged or hostile")
+        raise StoreError(
+            f"manifest.json: {field} '{short(name)}' is not a plain file name", "the manifest is damaged or hostile"
+        )
 
 
 def checksum(*parts: bytes | memoryview) -> str:

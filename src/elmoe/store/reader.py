@@ -61,9 +61,9 @@ def resolve_store(name: str | Path) -> Path:
         raise StoreError(f"'{name}' is {kind}, not the directory of a store", hint)
     if not os.path.isdir(path):  # os.path: a name that is too long, or holds a NUL, is there neither
         raise StoreError(f"there is no store '{name}'", GIVE_STORE)
-    if not (path / MANIFEST).is_file() and (path / "config.json").is_file():
+    if not os.path.isfile(path / MANIFEST) and os.path.isfile(path / "config.json"):
         raise StoreError(f"'{name}' is a checkpoint, not a store", "convert it first: elmoe convert CHECKPOINT STORE")
-    if not (path / MANIFEST).is_file():
+    if not os.path.isfile(path / MANIFEST):
         raise StoreError(f"'{name}' has no {MANIFEST}", "it is not a store, or its conversion did not finish")
     return path
 

@@ -105,7 +105,7 @@ def load_locality(name_or_path: str | Path) -> Locality:
 def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str, limit: int = FILE_LIMIT) -> tuple[Path, bytes]:
     """The bytes of a preset, if one has this name, or else of a file; TraceError without one or above ``limit`` bytes."""
     preset = presets / f"{name_or_path}.json"
-    path = preset if preset.parent == presets and preset.is_file() else Path(name_or_path)
+    path = preset if preset.parent == presets and os.path.isfile(preset) else Path(name_or_path)
     if not os.path.lexists(path):
         names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
         hint += f", or take a preset: {names}" if names else ""

@@ -6,6 +6,7 @@ Only frequencies: none of these sources says which token follows which.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -106,7 +107,7 @@ def import_popularity(path: str | Path, kind: Literal["esft", "olmoe", "fiddler"
 
 
 def _esft(path: Path, model: str | None) -> Popularity:
-    files = sorted(path.glob("*scores*.json")) if path.is_dir() else [path]
+    files = sorted(path.glob("*scores*.json")) if os.path.isdir(path) else [path]
     if not files:
         raise TraceError(f"'{path}' holds no *scores*.json", "give the folder of ESFT's expert scores, or one of the files")
     domains: dict[str, tuple[tuple[float, ...], ...]] = {}
