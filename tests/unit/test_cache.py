@@ -197,6 +197,19 @@ def test_an_entry_that_is_damaged_is_made_anew(tmp_path, identity):
     assert json.loads((store.parent / cache.ENTRY).read_text()) == entry | {"made": ANY}
 
 
+def test_a_store_that_another_process_made_meanwhile_is_taken(tmp_path):
+    source, told = file_of(LLAMA, tmp_path), Told()
+    made = []
+
+    def line(text: str) -> None:  # before this conversion begins
+        if not made:
+            made.append(Path(stored(source, tmp_path / "cache", told.telling)))
+            made.append((made[0] / "manifest.json").stat().st_mtime_ns)
+
+    assert [stored(source, tmp_path / "cache", Telling(line, told.bar))] == made[:1]
+    assert (made[0] / "manifest.json").stat().st_mtime_ns == made[1], "it may be in use"
+
+
 def test_everything_in_a_cache_can_be_removed(tmp_path):
     root = tmp_path / "cache"
     stored(file_of(LLAMA, tmp_path), root, Told().telling)

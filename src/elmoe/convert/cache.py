@@ -137,7 +137,9 @@ def _convert(source: Path, store: Path, found: Identity, old: Cached | None, tel
     hint = "choose another folder with --store-dir"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        if store.exists():  # damaged: whole ones are not converted again
+        if is_whole(store):  # another process was faster
+            return store
+        if store.exists():  # damaged
             shutil.rmtree(store)
     except OSError as error:
         raise ConvertError(f"cannot write the cache '{place}': {error.strerror}", hint) from error
