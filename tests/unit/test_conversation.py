@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from threading import Thread
 
 import pytest
+from click.testing import CliRunner
 
+from elmoe.cli.chat import command
 from elmoe.cli.conversation import Conversation, Remote
 from elmoe.errors import RequestError
+from tests.templated import templated_store
 
 MODELS = b'{"data": [{"id": "m"}]}'
 DONE = b"data: [DONE]\n\n"
@@ -88,7 +91,7 @@ def test_counts_of_a_server_may_be_anything(count):
     with server(answer(MODELS), answer(HELLO + event(usage={"prompt_tokens": count}) + DONE)) as url:
         chat = Conversation(Remote(url, None, None))
         assert "".join(chat.say("hi")) == "hello"
-    assert chat.last.prompt_tokens == (7 if count == 7 else 0)
+    assert chat.last.prompt_tokens == (7 if count == 7 else 0) and chat.last.cached_tokens == 0
     assert [one["role"] for one in chat.messages] == ["user", "assistant"]
 
 
@@ -119,3 +122,11 @@ def test_messages_and_answers_alternate_whatever_happens():
     next(pieces)
     pieces.close()
     assert [one["role"] for one in chat.messages] == ["user", "assistant"]
+
+
+def test_a_turn_computes_what_is_new_alone(tmp_path):
+    store, lines = str(templated_store(tmp_path)), "The whale and the sea. " * 12 + "\nWhy?\n/clear\nWhy?\n"
+    done = CliRunner().invoke(command, [store, "--json", "--temperature", "0", "--max-tokens", "9"], input=lines)
+    first, second, other = (json.loads(line)["statistics"] for line in done.stdout.splitlines())
+    assert first["cached_tokens"] == other["cached_tokens"] == 0
+    assert second["cached_tokens"] == (first["prompt_tokens"] + 8) // 64 * 64 > 0

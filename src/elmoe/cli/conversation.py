@@ -31,9 +31,10 @@ SECONDS = 600
 
 @dataclass
 class Statistics:
-    """Of one answer."""
+    """Of one answer. ``cached_tokens``: of the prompt, computed for the turns before."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: int = 0
     first_token_seconds: float = 0.0
     seconds: float = 0.0
@@ -44,8 +45,8 @@ class Statistics:
         rest = self.seconds - self.first_token_seconds
         rate = round((self.tokens - 1) / rest, 1) if self.tokens > 1 and rest > 0 else None
         times = {"first_token_seconds": round(self.first_token_seconds, 3), "seconds": round(self.seconds, 3)}
-        return {"prompt_tokens": self.prompt_tokens, "tokens": self.tokens, **times, "tokens_per_second": rate,
-                "finish_reason": self.finish_reason}  # fmt: skip
+        return {"prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens, "tokens": self.tokens, **times,
+                "tokens_per_second": rate, "finish_reason": self.finish_reason}  # fmt: skip
 
 
 class Answerer(Protocol):
@@ -71,7 +72,7 @@ class Local:
         with self._model.stream(prompt, **settings) as stream:
             for piece in stream:
                 told.tokens += len(piece.token_ids)
-                told.finish_reason = piece.finish_reason
+                told.finish_reason, told.cached_tokens = piece.finish_reason, piece.cached_tokens
                 yield piece.text
 
 
@@ -139,8 +140,10 @@ def _text_of(event: dict[str, Any], told: Statistics) -> str:
     """The text of an event."""
     usage = event.get("usage")
     if isinstance(usage, dict):
-        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        told.prompt_tokens, told.tokens = (count if isinstance(count, int) else 0 for count in counts)
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        counts = usage.get("prompt_tokens"), cached, usage.get("completion_tokens")
+        told.prompt_tokens, told.cached_tokens, told.tokens = (one if isinstance(one, int) else 0 for one in counts)
     choices = event.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     told.finish_reason = choice.get("finish_reason") or told.finish_reason
