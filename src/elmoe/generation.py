@@ -152,8 +152,9 @@ class Generation:
 
     ``text``: without prompt, special tokens and stop string. ``token_ids``: an end-of-sequence token included.
     ``logprobs``: the target's natural logarithm of the probability of each, before temperature and the like.
-    ``finish_reason``: ``eos`` (the model's end), ``stop`` (a stop string) or ``length`` (``max_tokens``, or the context is
-    full). ``top_logprobs``: for each token the most likely ones as (id, log-probability), best first; empty unless asked.
+    ``finish_reason``: ``eos`` (the model's end), ``stop`` (a stop string, or the JSON is complete) or ``length``
+    (``max_tokens``, or the context is full). ``top_logprobs``: for each token the most likely ones as (id,
+    log-probability), best first; empty unless asked.
     ``seed``: that it was drawn with. ``others``: the further answers to the prompt where ``n`` is more than 1.
     """
 
