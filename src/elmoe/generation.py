@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from elmoe.arguments import check_types
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.request import Alternatives, FinishReason, Output, Request
+from elmoe.engine.request import (
+    MOST_ALTERNATIVES,
+    MOST_COPIES,
+    Alternatives,
+    FinishReason,
+    Output,
+    Request,
+    check_within,
+)
 from elmoe.errors import RequestError
 from elmoe.grammar import Grammars
 from elmoe.tokenizer import split_stops
@@ -78,8 +86,11 @@ class SamplingParams:
         """A prompt of token ids as a request to the engine.
 
         :param grammars: of the model (``Model.grammars``); a schema needs them.
-        :raises RequestError: the schema cannot be used. :raises MissingExtraError: llguidance is not installed.
+        :raises RequestError: the schema cannot be used, or ``n`` or ``logprobs`` is out of range.
+        :raises MissingExtraError: llguidance is not installed.
         """
+        check_within("n", self.n, 1, MOST_COPIES)
+        check_within("logprobs", self.logprobs, 0, MOST_ALTERNATIVES)
         wanted = True if self.json_object else self.json_schema
         if wanted is not None and grammars is None:
             raise RequestError("JSON of a schema needs the grammars of the model", "give Model.grammars")

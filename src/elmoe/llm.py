@@ -71,6 +71,8 @@ def load(
     """
     if not isinstance(store, (str, Path)):
         raise RequestError(f"the store is a {type(store).__name__}", "give the path of a store, or 'demo'")
+    if store_dir is not None and not isinstance(store_dir, (str, Path)):
+        raise RequestError(f"the option store_dir is a {type(store_dir).__name__}", "give the path of a folder")
     if options is not None and not isinstance(options, EngineOptions):
         raise RequestError(f"options is a {type(options).__name__}", "give elmoe.EngineOptions, or keywords")
     own = ("backend", "reader", "threads", "store_dir")

@@ -9,11 +9,13 @@ from time import perf_counter
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 import elmoe
 from elmoe import bitslice
 from elmoe.bitslice import SamplingParameters
+from elmoe.cli.main import cli
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.passes import Row
@@ -201,6 +203,14 @@ def test_what_a_draft_takes_too_many_steps_for_ends_no_answer(model, monkeypatch
     for token in (quote, letter, quote):
         assert state.push(token) is None
     assert state.complete
+
+
+def test_the_command_line_says_that_the_json_ended(tmp_path):
+    (tmp_path / "schema.json").write_text('{"enum": ["a", "b"]}')
+    words = ["generate", "demo", "--prompt", "The", "--json-schema", str(tmp_path / "schema.json")]
+    for further, ended in ((), "the end of the JSON"), (("--stop", "b", "--stop", "a"), "a stop string"):
+        done = CliRunner().invoke(cli, [*words, *further], catch_exceptions=False)
+        assert done.stderr.rstrip().endswith(f"ended by: {ended}")
 
 
 @pytest.mark.parametrize(
