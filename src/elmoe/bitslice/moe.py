@@ -38,6 +38,11 @@ class RouterWeights:
     selection_bias: NDArray[np.float32] | None = None
     scaling: float = 1.0
 
+    def __post_init__(self) -> None:
+        # All else that is not finite is seen in what is computed of it; this bias in the choice alone.
+        if self.selection_bias is not None and not np.isfinite(self.selection_bias).all():
+            raise NumericsError("a bias of a router's choice is NaN or infinite", "check the checkpoint's weights")
+
     @property
     def ranks(self) -> int:
         """Experts ranked for each token."""
