@@ -38,11 +38,6 @@ class Batch(NamedTuple):
     decoding: list[Sequence]
     chunks: list[Chunk]
 
-    @property
-    def chunk_tokens(self) -> int:
-        """Positions of all chunks."""
-        return sum(chunk.last - chunk.first for chunk in self.chunks)
-
 
 class Scheduler:
     """The sequences of an engine. ``running``: those with a row of the cache, oldest first.
