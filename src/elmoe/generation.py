@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from elmoe.arguments import check_types
 from elmoe.bitslice import SamplingParameters
-from elmoe.engine.request import Alternatives, FinishReason, Output, Request
+from elmoe.engine.request import (
+    MOST_ALTERNATIVES,
+    MOST_COPIES,
+    Alternatives,
+    FinishReason,
+    Output,
+    Request,
+    check_within,
+)
 from elmoe.errors import RequestError
 from elmoe.grammar import Grammars
 from elmoe.tokenizer import split_stops
@@ -78,8 +86,11 @@ class SamplingParams:
         """A prompt of token ids as a request to the engine.
 
         :param grammars: of the model (``Model.grammars``); a schema needs them.
-        :raises RequestError: the schema cannot be used. :raises MissingExtraError: llguidance is not installed.
+        :raises RequestError: the schema cannot be used, or ``n`` or ``logprobs`` is out of range.
+        :raises MissingExtraError: llguidance is not installed.
         """
+        check_within("n", self.n, 1, MOST_COPIES)
+        check_within("logprobs", self.logprobs, 0, MOST_ALTERNATIVES)
         wanted = True if self.json_object else self.json_schema
         if wanted is not None and grammars is None:
             raise RequestError("JSON of a schema needs the grammars of the model", "give Model.grammars")
@@ -152,8 +163,9 @@ class Generation:
 
     ``text``: without prompt, special tokens and stop string. ``token_ids``: an end-of-sequence token included.
     ``logprobs``: the target's natural logarithm of the probability of each, before temperature and the like.
-    ``finish_reason``: ``eos`` (the model's end), ``stop`` (a stop string) or ``length`` (``max_tokens``, or the context is
-    full). ``top_logprobs``: for each token the most likely ones as (id, log-probability), best first; empty unless asked.
+    ``finish_reason``: ``eos`` (the model's end), ``stop`` (a stop string, or the JSON is complete) or ``length``
+    (``max_tokens``, or the context is full). ``top_logprobs``: for each token the most likely ones as (id,
+    log-probability), best first; empty unless asked.
     ``seed``: that it was drawn with. ``others``: the further answers to the prompt where ``n`` is more than 1.
     """
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 10_000, "max_grammar_size": 100_000, "verbose_errors": False,
 }  # fmt: skip
 """Of llguidance, in its steps. The worst that was found (one busy core of a Xeon): 1.4 s to compile a schema, 0.15 s for a
-mask, 6 MB for the states of an answer."""
+mask, 6 MB for the states of a schema, which its answers share."""
 WHITESPACE = r"\x20|\x0A[\x20\x09]{0,20}"
 """Between the tokens of JSON, as in llama.cpp: where there may be any, some models write nothing else."""
 ANY_OBJECT = {"type": "object"}
@@ -49,10 +50,16 @@ PLACE_SECONDS = 1.0
 
 
 class GrammarState:
-    """How far one answer has come in its grammar."""
+    """How far one answer has come in its grammar.
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    All answers of a grammar share the states of its lexer, whose number is limited. Where the others, or drafts, have used
+    them up, an answer goes on with states of its own: what fails is what the answer itself takes too many steps for.
+    """
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._grammar, self._vocabulary = grammar, grammar.vocabulary
+        self._matcher = grammar.matcher.deep_copy()
+        self._tokens: list[int] = []
 
     @property
     def complete(self) -> bool:
@@ -61,7 +68,12 @@ class GrammarState:
 
     def push(self, token: int) -> RequestError | None:
         """The answer goes on with a token; an error if that was not allowed."""
-        return None if self._matcher.consume_token(token) else _failed(self._matcher)
+        if not self._matcher.consume_token(token):
+            self._renew()
+            if not self._matcher.consume_token(token):
+                return _failed(self._matcher)
+        self._tokens.append(token)
+        return None
 
     def excluded(self, behind: Sequence[int] = ()) -> NDArray[np.bool_] | None:
         """(vocabulary,) ids that may not come next, after the answer and the tokens ``behind`` it.
@@ -70,10 +82,17 @@ class GrammarState:
 
         :raises RequestError: the grammar turned out to take too many steps.
         """
+        try:
+            return self._excluded(behind)
+        except RequestError:
+            self._renew()
+            return self._excluded(behind)
+
+    def _excluded(self, behind: Sequence[int]) -> NDArray[np.bool_] | None:
         matcher = self._matcher
         taken = matcher.try_consume_tokens(list(behind)) if behind else 0
         try:
-            if taken < len(behind) or (behind and matcher.is_stopped()):
+            if behind and not matcher.is_error() and (taken < len(behind) or matcher.is_stopped()):
                 return None
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
             excluded = np.unpackbits(bits, bitorder="little", count=self._vocabulary) == 0
@@ -83,6 +102,11 @@ class GrammarState:
         finally:
             if taken:
                 matcher.rollback(taken)
+
+    def _renew(self) -> None:
+        """Go on in a new lexer: a matcher that met a limit answers nothing any more, nor do those that share its states."""
+        self._matcher = self._grammar.anew().deep_copy()
+        self._matcher.consume_tokens(self._tokens)
 
 
 def _failed(matcher: Any) -> RequestError:
@@ -99,12 +123,17 @@ def _error_of(matcher: Any) -> str:
 class Grammar:
     """A compiled schema. Made by :class:`Grammars`."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, matcher: Any, vocabulary: int, compile: Callable[[], Any]) -> None:
+        self.matcher, self.vocabulary, self._compile = matcher, vocabulary, compile
 
     def start(self) -> GrammarState:
         """The beginning of an answer."""
-        return GrammarState(self._matcher.deep_copy(), self._vocabulary)
+        return GrammarState(self)
+
+    def anew(self) -> Any:
+        """Its matcher with no state used, which answers that begin from now on share."""
+        self.matcher = self._compile()
+        return self.matcher
 
 
 class Grammars:
@@ -139,7 +168,7 @@ class Grammars:
         if problem:
             place = self._place(json.loads(text), problem)
             raise RequestError(f"the JSON schema cannot be used, at {place}: {short(problem)}", "see json-schema.org")
-        return Grammar(matcher, self._vocabulary)
+        return Grammar(matcher, self._vocabulary, partial(self._matcher, text))
 
     def _matcher(self, text: str) -> Any:
         with naming_extra("JSON of a schema"):

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args, overload
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from elmoe.arguments import check_types, refuse_unknown, with_arguments
 from elmoe.bitslice import Backend
@@ -71,6 +71,8 @@ def load(
     """
     if not isinstance(store, (str, Path)):
         raise RequestError(f"the store is a {type(store).__name__}", "give the path of a store, or 'demo'")
+    if store_dir is not None and not isinstance(store_dir, (str, Path)):
+        raise RequestError(f"the option store_dir is a {type(store_dir).__name__}", "give the path of a folder")
     if options is not None and not isinstance(options, EngineOptions):
         raise RequestError(f"options is a {type(options).__name__}", "give elmoe.EngineOptions, or keywords")
     own = ("backend", "reader", "threads", "store_dir")
@@ -154,7 +156,7 @@ class Model:
         self.grammars = Grammars(tokenizer, self.spec.vocabulary, self.spec.eos_tokens)
         self.engine = self.new_engine(opened.options)
         self._stepper = Stepper(self.engine, f"the model '{self.path.name}' is closed")
-        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+        self._turns: WeakValueDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakValueDictionary()
 
     def __repr__(self) -> str:
         return f"<elmoe.Model '{self.path.name}'{', closed' if self._stepper.closed else ''}>"

@@ -12,6 +12,7 @@ import pytest
 from elmoe import bitslice, kernels
 from elmoe.bitslice import ExpertTerms, KVCache, Places, RouterWeights, rotary_tables
 from elmoe.engine.decoder import Draft
+from elmoe.errors import NumericsError
 from elmoe.models.spec import Activation
 from tests.kernels.test_attention import attention_case
 from tests.kernels.test_forward import all_same, decoded
@@ -138,6 +139,16 @@ def test_route_with_a_bias(machine, normalize):
             assert same_bits(getattr(ours, name), getattr(theirs, name)), name
     plain = bitslice.route(replace(weights, bias=None), x)
     assert not np.array_equal(plain.experts, bitslice.route(weights, x).experts)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bias_of_the_choice_is_finite(value):
+    """The logits and scores would be, whatever it is."""
+    rng = np.random.default_rng(8)
+    with pytest.raises(NumericsError, match="a bias of a router's choice is NaN or infinite"):
+        RouterWeights(
+            normal(rng, 48), normal(rng, 3, 48), 1e-6, 2, False, selection_bias=np.array([0, value, 1], np.float32)
+        )
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(48, 40), (33, 17), (192, 96)])

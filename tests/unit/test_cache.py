@@ -11,6 +11,7 @@ import sys
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import ANY
 
 import gguf
 import numpy as np
@@ -182,6 +183,31 @@ def test_pipes_are_refused_at_once(tmp_path):
     os.mkfifo(folder / "generation_config.json")
     with pytest.raises(ConvertError, match=r"generation_config\.json' is not a regular file"):
         stored(folder, tmp_path / "cache", Told().telling)
+
+
+@pytest.mark.parametrize("identity", [5, [1, 2], "abc", {"a": 1}])
+def test_an_entry_that_is_damaged_is_made_anew(tmp_path, identity):
+    source, told = file_of(LLAMA, tmp_path), Told()
+    store = Path(stored(source, tmp_path / "cache", told.telling))
+    entry = json.loads((store.parent / cache.ENTRY).read_text())
+    (store.parent / cache.ENTRY).write_text(json.dumps(entry | {"identity": {"model.gguf": identity}}))
+    (store / "manifest.json").unlink()
+    assert [one.entry.path for one in cache.entries(tmp_path / "cache")] == [cache.UNREADABLE]
+    assert stored(source, tmp_path / "cache", told.telling) == store
+    assert json.loads((store.parent / cache.ENTRY).read_text()) == entry | {"made": ANY}
+
+
+def test_a_store_that_another_process_made_meanwhile_is_taken(tmp_path):
+    source, told = file_of(LLAMA, tmp_path), Told()
+    made = []
+
+    def line(text: str) -> None:  # before this conversion begins
+        if not made:
+            made.append(Path(stored(source, tmp_path / "cache", told.telling)))
+            made.append((made[0] / "manifest.json").stat().st_mtime_ns)
+
+    assert [stored(source, tmp_path / "cache", Telling(line, told.bar))] == made[:1]
+    assert (made[0] / "manifest.json").stat().st_mtime_ns == made[1], "it may be in use"
 
 
 def test_everything_in_a_cache_can_be_removed(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.resources import files
 from math import log
 from pathlib import Path
@@ -14,7 +15,17 @@ import pytest
 from elmoe.errors import ModelError
 from elmoe.models import FAMILIES, family_of, spec_of_config
 from elmoe.models.load import load_model, model_names
-from elmoe.models.spec import Activation, Dense, LinearScaling, ModelSpec, Moe, Router, YarnScaling
+from elmoe.models.spec import (
+    Activation,
+    Dense,
+    LinearScaling,
+    Llama3Scaling,
+    ModelSpec,
+    Moe,
+    Rope,
+    Router,
+    YarnScaling,
+)
 from elmoe.models.support import check_supported
 
 SIMULATED_FAMILIES = ("kimi_k2",)
@@ -228,3 +239,28 @@ def test_what_contradicts_itself_or_cannot_be_said_is_refused_by_name(name, chan
 def test_a_billion_layers_are_refused_before_they_are_listed(name):
     with pytest.raises(ModelError, match=r"'num_hidden_layers' is 1000000000, expected a whole number in 1\.\.1024"):
         spec(name, num_hidden_layers=10**9)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-300, 1e300, float("nan")])
+@pytest.mark.parametrize(
+    "part",
+    [
+        Rope(theta=1e4, dimensions=2),
+        LinearScaling(factor=2.0),
+        Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_positions=8192),
+        YarnScaling(factor=4.0, original_positions=64),
+        Activation(alpha=1.7, limit=7.0),
+        Router(experts=4, top_k=2),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_numbers_of_a_spec_are_positive_and_bounded(part, value):
+    """Those of a store's manifest too, which no reader of a configuration has checked."""
+    numbers = [name for name, old in msgspec.structs.asdict(part).items() if type(old) is float]
+    assert numbers
+    for name in numbers:
+        with pytest.raises(ModelError, match=re.escape(f"{name} is {value}, allowed is 1e-06..1e+12")):
+            msgspec.structs.replace(part, **{name: value})
+    if hasattr(part, "original_positions"):
+        with pytest.raises(ModelError, match="original_positions is 0"):
+            msgspec.structs.replace(part, original_positions=0)

@@ -9,11 +9,13 @@ from time import process_time
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 import elmoe
 from elmoe import bitslice
 from elmoe.bitslice import SamplingParameters
+from elmoe.cli.main import cli
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.passes import Row
@@ -159,6 +161,56 @@ def test_a_grammar_that_fails_ends_its_request_alone(model, monkeypatch):
         results |= {output.request: output.result for output in engine.step() if output.result is not None}
     assert results[first].finish == "failed" and "too complex" in str(results[first].error)
     assert results[second] == expected[0] and engine.cache.free_pages == engine.cache.pages
+
+
+LETTERS = {"type": "string", "pattern": "^(a|b|c)*a(a|b|c){9}$"}
+"""A lexer of it has a state for every sequence of the last ten letters that came."""
+
+
+def test_answers_and_drafts_use_up_no_states_of_a_grammar_for_others(model, monkeypatch):
+    """The states of a lexer are limited, and llguidance shares a lexer among the copies of a matcher."""
+    monkeypatch.setitem(LIMITS, "max_lexer_states", 150)
+
+    def answers(options: EngineOptions, shared: bool) -> list[tuple[int, ...]]:
+        kept = Grammars(model.tokenizer, model.spec.vocabulary, (0,)) if shared else None
+        asked = [
+            Request(
+                model.encode("A"), 80, SamplingParameters(2.0, seed=seed),
+                grammar=(kept or Grammars(model.tokenizer, model.spec.vocabulary, (0,))).json(LETTERS),
+            )
+            for seed in range(6)
+        ]  # fmt: skip
+        return [result.tokens for result in model.new_engine(options).generate(asked)[0]]
+
+    assert answers(EngineOptions(fast_memory=0.5, draft_length=5, batch=6), shared=True) == answers(
+        EngineOptions(mode="plain"), shared=False
+    )
+
+
+def test_what_a_draft_takes_too_many_steps_for_ends_no_answer(model, monkeypatch):
+    monkeypatch.setitem(LIMITS, "step_lexer_fuel", 5_000)
+    heavy = {"type": "string", "pattern": "^(" + "|".join(f"[ab]{{{i},{i + 40}}}c{i}" for i in range(40)) + ")$"}
+    state = model.grammars.json({"anyOf": [{"const": "a"}, {"type": "array", "items": heavy, "minItems": 1}]}).start()
+    quote, bracket, letter = (model.encode(text, special_tokens=False)[0] for text in '"[a')
+    before = state.excluded()
+    for _ in range(2):
+        with pytest.raises(RequestError, match="the grammar cannot be followed: lexer error"):
+            state.excluded([bracket, quote])
+        with pytest.raises(RequestError, match="the grammar cannot be followed: lexer error"):
+            state.excluded([bracket, quote, letter])
+        assert (state.excluded() == before).all()
+        assert state.excluded([quote, bracket]) is None, "which is not allowed"
+    for token in (quote, letter, quote):
+        assert state.push(token) is None
+    assert state.complete
+
+
+def test_the_command_line_says_that_the_json_ended(tmp_path):
+    (tmp_path / "schema.json").write_text('{"enum": ["a", "b"]}')
+    words = ["generate", "demo", "--prompt", "The", "--json-schema", str(tmp_path / "schema.json")]
+    for further, ended in ((), "the end of the JSON"), (("--stop", "b", "--stop", "a"), "a stop string"):
+        done = CliRunner().invoke(cli, [*words, *further], catch_exceptions=False)
+        assert done.stderr.rstrip().endswith(f"ended by: {ended}")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import weakref
 
 import pytest
 
@@ -129,6 +130,20 @@ def test_asynchronous_streams_and_their_cancellation(model):
     text, other = asyncio.run(run())
     assert text == model.generate(WHALE, max_tokens=12).text and other == model.generate("The sea", max_tokens=20).text
     assert idle(model)
+
+
+def test_loops_that_have_ended_are_let_go_of(model):
+    """A lock that somebody has waited for holds its loop."""
+    loops = []
+
+    async def run():
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        await asyncio.gather(*(model.agenerate(WHALE, max_tokens=3) for _ in range(3)))
+
+    for _ in range(3):
+        asyncio.run(run())
+    gc.collect()
+    assert [loop() for loop in loops] == [None] * 3 and not model._turns
 
 
 def test_a_refused_request_ends_its_task_alone(model):

@@ -177,3 +177,20 @@ def test_pages_of_random_texts_are_counted_right():
         cache.release(entry)
     cache.forget_prefixes()
     assert cache.bytes_in_use == 0 and cache.free_pages == 24 and not cache._prefixes._key and not cache._prefixes._page
+
+
+def test_what_a_request_found_and_lost_before_it_began_is_not_counted():
+    """It waits with pages that it found, and gives them to one that runs."""
+    engine = Engine(READER, kernels, replace(OPTIONS, batch=2, kv_memory=5 * PAGE))
+    engine.generate([ask(TEXT[:193], 1)])
+    asked, results = [ask(TEXT[200:260], 200), ask(TEXT[:250], 20)], {}
+    engine.add(asked[0])
+    while not results or engine.has_work:
+        results |= {output.request - 1: output.result for output in engine.step() if output.result is not None}
+        if engine.statistics.committed == 10:
+            engine.add(asked[1])
+    assert [results[index] for index in range(2)] == [result for request in asked for result in alone(request)]
+    statistics = engine.statistics
+    assert statistics.prompt_tokens == 60 + 250
+    assert statistics.cached_tokens == sum(result.cached_tokens for result in results.values()) < 192
+    assert statistics.phases["prefill"].tokens == 59 + 249 - statistics.cached_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -118,3 +119,38 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
         import_vllm_routed(tmp_path / "a.npy", EXPERTS, 1)
     with pytest.raises(TraceError, match=r"is for a \.npy file"):
         import_vllm_routed(tmp_path / "a.npy", EXPERTS)
+
+
+def npy(shape: str, values: bytes = b"") -> bytes:
+    """A file of ``numpy.save`` whose header has this shape."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + values
+
+
+def test_a_damaged_file_is_a_trace_error(tmp_path):
+    """Whatever NumPy, zipfile and zlib raise of it."""
+    np.savez_compressed(tmp_path / "whole.npz", routed_experts=ids(40))
+    whole, rng, refused = (tmp_path / "whole.npz").read_bytes(), np.random.default_rng(1), 0
+    damaged = {"shape.npy": npy("(2, 3"), "large.npy": npy("(10000000000000, 1, 1)")}
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as archive:
+        archive.writestr("routed_experts.npy", npy("(10000000000000, 1, 1)", b"1234"))
+    for index in range(300):
+        changed = np.frombuffer(whole, np.uint8).copy()
+        changed[rng.integers(len(changed), size=2)] = rng.integers(256, size=2)
+        damaged[f"{index}.npz"] = changed.tobytes()
+    for name, data in damaged.items():
+        (tmp_path / name).write_bytes(data)
+    for name in ("large.npz", *damaged):
+        try:
+            import_vllm_routed(tmp_path / name, EXPERTS, 1 if name.endswith("npy") else None)
+        except TraceError:
+            refused += 1
+    assert refused > 250
+
+
+def test_a_file_of_more_ids_than_allowed_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "sparse.npy", "wb") as file:
+        file.write(npy("(1000000000000, 4, 1)"))
+        file.truncate(file.tell() + 4_000_000_000_000)
+    with pytest.raises(TraceError, match="more than 1073741824 expert ids"):
+        import_vllm_routed(tmp_path / "sparse.npy", EXPERTS, 5)

@@ -12,9 +12,13 @@ from elmoe import bitslice, kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.engine.cache_layout import PAGE_POSITIONS, layout_of
 from elmoe.engine.engine import Engine
+from elmoe.engine.fitting import Fitting
 from elmoe.engine.kv_cache import CacheEntry, PagedCache
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
+from elmoe.store import open_direct
+from elmoe.store.synthetic import synthesize
+from tests.schedules import windowed_spec
 from tests.tiny import TinyReader, tiny_spec
 
 
@@ -106,3 +110,31 @@ def test_a_fork_shares_what_the_window_left():
     cache.release(copy)
     cache.release(entry)
     assert cache.free_pages == cache.pages and (cache.kernels.table == -1).all()
+
+
+def test_drafts_keep_within_the_share_of_the_cache(tmp_path, monkeypatch):
+    """A draft takes pages of all groups of layers, behind the plan that gave the rest of the budget to slices."""
+    synthesize(tmp_path / "store", windowed_spec())
+    with open_direct(tmp_path / "store") as reader:
+        engine = Engine(reader, kernels, EngineOptions(batch=4, fast_memory=600_000, draft_length=6))
+        cache, manager, grown = engine.cache, engine._manager, []
+        grow = engine.scheduler.grow
+
+        def watched(sequence, positions):
+            found = grow(sequence, positions)
+            grown.append(cache.bytes_touched - manager._sizes.kv)
+            return found
+
+        monkeypatch.setattr(engine.scheduler, "grow", watched)
+        prompts = [np.random.default_rng(seed).integers(6, 95, 50 + 5 * seed).tolist() for seed in range(4)]
+        engine.generate([Request(tuple(prompt), 150, ignore_eos=True) for prompt in prompts])
+    assert len(grown) > 100 and max(grown) <= 0
+
+
+def test_no_room_is_set_aside_for_prefixes_that_windows_do_not_leave():
+    reader = TinyReader(windowed_spec())
+    pages = {
+        kept: Fitting(reader, EngineOptions(batch=2, kv_memory=64 << 20, prefix_cache=kept)).cache_pages
+        for kept in (False, True)
+    }
+    assert pages[True] == pages[False] < (64 << 20) // layout_of(reader.spec).page_bytes

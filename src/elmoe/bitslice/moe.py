@@ -42,6 +42,11 @@ class RouterWeights:
     kept_groups: int = 1
     best_two: bool = False
 
+    def __post_init__(self) -> None:
+        # All else that is not finite is seen in what is computed of it; this bias in the choice alone.
+        if self.selection_bias is not None and not np.isfinite(self.selection_bias).all():
+            raise NumericsError("a bias of a router's choice is NaN or infinite", "check the checkpoint's weights")
+
     @property
     def ranks(self) -> int:
         """Experts ranked for each token."""

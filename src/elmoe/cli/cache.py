@@ -54,6 +54,7 @@ def remove_command(name: str | None, everything: bool, store_dir: Path | None, a
 
     NAME is the name of a store or of its source, or the path of the source."""
     from elmoe.convert.cache import entries, remove
+    from elmoe.terminal import shown
     from elmoe.units import format_bytes
 
     if everything == (name is not None):
@@ -64,4 +65,4 @@ def remove_command(name: str | None, everything: bool, store_dir: Path | None, a
         print_json({"removed": [one.entry.path for one in removed], "bytes": sum(one.bytes for one in removed)})
         return
     for one in removed:
-        click.echo(f"removed {one.entry.name} ({format_bytes(one.bytes)}), converted from {one.entry.path}")
+        click.echo(shown(f"removed {one.entry.name} ({format_bytes(one.bytes)}), converted from {one.entry.path}"))

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,8 @@ def command(
     interactive = sys.stdin.isatty() and not as_json
     ask = _prompter() if interactive else None  # before the model is loaded: it may not be installed
     remote = store.startswith(("http://", "https://"))
-    with nullcontext() if remote else serving.load(store, serving.options(mode, 1)) as model:
+    options = replace(serving.options(mode, 1), prefix_cache=True)  # each turn begins as the one before
+    with nullcontext() if remote else serving.load(store, options) as model:
         answerer = Remote(store, api_key, model_name) if model is None else Local(model)
         settings = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
         chat = Conversation(answerer, system, {name: value for name, value in settings.items() if value is not None})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from elmoe.errors import ElmoeError, RequestError
+from elmoe.errors import RequestError
 from elmoe.untrusted import load_object, short
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ SECONDS = 600
 
 @dataclass
 class Statistics:
-    """Of one answer."""
+    """Of one answer. ``cached_tokens``: of the prompt, computed for the turns before."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: int = 0
     first_token_seconds: float = 0.0
     seconds: float = 0.0
@@ -43,8 +45,8 @@ class Statistics:
         rest = self.seconds - self.first_token_seconds
         rate = round((self.tokens - 1) / rest, 1) if self.tokens > 1 and rest > 0 else None
         times = {"first_token_seconds": round(self.first_token_seconds, 3), "seconds": round(self.seconds, 3)}
-        return {"prompt_tokens": self.prompt_tokens, "tokens": self.tokens, **times, "tokens_per_second": rate,
-                "finish_reason": self.finish_reason}  # fmt: skip
+        return {"prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens, "tokens": self.tokens, **times,
+                "tokens_per_second": rate, "finish_reason": self.finish_reason}  # fmt: skip
 
 
 class Answerer(Protocol):
@@ -70,7 +72,7 @@ class Local:
         with self._model.stream(prompt, **settings) as stream:
             for piece in stream:
                 told.tokens += len(piece.token_ids)
-                told.finish_reason = piece.finish_reason
+                told.finish_reason, told.cached_tokens = piece.finish_reason, piece.cached_tokens
                 yield piece.text
 
 
@@ -82,9 +84,11 @@ class Remote:
 
     def __init__(self, url: str, key: str | None, model: str | None) -> None:
         self._url, self._key = url.rstrip("/").removesuffix("/v1") + "/v1", key
-        with closing(self._open("/models", None)) as response:
+        self._broke_off = f"{self._url} broke off"
+        with closing(self._open("/models", None)) as response, self._naming_failures(self._broke_off):
             found = load_object(response.read(LONGEST_LINE), self._url, RequestError)
-        names = [str(card.get("id")) for card in found.get("data", []) if isinstance(card, dict)]
+        cards = found.get("data")
+        names = [str(card.get("id")) for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
         if model is None and not names:
             raise RequestError(f"{self._url} serves no model", "give --model")
         self.name = model or names[0]
@@ -92,40 +96,54 @@ class Remote:
     def answer(self, messages: list[dict[str, str]], settings: dict[str, Any], told: Statistics) -> Generator[str]:
         """See ``Answerer``."""
         body = {"model": self.name, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
-        with closing(self._open("/chat/completions", body | settings)) as response:
+        with closing(self._open("/chat/completions", body | settings)) as response, self._naming_failures(self._broke_off):
             while raw := response.readline(LONGEST_LINE):
                 line = raw.decode("utf-8", "replace").strip()
-                if not line.startswith("data:") or line == "data: [DONE]":
+                if line == "data: [DONE]":
+                    return
+                if not line.startswith("data:"):
                     continue
                 event = load_object(line.removeprefix("data:"), "an event of the server", RequestError)
                 if "error" in event:
                     raise _told(event)
                 yield _text_of(event, told)
+        if told.finish_reason is None:
+            raise RequestError(f"{self._broke_off} in its answer")
+
+    @contextmanager
+    def _naming_failures(self, what: str) -> Iterator[None]:
+        """Turns failures of the connection into a RequestError."""
+        try:
+            yield
+        except (OSError, ValueError, HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise RequestError(f"{what}: {short(reason)}", "start it: elmoe serve STORE") from None
 
     def _open(self, path: str, body: dict[str, Any] | None) -> Any:
         """The answer to a request; with its own words where it is an error."""
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self._key}"} if self._key else {})
         data = None if body is None else json.dumps(body).encode()
-        try:
-            return urllib.request.urlopen(urllib.request.Request(self._url + path, data, headers), timeout=SECONDS)
-        except urllib.error.HTTPError as error:
-            with error:
-                raw = error.read(LONGEST_ERROR)
+        with self._naming_failures(f"cannot reach {self._url}"):
             try:
-                found = load_object(raw, "the answer", RequestError)
-            except RequestError:
-                found = {}
-            raise _told(found, f"{self._url} answers {error.code} {error.reason}") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise RequestError(f"cannot reach {self._url}: {short(reason)}", "start it: elmoe serve STORE") from None
+                return urllib.request.urlopen(urllib.request.Request(self._url + path, data, headers), timeout=SECONDS)
+            except urllib.error.HTTPError as error:
+                with error:
+                    raw = error.read(LONGEST_ERROR)
+                try:
+                    found = load_object(raw, "the answer", RequestError)
+                except RequestError:
+                    found = {}
+                raise _told(found, f"{self._url} answers {error.code} {error.reason}") from None
 
 
 def _text_of(event: dict[str, Any], told: Statistics) -> str:
     """The text of an event."""
     usage = event.get("usage")
     if isinstance(usage, dict):
-        told.prompt_tokens, told.tokens = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        counts = usage.get("prompt_tokens"), cached, usage.get("completion_tokens")
+        told.prompt_tokens, told.cached_tokens, told.tokens = (one if isinstance(one, int) else 0 for one in counts)
     choices = event.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     told.finish_reason = choice.get("finish_reason") or told.finish_reason
@@ -169,10 +187,10 @@ class Conversation:
             raise RequestError(f"'{short(value, 40)}' is no {SETTINGS[name].__name__}", "give a number") from None
 
     def say(self, text: str) -> Generator[str]:
-        """Pieces of the answer. What was written when the iterator is closed stays in the chat; a refused message does
-        not."""
+        """Pieces of the answer. What was written when the iterator is closed stays in the chat; a message that was refused,
+        or whose answer did not begin, does not."""
         self.messages.append({"role": "user", "content": text})
-        self.last, began, pieces = Statistics(), perf_counter(), list[str]()
+        self.last, began, pieces, answered = Statistics(), perf_counter(), list[str](), False
         try:
             with closing(self.answerer.answer(self.messages, self.settings, self.last)) as answer:
                 for piece in answer:
@@ -180,10 +198,13 @@ class Conversation:
                         self.last.first_token_seconds = perf_counter() - began
                     pieces.append(piece)
                     yield piece
-        except ElmoeError:
-            del self.messages[-1]
+            answered = True
+        except (GeneratorExit, KeyboardInterrupt):
+            answered = any(pieces)
             raise
         finally:
             self.last.seconds = perf_counter() - began
-            if pieces:
+            if answered:
                 self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            else:
+                del self.messages[-1]

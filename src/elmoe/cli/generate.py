@@ -233,6 +233,8 @@ def _ends(requests: Sequence[Request], results: Sequence[Result]) -> str:
         reason = ENDED.get(result.finish, result.finish)
         if result.finish == "length" and len(result.tokens) < request.max_tokens:
             reason = "the context is full"
+        if result.finish == "stop" and request.grammar is not None and not (request.stop or request.stop_tokens):
+            reason = "the end of the JSON"
         if result.finish == "eos" and len(result.tokens) <= 1:
             reason = "the model, at once"
         reasons[reason] += 1

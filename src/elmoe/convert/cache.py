@@ -17,11 +17,11 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from elmoe.convert.identity import difference, identity, is_source, printable
+from elmoe.convert.identity import Identity, difference, identity, is_source, printable
 from elmoe.errors import ConvertError, StoreError
 from elmoe.files import write_whole
 from elmoe.units import format_bytes
@@ -54,7 +54,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     name: str
-    identity: dict[str, Any]
+    identity: Identity
     recipe: int = RECIPE
     made: str = ""
 
@@ -125,7 +125,7 @@ def naming_mend(model: str | Path, store: str | Path) -> Iterator[None]:
         raise StoreError(str(error), f"elmoe cache remove {Path(store).name}: the next start converts it anew") from error
 
 
-def _convert(source: Path, store: Path, found: dict[str, Any], old: Cached | None, telling: Telling) -> Path:
+def _convert(source: Path, store: Path, found: Identity, old: Cached | None, telling: Telling) -> Path:
     """Convert a source into its store in the cache, after saying why and what it takes."""
     from elmoe.convert.convert import convert_source
     from elmoe.convert.source import open_source
@@ -137,7 +137,9 @@ def _convert(source: Path, store: Path, found: dict[str, Any], old: Cached | Non
     hint = "choose another folder with --store-dir"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        if store.exists():  # damaged: whole ones are not converted again
+        if is_whole(store):  # another process was faster
+            return store
+        if store.exists():  # damaged
             shutil.rmtree(store)
     except OSError as error:
         raise ConvertError(f"cannot write the cache '{place}': {error.strerror}", hint) from error
@@ -172,7 +174,7 @@ def model_bytes(model: Source) -> int:
     return store_bytes(model.spec, model.formats)
 
 
-def _say(source: Path, place: Path, model: Source, old: Cached | None, found: dict[str, Any], telling: Telling) -> None:
+def _say(source: Path, place: Path, model: Source, old: Cached | None, found: Identity, telling: Telling) -> None:
     """Say why a source is converted, and what it takes."""
     why = f"'{source.name}' is converted once"
     if old is not None and old.entry.identity != found:
@@ -211,7 +213,13 @@ def entries(folder: Path | None = None) -> Iterator[Cached]:
 
 
 def _bytes_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Of the files that are there; others may come and go meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
 
 
 def remove(name: str, folder: Path | None = None) -> list[Cached]:

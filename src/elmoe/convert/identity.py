@@ -5,11 +5,9 @@ starts with a model that is in the cache loads no more than this.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from elmoe.errors import ConvertError
 
@@ -22,6 +20,8 @@ MOST_PARTS = 1000
 HEAD, SAMPLE, SAMPLES = 64 << 10, 4 << 10, 16
 """Bytes of a file's begin that are looked at, and of samples spread over the rest. Archives give all their files one time,
 so that names, sizes and times are not enough."""
+Identity = dict[str, tuple[int, int, str]]
+"""File -> size, time of change in nanoseconds, and digest of samples."""
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -58,12 +58,10 @@ def source_files(path: Path) -> list[Path]:
     return [*(path / name for name in SMALL_FILES), *sorted(path.glob("*.safetensors"))]
 
 
-def identity(path: Path) -> dict[str, Any]:
-    """File -> size, time and digest of a sample; ConvertError where a file cannot be read.
-
-    :returns: as JSON has it. The folder is not part of it: a model that was moved is the same.
-    """
-    found: dict[str, Any] = {}
+def identity(path: Path) -> Identity:
+    """Of a source; ConvertError where a file cannot be read. The folder is not part of it: a model that was moved is the
+    same."""
+    found: Identity = {}
     for file in source_files(path):
         if file.exists() and not file.is_file():
             raise ConvertError(f"'{file}' is not a regular file", "give a copy of it")
@@ -73,7 +71,7 @@ def identity(path: Path) -> dict[str, Any]:
                 for at in range(SAMPLES + 1):  # the first at the begin, the last at the end
                     handle.seek((size - SAMPLE) * at // SAMPLES if at and size > SAMPLE else 0)
                     digest.update(handle.read(SAMPLE if at else HEAD))
-            found[printable(file.name)] = [size, file.stat().st_mtime_ns, digest.hexdigest()]
+            found[printable(file.name)] = size, file.stat().st_mtime_ns, digest.hexdigest()
         except FileNotFoundError:
             if not path.is_dir():
                 raise ConvertError(
@@ -89,16 +87,14 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """In words, what differs between two identities: the first file that does."""
-    for name in sorted(before.keys() | after.keys()):
-        if name not in before:
-            return f"'{name}' has come"
-        if name not in after:
-            return f"'{name}' has gone"
-        if before[name] != after[name]:
-            (size, _, sample), (new_size, _, new_sample) = before[name], after[name]
-            if size != new_size:
-                return f"'{name}' had {size} bytes and has {new_size}"
-            return f"'{name}' has another {'content' if sample != new_sample else 'time of change'}"
-    return json.dumps(None)
+def difference(before: Identity, after: Identity) -> str:
+    """In words, what differs between two identities that do: the first file."""
+    name = next(name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name))
+    if name not in before:
+        return f"'{name}' has come"
+    if name not in after:
+        return f"'{name}' has gone"
+    (size, _, sample), (new_size, _, new_sample) = before[name], after[name]
+    if size != new_size:
+        return f"'{name}' had {size} bytes and has {new_size}"
+    return f"'{name}' has another {'content' if sample != new_sample else 'time of change'}"

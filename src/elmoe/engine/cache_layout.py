@@ -34,6 +34,16 @@ class CacheLayout:
         """Pages of a stretch of ``PAGE_POSITIONS`` positions."""
         return len(self.windows)
 
+    @property
+    def stretch_bytes(self) -> int:
+        """Bytes of the pages of a stretch."""
+        return self.groups * self.page_bytes
+
+    @property
+    def windowed(self) -> list[int]:
+        """Groups of layers whose pages are let go."""
+        return [group for group, window in enumerate(self.windows) if window is not None]
+
     def first_seen(self, group: int, computed: int) -> int:
         """The first position that a token at position ``computed`` or later sees in the layers of a group."""
         window = self.windows[group]

@@ -22,8 +22,6 @@ READ_THREADS = 4
 """Reads in flight: 1 or 2 saturate an NVMe disk with slices of megabytes; small slices want more."""
 KV_SHARE = 0.5
 """Largest share of the memory available at load that the KV cache may come to take, where nothing else limits it."""
-
-
 PREFIX_SHARE = 0.25
 """Share of the KV cache that prefixes may keep where experts are read: what they take, slices lack."""
 
@@ -55,7 +53,7 @@ class Fitting:
         self.enforced = isinstance(reader, DirectReader)
         self._layout = layout_of(self._spec)
         self.page_bytes = self._layout.page_bytes
-        least = self.page_bytes * self._layout.groups
+        least = self._layout.stretch_bytes
         if options.kv_memory is not None and options.kv_memory < least:
             raise BudgetError(
                 f"kv_memory of {format_bytes(options.kv_memory)} does not hold one page of {PAGE_POSITIONS} positions, "
@@ -71,14 +69,14 @@ class Fitting:
         if options.kv_memory is None and isinstance(options.fast_memory, int):
             sizes = self.sizes_beside(0)
             room = options.fast_memory - (sizes.fixed if options.mode == "plain" else sizes.minimum)
-        if options.prefix_cache and options.kv_memory is not None:
+        if options.prefix_cache and options.kv_memory is not None and not self._layout.windowed:
             most = room // self.page_bytes  # what running sequences cannot use, prefixes can
         self.cache_pages = max(self._layout.groups, min(most, room // self.page_bytes))
         self.prefix_pages = self._prefix_pages()
 
     def _prefix_pages(self) -> int:
         kept = self._options.prefix_cache
-        if any(window is not None for window in self._layout.windows):
+        if self._layout.windowed:
             if kept and kept is not True:
                 raise BudgetError(
                     "prefix_cache has a size, and the model's attention has windows: their pages are not kept",

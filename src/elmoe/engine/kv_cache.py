@@ -63,8 +63,7 @@ class PagedCache:
         self._values_memory, values = _lazy((*block, PAGE_POSITIONS, value_dim))
         self.page_bytes = layout.page_bytes
         self.kernels = KVCache(keys, values, np.full((rows, per_row), NO_PAGE, np.int32), layout.places)
-        self.windowed = [group for group, window in enumerate(layout.windows) if window is not None]
-        """Groups of layers whose pages are let go."""
+        self.windowed = layout.windowed
         self._layer_windows = [window_of(layer) for layer in spec.layers]
         self._free = list(range(count - 1, -1, -1))
         self._free_rows = list(range(rows - 1, -1, -1))

@@ -38,11 +38,6 @@ class Batch(NamedTuple):
     decoding: list[Sequence]
     chunks: list[Chunk]
 
-    @property
-    def chunk_tokens(self) -> int:
-        """Positions of all chunks."""
-        return sum(chunk.last - chunk.first for chunk in self.chunks)
-
 
 class Scheduler:
     """The sequences of an engine. ``running``: those with a row of the cache, oldest first.
@@ -134,7 +129,8 @@ class Scheduler:
                 continue  # preempted by an older one
             ready = len(sequence.tokens) - 1 == sequence.computed
             if not ready and left > 0 and self._cache.keeps_prefixes:
-                self._adopt(sequence)  # an older one may have computed what comes next
+                found = self._adopt(sequence)  # an older one may have computed what comes next
+                self.statistics.cached_tokens += found if sequence.choice == 0 else 0
                 ready = not sequence.uncomputed
             if ready:
                 if self._reserve(sequence, len(sequence.tokens)):
@@ -167,20 +163,23 @@ class Scheduler:
                 return
             if sequence.choice == 0 and not sequence.gave_way:
                 self.statistics.prompt_tokens += len(sequence.request.prompt)
+                self.statistics.cached_tokens += sequence.cached_tokens
             self.waiting.remove(sequence)
             sequence.state, sequence.leader = PREFILL, None
             self._cache.bind(sequence.entry)
             self.running.append(sequence)
 
-    def _adopt(self, sequence: Sequence) -> None:
-        """Take over what the prefix cache knows of a text, but for its last position, which is computed to draw from."""
+    def _adopt(self, sequence: Sequence) -> int:
+        """Take over what the prefix cache knows of a text, but for its last position, which is computed to draw from;
+        returns how many positions of a prompt that is computed for the first time."""
         if sequence.computed != len(sequence.entry.pages) * PAGE_POSITIONS or not self.adopts:
-            return
+            return 0
         found = self._cache.adopt(sequence.entry, sequence.tokens, len(sequence.tokens) - 1)
         sequence.computed += found
-        if found and not sequence.gave_way:
-            sequence.cached_tokens += found
-            self.statistics.cached_tokens += found
+        if sequence.gave_way:
+            return 0
+        sequence.cached_tokens += found
+        return found
 
     def _reserve(self, sequence: Sequence, positions: int) -> bool:
         """Give a sequence pages, taking them from copies that wait and from younger sequences if there are none; False if it
@@ -198,11 +197,14 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; its positions are computed again when its turn comes."""
         self._cache.release(sequence.entry)
-        sequence.computed, sequence.state, sequence.gave_way = 0, WAITING, True
+        sequence.computed, sequence.state = 0, WAITING
         self._preempted += 1
         if sequence in self.running:
+            sequence.gave_way = True
             self.running.remove(sequence)
             self.waiting.appendleft(sequence)
+        elif not sequence.gave_way:  # it has not begun
+            sequence.cached_tokens = 0
 
     def grow(self, sequence: Sequence, positions: int) -> bool:
         """Pages for a draft, if there are free ones: nobody gives way to a draft."""

@@ -41,8 +41,7 @@ class TierManager:
         """The plan of the next step, carried out: the tier holds the KV cache and the plan's slices."""
         if self._plan is not None and not self.planner.chooses and not self._tier.enforced:
             return self._plan
-        page = sequences * self._cache.page_bytes
-        changed = self._fit_cache(page) if self._tier.enforced else False
+        changed = self._fit_cache(sequences * self._cache.layout.stretch_bytes) if self._tier.enforced else False
         plan, old = self.planner.standing(sequences, self._sizes), self._plan
         if plan is None:
             began = perf_counter()
@@ -55,17 +54,18 @@ class TierManager:
             self._tier.replan(plan.slots, capacity)
         return plan
 
-    def _fit_cache(self, page: int) -> bool:
-        """Fit the KV cache's share to the pages in use, two pages of every sequence ahead: slices are not given up for every
-        token. Pages that came free go back once they are more than half of the share. Returns whether it changed."""
+    def _fit_cache(self, stretch: int) -> bool:
+        """Fit the KV cache's share to the pages in use, two stretches of every sequence ahead, each of ``stretch`` bytes in
+        all: slices are not given up for every token. Pages that came free go back once they are more than half of the share.
+        Returns whether it changed."""
         used, share = self._cache.bytes_in_use, self._sizes.kv
-        grown = share < min(self._most_kv, max(used, self._cache.bytes_touched) + page)
-        shrunk = not grown and used + 2 * page < share // 2
+        grown = share < min(self._most_kv, max(used, self._cache.bytes_touched) + stretch)
+        shrunk = not grown and used + 2 * stretch < share // 2
         if shrunk:
             self._cache.shrink()
         if grown or shrunk:
             held = max(used, self._cache.bytes_touched)
-            self._sizes = replace(self._sizes, kv=min(self._most_kv, held + 2 * page))
+            self._sizes = replace(self._sizes, kv=min(self._most_kv, held + 2 * stretch))
         return grown or shrunk
 
     def learn(self, outcome: Outcome, seconds: float) -> None:

@@ -17,7 +17,7 @@ from elmoe.models.spec import ModelSpec
 from elmoe.models.tensors import DEFAULT, FLOATS
 from elmoe.untrusted import load_object, read_bytes, short
 
-_LARGEST_CONFIG, _LARGEST_MANIFEST = 1 << 20, 256 << 20
+_LARGEST_CONFIG, _LARGEST_MANIFEST = 1 << 20, 32 << 20
 
 
 class _StoredLayer(msgspec.Struct, frozen=True):

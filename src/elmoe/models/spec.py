@@ -19,15 +19,37 @@ MOST = {
 }  # fmt: skip
 """Largest value of each size: far above any published model, so small that no product of sizes overflows 64 bits."""
 
+LEAST_NUMBER, MOST_NUMBER = 1e-6, 1e12
+"""Bounds of every positive number: no power, quotient or product of two overflows."""
+
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Base of all parts of a spec."""
+
+
+def _check_sizes(part: msgspec.Struct, name: str, *fields: str, **kinds: str) -> None:
+    """ModelError for sizes of a part that are not in 1..most; ``kinds`` names the bound of fields that have another's."""
+    for field, kind in ({one: one for one in fields} | kinds).items():
+        value = getattr(part, field)
+        if not 1 <= value <= MOST[kind]:
+            raise ModelError(f"{name}.{field} is {value}, allowed is 1..{MOST[kind]}")
+
+
+def _check_numbers(part: msgspec.Struct, name: str, *fields: str) -> None:
+    """ModelError for numbers of a part that are not positive, or out of bounds."""
+    for field in fields:
+        value = getattr(part, field)
+        if not LEAST_NUMBER <= value <= MOST_NUMBER:
+            raise ModelError(f"{name}.{field} is {value}, allowed is {LEAST_NUMBER:g}..{MOST_NUMBER:g}")
 
 
 class LinearScaling(_Part, frozen=True, tag="linear"):
     """Positions divided by ``factor``."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "rope.scaling", "factor")
 
 
 class Llama3Scaling(_Part, frozen=True, tag="llama3"):
@@ -37,6 +59,10 @@ class Llama3Scaling(_Part, frozen=True, tag="llama3"):
     low_frequency_factor: float
     high_frequency_factor: float
     original_positions: int
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "rope.scaling", "factor", "low_frequency_factor", "high_frequency_factor")
+        _check_sizes(self, "rope.scaling", original_positions="max_positions")
 
 
 class YarnScaling(_Part, frozen=True, tag="yarn"):
@@ -50,6 +76,10 @@ class YarnScaling(_Part, frozen=True, tag="yarn"):
     attention_factor: float = 1.0
     score_factor: float = 1.0
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "rope.scaling", "factor", "beta_fast", "beta_slow", "attention_factor", "score_factor")
+        _check_sizes(self, "rope.scaling", original_positions="max_positions")
 
 
 class LongRopeScaling(_Part, frozen=True, tag="longrope"):
@@ -73,8 +103,7 @@ class Rope(_Part, frozen=True):
     scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.theta < 1e12:
-            raise ModelError(f"rope.theta is {self.theta}, not in 0..1e12")
+        _check_numbers(self, "rope", "theta")
         if self.dimensions < 2 or self.dimensions % 2:
             raise ModelError(f"rope.dimensions is {self.dimensions}, not a positive even number")
 
@@ -171,6 +200,9 @@ class Activation(_Part, frozen=True):
     alpha: float = 1.0
     limit: float | None = None
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "activation", "alpha", *(["limit"] if self.limit is not None else []))
+
 
 class Router(_Part, frozen=True):
     """Chooses ``top_k`` of ``experts`` for each token.
@@ -194,6 +226,7 @@ class Router(_Part, frozen=True):
 
     def __post_init__(self) -> None:
         _check_sizes(self, "router", "experts")
+        _check_numbers(self, "router", "scaling")
         if not 1 <= self.top_k <= self.experts:
             raise ModelError(f"router.top_k is {self.top_k}, allowed is 1..{self.experts}, the number of experts")
         if self.groups < 1 or self.experts % self.groups or not 1 <= self.kept_groups <= self.groups:
@@ -315,11 +348,3 @@ class ModelSpec(_Part, frozen=True, dict=True):
         if not isinstance(found, Moe):
             raise ModelError(f"layer {layer} has no experts")
         return found
-
-
-def _check_sizes(part: msgspec.Struct, name: str, *fields: str, **kinds: str) -> None:
-    """ModelError for sizes of a part that are not in 1..most; ``kinds`` names the bound of fields that have another's."""
-    for field, kind in ({one: one for one in fields} | kinds).items():
-        value = getattr(part, field)
-        if not 1 <= value <= MOST[kind]:
-            raise ModelError(f"{name}.{field} is {value}, allowed is 1..{MOST[kind]}")

@@ -15,8 +15,10 @@ negative are tokens without routing: they are left out too.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import msgspec
@@ -30,6 +32,10 @@ from elmoe.untrusted import short
 PROMPT, GENERATED = "prompt_routed_experts", "routed_experts"
 LINE_LIMIT = 256 << 20
 """Bytes of one response."""
+DAMAGED = (
+    OSError, ValueError, EOFError, MemoryError, SyntaxError, TokenError, RuntimeError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
+"""What NumPy and ``zipfile`` raise of a damaged file: MemoryError where a header tells of more values than there are."""
 Pair = tuple[NDArray[np.integer] | None, NDArray[np.integer]]
 """Ids of a prompt, if they are known, and of what was generated."""
 
@@ -50,7 +56,7 @@ def import_vllm_routed(path: str | Path, experts: int, prompt_tokens: int | None
         raise TraceError(f"{experts} experts cannot be", f"allowed are 1 to {MAX_EXPERTS}")
     try:
         pairs = [_checked(f"'{short(path)}', {name}", pair, experts) for name, pair in readers[path.suffix](path)]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise TraceError(f"cannot read '{short(path)}': {short(error)}", "is it whole?") from error
     if not pairs:
         raise TraceError(f"'{short(path)}' holds no {GENERATED}", "start vLLM with --enable-return-routed-experts")
@@ -107,6 +113,8 @@ def _array(name: str, value: Any) -> NDArray[np.integer]:
     found = np.asarray(value)
     if found.ndim != 3 or found.dtype.kind not in "iu" or 0 in found.shape[1:]:
         raise TraceError(f"{name}: {found.dtype} {found.shape}, not whole numbers (tokens, layers, top_k)")
+    if found.size > MAX_IDS:
+        raise TraceError(f"{name}: more than {MAX_IDS} expert ids", "use fewer or shorter sequences")
     return found
 
 
