@@ -170,8 +170,9 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Cancel all requests and let go of the store; waits for the step of another thread."""
-        if not self._stepper.closed:
+        """Cancel all requests and let go of the store; waits for the step of another thread. Does nothing in a process that
+        was forked."""
+        if not self._stepper.closed and not self._stepper.forked:
             self._stepper.close()
             self.reader.close()
 
