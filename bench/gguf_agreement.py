@@ -3,7 +3,6 @@
     .venv/bin/python -m bench.gguf_agreement [--json]                      # the demo model in --types; needs `make peers`
     .venv/bin/python -m bench.gguf_agreement --file SmolLM2-135M-Instruct.Q4_1.gguf
     .venv/bin/python -m bench.gguf_agreement --random                      # random weights in --types
-    .venv/bin/python -m bench.gguf_agreement --families                    # the tests' tiny models of every family, Q8_0
 
 Both are fed the same ids of TEXT (this repository's README); random weights are fed random ids. llama.cpp is fed twice, all
 tokens at once and one by one: how far it agrees with itself is the yardstick. Ends with 1 where a bound is broken.
@@ -23,8 +22,6 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from tests.family_configs import CONFIGS
-from tests.unit.test_served_families import NOT_IN_GGUF
 
 from bench.quantisations import UNIFORM, UnevenWeights, write_store
 from elmoe.convert import convert_checkpoint
@@ -49,11 +46,6 @@ SHAPES = {
     "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
 """Of random weights. Every expert is chosen: a choice that tips over would hide what is compared."""
-OTHERWISE: dict[str, dict[str, Any]] = {
-    "llama_biases_yarn": {"beta_fast": 32.0, "beta_slow": 1.0},  # whatever the file says
-    "gpt_oss": {"truncate": True},
-}
-"""What of a rope scaling llama.cpp takes otherwise than the file, or the published model, says. Ours is told the same."""
 SWAPPED_TENSOR = "blk.1.ffn_down_exps.weight"
 
 
@@ -240,52 +232,6 @@ def random_weights(llama: Llama, kinds: list[str], tokens: int, folder: Path) ->
         }  # fmt: skip
 
 
-def families(llama: Llama, tokens: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """Tiny models of random weights of every configuration in the tests that GGUF can say."""
-    rng, text = np.random.default_rng(0), folder / "text"
-    text.write_text("text")
-    for name, config in CONFIGS.items():
-        if name in NOT_IN_GGUF:
-            continue
-        file, floats = (folder / f"{name}{end}.gguf" for end in ("", "-f32"))
-        write_store(folder / name, spec_of_config(config), "q8_0", UnevenWeights(0))
-        with open_store(folder / name) as reader:
-            export_store(reader, file)
-        in_floats(file, floats)
-        ids = rng.integers(1, config["vocab_size"], tokens).astype(np.int32)
-        told = config | ({"rope_scaling": config["rope_scaling"] | OTHERWISE[name]} if name in OTHERWISE else {})
-        write_store(folder / f"{name}-told", spec_of_config(told), "q8_0", UnevenWeights(0))
-        with load(folder / f"{name}-told") as model:
-            mine = our_logits(model, ids)
-        theirs, exact = (llama.logits(one, ids, text)[0][0] for one in (file, floats))
-        errors = {who: typical_error(logits, exact) for who, logits in (("ours", mine), ("llama.cpp", theirs))}
-        yield {
-            "model": name, "tokens": tokens, "told_otherwise": OTHERWISE.get(name), "relative_error": errors,
-            "same_most_likely": {
-                who: float((logits.argmax(axis=1) == exact.argmax(axis=1)).mean())
-                for who, logits in (("ours", mine), ("llama.cpp", theirs))
-            },
-            "met": errors["ours"] <= ERROR_BOUND * errors["llama.cpp"],
-        }  # fmt: skip
-
-
-def typical_error(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """The median of the positions' relative errors: where a choice of experts tips over, a position says nothing."""
-    return float(np.median([relative_error(one[at : at + 1], other[at : at + 1]) for at in range(len(one))]))
-
-
-def show_families(rows: list[dict[str, Any]]) -> None:
-    print_table(
-        f"error of logits against llama.cpp's of F32 values, median of positions; ours at most {ERROR_BOUND:g}x llama.cpp's",
-        ("model", "ours", "llama.cpp of Q8_0", "same most likely token", "llama.cpp of Q8_0", "met"),
-        [
-            (r["model"], *(f"{r['relative_error'][who]:.5f}" for who in ("ours", "llama.cpp")),
-             *(f"{r['same_most_likely'][who]:.1%}" for who in ("ours", "llama.cpp")), "yes" if r["met"] else "NO")
-            for r in rows
-        ],
-    )  # fmt: skip
-
-
 def show_trained(rows: list[dict[str, Any]]) -> None:
     print_table(
         f"perplexity within {PERPLEXITY_BOUND:.1%}",
@@ -322,7 +268,6 @@ def main() -> None:
     parser.add_argument("--file", type=Path, help="a GGUF file of trained weights, as it is")
     parser.add_argument("--store", default="demo", help="trained weights that become files of --types")
     parser.add_argument("--random", action="store_true", help="random weights; Q8_0 comes first")
-    parser.add_argument("--families", action="store_true", help="random weights of every family, in Q8_0")
     parser.add_argument("--types", help=f"of {', '.join(UNIFORM)} [default: {TRAINED}; --random: {RANDOM}]")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--text", type=Path, default=Path(__file__).resolve().parent.parent / "README.md")
@@ -334,9 +279,7 @@ def main() -> None:
     kinds = (arguments.types or (RANDOM if arguments.random else TRAINED)).split(",")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if arguments.families:
-            rows = list(families(llama, min(arguments.tokens, 256), folder))
-        elif arguments.random:
+        if arguments.random:
             rows = list(random_weights(llama, kinds, min(arguments.tokens, 256), folder))
         else:
             files = [arguments.file] if arguments.file else [as_type(arguments.store, kind, folder) for kind in kinds]
@@ -344,7 +287,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(rows, indent=1))
     else:
-        (show_families if arguments.families else show_random if arguments.random else show_trained)(rows)
+        (show_random if arguments.random else show_trained)(rows)
     met = [row["met"]["F32"] and row["swaps_found"]["F32"] if arguments.random else row["met"] for row in rows]
     sys.exit(0 if all(met) else 1)
 

