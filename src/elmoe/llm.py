@@ -339,6 +339,8 @@ class Model:
         """Writes a trace to ``path``, if there is one."""
         if path is None:
             return nullcontext()
+        if not isinstance(path, (str, Path)):
+            raise RequestError(f"the trace is a {type(path).__name__}", "give the path of a file to write")
         with naming_extra("a trace"):
             from elmoe.trace import TraceRecorder
 
