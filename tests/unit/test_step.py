@@ -18,6 +18,7 @@ from elmoe.engine.options import EngineOptions
 from elmoe.engine.passes import most_likely
 from elmoe.engine.request import Request
 from elmoe.engine.sequence import judge
+from elmoe.engine.statistics import PhaseCounters
 from elmoe.errors import BudgetError, RequestError
 from elmoe.units import format_bytes
 from tests.tiny import TinyReader, tiny_spec
@@ -190,3 +191,19 @@ def test_alternatives_are_the_likeliest_with_their_logprobs(backend):
         assert [value for _, value in likely] == sorted((value for _, value in likely), reverse=True)
         assert dict(likely).get(token, logprob) == logprob
     assert most_likely(np.zeros(97, np.float32), 3)[2][0] == 2
+
+
+def test_counters_can_be_read_while_a_step_adds_to_them():
+    """As a server's metrics do."""
+    counters, one = PhaseCounters(), np.ones(3, np.int64)
+
+    class Growing:
+        def __matmul__(self, sizes):
+            counters.count("lsb", one, one, sizes)
+            return 7
+
+    counters.count("msb", one, one, one)
+    counters.slices["msb"].hits = counters.slices["msb"].misses = Growing()
+    assert (counters.fast_bytes, set(counters.slices)) == (7, {"msb", "lsb"})
+    del counters.slices["lsb"]
+    assert (counters.slow_bytes, set(counters.slices)) == (7, {"msb", "lsb"})

@@ -48,15 +48,19 @@ class PhaseCounters:
     def _sum(self, name: str, kind: str) -> int:
         return int(getattr(self.slices[name], kind).sum()) if name in self.slices else 0
 
+    def _kinds(self) -> list[SliceCounters]:
+        """Those of now: another thread may read them while a step adds a kind."""
+        return list(self.slices.values())
+
     @property
     def fast_bytes(self) -> int:
         """Bytes of hits."""
-        return sum(int(counters.hits @ counters.sizes) for counters in self.slices.values())
+        return sum(int(counters.hits @ counters.sizes) for counters in self._kinds())
 
     @property
     def slow_bytes(self) -> int:
         """Bytes of misses."""
-        return sum(int(counters.misses @ counters.sizes) for counters in self.slices.values())
+        return sum(int(counters.misses @ counters.sizes) for counters in self._kinds())
 
     def as_dict(self) -> dict[str, object]:
         """Plain numbers; hits and misses per layer as lists."""
