@@ -69,8 +69,8 @@ class PhaseCounters:
             "fast_bytes": self.fast_bytes, "slow_bytes": self.slow_bytes,
             "msb_hits": self.msb_hits, "msb_misses": self.msb_misses,
             "lsb_hits": self.lsb_hits, "lsb_misses": self.lsb_misses,
-            "layer_hits": {name: counters.hits.tolist() for name, counters in self.slices.items()},
-            "layer_misses": {name: counters.misses.tolist() for name, counters in self.slices.items()},
+            "layer_hits": {name: counters.hits.tolist() for name, counters in list(self.slices.items())},
+            "layer_misses": {name: counters.misses.tolist() for name, counters in list(self.slices.items())},
         }  # fmt: skip
 
 
