@@ -119,6 +119,22 @@ def test_more_of_the_cache_than_there_is_is_refused_by_its_size():
     assert len(finish(one)) == 1
 
 
+def test_counters_can_be_read_while_a_step_adds_to_them():
+    """As a server's metrics do."""
+    counters, one = PhaseCounters(), np.ones(3, np.int64)
+
+    class Growing:
+        def __matmul__(self, sizes):
+            counters.count("lsb", one, one, sizes)
+            return 7
+
+    counters.count("msb", one, one, one)
+    counters.slices["msb"].hits = counters.slices["msb"].misses = Growing()
+    assert (counters.fast_bytes, set(counters.slices)) == (7, {"msb", "lsb"})
+    del counters.slices["lsb"]
+    assert (counters.slow_bytes, set(counters.slices)) == (7, {"msb", "lsb"})
+
+
 def test_a_ceiling_below_one_page_is_refused():
     with pytest.raises(BudgetError, match=re.escape(f"one page of 64 positions, {format_bytes(PAGE)}")):
         engine(kv_memory=PAGE - 1)
@@ -191,19 +207,3 @@ def test_alternatives_are_the_likeliest_with_their_logprobs(backend):
         assert [value for _, value in likely] == sorted((value for _, value in likely), reverse=True)
         assert dict(likely).get(token, logprob) == logprob
     assert most_likely(np.zeros(97, np.float32), 3)[2][0] == 2
-
-
-def test_counters_can_be_read_while_a_step_adds_to_them():
-    """As a server's metrics do."""
-    counters, one = PhaseCounters(), np.ones(3, np.int64)
-
-    class Growing:
-        def __matmul__(self, sizes):
-            counters.count("lsb", one, one, sizes)
-            return 7
-
-    counters.count("msb", one, one, one)
-    counters.slices["msb"].hits = counters.slices["msb"].misses = Growing()
-    assert (counters.fast_bytes, set(counters.slices)) == (7, {"msb", "lsb"})
-    del counters.slices["lsb"]
-    assert (counters.slow_bytes, set(counters.slices)) == (7, {"msb", "lsb"})
