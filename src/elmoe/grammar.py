@@ -86,7 +86,9 @@ class GrammarState:
             return self._excluded(behind)
         except RequestError:
             self._renew()
-            return self._excluded(behind)
+            if behind:  # of a draft: what the answer itself takes is seen without
+                raise
+            return self._excluded(())
 
     def _excluded(self, behind: Sequence[int]) -> NDArray[np.bool_] | None:
         matcher = self._matcher

@@ -170,8 +170,9 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Cancel all requests and let go of the store; waits for the step of another thread."""
-        if not self._stepper.closed:
+        """Cancel all requests and let go of the store; waits for the step of another thread. Does nothing in a process that
+        was forked."""
+        if not self._stepper.closed and not self._stepper.forked:
             self._stepper.close()
             self.reader.close()
 
@@ -338,6 +339,8 @@ class Model:
         """Writes a trace to ``path``, if there is one."""
         if path is None:
             return nullcontext()
+        if not isinstance(path, (str, Path)):
+            raise RequestError(f"the trace is a {type(path).__name__}", "give the path of a file to write")
         with naming_extra("a trace"):
             from elmoe.trace import TraceRecorder
 

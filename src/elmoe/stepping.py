@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -42,10 +43,22 @@ class Stepper:
         self._engine, self._stepping, self._closed_error = engine, Lock(), closed
         self._changed: deque[Ticket] = deque()
         self._tickets: dict[int, Ticket] = {}
+        self._process = os.getpid()
         self.closed = False
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a copy of the process that made it: locks may be held there, and the threads that read experts do
+        not exist here."""
+        return os.getpid() != self._process
+
     def check_open(self) -> None:
-        """RequestError once it is closed."""
+        """RequestError once it is closed, or in another process."""
+        if self.forked:
+            raise RequestError(
+                "the model was loaded by another process, of which this one is a copy",
+                "load it in each process, or start processes by 'spawn'",
+            )
         if self.closed:
             raise RequestError(self._closed_error, "load it again, and keep it open while it is used")
 
@@ -61,13 +74,15 @@ class Stepper:
         """Cancel a request, at once where no step is under way; one that has ended is left."""
         ticket.dropped = True
         self._changed.append(ticket)
-        self._apply_if_free()
+        if not self.forked:
+            self._apply_if_free()
 
     def step(self, ticket: Ticket, wait: bool = False) -> None:
         """Step once for all, unless ``ticket`` is ready.
 
         :param wait: for the step of another thread; otherwise RequestError.
         """
+        self.check_open()
         with self._turn(wait):
             self.check_open()
             if not ticket.ready:
@@ -81,6 +96,7 @@ class Stepper:
 
         :raises RequestError: a trace is to be recorded while others are served.
         """
+        self.check_open()
         with self._turn():
             self.check_open()
             if not self._tickets:

@@ -97,6 +97,11 @@ def test_parameters_that_are_refused(model, given, words):
     assert idle(model)
 
 
+def test_a_trace_is_a_path(model):
+    assert "the trace is a int | give the path" in told(model.generate, WHALE, trace=5)
+    assert idle(model)
+
+
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [

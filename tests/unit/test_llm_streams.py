@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import threading
 import weakref
 
@@ -229,3 +230,30 @@ def test_two_steps_from_two_threads_are_refused_and_do_no_harm(model, monkeypatc
     thread.join(120)
     monkeypatch.undo()
     assert "".join(piece.text for piece in found) == model.generate(WHALE, max_tokens=6).text and idle(model)
+
+
+def test_a_forked_process_is_told_to_load_the_model_itself():
+    """Its threads that read experts are gone: it would wait for ever."""
+    with elmoe.load("demo", reader="direct", fast_memory=0.5) as model:
+        stream = model.stream(WHALE, max_tokens=5)
+        text, told_here = next(stream).text, []
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+
+        def child() -> None:
+            for call in (lambda: model.generate(WHALE, max_tokens=5), lambda: model.stream(WHALE), lambda: next(stream)):
+                try:
+                    call()
+                except RequestError as error:
+                    theirs.send((str(error), error.hint))
+            model.close()
+            theirs.send("end")
+
+        process = context.Process(target=child)
+        process.start()
+        while ours.poll(20) and (one := ours.recv()) != "end":
+            told_here.append(one)
+        process.join(20)
+        assert process.exitcode == 0 and len(told_here) == 3
+        assert all("loaded by another process" in message and "spawn" in hint for message, hint in told_here)
+        assert text + "".join(piece.text for piece in stream) == model.generate(WHALE, max_tokens=5).text

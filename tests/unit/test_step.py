@@ -19,6 +19,7 @@ from elmoe.engine.options import EngineOptions
 from elmoe.engine.passes import most_likely
 from elmoe.engine.request import Request
 from elmoe.engine.sequence import judge
+from elmoe.engine.statistics import PhaseCounters
 from elmoe.errors import BudgetError, RequestError
 from elmoe.units import format_bytes
 from tests.tiny import TinyReader, tiny_spec
@@ -117,6 +118,22 @@ def test_more_of_the_cache_than_there_is_is_refused_by_its_size():
     assert "--kv-memory" in caught.value.hint
     one.add(Request((1,), 127))
     assert len(finish(one)) == 1
+
+
+def test_counters_can_be_read_while_a_step_adds_to_them():
+    """As a server's metrics do."""
+    counters, one = PhaseCounters(), np.ones(3, np.int64)
+
+    class Growing:
+        def __matmul__(self, sizes):
+            counters.count("lsb", one, one, sizes)
+            return 7
+
+    counters.count("msb", one, one, one)
+    counters.slices["msb"].hits = counters.slices["msb"].misses = Growing()
+    assert (counters.fast_bytes, set(counters.slices)) == (7, {"msb", "lsb"})
+    del counters.slices["lsb"]
+    assert (counters.slow_bytes, set(counters.slices)) == (7, {"msb", "lsb"})
 
 
 def test_a_ceiling_below_one_page_is_refused():

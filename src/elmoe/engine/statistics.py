@@ -48,15 +48,19 @@ class PhaseCounters:
     def _sum(self, name: str, kind: str) -> int:
         return int(getattr(self.slices[name], kind).sum()) if name in self.slices else 0
 
+    def _kinds(self) -> list[SliceCounters]:
+        """Those of now: another thread may read them while a step adds a kind."""
+        return list(self.slices.values())
+
     @property
     def fast_bytes(self) -> int:
         """Bytes of hits."""
-        return sum(int(counters.hits @ counters.sizes) for counters in self.slices.values())
+        return sum(int(counters.hits @ counters.sizes) for counters in self._kinds())
 
     @property
     def slow_bytes(self) -> int:
         """Bytes of misses."""
-        return sum(int(counters.misses @ counters.sizes) for counters in self.slices.values())
+        return sum(int(counters.misses @ counters.sizes) for counters in self._kinds())
 
     def as_dict(self) -> dict[str, object]:
         """Plain numbers; hits and misses per layer as lists."""
@@ -65,8 +69,8 @@ class PhaseCounters:
             "fast_bytes": self.fast_bytes, "slow_bytes": self.slow_bytes,
             "msb_hits": self.msb_hits, "msb_misses": self.msb_misses,
             "lsb_hits": self.lsb_hits, "lsb_misses": self.lsb_misses,
-            "layer_hits": {name: counters.hits.tolist() for name, counters in self.slices.items()},
-            "layer_misses": {name: counters.misses.tolist() for name, counters in self.slices.items()},
+            "layer_hits": {name: counters.hits.tolist() for name, counters in list(self.slices.items())},
+            "layer_misses": {name: counters.misses.tolist() for name, counters in list(self.slices.items())},
         }  # fmt: skip
 
 
