@@ -20,6 +20,7 @@ namespace {
 
 constexpr int kLatentQueries = 64;  // least queries of a run, if there are as many: they fill the lanes and share loads
 constexpr int kDims = 64;           // of the latent, summed in one task
+constexpr int64_t kScores = 8 << 20;  // most scores in memory, if they are not those of one run
 
 // Calls one(task) for all tasks, on the pool unless they are small.
 template <typename One>
@@ -112,11 +113,12 @@ float* attend(const Call& call) {
     const LatentLayer& layer = call.layer;
     const Places& places = call.places;
     const int heads = layer.heads, rank = layer.rank, key_dim = layer.key_dim(), tokens = places.tokens;
-    const int threads = Pool::instance().threads(), most_tokens = std::max(1, kLatentQueries / heads);
-    const std::vector<int> starts = runs_of(places, most_tokens);
-    const int all = static_cast<int>(starts.size()) - 1, together = std::min(all, 2 * threads), most = most_tokens * heads;
-    const int longest = *std::max_element(places.positions, places.positions + tokens) + 1;
+    const int threads = Pool::instance().threads(), most_tokens = std::min(tokens, std::max(1, kLatentQueries / heads));
+    const int longest = *std::max_element(places.positions, places.positions + tokens) + 1, most = most_tokens * heads;
     const int64_t stride = static_cast<int64_t>(ceil_div(longest, 16)) * 16;
+    const std::vector<int> starts = runs_of(places, most_tokens);
+    const int all = static_cast<int>(starts.size()) - 1;
+    const int together = static_cast<int>(std::clamp<int64_t>(kScores / (most * stride), 1, std::min(all, 2 * threads)));
     const int pages = ceil_div(longest, call.cache.page_positions), chunks = ceil_div(rank, kDims);
     const bool serial = static_cast<int64_t>(tokens) * heads * key_dim * longest < 40000;  // a fork would cost more than it saves
     auto* attended = scratch().get<float>(static_cast<size_t>(tokens) * heads * rank);

@@ -17,7 +17,7 @@ from elmoe.engine.tier import tier_sizes
 from elmoe.errors import BudgetError, StoreError
 from elmoe.measure.probe import disk_bandwidth
 from elmoe.measure.speeds import Speeds, kept, measure, store_digest
-from elmoe.models.spec import ModelSpec
+from elmoe.models.spec import GroupedAttention, ModelSpec
 from elmoe.opening import HEADROOM
 from elmoe.policy.budget import FastTierSizes, prefill_chunk
 from elmoe.server.metrics import resident
@@ -111,7 +111,10 @@ class Forecast:
 def buffer_bytes(spec: ModelSpec, options: EngineOptions, chunk: int) -> int:
     """Bytes of the largest pass: activations of a chunk beside decoding rows, and the logits of those."""
     width = max(layer.feed_forward.width for layer in spec.layers)
-    attention = max(layer.attention.heads * getattr(layer.attention, "head_dim", 512) for layer in spec.layers)
+    attention = max(
+        one.heads * (one.head_dim if isinstance(one, GroupedAttention) else one.cache_values)
+        for one in (layer.attention for layer in spec.layers)
+    )
     drawn = options.batch * (1 + (DRAFTED_ROWS if options.mode == "elastic" and spec.moe_layers else 0))
     row = 4 * (8 * spec.hidden + 4 * attention + 3 * max(1, spec.top_k) * width)
     return (chunk + drawn) * row + 3 * 4 * drawn * spec.vocabulary
