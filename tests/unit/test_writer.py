@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import pytest
 from elmoe.convert import convert_checkpoint
 from elmoe.errors import ConvertError
 from elmoe.store import StoreWriter, open_store
+from elmoe.store.ahead import STEP, WriteBack
+from elmoe.store.journal import Journal
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 from tests.descriptors import open_below
 
@@ -265,3 +268,34 @@ def test_what_is_written_is_put_on_the_disk_before_the_rename(source, tmp_path, 
     names = ("", "/journal.jsonl", "/dense.bin", "/layer-002.experts", "/tokenizer.json", "/manifest.json")
     assert {partial + name for name in names} <= set(synced) and synced[-1] == str(tmp_path)
     assert open_below(tmp_path) == []
+
+
+def test_a_target_that_another_conversion_finished_meanwhile_is_kept(source, tmp_path, monkeypatch):
+    """It appears between the look whether it is there and the lock."""
+    lock = Journal._lock
+
+    def late(journal):
+        lock(journal)
+        (tmp_path / "store").mkdir()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_lock", late)
+        with pytest.raises(ConvertError, match="exists already") as kept:  # a traceback keeps the journal alive
+            convert_checkpoint(source, tmp_path / "store")
+    assert not (tmp_path / "store.partial").exists() and list((tmp_path / "store").iterdir()) == []
+    (tmp_path / "store").rmdir()
+    convert_checkpoint(source, tmp_path / "store")  # the lock is free
+    assert content(tmp_path / "store") == whole(source, tmp_path) and kept.value.hint
+
+
+def test_a_disk_that_fails_behind_the_last_byte_is_told(tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with open(tmp_path / "file", "wb") as handle:
+        with pytest.raises(OSError, match="Input/output error"), WriteBack(handle.fileno()) as disk:
+            disk.wrote(STEP)
+        with pytest.raises(KeyError), WriteBack(handle.fileno()) as disk:  # an error that came first is not hidden
+            disk.wrote(STEP)
+            raise KeyError
