@@ -19,6 +19,7 @@ from elmoe.errors import ConvertError
 from elmoe.store import StoreWriter, open_store
 from elmoe.store.ahead import STEP, WriteBack
 from elmoe.store.journal import Journal
+from elmoe.store.layout import store_bytes
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 from tests.descriptors import open_below
 
@@ -251,6 +252,25 @@ def test_a_conversion_that_finds_no_room_lets_go_of_its_target(source, tmp_path,
         assert not (tmp_path / "store.partial").exists()
     convert_checkpoint(source, tmp_path / "store")
     assert kept.value.hint and (tmp_path / "store").is_dir()
+
+
+def test_a_resume_that_finds_no_room_lets_go_of_what_is_there(source, stopped, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+        with pytest.raises(ConvertError, match="more of disk") as kept:  # a traceback keeps the writer alive
+            convert_checkpoint(source, tmp_path / "store")
+    assert stopped.is_dir() and open_below(tmp_path) == []
+    convert_checkpoint(source, tmp_path / "store")
+    assert content(tmp_path / "store") == whole(source, tmp_path) and kept.value.hint
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 12}, {"tie_word_embeddings": False, "mlp_only_layers": [1]}])
+def test_the_room_that_is_asked_for_is_what_a_store_takes(tmp_path, changes):
+    convert_checkpoint(write_checkpoint(tmp_path / "source", tiny_config(**changes)), tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        needed, taken = store_bytes(reader.spec, reader.formats), sum(file.bytes for file in reader.manifest.files)
+    assert needed == taken
 
 
 def test_what_is_written_is_put_on_the_disk_before_the_rename(source, tmp_path, monkeypatch):
