@@ -1,10 +1,11 @@
-"""What a conversion loses: decibels of known errors, and the formats that can be asked for."""
+"""What a conversion loses and takes: decibels of known errors, seconds, and the formats that can be asked for."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from elmoe.convert.effort import conversion_seconds
 from elmoe.convert.losses import SAMPLED_ROWS, FormatChoice, Losses
 from elmoe.errors import ConvertError
 
@@ -71,3 +72,9 @@ def test_formats_that_there_are_not_are_refused(text, named):
     with pytest.raises(ConvertError, match=named) as error:
         FormatChoice.parse([text])
     assert error.value.hint
+
+
+def test_weights_that_are_quantised_anew_take_longest_and_each_takes_its_time():
+    exact, floats, anew = (conversion_seconds(*(10**9 * (kind == i) for i in range(3))) for kind in (1, 0, 2))
+    assert 0 < exact < floats < anew
+    assert conversion_seconds(10**9, 10**9, 10**9) == pytest.approx(exact + floats + anew)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ import pytest
 from elmoe.convert import convert_checkpoint
 from elmoe.errors import ConvertError
 from elmoe.store import StoreWriter, open_store
+from elmoe.store.ahead import STEP, WriteBack
+from elmoe.store.journal import Journal
+from elmoe.store.layout import store_bytes
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 from tests.descriptors import open_below
 
@@ -250,6 +254,25 @@ def test_a_conversion_that_finds_no_room_lets_go_of_its_target(source, tmp_path,
     assert kept.value.hint and (tmp_path / "store").is_dir()
 
 
+def test_a_resume_that_finds_no_room_lets_go_of_what_is_there(source, stopped, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+        with pytest.raises(ConvertError, match="more of disk") as kept:  # a traceback keeps the writer alive
+            convert_checkpoint(source, tmp_path / "store")
+    assert stopped.is_dir() and open_below(tmp_path) == []
+    convert_checkpoint(source, tmp_path / "store")
+    assert content(tmp_path / "store") == whole(source, tmp_path) and kept.value.hint
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 12}, {"tie_word_embeddings": False, "mlp_only_layers": [1]}])
+def test_the_room_that_is_asked_for_is_what_a_store_takes(tmp_path, changes):
+    convert_checkpoint(write_checkpoint(tmp_path / "source", tiny_config(**changes)), tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        needed, taken = store_bytes(reader.spec, reader.formats), sum(file.bytes for file in reader.manifest.files)
+    assert needed == taken
+
+
 def test_what_is_written_is_put_on_the_disk_before_the_rename(source, tmp_path, monkeypatch):
     synced = []
     real = os.fsync
@@ -265,3 +288,34 @@ def test_what_is_written_is_put_on_the_disk_before_the_rename(source, tmp_path, 
     names = ("", "/journal.jsonl", "/dense.bin", "/layer-002.experts", "/tokenizer.json", "/manifest.json")
     assert {partial + name for name in names} <= set(synced) and synced[-1] == str(tmp_path)
     assert open_below(tmp_path) == []
+
+
+def test_a_target_that_another_conversion_finished_meanwhile_is_kept(source, tmp_path, monkeypatch):
+    """It appears between the look whether it is there and the lock."""
+    lock = Journal._lock
+
+    def late(journal):
+        lock(journal)
+        (tmp_path / "store").mkdir()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_lock", late)
+        with pytest.raises(ConvertError, match="exists already") as kept:  # a traceback keeps the journal alive
+            convert_checkpoint(source, tmp_path / "store")
+    assert not (tmp_path / "store.partial").exists() and list((tmp_path / "store").iterdir()) == []
+    (tmp_path / "store").rmdir()
+    convert_checkpoint(source, tmp_path / "store")  # the lock is free
+    assert content(tmp_path / "store") == whole(source, tmp_path) and kept.value.hint
+
+
+def test_a_disk_that_fails_behind_the_last_byte_is_told(tmp_path, monkeypatch):
+    def fail(handle):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with open(tmp_path / "file", "wb") as handle:
+        with pytest.raises(OSError, match="Input/output error"), WriteBack(handle.fileno()) as disk:
+            disk.wrote(STEP)
+        with pytest.raises(KeyError), WriteBack(handle.fileno()) as disk:  # an error that came first is not hidden
+            disk.wrote(STEP)
+            raise KeyError

@@ -38,7 +38,7 @@ def list_command(store_dir: Path | None, as_json: bool) -> None:
         print_json({"folder": str(store_dir or default_folder()), "rows": rows})
         return
     print_table(
-        f"{store_dir or default_folder()}: {len(found)} models",
+        f"{store_dir or default_folder()}: {len(found)} model{'s' if len(found) != 1 else ''}",
         ("source", "size", "converted"),
         [(one.entry.path, size(one.bytes), one.entry.made if one.whole else "not finished") for one in found],
     )

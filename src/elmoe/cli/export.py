@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -22,7 +23,7 @@ def command(store: str, out: Path, store_dir: Path | None, as_json: bool) -> Non
     from elmoe.files import check_output
     from elmoe.store import open_store
 
-    if not out.exists():  # one that exists is refused by the export itself
+    if not os.path.exists(out):  # one that exists is refused by the export itself
         check_output(out, what="file", folders=True)
     path = stored(store, store_dir)
     with naming_mend(store, path), open_store(path) as reader, progress_bar("writing", None, bytes_=True) as bar:

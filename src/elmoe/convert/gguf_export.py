@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -42,7 +43,7 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
     :raises ConvertError: the file exists, the model or its tokenizer cannot be said in GGUF, or the disk has no room.
     """
     path, spec = Path(path), reader.spec
-    if path.exists():
+    if os.path.exists(path):
         raise ConvertError(f"'{path}' exists already", "remove it or choose another name")
     gguf = FAMILIES[spec.family].gguf
     if gguf is None:
