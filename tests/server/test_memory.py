@@ -11,12 +11,17 @@ import sys
 import httpx
 import msgspec
 import pytest
+from fastapi.testclient import TestClient
 
+from elmoe.cli.serve import _is_loopback
+from elmoe.engine.cache_layout import layout_of
 from elmoe.engine.options import EngineOptions
 from elmoe.errors import BudgetError
 from elmoe.extras import EXTRAS
 from elmoe.models.tensors import macs_per_token
+from elmoe.server.app import create_app
 from elmoe.server.memory import forecast, planned
+from elmoe.server.settings import Settings
 from elmoe.store import open_store
 from elmoe.store.synthetic import synthesize
 from tests.server.live import LiveServer
@@ -120,3 +125,50 @@ def test_too_little_is_refused_and_two_ways_at_once():
         LiveServer("demo", "--memory", "50MiB")
     with pytest.raises(RuntimeError, match="--memory divides the memory itself"):
         LiveServer("demo", "--memory", "8GiB", "--fast-memory", "1GiB")
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_an_answer_without_a_length_takes_what_the_cache_still_holds(store, tmp_path, window):
+    """The KV cache holds fewer positions than the model's context; layers with windows need fewer pages than others."""
+    import elmoe
+
+    attention = msgspec.structs.replace(tiny_spec().layers[0].attention, window=window)
+    spec = tiny_spec(max_positions=2048)
+    kept = [msgspec.structs.replace(layer, attention=attention) for layer in spec.layers[1:]]
+    spec = msgspec.structs.replace(spec, layers=(spec.layers[0], *kept))
+    synthesize(tmp_path / "store", spec, 1, lambda done, total: None)
+    layout, chunk = layout_of(spec), 64
+    pages = layout.pages(640, chunk)
+    with elmoe.load(tmp_path / "store", kv_memory=pages * layout.page_bytes, prefill_chunk=chunk, mode="plain") as model:
+        app = create_app(model, Settings("m"))
+        with TestClient(app) as client:
+            assert client.get("/props").json()["context"] == 640
+            for given in ({}, {"max_tokens": 4000}):
+                body = {"model": "m", "prompt": [5] * 600, "ignore_eos": True, "temperature": 0} | given
+                answer = client.post("/v1/completions", json=body).json()
+                assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["total_tokens"] <= 640
+            full = client.post("/v1/completions", json=body | {"prompt": [5] * 640})
+            assert full.status_code == 400 and "context" in full.json()["error"]["code"]
+
+
+def test_pages_of_windows_are_foreseen_as_they_are_held(tmp_path):
+    """A layer with a window of 40 takes three pages at most, whatever the context is."""
+    spec = tiny_spec(max_positions=1 << 15)
+    attention = msgspec.structs.replace(spec.layers[0].attention, window=40)
+    spec = msgspec.structs.replace(
+        spec, layers=tuple(msgspec.structs.replace(layer, attention=attention) for layer in spec.layers)
+    )
+    synthesize(tmp_path / "store", spec, 1, lambda done, total: None)
+    with open_store(tmp_path / "store") as reader:
+        found = forecast(reader, size(tmp_path / "store"), EngineOptions(batch=2, prefill_chunk=64), 4 << 30)
+    layout = layout_of(spec)
+    assert found.kv == 2 * layout.pages(1 << 15, 64) * layout.page_bytes == 2 * 3 * layout.groups * layout.page_bytes
+
+
+@pytest.mark.parametrize(
+    ("host", "inside"),
+    [("127.0.0.1", True), ("127.5.5.5", True), ("::1", True), ("localhost", True), ("::1234", False), ("0.0.0.0", False),
+     ("localhost.example", False), ("127.example", False), ("10.0.0.1", False)],
+)  # fmt: skip
+def test_only_loopback_needs_no_key(host, inside):
+    assert _is_loopback(host) is inside

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from elmoe.engine.options import EngineOptions
     from elmoe.llm import Model
 
-LOOPBACK = ("127.", "localhost", "::1")
-"""How addresses begin that other machines do not reach."""
 LONGEST_KEYS = 1 << 20
 """Bytes of the largest file of keys."""
 
@@ -81,7 +80,7 @@ def command(
     check_tls(tls_cert, tls_key)
     keys = (*keys, *_keys_of(api_key_file))
     listener = bound_socket(host, port)  # before the model is loaded, which may take minutes
-    if not keys and not host.startswith(LOOPBACK):
+    if not keys and not _is_loopback(host):
         log.warning("other machines may use this server, and no key is asked for: give --api-key-file")
     options = replace(serving.options(mode, batch), prefix_cache=prefix_cache)
     with listener, _load(store, serving, options, memory) as model:
@@ -121,6 +120,14 @@ def _load(store: str, serving: Serving, options: EngineOptions, memory: int | No
         parts = forecast(reader, sum(file.bytes for file in reader.manifest.files), options, memory)
     logging.getLogger("elmoe.server").info("forecast", extra={"facts": parts.facts()})
     return replace(serving, reader="memory" if parts.whole else "direct").load(str(path), planned(options, parts))
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether other machines cannot reach an address."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def _keys_of(path: Path | None) -> tuple[str, ...]:

@@ -125,7 +125,10 @@ class EngineThread:
 
     def __init__(self, engine: Engine, most: int, count: Callable[[Statistics], dict[str, float]]) -> None:
         self.engine, self._most, self._count = engine, most, count
-        self._statistics, self._ended = engine.statistics, count(Statistics())
+        self._counted = (
+            engine.statistics,
+            count(Statistics()),
+        )  # of this run, and of those before it: one value, read at once
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._posted: deque[Callable[[], None]] = deque()
@@ -172,7 +175,8 @@ class EngineThread:
 
     def totals(self) -> dict[str, float]:
         """Sums over all runs; may be called from any thread."""
-        ended, now = self._ended, self._count(self._statistics)
+        statistics, ended = self._counted
+        now = self._count(statistics)
         return {name: value + now[name] for name, value in ended.items()}
 
     # The rest runs in the thread, but for what it posts.
@@ -199,8 +203,8 @@ class EngineThread:
     def _step(self) -> None:
         outputs = self.engine.step()
         self.failure = None
-        if self.engine.statistics is not self._statistics:
-            self._ended, self._statistics = self.totals(), self.engine.statistics
+        if self.engine.statistics is not self._counted[0]:
+            self._counted = self.engine.statistics, self.totals()
         brought: list[tuple[Job, list[Output]]] = []
         now = perf_counter()
         for output in outputs:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from elmoe.engine.kv_cache import PAGE_POSITIONS, pages_for
+from elmoe.engine.cache_layout import layout_of
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.tier import tier_sizes
 from elmoe.errors import BudgetError, StoreError
@@ -129,10 +129,11 @@ def forecast(reader: MemoryReader, store_bytes: int, options: EngineOptions, mem
     given = memory if memory is not None else max(0, available_memory() - HEADROOM)
     sizes = tier_sizes(reader, reader.dense_bytes, 0, options.staging_experts)
     program = resident() + SERVER_BYTES + TOKENIZER_GROWTH * _tokenizer_bytes(reader.path)
-    page = PAGE_POSITIONS * spec.kv_bytes_per_position
-    most_kv = options.batch * pages_for(spec.max_positions) * page
-    least_kv = pages_for(min(LEAST_POSITIONS, spec.max_positions)) * page
-    buffers = buffer_bytes(spec, options, options.prefill_chunk or _chunk(spec, reads=False))
+    layout, chunk = layout_of(spec), options.prefill_chunk or _chunk(spec, reads=False)
+    page = layout.page_bytes
+    most_kv = options.batch * layout.pages(spec.max_positions, chunk) * page
+    least_kv = layout.pages(min(LEAST_POSITIONS, spec.max_positions), chunk) * page
+    buffers = buffer_bytes(spec, options, chunk)
     left = given - program - buffers
     if left - store_bytes >= least_kv:
         kv = min(most_kv, (left - store_bytes) // page * page)
@@ -140,7 +141,10 @@ def forecast(reader: MemoryReader, store_bytes: int, options: EngineOptions, mem
         return Forecast(given, program, buffers, sizes.dense, kv, 0, store_bytes - sizes.dense, True, 1.0, times)
     if not spec.moe_layers:
         raise _too_little(given, program + buffers + store_bytes + least_kv, "the model has no experts that could be read")
-    buffers = buffer_bytes(spec, options, options.prefill_chunk or _chunk(spec, reads=True))
+    chunk = options.prefill_chunk or _chunk(spec, reads=True)
+    most_kv = options.batch * layout.pages(spec.max_positions, chunk) * page
+    least_kv = layout.pages(min(LEAST_POSITIONS, spec.max_positions), chunk) * page
+    buffers = buffer_bytes(spec, options, chunk)
     fast = given - program - buffers
     least = (sizes.fixed if options.mode == "plain" else sizes.minimum) + least_kv
     if fast < least:

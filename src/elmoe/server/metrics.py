@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from mmap import PAGESIZE
 from pathlib import Path
 
 import numpy as np
@@ -158,4 +159,4 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
 
 def resident(proc: Path = Path("/proc/self/statm")) -> int:
     """Resident bytes of this process."""
-    return int(proc.read_text().split()[1]) * 4096
+    return int(proc.read_text().split()[1]) * PAGESIZE

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from elmoe.engine.engine import Engine
 from elmoe.engine.kv_cache import PAGE_POSITIONS
 from elmoe.engine.request import Request, numbered
 from elmoe.errors import BudgetError, ElmoeError, RequestError
@@ -40,8 +42,7 @@ class Translator:
     def __init__(self, model: Model, settings: Settings) -> None:
         self._model, self._settings = model, settings
         self._parameters = {field.name for field in fields(SamplingParams)}
-        cache = model.engine.cache
-        self.context = min(model.spec.max_positions, cache.pages * PAGE_POSITIONS)
+        self.context = _longest(model.engine)
         """Positions of the longest request: the model's context, or what the KV cache holds."""
         self.most_prompt = min(settings.prompt_tokens or self.context, self.context - 1)
         vocabulary = model.tokenizer.get_vocab(with_added_tokens=True)
@@ -124,7 +125,12 @@ class Translator:
         model, field = self._model, None if body.response_format is None else "response_format"
         try:
             params = SamplingParams(**self._sampling(body, given)).seeded()
-            requests = numbered(params.request(prompt.tokens, model.tokenizer, model.grammars) for prompt in prompts)
+            requests = numbered(
+                replace(params, max_tokens=min(params.max_tokens, self.context - len(prompt.tokens))).request(
+                    prompt.tokens, model.tokenizer, model.grammars
+                )
+                for prompt in prompts
+            )
             field = None
             for request in requests:
                 request.check(model.spec.vocabulary, model.spec.max_positions)
@@ -147,8 +153,15 @@ class Translator:
                 chosen[name] = value
             elif name in NEUTRAL:
                 raise not_yet("response_format" if name.startswith("json_") else name)
-        most = min(chosen["max_tokens"], self.context)
-        return {**chosen, "max_tokens": most, "seed": None if body.seed is None else body.seed & (1 << 63) - 1}
+        return {**chosen, "seed": None if body.seed is None else body.seed & (1 << 63) - 1}
+
+
+def _longest(engine: Engine) -> int:
+    """Positions of the longest request: the model's context, or what the KV cache holds, whose pages layers may share."""
+    layout, most = engine.cache.layout, engine.spec.max_positions
+    stretches = range(PAGE_POSITIONS, most + PAGE_POSITIONS, PAGE_POSITIONS)
+    held = bisect_right(stretches, engine.cache.pages, key=lambda positions: layout.pages(positions, engine.scheduler.chunk))
+    return min(most, held * PAGE_POSITIONS)
 
 
 def _plain(message: Message) -> dict[str, Any]:
