@@ -2,10 +2,10 @@
 
     .venv/bin/python -m bench.contexts [--lengths 512,2000,4000,8000,16000] [--layers 4] [--json]
 
-OLMoE-1B-7B's shapes with random weights, Q8_0, 2 threads. A run of either engine computes a prompt of so many random tokens
-and decodes ``DECODED`` more behind it; runs alternate, every other round in reverse, and a row is the median over rounds.
-llama.cpp is the better by median of its weights repacked or as they lie in the file. Needs `make peers`; the store and the
-exported file are kept in ``--folder``.
+OLMoE-1B-7B's shapes with random weights, Q8_0, or those of ``--config`` in their published formats, 2 threads. A run of
+either engine computes a prompt of so many random tokens and decodes ``DECODED`` more behind it; runs alternate, every other
+round in reverse, and a row is the median over rounds. llama.cpp is the better by median of its weights repacked or as they
+lie in the file. Needs `make peers`; the store and the exported file are kept in ``--folder``.
 """
 
 from __future__ import annotations
@@ -65,12 +65,15 @@ def llama(program: Path, model: Path, variant: str, length: int) -> Rates:
     raise PeerError(f"llama-batched-bench printed no result {ATTEMPTS} times")
 
 
-def prepared(folder: Path, layers: int, longest: int) -> tuple[Path, Path]:
+def prepared(folder: Path, config: Path | None, layers: int, longest: int) -> tuple[Path, Path]:
     """A store whose context holds the longest prompt, and the file exported from it; made once."""
-    store, model = folder / f"contexts-{layers}-{longest}", folder / f"contexts-{layers}-{longest}.gguf"
+    name = f"{'contexts' if config is None else config.stem}-{layers}-{longest}"
+    store, model = folder / name, folder / f"{name}.gguf"
     folder.mkdir(parents=True, exist_ok=True)
     if not store.exists():
-        shapes = msgspec.json.decode(SHAPES.read_bytes()) | {"max_position_embeddings": longest + 64, "norm_topk_prob": True}
+        shapes = msgspec.json.decode((config or SHAPES).read_bytes()) | {"max_position_embeddings": longest + 64}
+        if config is None:
+            shapes["norm_topk_prob"] = True  # as GGUF's qwen3moe does
         (folder / "contexts.json").write_text(json.dumps(shapes))
         run_elmoe("synth", str(folder / "contexts.json"), str(store), "--layers", str(layers))
     if not model.exists():
@@ -118,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="512,2000,4000,8000,16000")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--config", type=Path, help="config.json of other shapes")
     parser.add_argument("--folder", type=Path, default=Path("build/contexts"))
     parser.add_argument("--programs", type=Path, default=Path("build/peers/bin"))
     parser.add_argument("--patience", type=float, default=20.0)
@@ -125,13 +129,13 @@ def main() -> None:
     arguments = parser.parse_args()
     lengths = [int(length) for length in arguments.lengths.split(",")]
     kernels.set_threads(2)
-    store, model = prepared(arguments.folder, arguments.layers, max(lengths))
+    store, model = prepared(arguments.folder, arguments.config, arguments.layers, max(lengths))
     rows = compare(store, model, arguments.programs / "llama-batched-bench", lengths, arguments.patience)
     if arguments.json:
         print(json.dumps({"variant": kernels.variant(), "layers": arguments.layers, "rows": rows}, indent=1))
         return
     print_table(
-        f"{arguments.layers} layers of OLMoE-1B-7B's shapes, Q8_0, {kernels.variant()}, 2 threads, tokens/s",
+        f"{arguments.layers} layers of {arguments.config or 'OLMoE-1B-7B, Q8_0'}, {kernels.variant()}, 2 threads, tokens/s",
         ("work", "positions", "ours", "llama.cpp", "ratio", "target", "rounds"),
         [
             (row["work"], row["length"], f"{row['ours']:.1f}", f"{row['peer']:.1f} ({row['variant']})",

@@ -417,7 +417,7 @@ def main() -> None:
     parser.add_argument("--own-routing", action="store_true", help="decode by the model's own routing, without a replay")
     parser.add_argument("--demo", action="store_true", help="the demo model, throttled")
     parser.add_argument(
-        "--budgets", help="bytes, or shares of the file such as 30% [default: 2GiB,3GiB,4GiB; --quick: about half]"
+        "--budgets", help="bytes, or shares of the file such as 30%% [default: 2GiB,3GiB,4GiB; --quick: about half]"
     )
     parser.add_argument(
         "--peer",

@@ -3,6 +3,7 @@
     .venv/bin/python -m bench.peers --quick --json     # OLMoE-1B-7B shapes, 4 layers: under 10 minutes
     .venv/bin/python -m bench.peers                    # 4 and 16 layers, and the demo model
     .venv/bin/python -m bench.peers --quick --format q4_k_m --only llama,eight_bit
+    .venv/bin/python -m bench.peers --config gpt-oss-20b.json --models 2    # other shapes, in their published formats
 
 Runs alternate and wait for calm; a row is the median over rounds. Definitions: bench/README.md. Needs `make peers`; stores,
 traces and exported files are kept in ``--folder`` and made once.
@@ -13,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,12 +26,12 @@ import numpy as np
 
 from bench.llama_offload import evict
 from bench.lockstep import lockstep_rates
-from bench.machine_load import observed, wait_for_calm
-from bench.offload import recorded_traces, same, steady_rate, synthetic_store
+from bench.offload import recorded_traces, run_elmoe, same, steady_rate, synthetic_store
 from bench.peer_llama import IK, REPACK, Llama, PeerError, run
 from bench.peer_transformers import Transformers
 from bench.quantisations import NAMES
 from bench.random_tokens import PROMPT, RandomTokens
+from bench.rounds import Bench, Cell, Runner
 from elmoe import kernels
 from elmoe.convert.gguf_export import export_store
 from elmoe.engine.engine import Engine
@@ -54,96 +54,11 @@ EIGHT_BIT_TARGET = 0.85
 ELASTIC_TARGET, PREFILL_TARGET, LOAD_TARGET, MEMORY_MARGIN = 0.97, 1.2, 1.0, 300e6
 PREFILL, TOKENS = 512, 48
 PARTS = ("llama", "elastic", "transformers", "eight_bit")
-READ_BYTES, READ_LEAST = 10 << 30, 1 << 30
-"""Bytes that a probe of the memory reads, and the least that it goes over: less would come from a cache."""
 QUICK_SECONDS = 530
 """Of ``--quick``, with what is prepared once: a cell may take an even share of what is left; on a busy machine it begins
 fewer rounds, and says so."""
 ELASTIC_ROUNDS = 3
 """Times as many rounds for the rows that compare our engine with itself: they differ by per cents, runs by more."""
-Runner = Callable[[], float]
-
-
-@dataclass
-class Bench:
-    """What all cells share: rounds, how long a run waits for calm, and whom to tell that a cell begins, which returns the
-    seconds after which it begins no further round."""
-
-    rounds: int
-    patience: float
-    tokens: int
-    report: Callable[[], float]
-    probe: list[np.ndarray] = field(default_factory=list)
-
-    def go_over(self, store: Path) -> None:
-        """Probe the pages of a store's files from now on: memory is not equally fast everywhere. A peer that copies its
-        weights may have pushed some out of memory; this also brings them back."""
-        self.probe = [np.memmap(path, np.uint8, "r") for path in store.iterdir() if path.stat().st_size >= 1 << 20]
-        if sum(len(part) for part in self.probe) < READ_LEAST:
-            self.probe = [np.ones(READ_LEAST, np.uint8)]
-
-    def read(self) -> float:
-        """Bytes per second of reading memory with our threads: the best of some passes, so that shares of it err low."""
-        rates, size = [], sum(len(part) for part in self.probe)
-        for _ in range(max(3, READ_BYTES // size)):
-            began = perf_counter()
-            for part in self.probe:
-                kernels.stream_read(part)
-            rates.append(size / (perf_counter() - began))
-        return max(rates)
-
-    def alternate(self, runners: dict[str, Runner], rounds: int | None = None) -> Cell:
-        """Run all in turn, ``rounds`` times, every other time in reverse, ours once before that to warm up (peers are
-        processes that warm up themselves); who fails is left out."""
-        cell, began, seconds = Cell({}, {}, []), perf_counter(), self.report()
-        for turn in range((self.rounds if rounds is None else rounds) + 1):
-            if turn > 1 and perf_counter() - began > seconds:
-                break
-            for name, runner in list(runners.items())[:: -1 if turn % 2 else 1]:
-                if not turn and name not in ("ours", "plain"):
-                    continue
-                wait_for_calm(min(self.patience, seconds / 20))
-                try:
-                    value, others = observed(runner)
-                except PeerError as error:
-                    cell.failures[name] = str(error)
-                    del runners[name]
-                    cell.values.pop(name, None)
-                    continue
-                if turn:
-                    cell.values.setdefault(name, []).append(value)
-                    cell.others.append(others)
-        return cell
-
-
-@dataclass
-class Cell:
-    """What alternating runs gave: values by runner, reasons of those that failed, cores that others used meanwhile."""
-
-    values: dict[str, list[float]]
-    failures: dict[str, str]
-    others: list[float]
-
-    def best(self, names: list[str], most: bool = True) -> str | None:
-        """The runner among ``names`` with the best median."""
-        ran = [name for name in names if name in self.values]
-        return (max if most else min)(ran, key=lambda name: median(self.values[name])) if ran else None
-
-    def over(self, one: str, other: str) -> float:
-        """Median over rounds of the ratio of two runners: what drifts from round to round cancels."""
-        return median(a / b for a, b in zip(self.values[one], self.values[other], strict=True))
-
-    def row(self, work: str, unit: str, target: float, against: str, peers: list[str]) -> dict[str, Any]:
-        """A row of rates: the ratio is the median over rounds of ours over the best peer's."""
-        mine, peer = self.values["ours"], self.best(peers)
-        ratio = None if peer is None else self.over("ours", peer)
-        return {
-            "work": work, "against": against, "variant": peer, "unit": unit, "ours": median(mine),
-            "peer": None if peer is None else median(self.values[peer]), "ratio": ratio, "target": target,
-            "met": None if ratio is None else ratio >= target, "share_of_bandwidth": None,
-            "failed": {name: self.failures[name] for name in peers if name in self.failures} or None,
-            "others_cores": median(self.others), "rounds": len(mine), "runs": self.values,
-        }  # fmt: skip
 
 
 def step_bytes(reader: MemoryReader, experts: float) -> float:
@@ -328,6 +243,14 @@ def exported(store: str, file: Path) -> MemoryReader:
     return opened(store)
 
 
+def shaped_store(folder: Path, config: Path, layers: int) -> Path:
+    """A store of random weights of a configuration cut to ``layers``, in its published formats; made once."""
+    store = folder / f"{config.stem}-{layers}"
+    if not store.exists():
+        run_elmoe("synth", str(config), str(store), "--layers", str(layers))
+    return store
+
+
 def forget(store: str, file: Path) -> None:
     """Drop both files' pages. Memory full of an earlier model's has no room for huge ones: 4 layers decoded at 55 tokens/s
     behind 16, and at 70 by themselves."""
@@ -336,8 +259,10 @@ def forget(store: str, file: Path) -> None:
 
 
 def opened(store: str) -> MemoryReader:
-    """The store, its chosen experts' weights rescaled as GGUF's qwen3moe does."""
+    """The store; of OLMoE's shapes the chosen experts' weights are rescaled as GGUF's qwen3moe does."""
     reader = open_store(store)
+    if reader.spec.family != "qwen3_moe":
+        return reader
     replace = msgspec.structs.replace
 
     def rescaled(layer: LayerSpec) -> LayerSpec:
@@ -375,7 +300,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/offload"), help="where stores and files are kept")
     parser.add_argument("--quick", action="store_true", help="4 layers only, within 9 minutes")
-    parser.add_argument("--models", default="4,16,demo", help="layers of OLMoE's shapes, or demo")
+    parser.add_argument("--models", default="4,16,demo", help="layers of the shapes, or demo")
+    parser.add_argument("--config", type=Path, help="config.json of other shapes; against llama.cpp alone")
     parser.add_argument("--format", default="q8_0", choices=NAMES, help="quantisation of OLMoE's shapes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, help="seconds to wait for a calm machine before a run")
@@ -391,6 +317,8 @@ def main() -> None:
     models, parts = ["4"] if arguments.quick else arguments.models.split(","), list(PARTS)
     if arguments.only:
         parts = arguments.only.split(",")
+    elif arguments.config:
+        parts = ["llama"]
     elif arguments.quick:
         parts.remove("transformers")  # it takes minutes to load
     if arguments.format == "q8_0" and "eight_bit" in parts:
@@ -412,8 +340,12 @@ def main() -> None:
 
         bench = Bench(arguments.rounds, patience, TOKENS, report)
         for model in models:
-            store = "demo" if model == "demo" else str(synthetic_store(arguments.folder, int(model), arguments.format))
-            file = arguments.folder / ("demo.gguf" if model == "demo" else f"{Path(store).name}-qwen3moe.gguf")
+            store = "demo"
+            if arguments.config:
+                store = str(shaped_store(arguments.folder, arguments.config, int(model)))
+            elif model != "demo":
+                store = str(synthetic_store(arguments.folder, int(model), arguments.format))
+            file = arguments.folder / f"{Path(store).name}.gguf"
             with exported(store, file) as reader:
                 jobs: list[Iterator[dict[str, Any]]] = []
                 if "llama" in parts:

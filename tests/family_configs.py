@@ -71,6 +71,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral_window": _mixtral(sliding_window=70),
     "mixtral_yarn": _mixtral(rope_scaling=YARN, tie_word_embeddings=True, num_experts_per_tok=1, head_dim=16),
     "olmoe": _olmoe(),
+    "olmoe_heads": _olmoe(num_key_value_heads=4),
     "olmoe_normalized": _olmoe(norm_topk_prob=True, attention_bias=True, num_key_value_heads=4, rope_scaling=LINEAR),
     "qwen2_moe": _qwen2_moe(),
     "qwen2_moe_windows": _qwen2_moe(use_sliding_window=True, sliding_window=33, max_window_layers=9, num_hidden_layers=4),

@@ -16,7 +16,7 @@ from elmoe.schema.hardware import Features, Hardware
 from elmoe.sim.simulate import Priced, Simulation
 from elmoe.sim.workload import RoutingReplay
 from elmoe.systems.forms import Odds, cost_of
-from elmoe.systems.operations import operations
+from elmoe.systems.operations import operations, resample
 from elmoe.systems.xpu import lower
 from tests.physics.machines import EVERYTHING, MODEL, NOTHING, facts, hardware, known, memory
 
@@ -166,3 +166,34 @@ def test_a_model_that_does_not_fit_is_refused_by_name():
 def tiny_fast() -> Hardware:
     machine = hardware(EVERYTHING, fast=True)
     return msgspec.structs.replace(machine, fast=memory(1600e9, 1e6, 0.4e-12))
+
+
+def test_bytes_of_a_mixed_model_are_those_of_its_tensors():
+    """Half of the layers with 4-bit experts of one slice, queries in 4 + 2 bits, a head of MXFP4: a closed form, in plain
+    decoding and in a draft of MSB slices."""
+    formats = {"layers.0.experts": "table4_mx", "layers.2.experts": "affine4_k+affine4_k+planes6", "head": "table4_mx",
+               "layers.1.query_key_value": "planes6"}  # fmt: skip
+    mixed = msgspec.structs.replace(MODEL, formats=formats)
+    slow = hardware(main=memory(1e9, 64e9, 4e-12))
+    run = Simulation(mixed, RoutingReplay(facts()), load_drafters(), context=64, steps=16).price(Machine(slow), "ar", 1)
+    layer, weights = MODEL.layers[0], MODEL.layers[0].expert_parameters
+    attention = MODEL.spec.layers[1].attention
+    queries = MODEL.spec.hidden * (attention.query_width + 2 * attention.kv_width)
+    fixed = 4 * layer.bytes - queries * (8.5 - 6.5625) / 8 + MODEL.embedding_parameters * 4.25 / 8
+    bits = 4.25 + 8.5 + (2 * 4.625 + 6.5625) / 3 + 8.5
+    expected = fixed + 4 * weights * bits / 8 + 64 * MODEL.spec.kv_bytes_per_position
+    assert run.seconds / run.tokens * 1e9 == pytest.approx(expected, rel=1e-12)
+    passes = SIMULATION.replay.run(plan_of(batch=1)).target
+    draft = next(op for op in operations(mixed, passes, Machine(slow), draft=True) if op.name == "experts")
+    msb = [4.25, 4.5, (2 * 4.625 + 4.5625) / 3, 4.5]
+    np.testing.assert_allclose(draft.msb[0] / passes.active[0], [weights * each / 8 for each in msb], rtol=1e-12)
+    assert draft.multiplies[0].weight_passes.tolist() == [1, 1, 1, 1] and not draft.lsb.any()
+    full = next(op for op in operations(mixed, passes, Machine(slow)) if op.name == "experts")
+    np.testing.assert_allclose(full.multiplies[0].weight_passes, [1, 2, 4 / 3, 2])
+
+
+def test_a_few_layers_stand_for_stretches_of_many():
+    assert resample([1, 2, 3, 4], 2).tolist() == [1.5, 3.5] and resample([5] * 7, 3).tolist() == [5, 5, 5]
+    stretched = resample([1.0, 1, 1, 4, 4], 2)
+    np.testing.assert_allclose(stretched, [(1 + 1 + 0.5) / 2.5, (0.5 + 8) / 2.5])
+    assert stretched.sum() * 5 / 2 == pytest.approx(11)

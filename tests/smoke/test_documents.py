@@ -167,3 +167,22 @@ def test_make_targets_that_are_shown_exist():
     texts = [path.read_text() for path in (*ROOT.glob("*.md"), *DOCUMENTS)]
     named = {name for text in texts for name in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)}
     assert named and named <= targets
+
+
+def test_benchmarks_say_what_they_measure():
+    """Each of `bench` answers `--help`, though argparse chokes on a percent sign in a text."""
+    names = [f"bench.{path.stem}" for path in sorted((ROOT / "bench").glob("*.py")) if "__main__" in path.read_text()]
+    needs_torch = {"bench.peer_transformers"}
+    program = (
+        "import runpy, sys\n"
+        "for name in sys.argv[1].split():\n"
+        "    sys.argv = [name, '--help']\n"
+        "    try: runpy.run_module(name, run_name='__main__', alter_sys=False)\n"
+        "    except SystemExit as end: assert not end.code, name\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, " ".join(sorted(set(names) - needs_torch))],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") == len(names) - 1 > 10

@@ -129,7 +129,7 @@ def test_a_store_is_priced_as_its_configuration_is():
         ("{", "manifest.json"),
         ("[]", "manifest.json"),
         ('{"model": {"family": "x"}, "layers": []}', "manifest.json': Object missing required field"),
-        ("changed", "unknown format 'nested9'"),
+        ("changed", "there is no format 'nested9'"),
     ],
 )
 def test_a_damaged_store_is_refused_by_file(tmp_path, text, named):

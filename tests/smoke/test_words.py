@@ -70,7 +70,7 @@ def test_the_demo_says_how_to_go_on(monkeypatch, tmp_path):
     following = demo._next(simulator=True)
     assert "activate" not in following and following.startswith("\ngo on with:\n  elmoe generate demo --prompt")
     verbs = re.findall(r"^  elmoe (\w+)", following, re.MULTILINE)
-    assert verbs == ["generate", "generate", "doctor", "simulate"]
+    assert verbs == ["generate", "demo", "generate", "doctor", "simulate"]
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "prefix", str(tmp_path))  # no environment that could be activated
     assert "activate" not in demo._next(simulator=True)

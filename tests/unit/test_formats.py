@@ -11,7 +11,8 @@ from elmoe.bitslice.formats.planes6 import PlanesMatrix, pack_pairs, unpack_pair
 from elmoe.bitslice.formats.table4 import TableMatrix, power_scales
 from elmoe.bitslice.matmul import quantize_activations
 from elmoe.errors import ModelError, NumericsError
-from elmoe.models.formats import FORMATS, bits_of, joined_formats, split_formats
+from elmoe.models.formats import FORMATS, joined_formats, split_formats
+from elmoe.models.sizes import Precision
 
 SHAPES = ((1, 32), (17, 33), (48, 256), (40, 300), (16, 512))
 OTHERS = [name for name in FORMATS if name != "nested8"]
@@ -32,7 +33,10 @@ def test_bits_and_slices_are_those_of_the_design():
     }  # fmt: skip
     assert {name: format.bits for name, format in FORMATS.items()} == expected
     assert {name for name, format in FORMATS.items() if format.slices == 2} == {"nested8", "planes6"}
-    assert bits_of("affine4_k+affine4_k+planes6") == ((2 * 4.625 + 4.5625) / 3, 2 / 3)
+    mixed = Precision.of([("affine4_k", 64), ("affine4_k", 64), ("planes6", 64)])
+    assert mixed == Precision(((2 * 4.625 + 4.5625) / 3, 2 / 3), (1.0, 1 / 3)) and mixed.bytes_of(96) == pytest.approx(
+        (64 * 4.625 + 32 * 6.5625) / 8
+    )
 
 
 def test_formats_of_parts_are_joined_and_split():

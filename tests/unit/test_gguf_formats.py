@@ -34,6 +34,9 @@ HALVES = {"Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q6_K": (2
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256, "num_attention_heads": 16,
         "num_key_value_heads": 16, "head_dim": 16}  # fmt: skip
 """Columns of all matrices are multiples of 256."""
+WIDE_METADATA = {"embedding_length": 256, "expert_feed_forward_length": 256, "feed_forward_length": 256,
+                 "attention.head_count": 16, "attention.head_count_kv": 16, "attention.key_length": 16,
+                 "attention.value_length": 16}  # fmt: skip
 
 
 def random_rows(kind: TensorType, rows: int, columns: int, seed: int = 0, largest: float = 0.0) -> np.ndarray:
@@ -69,6 +72,16 @@ def test_values_and_bytes_are_those_of_the_file(kind, rows, columns):
         assert np.array_equal(write_blocks(matrix, 0, rows, "w"), raw)
         if rows > 16:
             assert np.array_equal(write_blocks(matrix, 16, rows, "w"), raw[16:])
+
+
+@pytest.mark.parametrize("kind", list(EXACT), ids=lambda kind: kind.name)
+def test_what_llama_cpp_quantised_has_its_values(kind):
+    """Blocks by llama-quantize, and float32 values by llama.cpp's own code (tools/golden/make_llama_cpp_blocks.py)."""
+    frozen = np.load(Path(__file__).parents[1] / "golden" / "llama_cpp_blocks.npz")
+    raw, values = frozen[f"{kind.name} blocks"], frozen[f"{kind.name} values"]
+    matrix = read_blocks(kind, raw, values.shape[1], "w")
+    assert np.array_equal(matrix.dequantize(), values) and np.unique(values).size > 50
+    assert np.array_equal(write_blocks(matrix, 0, len(raw), "w"), raw)
 
 
 @pytest.mark.parametrize("kind", list(EXACT), ids=lambda kind: kind.name)
@@ -145,10 +158,7 @@ def parts_of(kinds: dict[str, TensorType], default: TensorType, seed: int = 0) -
 
 
 def write_wide(path: Path, parts: dict) -> Path:
-    metadata = {"embedding_length": 256, "expert_feed_forward_length": 256, "feed_forward_length": 256,
-                "attention.head_count": 16, "attention.head_count_kv": 16, "attention.key_length": 16,
-                "attention.value_length": 16}  # fmt: skip
-    return write_gguf(path, parts, metadata=metadata)
+    return write_gguf(path, parts, metadata=WIDE_METADATA)
 
 
 def as_stored(path: Path) -> dict[str, np.ndarray]:
@@ -170,7 +180,7 @@ def test_a_file_of_one_type_goes_there_and_back(tmp_path, kind):
         layout = reader.expert_layout(0)
         assert len(next(reader.expert_records(0))) == FORMATS[EXACT[kind]].slices == (2 if layout.lsb_bytes else 1)
     model = load_model(tmp_path / "store")
-    assert model.expert.expert_bits == FORMATS[EXACT[kind]].bits and model.dense_bits == sum(FORMATS[EXACT[kind]].bits)
+    assert model.expert.expert_bits == FORMATS[EXACT[kind]].bits and model.head_precision.bits == model.expert.expert_bits
     assert tensors(export(tmp_path / "store", tmp_path / "second.gguf")) == tensors(first)
 
 

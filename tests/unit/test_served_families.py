@@ -35,6 +35,7 @@ WAYS = (
 )
 NOT_IN_GGUF = {
     "qwen2_yarn": "YaRN|rope scaling",
+    "olmoe": "4 heads of queries share 2",
     "olmoe_normalized": "norm_topk_prob is true",
     "qwen2_moe_dense_layers": "the layers differ",
     "qwen2_windows": "the layers differ",

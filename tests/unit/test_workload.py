@@ -23,7 +23,7 @@ def slots(count: int, layers: int = 3) -> SlotPlan:
 @pytest.mark.parametrize("count", [4, 6, 9, 16])
 def test_lru_hits_of_one_sequence_equal_an_independent_cache(count):
     """A plain LRU over experts, one ordered dictionary per layer, uses of a step touched together."""
-    tier = TierPlan(slots(count), ResidencyParameters("lru"), 1.0, 1.0)
+    tier = TierPlan(slots(count), ResidencyParameters("lru"), (1.0,) * 3, (1.0,) * 3)
     workload = RoutingReplay(FACTS).run(Plan(1, steps=40, tier=tier))
     prompt = int(FACTS.prompts[0])
     expected = np.zeros((40, 3), int)
@@ -59,7 +59,7 @@ def test_counts_without_a_tier_are_those_of_the_facts():
 
 
 def test_drafts_of_the_residents_use_residents_only():
-    tier = TierPlan(slots(8), ResidencyParameters(), 1.0, 1.0)
+    tier = TierPlan(slots(8), ResidencyParameters(), (1.0,) * 3, (1.0,) * 3)
     workload = RoutingReplay(FACTS).run(Plan(3, "resident", 3, steps=6, tier=tier), lambda share, depth: 0.5)
     assert workload.draft is not None
     np.testing.assert_array_equal(workload.draft.active, workload.draft.msb_hits)

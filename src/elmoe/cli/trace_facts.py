@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import force_option, json_option, print_json
+from elmoe.errors import RequestError
 from elmoe.terminal import number, print_table
 
 input_path = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -18,23 +19,34 @@ output_path = click.Path(dir_okay=False, path_type=Path)
 @click.command("import")
 @click.argument("source", metavar="SRC", type=click.Path(exists=True, path_type=Path))
 @click.argument("out", type=output_path)
-@click.option("--format", "kind", required=True, type=click.Choice(["ndjson", "esft", "olmoe", "fiddler"]),
-              help="ndjson: steps logged by tools around llama.cpp, to routing facts. Others: published statistics, to a "
-              "popularity for `synthesise`: ESFT scores (a file or a folder), OLMoE counts, Fiddler's order.")  # fmt: skip
+@click.option("--format", "kind", required=True, type=click.Choice(["ndjson", "vllm-routed", "esft", "olmoe", "fiddler"]),
+              help="ndjson: steps logged by tools around llama.cpp, to routing facts. vllm-routed: arrays that vLLM returns "
+              "with --enable-return-routed-experts (.npy, .npz, .json, .jsonl), to routing facts. Others: published "
+              "statistics, to a popularity for `synthesise`: ESFT scores (a file or a folder), OLMoE counts, Fiddler's "
+              "order.")  # fmt: skip
 @click.option("--model", help="Which model of a file that holds several.")
+@click.option("--experts", type=click.IntRange(1), help="Of a layer; vllm-routed needs it.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Of the one sequence in a .npy file of vllm-routed.")
 @force_option
 @json_option
-def import_(source: Path, out: Path, kind: Any, model: str | None, force: bool, as_json: bool) -> None:
+def import_(
+    source: Path, out: Path, kind: Any, model: str | None, experts: int | None, prompt_tokens: int | None, force: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Import routing that other programs recorded: SRC to OUT."""
     from elmoe.files import check_output
 
+    if (kind == "vllm-routed") != (experts is not None):
+        raise RequestError("--format vllm-routed and --experts go together", "the arrays do not say how many there are")
+    if prompt_tokens is not None and kind != "vllm-routed":
+        raise RequestError(f"--prompt-tokens is not for --format {kind}")
     check_output(out, force, "")
-    from elmoe.trace import import_ndjson, import_popularity, save_popularity, write_facts
+    from elmoe.trace import import_ndjson, import_popularity, import_vllm_routed, save_popularity, write_facts
 
-    if kind == "ndjson":
-        facts = import_ndjson(source)
+    if kind in ("ndjson", "vllm-routed"):
+        facts = import_ndjson(source) if experts is None else import_vllm_routed(source, experts, prompt_tokens)
         write_facts(facts, out)
-        told: dict[str, Any] = {"source": facts.source, "shape": facts.ranked.shape, "prompt": int(facts.prompts[0])}
+        told: dict[str, Any] = {"source": facts.source, "shape": facts.ranked.shape, "prompt": facts.prompts.tolist()}
     else:
         popularity = import_popularity(source, kind, model)
         save_popularity(popularity, out)

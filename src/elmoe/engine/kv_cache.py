@@ -60,7 +60,8 @@ class PagedCache:
         self._values_memory, values = _lazy((*block, PAGE_POSITIONS, attention.head_dim))
         self.page_bytes = layout.page_bytes
         self.kernels = KVCache(keys, values, np.full((rows, per_row), NO_PAGE, np.int32), layout.places)
-        self._windowed = [group for group, window in enumerate(layout.windows) if window is not None]
+        self.windowed = [group for group, window in enumerate(layout.windows) if window is not None]
+        """Groups of layers whose pages are let go."""
         self._layer_windows = [
             layer.attention.window for layer in spec.layers if isinstance(layer.attention, GroupedAttention)
         ]
@@ -70,7 +71,7 @@ class PagedCache:
         self._touched = np.zeros(count, bool)
         self._prefixes = Prefixes(resting, PAGE_POSITIONS)
         self.keeps_prefixes = resting > 0
-        assert not (self.keeps_prefixes and self._windowed), "pages behind a window are let go: no text can begin with them"
+        assert not (self.keeps_prefixes and self.windowed), "pages behind a window are let go: no text can begin with them"
 
     @property
     def pages(self) -> int:
@@ -201,7 +202,7 @@ class PagedCache:
 
     def forget(self, entry: CacheEntry, computed: int) -> None:
         """Give back the pages of windowed layers that no token at position ``computed`` or later sees."""
-        for group in self._windowed:
+        for group in self.windowed:
             last = self.layout.first_seen(group, computed) // PAGE_POSITIONS
             for index in range((last - 1) * self.layout.groups + group, -1, -self.layout.groups):
                 page = entry.pages[index]

@@ -227,7 +227,8 @@ class Scheduler:
             if sequence.finish is None:
                 if self._cache.positions(sequence.entry) >= sequence.computed + PAGE_POSITIONS:
                     self._cache.trim(sequence.entry, sequence.computed)
-                self._cache.forget(sequence.entry, sequence.computed)
+                if self._cache.windowed:
+                    self._cache.forget(sequence.entry, sequence.computed)
                 outputs.append(sequence.report(self.first_request))
         outputs += [self._retire(one) for one in self.running[:] if one.finish is not None]
         return outputs

@@ -19,15 +19,15 @@ class Multiply:
     """Matrix products of one operation: weights of ``rows`` outputs x ``columns`` inputs meeting tokens.
 
     ``tokens``: token-matrix pairs, each of rows x columns multiply-accumulates. ``blocks``: sum over matrices of
-    ceil(tokens of the matrix / token rows of a PE), what a PE array takes time for. ``weight_passes``: 2 for 8-bit weights,
-    1 for 4-bit ones.
+    ceil(tokens of the matrix / token rows of a PE), what a PE array takes time for. ``weight_passes``: of 4 bits, 2 for
+    8-bit weights and 1 for 4-bit ones, or a mean over matrices.
     """
 
     rows: float
     columns: float
     tokens: Array
     blocks: Array
-    weight_passes: int = 2
+    weight_passes: float | Array = 2.0
 
 
 class Machine:

@@ -114,10 +114,3 @@ def split_formats(name: str, parts: int) -> tuple[Format, ...]:
 def joined_formats(names: list[str]) -> str:
     """The inverse of :func:`split_formats`: one name where all are the same."""
     return names[0] if len(set(names)) == 1 else JOIN.join(names)
-
-
-def bits_of(name: str) -> tuple[float, ...]:
-    """Bits per weight by slice; of joined formats, whose parts have as many weights each, the mean."""
-    found = [format_named(one).bits for one in name.split(JOIN)]
-    slices = max(map(len, found))
-    return tuple(sum(bits[index] for bits in found if index < len(bits)) / len(found) for index in range(slices))

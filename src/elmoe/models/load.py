@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -40,17 +39,9 @@ class _Stored(msgspec.Struct, frozen=True):
 
     @property
     def formats(self) -> dict[str, str]:
-        """Formats of experts and dense feed-forwards by name; of all other matrices the most frequent one."""
+        """Format of every matrix and feed-forward that has not the default one."""
         found = {f"layers.{layer.layer}.experts": layer.format for layer in self.layers}
-        dense = {one.name: one.format for one in self.tensors if one.format not in (DEFAULT, FLOATS)}
-        found |= {name: format for name, format in dense.items() if name.endswith(".dense_ffn")}
-        matrices = Counter(
-            one.format for one in self.tensors if one.format != FLOATS and not one.name.endswith(".dense_ffn")
-        )
-        for format, _ in matrices.most_common(1):
-            if format != DEFAULT:
-                found["matrices"] = format
-        return found
+        return found | {one.name: one.format for one in self.tensors if one.format not in (DEFAULT, FLOATS)}
 
 
 def load_model(name_or_path: str | Path) -> ModelSizes:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
+from elmoe.errors import ModelError
 from elmoe.models.common import (
     EXPERT_KEYS,
     EXPERTS_REQUIRED,
@@ -13,11 +12,12 @@ from elmoe.models.common import (
     experts_metadata,
     grouped_attention,
     model,
+    one_layer,
 )
 from elmoe.models.config import Config
 from elmoe.models.family import Family, GgufFamily
 from elmoe.models.names import EXPERTS, EXPERTS_GGUF, GROUPED, GROUPED_GGUF
-from elmoe.models.spec import LayerSpec, ModelSpec, Moe, Router
+from elmoe.models.spec import GroupedAttention, LayerSpec, ModelSpec, Moe, Router
 
 
 def read_config(config: Config) -> ModelSpec:
@@ -32,6 +32,18 @@ def read_config(config: Config) -> ModelSpec:
     return model(config, FAMILY.name, [layer] * config.layers(), epsilon=1e-5, positions=4096)
 
 
+def _metadata(spec: ModelSpec) -> dict[str, int | float | str]:
+    """ModelError too where llama.cpp could not load the file: its norm of keys is as wide as that of queries."""
+    attention = one_layer(spec).attention
+    assert isinstance(attention, GroupedAttention)
+    if attention.heads != attention.kv_heads:
+        raise ModelError(
+            f"{attention.heads} heads of queries share {attention.kv_heads} of keys and values",
+            "the architecture 'olmoe' has as many of both: this model cannot be written as GGUF",
+        )
+    return experts_metadata(spec, normalize=False)
+
+
 FAMILY = Family(
     name="olmoe",
     architectures=("OlmoeForCausalLM",),
@@ -43,7 +55,7 @@ FAMILY = Family(
         keys=GROUPED_KEYS | EXPERT_KEYS,
         required=EXPERTS_REQUIRED,
         names=GROUPED_GGUF | EXPERTS_GGUF,
-        metadata=partial(experts_metadata, normalize=False),
+        metadata=_metadata,
         fixed=experts_fixed,
     ),
 )

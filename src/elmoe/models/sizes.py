@@ -7,14 +7,15 @@ that predict further tokens are not counted. Windows are not counted either: eve
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import msgspec
 
 from elmoe.errors import ModelError
-from elmoe.models.formats import bits_of
-from elmoe.models.spec import Dense, GroupedAttention, LatentAttention, LayerSpec, ModelSpec, Moe
+from elmoe.models.formats import format_named, split_formats
+from elmoe.models.spec import Dense, GroupedAttention, LatentAttention, LayerSpec, ModelSpec
+from elmoe.models.tensors import PROJECTIONS, Tensor, feed_forwards, tensors
 
 BITS: dict[str, tuple[float, ...]] = {
     "nested8": (4.5, 4.0), "affine4": (4.625,), "table4": (4.25,), "planes6": (4.5625, 2.0), "bfloat16": (16.0,),
@@ -28,6 +29,36 @@ Both have no bit axis. ``planes6``: as Q6_K.
 """
 DEFAULTS = {"experts": "nested8", "matrices": "nested8", "routers": "float32"}
 """Format of each kind of weights: routed experts, everything else dense, routers (fp32, as the engine keeps them)."""
+
+
+class Precision(msgspec.Struct, frozen=True):
+    """How weights are kept, by slices, MSB first. ``bits``: per weight, with scales. ``passes``: of 4 bits that an array of
+    4-bit multipliers takes for one weight. Both are means where formats are mixed."""
+
+    bits: tuple[float, ...] = (0.0,)
+    passes: tuple[float, ...] = (0.0,)
+
+    @classmethod
+    def of(cls, weights: Iterable[tuple[str, int]]) -> Precision:
+        """Of (name of a format, how many weights have it)."""
+        found = [(BITS.get(name) or format_named(name).bits, count) for name, count in weights]
+        slices, total = max(len(bits) for bits, _ in found), sum(count for _, count in found)
+
+        def mean(value: Callable[[float], float]) -> tuple[float, ...]:
+            return tuple(
+                sum(count * value(bits[index]) for bits, count in found if index < len(bits)) / total
+                for index in range(slices)
+            )
+
+        return cls(mean(lambda bits: bits), mean(lambda bits: max(1.0, round(bits / 4))))
+
+    def at_most(self, other: Precision | None) -> Precision:
+        """Itself, or another that has fewer bits."""
+        return self if other is None or sum(self.bits) <= sum(other.bits) else other
+
+    def bytes_of(self, weights: float) -> float:
+        """Bytes of so many weights."""
+        return weights * sum(self.bits) / 8
 
 
 def attention_parameters(attention: GroupedAttention | LatentAttention, hidden: int) -> int:
@@ -57,7 +88,7 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
 
     ``kv_bytes``: its cache of one position, fp16 (latent attention: the latent and the rotary key). ``attention_width``: see
     :func:`attention_width`. ``shared_parameters``: weights of its shared experts, with their gate. ``expert_parameters``:
-    of one routed expert: gate, up and down projection. The bits are per weight with scales; ``expert_bits`` by slices.
+    of one routed expert: gate, up and down projection.
     """
 
     attention_parameters: int
@@ -70,9 +101,10 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int = 0
     expert_width: int = 0
     expert_parameters: int = 0
-    expert_bits: tuple[float, ...] = (0.0,)
-    matrix_bits: float
-    dense_bits: float
+    expert_precision: Precision = Precision()
+    attention_precision: Precision
+    shared_precision: Precision = Precision()
+    dense_precision: Precision = Precision()
     router_bits: float
 
     @property
@@ -83,8 +115,16 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def bytes(self) -> float:
         """Bytes of ``parameters``."""
-        matrices = (self.attention_parameters + self.shared_parameters) * self.matrix_bits
-        return (matrices + self.router_parameters * self.router_bits + self.dense_parameters * self.dense_bits) / 8
+        matrices = self.attention_precision.bytes_of(self.attention_parameters)
+        matrices += self.shared_precision.bytes_of(self.shared_parameters)
+        return (
+            matrices + self.dense_precision.bytes_of(self.dense_parameters) + self.router_parameters * self.router_bits / 8
+        )
+
+    @property
+    def expert_bits(self) -> tuple[float, ...]:
+        """Bits per weight of an expert, by slices."""
+        return self.expert_precision.bits
 
     @property
     def msb_bytes(self) -> float:
@@ -105,8 +145,8 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
 class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A spec with the formats of its weights. ``name`` and ``source`` say what it is and where it was read.
 
-    ``formats``: kind of weights (see :data:`DEFAULTS`), or store name of a layer's feed-forward (``layers.3.experts``,
-    ``layers.0.dense_ffn``), to a format of :data:`BITS` or of a store.
+    ``formats``: kind of weights (see :data:`DEFAULTS`), or store name of a matrix or a feed-forward (``head``,
+    ``layers.3.experts``), to a format of :data:`BITS` or of a store, or to the joined ones of its parts.
 
     :raises ModelError: a format is not known, or given for what the model does not have.
     """
@@ -117,21 +157,48 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     formats: dict[str, str] = {}
 
     def __post_init__(self) -> None:
-        names = {_ffn_name(index, layer) for index, layer in enumerate(self.spec.layers)}
         for key, format in self.formats.items():
-            if key not in DEFAULTS and key not in names:
-                raise ModelError(f"model '{self.name}': a format is given for '{key}', which it does not have")
-            if format not in BITS:
-                try:
-                    bits_of(format)
-                except ModelError:
-                    raise ModelError(
-                        f"model '{self.name}': '{key}' has the unknown format '{format}'", f"known: {', '.join(BITS)}"
-                    ) from None
+            try:
+                if key in DEFAULTS:
+                    _ = BITS.get(format) or format_named(format)
+                elif key in self._weights:
+                    self._precision("", key)
+                else:
+                    raise ModelError("a format is given for what the model does not have")
+            except ModelError as error:
+                raise ModelError(
+                    f"model '{self.name}': '{key}': {error}", error.hint or f"known: {', '.join(BITS)}"
+                ) from None
 
-    def _bits(self, kind: str, name: str = "") -> tuple[float, ...]:
-        format = self.formats.get(name) or self.formats.get(kind) or DEFAULTS[kind]
-        return BITS.get(format) or bits_of(format)
+    @cached_property
+    def _weights(self) -> dict[str, tuple[int, ...]]:
+        """Store name of a matrix or feed-forward -> weights of its parts, one of each expert."""
+        found = {part.name: (part.hidden * part.width,) * len(PROJECTIONS) for part in feed_forwards(self.spec)}
+        return found | {one.name: _part_sizes(one) for one in self._matrices}
+
+    @cached_property
+    def _matrices(self) -> list[Tensor]:
+        if any(isinstance(layer.attention, LatentAttention) for layer in self.spec.layers):
+            return []  # no store holds such a model yet
+        return [one for one in tensors(self.spec) if one.kind == "matrix"]
+
+    def _precision(self, kind: str, *names: str) -> Precision:
+        """Of what has these names in a store, each in its own format or that of its kind."""
+        default = self.formats.get(kind) or DEFAULTS.get(kind, "")
+        if not any(name in self.formats for name in names):
+            return Precision.of([(default, 1)])
+        weights: list[tuple[str, int]] = []
+        for name in names:
+            format, sizes = self.formats.get(name, default), self._weights[name]
+            parts = [format] * len(sizes) if format in BITS else [one.name for one in split_formats(format, len(sizes))]
+            weights += zip(parts, sizes, strict=True)
+        return Precision.of(weights)
+
+    def _attention(self, index: int) -> Precision:
+        """Of the matrices of a layer's attention."""
+        if all(key in DEFAULTS for key in self.formats):
+            return self._precision("matrices")
+        return self._precision("matrices", *(one.name for one in self._matrices if one.layer == index))
 
     @cached_property
     def layers(self) -> tuple[LayerSizes, ...]:
@@ -140,19 +207,20 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def _layer(self, index: int, layer: LayerSpec) -> LayerSizes:
         hidden, found, attention = self.spec.hidden, layer.feed_forward, layer.attention
-        name, matrix = _ffn_name(index, layer), sum(self._bits("matrices"))
         common = LayerSizes(
             attention_parameters=attention_parameters(attention, hidden), attention_width=attention_width(attention),
-            kv_bytes=2 * attention.cache_values, matrix_bits=matrix, dense_bits=matrix,
-            router_bits=sum(self._bits("routers")),
+            kv_bytes=2 * attention.cache_values, attention_precision=self._attention(index),
+            router_bits=sum(self._precision("routers").bits),
         )  # fmt: skip
         if isinstance(found, Dense):
-            bits = sum(self._bits("matrices", name))
-            return msgspec.structs.replace(common, dense_parameters=3 * hidden * found.width, dense_bits=bits)
+            precision = self._precision("matrices", f"layers.{index}.dense_ffn")
+            return msgspec.structs.replace(common, dense_parameters=3 * hidden * found.width, dense_precision=precision)
         return msgspec.structs.replace(
             common, experts=found.router.experts, top_k=found.router.top_k, router_parameters=hidden * found.router.experts,
             shared_parameters=3 * hidden * found.shared_width + (hidden if found.shared_gate else 0),
-            expert_width=found.width, expert_parameters=3 * hidden * found.width, expert_bits=self._bits("experts", name),
+            expert_width=found.width, expert_parameters=3 * hidden * found.width,
+            expert_precision=self._precision("experts", f"layers.{index}.experts"),
+            shared_precision=self._precision("matrices", f"layers.{index}.shared_ffn"),
         )  # fmt: skip
 
     def _sum(self, count: Callable[[LayerSizes], float]) -> float:
@@ -173,16 +241,19 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """A layer with experts, if all have experts of one size; ModelError where they differ or there is none."""
         if not self.moe_layers:
             raise ModelError(f"model '{self.name}' has no layer with experts")
-        if len({(layer.expert_width, layer.expert_bits) for layer in self.moe_layers}) > 1:
-            raise ModelError(
-                f"model '{self.name}': layers differ in the size of their experts", "the simulator needs one size"
-            )
+        if len({(layer.expert_width, layer.expert_precision) for layer in self.moe_layers}) > 1:
+            raise ModelError(f"model '{self.name}': layers differ in the size of their experts")
         return self.moe_layers[0]
 
     @property
     def dense_bits(self) -> float:
-        """Bits per weight of everything dense but routers."""
-        return sum(self._bits("matrices"))
+        """Bits per weight of everything dense of which nothing else is said, but routers."""
+        return sum(self._precision("matrices").bits)
+
+    @cached_property
+    def head_precision(self) -> Precision:
+        """Of the output head."""
+        return self._precision("matrices", "embedding" if self.spec.tied_embeddings else "head")
 
     @property
     def embedding_parameters(self) -> int:
@@ -191,8 +262,13 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @property
     def head_bytes(self) -> float:
-        """Bytes of the output head, which every token reads; the embedding table has as many (tied: it is the same)."""
-        return self.embedding_parameters * self.dense_bits / 8
+        """Bytes of the output head, which every token reads."""
+        return self.head_precision.bytes_of(self.embedding_parameters)
+
+    @property
+    def embedding_bytes(self) -> float:
+        """Bytes of the embedding table, of which a token reads a row; tied, it is the head."""
+        return self._precision("matrices", "embedding").bytes_of(self.embedding_parameters)
 
     @property
     def tables(self) -> int:
@@ -202,7 +278,7 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @property
     def dense_bytes(self) -> float:
         """Bytes of all that is not an expert: layers, head, embedding table."""
-        return self._sum(lambda layer: layer.bytes) + self.tables * self.head_bytes
+        return self._sum(lambda layer: layer.bytes) + self.head_bytes + (self.tables - 1) * self.embedding_bytes
 
     @property
     def total_bytes(self) -> float:
@@ -213,7 +289,7 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def active_bytes(self) -> float:
         """Bytes of weights that decoding one token reads: one row of the embedding table, everything else dense, the head
         and the top-k experts of each layer."""
-        row = self.spec.hidden * self.dense_bits / 8
+        row = self.embedding_bytes / self.spec.vocabulary
         return self._sum(lambda layer: layer.bytes + layer.top_k * layer.expert_bytes) + self.head_bytes + row
 
     @property
@@ -229,5 +305,5 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return layers + self.embedding_parameters
 
 
-def _ffn_name(index: int, layer: LayerSpec) -> str:
-    return f"layers.{index}.{'experts' if isinstance(layer.feed_forward, Moe) else 'dense_ffn'}"
+def _part_sizes(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(part.shape[0] * part.shape[1] for part in tensor.parts)

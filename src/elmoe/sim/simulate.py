@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from elmoe.errors import BudgetError, HardwareError
@@ -15,7 +16,8 @@ from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.schema.drafters import Drafters
 from elmoe.sim.workload import Acceptance, DraftKind, Plan, RoutingReplay, TierPlan, Workload
-from elmoe.systems.forms import FormName, draft_cost, draft_model_bytes, target_cost
+from elmoe.systems.forms import COPY, FormName, draft_cost, draft_model_bytes, target_cost
+from elmoe.systems.operations import resample
 from elmoe.units import format_bytes
 
 DRAFT_LENGTHS = (1, 2, 4, 8)
@@ -122,7 +124,8 @@ class Simulation:
             if not hardware.features.refill
             else (ResidencyParameters() if slices else ResidencyParameters("lru"))
         )
-        return TierPlan(sampled, policy, sizes.msb[0], sizes.lsb[0])
+        msb, lsb = (tuple(resample(one, self.sampled).tolist()) for one in (sizes.msb, sizes.lsb))
+        return TierPlan(sampled, policy, msb, lsb)
 
     def _sizes(self, machine: Machine, form: FormName, batch: int) -> FastTierSizes:
         model, layers, spec = self.model, self.model.moe_layers, self.model.spec
@@ -130,8 +133,11 @@ class Simulation:
         dense = model.dense_bytes + draft_model_bytes(form, model, self.drafters)
         if not machine.hardware.features.fast_dense:
             dense = kv = 0
-        msb = tuple(int(layer.msb_bytes) for layer in layers)
-        lsb = tuple(0 if form == "quant" else int(layer.lsb_bytes) for layer in layers)
+        if form == "quant":
+            layers = tuple(
+                msgspec.structs.replace(one, expert_precision=one.expert_precision.at_most(COPY)) for one in layers
+            )
+        msb, lsb = tuple(int(layer.msb_bytes) for layer in layers), tuple(int(layer.lsb_bytes) for layer in layers)
         return FastTierSizes(int(dense), kv, 0, msb, lsb, spec.experts, spec.top_k)
 
     def _check_fits(self, machine: Machine, form: FormName, batch: int) -> None:
@@ -139,7 +145,7 @@ class Simulation:
         kv = batch * self.context * model.spec.kv_bytes_per_position
         needed = model.total_bytes + kv + draft_model_bytes(form, model, self.drafters)
         if form == "quant":
-            needed += model.total_bytes * 4.5 / 8.5
+            needed += COPY.bytes_of(model.parameters)
         room = hardware.main.capacity.value + (
             hardware.fast.capacity.value if hardware.features.fast_dense and hardware.fast else 0
         )

@@ -29,12 +29,12 @@ Acceptance = Callable[[float, int], float]
 
 @dataclass(frozen=True)
 class TierPlan:
-    """Slots of the fast memory for the facts' layers, the residency policy, and bytes of an expert's slices."""
+    """Slots of the fast memory for the facts' layers, the residency policy, and bytes of an expert's slices by layer."""
 
     slots: SlotPlan
     parameters: ResidencyParameters
-    msb_bytes: float
-    lsb_bytes: float
+    msb_bytes: tuple[float, ...]
+    lsb_bytes: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _Tier(ReplayedResidents):
         before = self.resident
         self.end_pass(sure, committed, used)
         new_msb, new_lsb = self.resident.msb & ~before.msb, self.resident.lsb & ~before.lsb
-        return float(new_msb.sum() * self._plan.msb_bytes + new_lsb.sum() * self._plan.lsb_bytes)
+        return float(new_msb.sum(axis=1) @ self._plan.msb_bytes + new_lsb.sum(axis=1) @ self._plan.lsb_bytes)
 
     def masked(self, ranked: NDArray, top_k: int) -> NDArray:
         """(tokens, layers, k): the best resident experts of a (tokens, layers, ranks) ranking; where the ranking holds fewer

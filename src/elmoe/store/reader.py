@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
+from weakref import finalize
 
 import msgspec
 import numpy as np
@@ -110,6 +111,11 @@ def read_manifest(path: Path) -> Manifest:
         raise StoreError(f"{MANIFEST}: {error}", "the store is damaged: convert the model anew") from error
 
 
+def _close(ends: list[tuple[int, int, str]]) -> None:
+    while ends:
+        os.close(ends.pop()[0])
+
+
 class MemoryReader:
     """A store mapped into memory, read-only; the page cache is its tier. A context manager.
 
@@ -125,8 +131,9 @@ class MemoryReader:
         self.manifest = manifest = read_manifest(path)
         self.spec: ModelSpec = manifest.model
         self._maps: dict[str, NDArray[np.uint8]] = {}
-        self._views: dict[str, mmap.mmap] = {}
         self._sizes: dict[str, int] = {}
+        self._ends: list[tuple[int, int, str]] = []  # descriptors of the mapped files, their sizes and names at the time
+        self._close_files = finalize(self, _close, self._ends)
         self._shapes: dict[str, bytes] = {}
         self._check_model()
         self._feed_forwards = [feed_forward(self.spec, layer) for layer in range(len(self.spec.layers))]
@@ -161,7 +168,7 @@ class MemoryReader:
     def close(self) -> None:
         """Let go of the mappings; views handed out keep theirs alive."""
         self._maps.clear()
-        self._views.clear()
+        self._close_files()
 
     def _file(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a data file; StoreError once the reader is closed."""
@@ -171,9 +178,9 @@ class MemoryReader:
 
     def check_sizes(self) -> None:
         """StoreError that names a file which is shorter now than it was when the store was opened."""
-        for name, view in self._views.items():
-            found, size = view.size(), self._sizes[name]  # of the mapped file, whatever its name is now
-            if found < size:
+        seek, end = os.lseek, os.SEEK_END
+        for file, size, name in self._ends:  # in every step: a seek takes half of the time of fstat
+            if (found := seek(file, 0, end)) < size:
                 raise StoreError(f"'{name}' has {found} bytes, and had {size} when the store was opened", "copy it anew")
 
     def _open(self, name: str, size: int, role: int, layer: int) -> None:
@@ -184,13 +191,14 @@ class MemoryReader:
                 if found != size or size < PAGE:
                     raise StoreError(f"'{name}' has {found} bytes, the manifest says {size}", "truncated: copy it anew")
                 view = mmap.mmap(handle.fileno(), size, prot=mmap.PROT_READ)
+                self._ends.append((os.dup(handle.fileno()), size, name))
             with suppress(OSError):  # pages of 2 MB, where the file system has them
                 view.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
             raise StoreError(f"'{name}' cannot be opened: {error.strerror}") from error
         self._shapes[name] = check_header(view[:PAGE], name, role, layer)
         self._sizes[name] = size
-        self._views[name], self._maps[name] = view, np.frombuffer(view, np.uint8)
+        self._maps[name] = np.frombuffer(view, np.uint8)
 
     def _check_shapes(self) -> None:
         """StoreError where a file holds tensors of other shapes than the model's: some leave no trace in its size."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from elmoe.hw.cost import Array, Cost, in_order
 from elmoe.hw.machine import Machine
-from elmoe.models.sizes import ModelSizes
+from elmoe.models.sizes import ModelSizes, Precision
 from elmoe.schema.drafters import Drafters
 from elmoe.systems import elmoe3d, near_memory, xpu
 from elmoe.systems.operations import Operation, dense_model, operations
@@ -24,8 +24,8 @@ FORM_WORDS: dict[str, str] = {
     "bit_axis": "4-bit slices of all experts",
 }  # fmt: skip
 """What drafts, by form."""
-COPY_BITS = 4.5
-"""Bits of a weight of a 4-bit copy with its scales."""
+COPY = Precision((4.5,), (1.0,))
+"""How a 4-bit copy keeps its weights, with their scales."""
 
 
 def explain_forms(names: Iterable[str]) -> str:
@@ -61,10 +61,10 @@ def target_cost(machine: Machine, model: ModelSizes, passes: Passes) -> Cost:
 
 
 def draft_model_bytes(form: FormName, model: ModelSizes, drafters: Drafters) -> float:
-    """Bytes of a draft network beside the target."""
+    """Bytes of a draft network beside the target, kept as the target's head is."""
     if form == "eagle":
-        return _eagle_parameters(model, drafters) * model.dense_bits / 8
-    return drafters.small_lm.parameters.value * model.dense_bits / 8 if form == "small_lm" else 0.0
+        return model.head_precision.bytes_of(_eagle_parameters(model, drafters))
+    return model.head_precision.bytes_of(drafters.small_lm.parameters.value) if form == "small_lm" else 0.0
 
 
 def draft_cost(
@@ -77,12 +77,17 @@ def draft_cost(
         return cost_of(machine, operations(model, passes, machine, draft=slices))
     if form == "quant":
         assert passes is not None
-        return cost_of(machine, operations(model, passes, machine, draft=True, bits=COPY_BITS))
-    hidden = model.spec.hidden
+        return cost_of(machine, operations(model, passes, machine, draft=True, copy=COPY))
+    hidden, precision = model.spec.hidden, model.head_precision
+
+    def network(name: str, parameters: float) -> Operation:
+        return dense_model(name, hidden, parameters, precision, tokens, machine)
+
     if form == "small_lm":
-        return cost_of(machine, [dense_model("draft", hidden, drafters.small_lm.parameters.value, tokens, machine)])
-    head = dense_model("head", hidden, model.embedding_parameters, tokens, machine)
-    return cost_of(machine, [dense_model("draft", hidden, _eagle_parameters(model, drafters), tokens, machine), head])
+        return cost_of(machine, [network("draft", drafters.small_lm.parameters.value)])
+    return cost_of(
+        machine, [network("draft", _eagle_parameters(model, drafters)), network("head", model.embedding_parameters)]
+    )
 
 
 def _eagle_parameters(model: ModelSizes, drafters: Drafters) -> float:

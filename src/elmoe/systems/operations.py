@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec.structs import replace as replaced
 
+from elmoe.errors import ModelError
 from elmoe.hw.cost import Array
 from elmoe.hw.machine import Machine, Multiply
-from elmoe.models.sizes import LayerSizes, ModelSizes
+from elmoe.models.sizes import LayerSizes, ModelSizes, Precision
 from elmoe.schema.hardware import PeArray
 from elmoe.systems.passes import Passes
 
@@ -42,37 +44,43 @@ class Operation:
 
 
 def operations(
-    model: ModelSizes, passes: Passes, machine: Machine, draft: bool = False, bits: float = 8.5
+    model: ModelSizes, passes: Passes, machine: Machine, draft: bool = False, copy: Precision | None = None
 ) -> list[Operation]:
     """The operations of passes over the whole model; layers of equal size are one operation, repeated.
 
-    :param draft: expert weights are MSB slices alone. :param bits: of a dense weight with its scales.
+    :param draft: expert weights are MSB slices alone.
+    :param copy: what a copy of the model keeps at most of a weight, routers aside.
     """
     tokens, hidden = passes.tokens, model.spec.hidden
     blocks = np.ceil(tokens / machine.token_rows)
-    weight_passes = 2 if bits > 4.5 else 1
     ops = [
-        replace(_attention(hidden, layer, passes, machine, blocks, bits, weight_passes), repeat=count)
-        for layer, count in _alike(model, lambda layer: (layer.attention_parameters, layer.attention_width, layer.kv_bytes))
-    ]
+        replace(_attention(hidden, layer, passes, machine, blocks, layer.attention_precision.at_most(copy)), repeat=count)
+        for layer, count in _alike(model, lambda layer: (
+            layer.attention_parameters, layer.attention_width, layer.kv_bytes, layer.attention_precision
+        ))
+    ]  # fmt: skip
 
-    def plain(name: str, parameters: int, read: float, repeat: int) -> Operation:
-        work = Multiply(parameters / hidden, hidden, tokens, blocks, weight_passes)
+    def plain(name: str, parameters: int, precision: Precision, repeat: int, router: LayerSizes | None = None) -> Operation:
+        read = precision.bytes_of(parameters)
+        if router is not None:
+            read += router.router_parameters * router.router_bits / 8
+            parameters += router.router_parameters
+        work = Multiply(parameters / hidden, hidden, tokens, blocks, sum(precision.passes))
         elementwise = tokens * hidden * ELEMENTWISE
         return _operation(name, np.full_like(tokens, read), (work,), elementwise, tokens * hidden, repeat)
 
-    for layer, count in _alike(model, lambda layer: layer.dense_parameters):
+    for layer, count in _alike(model, lambda layer: (layer.dense_parameters, layer.dense_precision)):
         if layer.dense_parameters:
-            ops.append(plain("feed-forward", layer.dense_parameters, layer.dense_parameters * bits / 8, count))
-    for layer, count in _alike(model, lambda layer: (layer.experts, layer.shared_parameters, layer.router_parameters)):
+            ops.append(plain("feed-forward", layer.dense_parameters, layer.dense_precision.at_most(copy), count))
+    for layer, count in _alike(model, lambda layer: (
+        layer.experts, layer.shared_parameters, layer.router_parameters, layer.shared_precision
+    )):  # fmt: skip
         if layer.experts:
-            size = layer.shared_parameters + layer.router_parameters
-            read = (layer.shared_parameters * bits + layer.router_parameters * layer.router_bits) / 8
-            ops.append(plain("router and shared", size, read, count))
+            precision = layer.shared_precision.at_most(copy)
+            ops.append(plain("router and shared", layer.shared_parameters, precision, count, router=layer))
     if model.moe_layers:
-        ops.append(_experts(model, passes, draft, decides=not draft))
-    size = model.embedding_parameters
-    ops.append(plain("head", size, size * bits / 8, 1))
+        ops.append(_experts(model, passes, draft, copy))
+    ops.append(plain("head", model.embedding_parameters, model.head_precision.at_most(copy), 1))
     return ops
 
 
@@ -85,23 +93,26 @@ def _alike(model: ModelSizes, kind: Callable[[LayerSizes], object]) -> list[tupl
     return list(found.values())
 
 
-def dense_model(name: str, hidden: int, parameters: float, tokens: Array, machine: Machine, bits: float = 8.5) -> Operation:
+def dense_model(
+    name: str, hidden: int, parameters: float, precision: Precision, tokens: Array, machine: Machine
+) -> Operation:
     """A dense network of so many parameters, run once per token (draft heads, small draft models)."""
     blocks = np.ceil(tokens / machine.token_rows)
-    work = Multiply(parameters / hidden, hidden, tokens, blocks)
-    return _operation(name, np.full_like(tokens, parameters * bits / 8), (work,), tokens * hidden * ELEMENTWISE, tokens, 1)
+    work = Multiply(parameters / hidden, hidden, tokens, blocks, sum(precision.passes))
+    read = np.full_like(tokens, precision.bytes_of(parameters))
+    return _operation(name, read, (work,), tokens * hidden * ELEMENTWISE, tokens, 1)
 
 
 def _attention(
-    hidden: int, layer: LayerSizes, passes: Passes, machine: Machine, blocks: Array, bits: float, weight_passes: int
+    hidden: int, layer: LayerSizes, passes: Passes, machine: Machine, blocks: Array, precision: Precision
 ) -> Operation:
     parameters, width = layer.attention_parameters, layer.attention_width
-    projections = Multiply(parameters / hidden, hidden, passes.tokens, blocks, weight_passes)
+    projections = Multiply(parameters / hidden, hidden, passes.tokens, blocks, sum(precision.passes))
     # Cached positions lie along the outputs of a PE, so 32 of them make a block of one token row.
     compute = machine.hardware.compute
     lanes = compute.outputs.value if isinstance(compute, PeArray) else 1
     scores = Multiply(1, width, passes.attended, passes.attended / lanes, KV_PASSES)
-    read = parameters * bits / 8 + passes.cached * layer.kv_bytes
+    read = precision.bytes_of(parameters) + passes.cached * layer.kv_bytes
     elementwise = (passes.tokens * hidden * 2 + passes.attended * width / 128) * ELEMENTWISE
     attention = _operation("attention", read, (projections, scores), elementwise, passes.tokens * hidden, 1)
     return replace(attention, starts_layer=True)
@@ -114,18 +125,33 @@ def _operation(
     return Operation(name, read, zero, zero, zero, zero, multiplies, elementwise, 4 * outputs, repeat)
 
 
-def _experts(model: ModelSizes, passes: Passes, draft: bool, decides: bool) -> Operation:
+def _experts(model: ModelSizes, passes: Passes, draft: bool, copy: Precision | None) -> Operation:
     """All active experts of a layer: every one's weights are read once, whatever the number of its tokens."""
-    sampled, hidden, expert = passes.active.shape[1], model.spec.hidden, model.expert
-    weight_passes = 1 if draft and expert.lsb_bytes else 2
+    sampled, hidden = passes.active.shape[1], model.spec.hidden
+    layers = model.moe_layers
+    if copy is not None:
+        layers = tuple(replaced(layer, expert_precision=layer.expert_precision.at_most(copy)) for layer in layers)
+    width = layers[0].expert_width
+    if any(layer.expert_width != width for layer in layers):
+        raise ModelError(f"model '{model.name}': layers differ in the width of their experts", "the simulator needs one")
+    taken = [layer.expert_precision.passes for layer in layers]
+    weight_passes = resample([each[0] if draft else sum(each) for each in taken], sampled)
     work = tuple(
         Multiply(outputs, inputs, passes.pairs, passes.blocks, weight_passes)
-        for outputs, inputs in ((2 * expert.expert_width, hidden), (hidden, expert.expert_width))
+        for outputs, inputs in ((2 * width, hidden), (hidden, width))
     )
-    lsb = 0.0 if draft else float(expert.lsb_bytes)
+    msb = resample([layer.msb_bytes for layer in layers], sampled)
+    lsb = resample([0.0 if draft else layer.lsb_bytes for layer in layers], sampled)
     return Operation(
-        "experts", np.zeros_like(passes.active), passes.active * expert.msb_bytes, passes.active * lsb,
-        passes.msb_hits * expert.msb_bytes, passes.lsb_hits * lsb, work,
-        passes.pairs * (expert.expert_width + hidden) * ELEMENTWISE,
-        4 * passes.tokens[:, None] * np.full((1, sampled), float(hidden)), len(model.moe_layers) / sampled, decides=decides,
+        "experts", np.zeros_like(passes.active), passes.active * msb, passes.active * lsb, passes.msb_hits * msb,
+        passes.lsb_hits * lsb, work, passes.pairs * (width + hidden) * ELEMENTWISE,
+        4 * passes.tokens[:, None] * np.full((1, sampled), float(hidden)), len(layers) / sampled, decides=not draft,
     )  # fmt: skip
+
+
+def resample(values: Sequence[float], count: int) -> Array:
+    """(count,) values that stand for more: means of equally long stretches of them."""
+    if len(set(values)) == 1:
+        return np.full(count, float(values[0]))
+    ends = np.interp(np.linspace(0, len(values), count + 1), np.arange(len(values) + 1), np.cumsum([0.0, *values]))
+    return np.diff(ends) * (count / len(values))

@@ -16,6 +16,7 @@ with naming_extra("elmoe.trace"):
     from elmoe.trace.popularity import Popularity, import_popularity, load_popularity, save_popularity
     from elmoe.trace.record import TraceRecorder
     from elmoe.trace.synthesis import synthesise
+    from elmoe.trace.vllm_routed import import_vllm_routed
 
 __all__ = [
     "AcceptanceTable",
@@ -30,6 +31,7 @@ __all__ = [
     "fit_locality",
     "import_ndjson",
     "import_popularity",
+    "import_vllm_routed",
     "load_acceptance",
     "load_locality",
     "load_popularity",
