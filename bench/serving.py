@@ -274,6 +274,8 @@ def main() -> None:
              ("others", 1, 2))))
         for row in found if row["clients"]
     ])  # fmt: skip
+    ready = {row["system"]: row["ready_seconds"] for row in found if "ready_seconds" in row}
+    print("; ".join(f"{system} was ready after {seconds:.2f} s" for system, seconds in ready.items() if system != PLAIN))
     for row in found:
         if not row["clients"]:
             new, again = 1e3 * row["new_seconds"], 1e3 * row["again_seconds"]

@@ -55,7 +55,8 @@ class Call:
 
     ``running``: answers that have not ended. ``error``: what ended it before its time. ``streams``: whether the loop is told
     of every step, or of answers that have ended alone; ``follows``: whether :meth:`take` returns when more of a prompt is
-    computed. Times are of ``perf_counter``; the thread sets those of tokens.
+    computed. ``gathering``: the loop looks again by itself, and need not be woken for tokens. Times are of ``perf_counter``;
+    the thread sets those of tokens.
     """
 
     def __init__(self, requests: Sequence[Request], streams: bool, follows: bool) -> None:
@@ -63,12 +64,12 @@ class Call:
         self.jobs = [Job(self, index, request, unreported=request.copies) for index, request in enumerate(requests)]
         self.running = sum(request.copies for request in requests)
         self.error: BaseException | None = None
-        self.cancelled = False
+        self.cancelled = self.gathering = False
         self.began = perf_counter()
         self.first_token: float | None = None
         self.last_token: float | None = None
         self._outputs: list[tuple[int, Output]] = []
-        self._changed, self._over = asyncio.Event(), asyncio.Event()
+        self._changed, self.over = asyncio.Event(), asyncio.Event()
 
     @property
     def under_way(self) -> bool:
@@ -88,13 +89,6 @@ class Call:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    async def gather(self, seconds: float) -> None:
-        """Let outputs gather for so long, or until all answers have ended."""
-        if seconds > 0 and self.running:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._over.wait()
-
     def wake(self) -> None:
         """Let :meth:`take` return."""
         self._changed.set()
@@ -106,7 +100,7 @@ class Call:
             if output.result.error is not None:
                 self.end(output.result.error)
             elif not self.running:
-                self._over.set()
+                self.over.set()
         self._outputs.append((index, output))
         self._changed.set()
 
@@ -114,7 +108,7 @@ class Call:
         """End it with an error; the first one counts."""
         self.error = self.error or error
         self._changed.set()
-        self._over.set()
+        self.over.set()
 
 
 class EngineThread:
@@ -173,6 +167,18 @@ class EngineThread:
             for job in call.jobs:
                 self._inbox.put(partial(self._abort, job))
 
+    async def gather(self, call: Call, seconds: float) -> None:
+        """Let outputs of a call gather for so long, or until all its answers have ended."""
+        if seconds > 0 and call.running:
+            call.gathering = True
+            try:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await call.over.wait()
+            finally:
+                call.gathering = False  # before looking: what is posted from now on wakes the loop
+                self._receive()
+
     def totals(self) -> dict[str, float]:
         """Sums over all runs; may be called from any thread."""
         statistics, ended = self._counted
@@ -230,7 +236,11 @@ class EngineThread:
                 if job.call.follows:
                     self._post(job.call.wake)
         if brought:
-            self._post(partial(self._deliver, brought))
+            self._posted.append(partial(self._deliver, brought))  # before looking, see `gather`
+            if any(output.result is not None for _, outputs in brought for output in outputs) or not all(
+                job.call.gathering for job, _ in brought
+            ):
+                self._wake()
 
     def _begin(self, job: Job) -> None:
         if job.call.error is not None:
@@ -259,8 +269,12 @@ class EngineThread:
         self.engine.scheduler.forget_ended()  # a step that reports them may fail as well
 
     def _post(self, act: Callable[[], None]) -> None:
-        """Let the loop do something; it is woken once, however much waits."""
+        """Let the loop do something."""
         self._posted.append(act)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the loop look at what was posted; it is woken once, however much waits."""
         if not self._waking and self._loop is not None:
             self._waking = True
             with suppress(RuntimeError):  # the loop has ended

@@ -17,6 +17,9 @@ from elmoe.server.engine_thread import Call, EngineThread, Gone, TimeUp
 from elmoe.server.errors import ApiError, with_hint
 from elmoe.server.schemas import ChatCompletion, Completion
 
+EVENT_SECONDS = 0.003
+"""Time that an event may take of a processor, here and at a client on the same machine: with many answers they come less
+often."""
 SLOW_READER_SECONDS = 30.0
 """Time that a client has to read the last of an answer."""
 
@@ -119,7 +122,8 @@ class Exchange:
                         data = f": {done} of {answers.prompt_tokens} prompt tokens are computed\n\n".encode()
                     if data:
                         await write(data)
-                        await call.gather(self._gather - (perf_counter() - sent))
+                        between = max(self._gather, EVENT_SECONDS * self._engine.answers)
+                        await self._engine.gather(call, between - (perf_counter() - sent))
         except Gone:
             return
         except Exception as error:
