@@ -178,8 +178,6 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def _matrices(self) -> list[Tensor]:
-        if any(isinstance(layer.attention, LatentAttention) for layer in self.spec.layers):
-            return []  # no store holds such a model yet
         return [one for one in tensors(self.spec) if one.kind == "matrix"]
 
     def _precision(self, kind: str, *names: str) -> Precision:
