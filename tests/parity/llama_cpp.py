@@ -35,6 +35,18 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 }
 """What of a rope scaling llama.cpp takes otherwise than the file, or the published model, says. Ours is told the same."""
 
+ONE_QUERY_LAYERS = 27
+"""Layers by which llama.cpp tells a ``deepseek2`` file whose queries are one matrix."""
+
+
+def _told_by_layers(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with as many layers as llama.cpp needs."""
+    if "kv_lora_rank" not in config or config["q_lora_rank"] is not None:
+        return config
+    kinds = config.get("mlp_layer_types")
+    more = {} if kinds is None else {"mlp_layer_types": kinds + ["sparse"] * (ONE_QUERY_LAYERS - len(kinds))}
+    return config | {"num_hidden_layers": ONE_QUERY_LAYERS} | more
+
 
 def compared(llama: Llama, tokens: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Tiny models of random weights of every configuration in the tests that GGUF can say."""
@@ -43,6 +55,7 @@ def compared(llama: Llama, tokens: int, folder: Path) -> Iterator[dict[str, Any]
     for name, config in CONFIGS.items():
         if name in NOT_IN_GGUF:
             continue
+        config = _told_by_layers(config)
         file, floats = (folder / f"{name}{end}.gguf" for end in ("", "-f32"))
         write_store(folder / name, spec_of_config(config), "q8_0", UnevenWeights(0))
         with open_store(folder / name) as reader:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import product
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 
@@ -111,6 +112,12 @@ def test_sizes_of_a_store_are_a_closed_form(tmp_path, name):
         records = [record_sections(part) for part in feed_forwards(model.spec) if part.kind != "expert"]
         kept = stored + sum(sum(one.values()) for one in records)
         assert kept <= reader.dense_bytes <= kept + 4096 * sum(map(len, sections))
+
+
+def test_sizes_of_matrices_in_formats_of_their_own():
+    model = model_of_config(CONFIGS["deepseek_v2"], "tiny", "config.json")
+    smaller = msgspec.structs.replace(model, formats={"layers.1.key_up": "affine4"})
+    assert model.dense_bytes - smaller.dense_bytes == pytest.approx(4 * 32 * 32 * (8.5 - 4.625) / 8)
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ NOT_IN_GGUF = {
     "mixtral_window": "a window of 70 positions",
     "deepseek_v2_groups": "group_limited_greedy",
     "deepseek_v3_halves": "pairs halves",
+    "glm4_moe_lite_options": "the rope scaling is llama3",
 }
 """What GGUF's architectures cannot say."""
 

@@ -14,7 +14,7 @@ from elmoe.errors import ModelError
 from elmoe.models.family import GgufFamily
 from elmoe.models.gguf_rope import scaling_metadata
 from elmoe.models.names import LATENT_GGUF
-from elmoe.models.spec import Dense, LatentAttention, ModelSpec, Rope, YarnScaling
+from elmoe.models.spec import Dense, LatentAttention, Llama3Scaling, ModelSpec, Rope, YarnScaling
 
 ARCHITECTURE = "deepseek2"
 SOFTMAX, SIGMOID = 1, 2
@@ -112,6 +112,8 @@ def _metadata(spec: ModelSpec) -> dict[str, int | float | str]:
 
 def _scaling(rope: Rope) -> dict[str, int | float | str]:
     scaling = rope.scaling
+    if isinstance(scaling, Llama3Scaling):
+        raise ModelError("the rope scaling is llama3", "llama.cpp does not load a deepseek2 file with its factors")
     if not isinstance(scaling, YarnScaling):
         return scaling_metadata(rope)
     if scaling.attention_factor != 1 or scaling.score_factor == 1 or scaling.factor <= 1:
