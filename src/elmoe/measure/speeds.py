@@ -25,7 +25,7 @@ from elmoe.store.format import MANIFEST
 from elmoe.store.reader import MemoryReader
 from elmoe.untrusted import decode_json, read_bytes
 
-PROMPT, TOKENS, REPEATS = 512, 32, 3
+PROMPT, TOKENS, REPEATS = 1000, 32, 3
 """Tokens of the prompt and of the answer that are timed (fewer where the context is shorter), and how often."""
 MOST_KEPT, LARGEST_FILE = 32, 1 << 20
 """Stores whose speeds are kept, the last ones measured, and bytes of their file."""
@@ -89,11 +89,11 @@ def touched_bytes(reader: MemoryReader) -> int:
     return reader.dense_bytes + spec.top_k * sum(layout.msb_bytes + layout.lsb_bytes for layout in layouts)
 
 
-def measure(reader: MemoryReader, repeats: int = REPEATS) -> Speeds:
-    """Measure a store that memory holds, with the threads of the kernels as they are: less than a second for the demo
-    model, minutes for a large one."""
+def measure(reader: MemoryReader, repeats: int = REPEATS, longest: int = PROMPT) -> Speeds:
+    """Measure a store that memory holds, with the threads of the kernels as they are: a second for the demo model, minutes
+    for a large one. A longer prompt tells more of attention."""
     spec = reader.spec
-    prompt = np.random.default_rng(0).integers(0, spec.vocabulary, min(PROMPT, spec.max_positions // 2)).tolist()
+    prompt = np.random.default_rng(0).integers(0, spec.vocabulary, min(longest, spec.max_positions // 2)).tolist()
     engine = Engine(reader, kernels, EngineOptions("plain", batch=1))
     request = Request(tuple(prompt), min(TOKENS, spec.max_positions // 4), SamplingParameters(), ignore_eos=True)
     engine.generate([request])

@@ -39,6 +39,8 @@ PROBE_BYTES = 64 << 20
 """Bytes that are read to measure a bandwidth."""
 PROMPT = 1000
 """Tokens of the prompt whose time is forecast, where the context holds so many."""
+DEMO_PROMPT = 256
+"""Tokens of the prompt that is measured where nothing was kept, so that a start takes little time."""
 BUFFERED_RATE = 1e9
 """Bytes per second that are expected of a file system that refuses direct reads."""
 
@@ -208,4 +210,4 @@ def _times(reader: MemoryReader, sizes: FastTierSizes, share: float) -> Times:
 def _of_demo() -> Speeds:
     """Speeds of the embedded model, measured at once: nothing was kept."""
     with open_store("demo") as reader:
-        return measure(reader, repeats=1)
+        return measure(reader, repeats=1, longest=DEMO_PROMPT)
