@@ -185,7 +185,9 @@ def main() -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     done = {line["name"]: line for line in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
     drawn = sample(arguments.count, arguments.seed)
-    left = [one for one in drawn if one.name not in done or (arguments.again and done[one.name]["outcome"] == "survived")]
+    reasons = json.loads(EQUIVALENT.read_text())
+    missed = {name for name, line in done.items() if line["outcome"] == "survived" and name not in reasons}
+    left = [one for one in drawn if (one.name in missed if arguments.again else one.name not in done)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         copies = [Copy(Path(folder) / str(job)) for job in range(arguments.jobs)]
         if arguments.record or not (WORK / "lines" / "lines.json").exists():
@@ -210,7 +212,6 @@ def main() -> int:
             copy.close()
     judged = [done[one.name] for one in drawn if one.name in done]
     survived = [line for line in judged if line["outcome"] == "survived"]
-    reasons = json.loads(EQUIVALENT.read_text())
     for line in survived:
         print(f"{reasons.get(line['name'], 'A TEST IS MISSING')}: {line['name'][:150]}")
     print(f"{len(judged)} of {len(drawn)} mutants judged, {len(judged) - len(survived)} killed, {len(survived)} survived")
