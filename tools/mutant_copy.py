@@ -121,13 +121,16 @@ class Copy:
         (self.folder / "src" / "sitecustomize.py").unlink()
         digest(results, self.package)
 
-    def run(self, tests: dict[str, float], module: str, line: int, change: Callable[[str], str]) -> tuple[str, float, str]:
-        """(outcome, seconds of processor time, last test) of tests, whose seconds are known, with a module changed."""
+    def run(
+        self, tests: dict[str, float], module: str, line: int, change: Callable[[str], str], alone: bool = False
+    ) -> tuple[str, float, str]:
+        """(outcome, seconds of processor time, last test) of tests, whose seconds are known, with a module changed.
+        ``alone``: in a process of its own, in which the change takes effect at import too."""
         path = self.package / module
         original = path.read_text()
         path.write_text(change(original))
         try:
-            outcome, seconds, stopped = self._forked(tests, module, line)
+            outcome, seconds, stopped = ("alone", 0.0, False) if alone else self._forked(tests, module, line)
             if outcome == "alone":
                 outcome, seconds, stopped = self._alone(tests)
             if stopped and outcome != "survived":

@@ -33,10 +33,10 @@ def _used(item: Any) -> list[str]:
 
 
 def limits_of(chosen: dict[str, float], known: list[str]) -> dict[str, float]:
-    """Seconds of tests that are named, or whose file is; those that are not known are left out."""
+    """Seconds of tests that are named, or whose file or function is; those that are not known are left out."""
     found: dict[str, float] = {}
     for name, seconds in chosen.items():
-        tests = [test for test in known if test == name or test.startswith(f"{name}::")]
+        tests = [test for test in known if test == name or test.startswith((f"{name}::", f"{name}["))]
         found |= {test: seconds for test in tests if test not in found}
     return found
 

@@ -25,6 +25,7 @@ import pytest
 import elmoe
 from elmoe import kernels
 from tools.mutant_plugin import limits_of
+from tools.mutant_tests import made_at_import
 
 SOURCE = Path(elmoe.__file__).parent
 
@@ -136,7 +137,7 @@ class Server:
         if before == after:
             return True
         place = outermost(before, line)
-        if place is None:
+        if place is None or made_at_import(ast.parse(before), place[0]):
             return False
         try:
             old, new = (code_of(text, str(path), *place) for text in (before, after))

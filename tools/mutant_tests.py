@@ -61,6 +61,18 @@ def around(tree: ast.Module, line: int, column: int) -> tuple[ast.stmt, str]:
     return found[-1]
 
 
+def made_at_import(tree: ast.Module, function: str) -> list[str]:
+    """Names to which a module assigns what the function returns: it runs at import."""
+    return [
+        target.id
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+        and any(isinstance(one, ast.Call) and ast.unparse(one.func) == function for one in ast.walk(statement.value))
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    ]
+
+
 class Lines:
     """Tests by line, and how long each takes."""
 
@@ -102,9 +114,12 @@ class Lines:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef) and not inside:  # the default of a parameter
             body = range(statement.body[0].lineno, (statement.end_lineno or 0) + 1)
             return [self.of_lines(module, body), self.of_module(module)]
-        if inside:
+        made = made_at_import(tree, inside)
+        if inside and not made:
             found = self.of_lines(module, head(statement))
             return [found] if found else []
+        if made:
+            return [set().union(*map(self.of_name, made)), self.of_module(module)]
         targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         names = [node.id for target in targets if target for node in ast.walk(target) if isinstance(node, ast.Name)]
         return [set().union(*map(self.of_name, names)), self.of_module(module)]

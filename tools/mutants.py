@@ -152,14 +152,16 @@ def chosen(mutant: Mutant, lines: Lines, budget: float) -> tuple[dict[str, float
     return found, left_out
 
 
-def judge(copy: Copy, mutant: Mutant, lines: Lines, budget: float, also: list[str]) -> dict[str, object]:
+def judge(
+    copy: Copy, mutant: Mutant, lines: Lines, budget: float, also: list[str], alone: bool = False
+) -> dict[str, object]:
     """The mutant with its outcome: killed, late or survived, ``by`` the test that failed last, of so many ``tests``."""
     tests, left_out = chosen(mutant, lines, budget)
     tests = dict.fromkeys(also, ASSUMED) | tests
     line = asdict(mutant) | {"tests": len(tests), "left_out": left_out}
     if not tests:
         return line | {"outcome": "survived", "seconds": 0.0, "by": "no test runs the line"}
-    outcome, seconds, by = copy.run(tests, mutant.module, mutant.line, mutant.applied)
+    outcome, seconds, by = copy.run(tests, mutant.module, mutant.line, mutant.applied, alone)
     return line | {"outcome": outcome, "seconds": round(seconds, 1), "by": by}
 
 
@@ -172,7 +174,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after these; run again to go on")
     parser.add_argument("--budget", type=float, default=BUDGET, help="most seconds that a mutant's tests take without it")
     parser.add_argument("--record", action="store_true", help="record anew which tests run which lines")
-    parser.add_argument("--again", action="store_true", help="try those that survived once more")
+    parser.add_argument(
+        "--again", action="store_true", help="try those that survived once more, each in a process of its own"
+    )
     parser.add_argument("--also", nargs="*", default=[], help="files of tests that are newer than the recording, run first")
     parser.add_argument("--unchanged", action="store_true", help="run the tests without the changes: none may fail")
     parser.add_argument("--results", type=Path, default=WORK / "results.jsonl")
@@ -181,7 +185,9 @@ def main() -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     done = {line["name"]: line for line in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
     drawn = sample(arguments.count, arguments.seed)
-    left = [one for one in drawn if one.name not in done or (arguments.again and done[one.name]["outcome"] == "survived")]
+    reasons = json.loads(EQUIVALENT.read_text())
+    missed = {name for name, line in done.items() if line["outcome"] == "survived" and name not in reasons}
+    left = [one for one in drawn if (one.name in missed if arguments.again else one.name not in done)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         copies = [Copy(Path(folder) / str(job)) for job in range(arguments.jobs)]
         if arguments.record or not (WORK / "lines" / "lines.json").exists():
@@ -194,7 +200,7 @@ def main() -> int:
                 return
             copy = free.pop()
             one = replace(mutant, new=mutant.old) if arguments.unchanged else mutant
-            line = judge(copy, one, lines, arguments.budget, arguments.also)
+            line = judge(copy, one, lines, arguments.budget, arguments.also, arguments.again)
             free.append(copy)
             done[mutant.name] = line
             with results.open("a") as file:
@@ -206,7 +212,6 @@ def main() -> int:
             copy.close()
     judged = [done[one.name] for one in drawn if one.name in done]
     survived = [line for line in judged if line["outcome"] == "survived"]
-    reasons = json.loads(EQUIVALENT.read_text())
     for line in survived:
         print(f"{reasons.get(line['name'], 'A TEST IS MISSING')}: {line['name'][:150]}")
     print(f"{len(judged)} of {len(drawn)} mutants judged, {len(judged) - len(survived)} killed, {len(survived)} survived")

@@ -13,6 +13,7 @@ from elmoe.convert.gguf_export import export_store
 from elmoe.convert.gguf_file import GgufFile
 from elmoe.convert.head_rows import rows_of_halves, rows_of_neighbours
 from elmoe.convert.losses import FormatChoice
+from elmoe.convert.source import open_source
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
@@ -20,6 +21,7 @@ from elmoe.errors import ConvertError, ModelError, RequestError, TraceError
 from elmoe.models import FAMILIES, spec_of_config
 from elmoe.models.gguf import gguf_family
 from elmoe.models.support import check_supported
+from elmoe.models.tensors import tensors
 from elmoe.store import open_direct, open_store
 from elmoe.trace import TraceRecorder
 from tests.checkpoints import random_weights, write_checkpoint
@@ -103,6 +105,23 @@ def test_rows_of_heads_are_permuted_as_llama_cpp_has_them(tmp_path):
         assert np.array_equal(found, rows.reshape(heads, 2, 16, 96).swapaxes(1, 2).reshape(rows.shape))
     value = gguf.quants.dequantize(tensors["blk.1.attn_v.weight"].data, tensors["blk.1.attn_v.weight"].tensor_type)
     assert np.array_equal(value, ours[256:])
+
+
+@CONFIGS
+@pytest.mark.parametrize("step", [16, 80])
+def test_rows_are_the_same_in_whatever_blocks_they_are_read(tmp_path, config, step):
+    """Blocks begin within a head, and reach over the parts that are laid one below the other."""
+    with open_store(store(tmp_path, config)) as reader:
+        export_store(reader, tmp_path / "model.gguf")
+        for source in (open_source(tmp_path / "source"), open_source(tmp_path / "model.gguf")):
+            matrices = [one for one in tensors(source.spec) if one.kind == "matrix"]
+            assert {"embedding", "layers.1.query_key_value"} <= {one.name for one in matrices}
+            for tensor in matrices:
+                ((piece, format),) = tensor.pieces(tensor.format(source.formats)).values()
+                whole = reader.matrix(tensor.name).dequantize()
+                for first in range(0, piece.shape[0], step):
+                    last = min(first + step, piece.shape[0])
+                    assert np.array_equal(source.matrix(piece, first, last, format).dequantize(), whole[first:last])
 
 
 @pytest.mark.parametrize("head_dim", [2, 16, 64, 96])

@@ -230,6 +230,8 @@ def test_a_draft_of_one_token_is_drafted():
     plain, _ = engine().generate(requests)
     drafting, statistics = engine(mode="elastic", draft_length=1).generate(requests)
     assert drafting == plain and 0 < statistics.drafted <= 12
+    assert statistics.verifications == statistics.drafted  # one token each
+    assert statistics.verified == statistics.verifications + statistics.accepted
 
 
 def test_a_row_of_the_table_holds_so_many_pages_and_no_more():

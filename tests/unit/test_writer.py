@@ -290,8 +290,12 @@ def test_what_is_written_is_put_on_the_disk_before_the_rename(source, tmp_path, 
     assert open_below(tmp_path) == []
 
 
-def test_a_target_that_another_conversion_finished_meanwhile_is_kept(source, tmp_path, monkeypatch):
-    """It appears between the look whether it is there and the lock."""
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_target_that_another_conversion_finished_meanwhile_is_kept(source, tmp_path, monkeypatch, begun):
+    """It appears between the look whether it is there and the lock; what an earlier run has begun stays."""
+    if begun:
+        with pytest.raises(Stopped):
+            convert_checkpoint(source, tmp_path / "store", stop_at(2))
     lock = Journal._lock
 
     def late(journal):
@@ -302,7 +306,8 @@ def test_a_target_that_another_conversion_finished_meanwhile_is_kept(source, tmp
         patched.setattr(Journal, "_lock", late)
         with pytest.raises(ConvertError, match="exists already") as kept:  # a traceback keeps the journal alive
             convert_checkpoint(source, tmp_path / "store")
-    assert not (tmp_path / "store.partial").exists() and list((tmp_path / "store").iterdir()) == []
+    assert (tmp_path / "store.partial").exists() == begun and list((tmp_path / "store").iterdir()) == []
+    assert open_below(tmp_path) == []
     (tmp_path / "store").rmdir()
     convert_checkpoint(source, tmp_path / "store")  # the lock is free
     assert content(tmp_path / "store") == whole(source, tmp_path) and kept.value.hint
