@@ -67,6 +67,7 @@ def test_those_who_come_together_share_what_the_first_computes():
         results, statistics = engine.generate(requests)
         assert results == [result for request in requests for result in alone(request)]
         assert [result.cached_tokens for result in results] == [0, second, 256, 256, 256]
+        assert statistics.cached_tokens == second + 3 * 256
         assert statistics.phases["prefill"].tokens + statistics.phases["mixed"].tokens < 450
 
 
@@ -77,7 +78,7 @@ def test_copies_go_on_sharing():
     for cached in (0, 192):
         results, statistics = engine.generate([request])
         assert results == expected and [result.cached_tokens for result in results] == [cached] * 3
-        assert statistics.prompt_tokens == 193
+        assert statistics.prompt_tokens == 193 and statistics.cached_tokens == cached
     assert engine.cache.bytes_in_use == engine.cache.bytes_resting
     engine.cache.forget_prefixes()
     assert engine.cache.bytes_in_use == 0
