@@ -186,3 +186,14 @@ def test_benchmarks_say_what_they_measure():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == len(names) - 1 > 10
+
+
+def test_what_the_study_runs_is_what_the_documents_say():
+    """Draft lengths that a form may take, and batch sizes of the headline."""
+    from elmoe.sim.grid import Grid
+    from elmoe.sim.simulate import DRAFT_LENGTHS
+
+    method = (ROOT / "docs" / "simulator.md").read_text()
+    assert f"draft lengths {', '.join(map(str, DRAFT_LENGTHS))} per condition" in method
+    *first, last = Grid((), (), ()).batches
+    assert f"batch {', '.join(map(str, first))} and {last}," in (ROOT / "docs" / "performance.md").read_text()
