@@ -63,7 +63,7 @@ def test_every_number_is_the_frozen_one(name):
         "expert_width": last.expert_width, "shared_width": experts.shared_width if experts else 0,
         "dense_width": dense.dense_parameters // (3 * spec.hidden) if dense else 0,
         "tied_embeddings": spec.tied_embeddings, "kv_bytes_per_token": spec.kv_bytes_per_position,
-        "dense_bits": model.dense_bits, "router_bits": last.router_bits,
+        "dense_bits": sum(model.head_precision.bits), "router_bits": last.router_bits,
         "dense_ffn_parameters": dense.dense_parameters if dense else 0, "embedding_parameters": model.embedding_parameters,
         **{key: getattr(last, key) for key in ("attention_parameters", "attention_width", "expert_parameters")},
         **{key: getattr(last, key) for key in ("router_parameters", "shared_parameters")},

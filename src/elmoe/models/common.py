@@ -38,6 +38,18 @@ GROUPED_REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "nu
 """Those that a GGUF file must have."""
 EXPERT_KEYS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 """Further keys of models with experts."""
+ROUTED_KEYS = {
+    "n_routed_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "n_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+}
+"""Those of DeepSeek's descendants, whose first layers are dense."""
+ROUTED_REQUIRED = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace")
+"""Those of them that a GGUF file must have."""
 EXPERTS_REQUIRED = (*GROUPED_REQUIRED, *EXPERT_KEYS)
 """Those that a GGUF file of a model with experts must have."""
 

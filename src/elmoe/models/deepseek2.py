@@ -11,6 +11,7 @@ from math import log, sqrt
 from typing import Any
 
 from elmoe.errors import ModelError
+from elmoe.models.common import ROUTED_KEYS, ROUTED_REQUIRED
 from elmoe.models.family import GgufFamily
 from elmoe.models.gguf_rope import scaling_metadata
 from elmoe.models.names import LATENT_GGUF
@@ -139,7 +140,8 @@ def deepseek2(recognise: Callable[[Mapping[str, Any]], bool]) -> GgufFamily:
     """A family in ``deepseek2`` files, which ``recognise`` tells from the others."""
     return GgufFamily(
         architecture=ARCHITECTURE,
-        keys={
+        keys=ROUTED_KEYS
+        | {
             "num_hidden_layers": "block_count",
             "max_position_embeddings": "context_length",
             "hidden_size": "embedding_length",
@@ -150,13 +152,6 @@ def deepseek2(recognise: Callable[[Mapping[str, Any]], bool]) -> GgufFamily:
             "kv_lora_rank": "attention.kv_lora_rank",
             "q_lora_rank": "attention.q_lora_rank",
             "qk_rope_head_dim": "rope.dimension_count",
-            "n_routed_experts": "expert_count",
-            "num_experts_per_tok": "expert_used_count",
-            "moe_intermediate_size": "expert_feed_forward_length",
-            "n_shared_experts": "expert_shared_count",
-            "first_k_dense_replace": "leading_dense_block_count",
-            "routed_scaling_factor": "expert_weights_scale",
-            "norm_topk_prob": "expert_weights_norm",
             "n_group": "expert_group_count",
             "topk_group": "expert_group_used_count",
             "yarn_log_multiplier": "rope.scaling.yarn_log_multiplier",
@@ -169,10 +164,7 @@ def deepseek2(recognise: Callable[[Mapping[str, Any]], bool]) -> GgufFamily:
             "rms_norm_eps",
             "kv_lora_rank",
             "qk_rope_head_dim",
-            "n_routed_experts",
-            "num_experts_per_tok",
-            "moe_intermediate_size",
-            "first_k_dense_replace",
+            *ROUTED_REQUIRED,
         ),
         config=_config,
         further="nextn_predict_layers",

@@ -7,6 +7,8 @@ from elmoe.errors import ModelError
 from elmoe.models.common import (
     GROUPED_KEYS,
     GROUPED_REQUIRED,
+    ROUTED_KEYS,
+    ROUTED_REQUIRED,
     attention_fixed,
     attention_metadata,
     experts_with_shared,
@@ -65,23 +67,8 @@ FAMILY = Family(
     gguf=GgufFamily(
         architecture="glm4moe",
         flags={"attention_bias": "query_bias", "use_qk_norm": "query_norm"},
-        keys=GROUPED_KEYS
-        | {
-            "n_routed_experts": "expert_count",
-            "num_experts_per_tok": "expert_used_count",
-            "moe_intermediate_size": "expert_feed_forward_length",
-            "n_shared_experts": "expert_shared_count",
-            "first_k_dense_replace": "leading_dense_block_count",
-            "routed_scaling_factor": "expert_weights_scale",
-            "norm_topk_prob": "expert_weights_norm",
-        },
-        required=(
-            *GROUPED_REQUIRED,
-            "n_routed_experts",
-            "num_experts_per_tok",
-            "moe_intermediate_size",
-            "first_k_dense_replace",
-        ),
+        keys=GROUPED_KEYS | ROUTED_KEYS,
+        required=GROUPED_REQUIRED + ROUTED_REQUIRED,
         further="nextn_predict_layers",
         names=GROUPED_GGUF
         | EXPERTS_GGUF

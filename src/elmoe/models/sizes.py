@@ -243,11 +243,6 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             raise ModelError(f"model '{self.name}': layers differ in the size of their experts")
         return self.moe_layers[0]
 
-    @property
-    def dense_bits(self) -> float:
-        """Bits per weight of everything dense of which nothing else is said, but routers."""
-        return sum(self._precision("matrices").bits)
-
     @cached_property
     def head_precision(self) -> Precision:
         """Of the output head."""

@@ -119,10 +119,8 @@ class EngineThread:
 
     def __init__(self, engine: Engine, most: int, count: Callable[[Statistics], dict[str, float]]) -> None:
         self.engine, self._most, self._count = engine, most, count
-        self._counted = (
-            engine.statistics,
-            count(Statistics()),
-        )  # of this run, and of those before it: one value, read at once
+        # Of this run, and the sums of those before it: one value, which another thread reads at once.
+        self._counted = engine.statistics, count(Statistics())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._posted: deque[Callable[[], None]] = deque()
