@@ -62,6 +62,14 @@ def parse_fast_memory(text: str) -> int | float:
     return count
 
 
+def parse_memory(text: str) -> int:
+    """An amount of memory as :func:`parse_bytes` takes it; a bare number of a few bytes is refused."""
+    count = parse_bytes(text)
+    if count < BYTE_UNITS["MIB"] and text.strip().isdigit():
+        raise RequestError(f"'{text.strip()}' is {count} bytes", "write an amount such as 8GiB")
+    return count
+
+
 def format_bytes(count: float) -> str:
     """Bytes for people: ``31.4 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -69,7 +69,7 @@ def test_times_are_those_that_were_measured(large, monkeypatch, tmp_path):
     options = EngineOptions(batch=4)
     with open_store(large) as reader, open_store("demo") as demo:
         told = forecast(reader, size(large), options, 4 << 30).facts()
-        assert "measured on 'demo'" in told["why"] and "elmoe doctor --store store" in told["why"]
+        assert "measured on 'demo'" in told["why"] and f"elmoe doctor --store {large}" in told["why"]
         first = speeds.measure(demo, repeats=1)
         speeds.keep(first)
         times = forecast(reader, size(large), options, 4 << 30).times

@@ -67,7 +67,7 @@ def test_an_offset_that_native_kernels_do_not_draft_with_is_named():
 
 def test_a_budget_below_the_minimum_and_a_store_that_is_not_there():
     assert "budget" in told(lambda: elmoe.load("demo", fast_memory="1MiB").generate("x"), error=BudgetError)
-    assert "there is no store 'nowhere'" in told(elmoe.load, "nowhere", error=StoreError)
+    assert "there is no file or folder 'nowhere'" in told(elmoe.load, "nowhere", error=StoreError)
 
 
 @pytest.mark.parametrize(

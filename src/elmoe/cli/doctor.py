@@ -59,8 +59,10 @@ def command(
         if not quick:
             # Beyond any last-level cache where memory allows.
             probe = min(2 << 30, available // 4)
+            _telling("memory")
             for threads in sorted({1, cores}):
                 data[f"memory_read_bytes_per_second_{threads}_threads"] = memory_bandwidth(probe, threads)
+            _telling("prefetch and disk")
             largest = max(reader.manifest.files, key=lambda file: file.bytes)
             data["prefetch_seconds"] = choose_prefetch_distance(reader)
             data["prefetch_bytes"] = kernels.prefetch()
@@ -69,6 +71,7 @@ def command(
                 from elmoe.measure.speeds import keep, measure
                 from elmoe.opening import use_threads
 
+                _telling("decoding and prompts of the store: a minute or more for a large one")
                 use_threads("native")
                 speeds = measure(reader)
                 keep(speeds)
@@ -91,6 +94,10 @@ def command(
     print_table("this machine", ("", "value"), _lines(data))
     for advice in _advice(data):
         click.echo(advice)
+
+
+def _telling(what: str) -> None:
+    click.echo(f"measuring {what} ...", err=True)
 
 
 def _lines(data: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elmoe.cli.common import Quantity, Serving, json_option, serving_options
-from elmoe.units import parse_bytes
+from elmoe.units import parse_bytes, parse_memory
 
 if TYPE_CHECKING:
     from elmoe.engine.options import EngineOptions
@@ -34,7 +34,7 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--batch", type=click.IntRange(1, 64), default=16, show_default=True, help="Answers that run at once.")
 @click.option("--queue", type=click.IntRange(0, 100_000), default=64, show_default=True,
               help="Answers that may wait; further ones are refused with 429.")  # fmt: skip
-@click.option("--memory", type=Quantity("SIZE", parse_bytes), help="All memory that the server may take, 8GiB for "
+@click.option("--memory", type=Quantity("SIZE", parse_memory), help="All memory that the server may take, 8GiB for "
               "example: what fits is told, too little is refused [default: what is available, less 512 MiB].")  # fmt: skip
 @click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True,
               help="Keep what was computed of earlier prompts and chats, for those that begin alike.")  # fmt: skip

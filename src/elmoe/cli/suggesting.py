@@ -15,7 +15,7 @@ class SuggestingGroup(click.Group):
         name = args[0] if args else ""
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
             verbs = self.list_commands(ctx)
-            near = get_close_matches(name.lower(), verbs, 2, 0.5)
+            near = get_close_matches(name.lower(), verbs, 2)
             told = f"did you mean {' or '.join(near)}?" if near else f"the verbs are {', '.join(verbs)}"
             ctx.fail(f"there is no verb '{name[:60]}': {told}")
         return super().resolve_command(ctx, args)

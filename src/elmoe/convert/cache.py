@@ -184,7 +184,7 @@ def _say(source: Path, place: Path, model: Source, old: Cached | None, found: Id
     elif old is not None:
         why = f"the conversion of '{source.name}' goes on where it stopped"
     size, seconds = model_bytes(model), model.seconds()
-    about = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+    about = f"{max(2, seconds):.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
     telling.line(
         f"{why}: {format_bytes(size)} of disk in '{place}', about {format_bytes(model.memory())} of memory, about {about}"
     )

@@ -86,12 +86,13 @@ class SlotPlan:
 def check_budget(budget: int, sizes: FastTierSizes, minimum: int) -> None:
     """BudgetError if the budget is below the minimum, which the message names and takes apart."""
     if budget < minimum:
+        less = "" if budget < sizes.dense else ", or shorter prompts, fewer --max-tokens or a smaller --batch"
         slices = f" + top-{sizes.top_k} MSB slices per layer" if minimum > sizes.fixed else ""
         raise BudgetError(
             f"the fast-memory budget of {format_bytes(budget)} is below the minimum of {format_bytes(minimum)} "
             f"(dense parts {format_bytes(sizes.dense)} + KV cache {format_bytes(sizes.kv)} + staging "
             f"{format_bytes(sizes.staging)}{slices})",
-            f"give at least --fast-memory {-(-minimum // 2**20)}MiB, or lower the context or the batch",
+            f"give at least --fast-memory {-(-minimum // 2**20)}MiB{less}",
         )
 
 

@@ -7,6 +7,7 @@ disk, and the fast tier gets what program and buffers leave.
 
 from __future__ import annotations
 
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,7 +143,8 @@ def forecast(reader: MemoryReader, store_bytes: int, options: EngineOptions, mem
         times = _times(reader, sizes, 1.0)
         return Forecast(given, program, buffers, sizes.dense, kv, 0, store_bytes - sizes.dense, True, 1.0, times)
     if not spec.moe_layers:
-        raise _too_little(given, program + buffers + store_bytes + least_kv, "the model has no experts that could be read")
+        why = f"a model without experts is in memory as a whole, {format_bytes(store_bytes + least_kv)} with its KV cache"
+        raise _too_little(given, program + buffers + store_bytes + least_kv, why)
     chunk = options.prefill_chunk or _chunk(spec, reads=True)
     most_kv = options.batch * layout.pages(spec.max_positions, chunk) * page
     least_kv = layout.pages(min(LEAST_POSITIONS, spec.max_positions), chunk) * page
@@ -150,7 +152,9 @@ def forecast(reader: MemoryReader, store_bytes: int, options: EngineOptions, mem
     fast = given - program - buffers
     least = (sizes.fixed if options.mode == "plain" else sizes.minimum) + least_kv
     if fast < least:
-        raise _too_little(given, program + buffers + least, f"the smallest fast tier takes {format_bytes(least)}")
+        raise _too_little(
+            given, program + buffers + least, f"its dense parts, KV cache and fewest experts take {format_bytes(least)}"
+        )
     spare = min(fast - least, int(KV_SHARE * fast))
     kv = min(most_kv, (least_kv + spare) // page * page)
     experts = fast - sizes.fixed - kv
@@ -160,7 +164,7 @@ def forecast(reader: MemoryReader, store_bytes: int, options: EngineOptions, mem
 
 
 def _too_little(given: int, needed: int, why: str) -> BudgetError:
-    told = f"{why}, and {format_bytes(needed)} are needed in all"
+    told = f"{why}, and with the program itself {format_bytes(needed)} are needed"
     return BudgetError(
         f"{format_bytes(given)} of memory are too little for this model: {told}",
         f"give --memory {-(-needed >> 20)}MiB, lower --batch, or convert the model to a smaller --format",
@@ -193,7 +197,7 @@ def _times(reader: MemoryReader, sizes: FastTierSizes, share: float) -> Times:
     same = speeds.store == store_digest(reader.path)
     why = f"measured on {'this store' if same else repr(speeds.name)}, {speeds.measured}"
     if not same:
-        why += f", scaled: elmoe doctor --store {reader.path.name} measures this one"
+        why += f", scaled: elmoe doctor --store {shlex.quote(str(reader.path))} measures this one"
     prompt = min(PROMPT, reader.spec.max_positions - 1)
     missed, disk = 1 - share, BUFFERED_RATE
     if missed:

@@ -72,10 +72,12 @@ def run_grid(
     check_names(grid)
     rows: list[dict[str, Any]] = []
     if workers == 1 or len(groups) == 1:
+        steps = len(groups) * len(grid.batches)
         for index, group in enumerate(groups):
-            rows += run_group(*group)
-            if progress is not None:
-                progress(index + 1, len(groups))
+            for done, found in enumerate(batches_of_group(*group), index * len(grid.batches) + 1):
+                rows += found
+                if progress is not None:
+                    progress(done, steps)
         return rows
     pool = ProcessPoolExecutor(min(workers or processors(), len(groups)), initializer=_ignore_interrupts)
     try:
@@ -120,12 +122,17 @@ def _run_packed(group: tuple[Grid, str, str]) -> list[dict[str, Any]]:
 
 def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]:
     """Rows of one model and prompt set; what does not fit becomes a row with ``error``."""
+    return [row for rows in batches_of_group(grid, model_name, prompts) for row in rows]
+
+
+def batches_of_group(grid: Grid, model_name: str, prompts: str) -> Iterator[list[dict[str, Any]]]:
+    """The same, batch size by batch size."""
     model = load_model(model_name)
     facts = facts_of(model, prompts, grid.trace)
     simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
     machines = [Machine(hardware) for hardware in grid.systems]
-    rows = []
     for batch in grid.batches:
+        rows = []
         share = grid.systems[0].static_share
         reference = simulation.price(machines[0], "ar", batch)
         watts = static_watts(reference, share.low, share.value, share.high)
@@ -147,7 +154,7 @@ def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]
                     for name, joules in row["joules_per_token"].items()
                 }
                 rows.append(row)
-    return rows
+        yield rows
 
 
 def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | TableOdds | None]]:
