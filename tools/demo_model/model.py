@@ -1,8 +1,8 @@
 """The demo model in PyTorch, written for training on a CPU: Qwen3-MoE with tied embeddings.
 
-What makes it fast there: matrix products in bf16 (master weights stay float32); tokens are sorted by expert, and each expert
-is one product that writes into a slice of one output; permutations go backward as permutations, not as scatter-adds; the
-loss is taken in chunks that fit a cache.
+What makes it fast there: matrix products in bf16 where the processor has them (master weights stay float32); tokens are
+sorted by expert, and each expert is one product that writes into a slice of one output; permutations go backward as
+permutations, not as scatter-adds; the loss is taken in chunks that fit a cache.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 EPSILON = 1e-6
+
+
+def product_dtype() -> torch.dtype:
+    """bf16 on a GPU and on a CPU with bf16 products; without them float32 is twice as fast."""
+    bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Shape:
     kv_heads: int = 2
     head_dim: int = 32
     theta: float = 10000.0
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = field(default_factory=product_dtype)
 
     def config(self) -> dict:
         """The config.json of a Hugging Face folder."""

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
-from model import Model, Shape, save
+from model import Model, Shape, product_dtype, save
 from torch import Tensor
 
 LENGTH, ROWS = 512, 8
@@ -49,7 +49,7 @@ MATRICES = "gate_up", "down", ".q.weight", ".k.weight", ".v.weight", ".o.weight"
 @torch.no_grad()
 def orthogonal(matrices: Tensor) -> Tensor:
     """Singular values to about one, for a stack of matrices."""
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(product_dtype())
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT.contiguous() if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
