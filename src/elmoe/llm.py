@@ -184,7 +184,7 @@ class Model:
     @property
     def info(self) -> str:
         """How the store is read, and what the fast tier is."""
-        return f"{self.reader_note}; {self.tier}"
+        return f"reader: {self.reader_note}; {self.tier}"
 
     @property
     def statistics(self) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def open_to_serve(
 def _open(path: Path, options: EngineOptions, backend: BackendName, wanted: Reader) -> Opened:
     store_bytes, available = sum(file.bytes for file in read_manifest(path).files), available_memory()
     kind = wanted if wanted != "auto" else _choose_reader(options, store_bytes, available)
-    note = f"reader: {kind} ({format_bytes(store_bytes)} store, {format_bytes(available)} of memory available)"
+    note = f"{kind} ({format_bytes(store_bytes)} store, {format_bytes(available)} of memory available)"
     if kind == "direct" and options.fast_memory is None and store_bytes > available - HEADROOM:
         options = replace(options, fast_memory=max(0, available - HEADROOM))
     if kind == "memory" and options.slow_bandwidth is not None:

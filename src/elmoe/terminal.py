@@ -93,5 +93,9 @@ def progress_bar(
     columns = [label, BarColumn(), done, *([TransferSpeedColumn()] if rate else []), TimeRemainingColumn()]
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(shown(description), total=total)
-        yield lambda completed, total=None: progress.update(task, completed=completed, total=total)
+        try:
+            yield lambda completed, total=None: progress.update(task, completed=completed, total=total)
+        except BaseException:
+            progress.update(task, visible=progress.tasks[task].completed > 0)  # a refusal stands alone
+            raise
         progress.update(task, completed=progress.tasks[task].total)  # also where a text ended early

@@ -38,7 +38,7 @@ def test_demo():
     done = elmoe("demo", "--max-tokens", "24")
     for text in (
         "identical output: yes",
-        "acceptance rate",
+        "draft tokens accepted",
         "tokens per verification",
         "hit rate",
         "slow tier",

@@ -17,6 +17,7 @@ from elmoe.cli import demo, doctor
 from elmoe.cli.main import cli
 from elmoe.systems.forms import FORM_WORDS, FORMS
 from elmoe.terminal import print_table, progress_bar, small_number
+from tests.command import run
 from tests.templated import templated_store
 
 GIB = 2**30
@@ -207,3 +208,19 @@ def test_a_bar_ends_full(capsys):
         bar(4)
         raise ValueError
     assert "4/10" in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_told_in_two_lines():
+    for words, message in (
+        (("generate", "demo", "--batch", "ten"), "error: Invalid value for '--batch': 'ten' is not a whole number"),
+        (("generate", "--bogus"), "error: No such option '--bogus'"),
+    ):
+        ran = run(*words)
+        assert ran.returncode == 2 and not ran.stdout
+        assert ran.stderr.decode().splitlines() == [message, "hint: elmoe generate --help"]
+
+
+def test_a_refused_conversion_shows_no_empty_bar(tmp_path):
+    (tmp_path / "a.gguf").write_text("hi")
+    ran = run("convert", str(tmp_path / "a.gguf"), str(tmp_path / "store"))
+    assert ran.returncode == 1 and ran.stderr.decode().splitlines()[0] == "error: 'a.gguf' is no GGUF file"

@@ -96,6 +96,8 @@ def test_what_is_given_in_place_of_a_store_is_said(tmp_path):
         tmp_path / "none": ("there is no file or folder", "demo"),
         Path("x" * 300): ("there is no file or folder", "demo"),
         Path("a\0b"): ("there is no file or folder", "demo"),
+        "127.0.0.1:8080": ("there is no file or folder", "elmoe chat http://127.0.0.1:8080"),
+        "owner/model-7b": ("there is no file or folder", "fetch it first"),
     }
     for path, (told, hint) in cases.items():
         with pytest.raises(StoreError, match=told) as caught:

@@ -32,7 +32,8 @@ DISK, DISK_TOKENS = 0.1e9, 24
 MODES = ("plain", "cache", "elastic")
 IN_MEMORY = """The whole model (32 MB) is in memory, so no read can be saved, and drafts are additional work.
 Bytes from the slow tier are what a disk would have to read with this budget. MSB slices are the upper
-4 bits of an expert's weights, LSB slices the lower 4; drafts use MSB slices in memory alone."""
+4 bits of an expert's weights, LSB slices the lower 4; drafts use MSB slices in memory alone, and this
+budget goes to MSB slices first. Accepted draft tokens are those that the whole model would have written."""
 ON_DISK = """Half of the experts' bytes are on a slow disk now. plain reads each expert that it needs, cache keeps the
 experts used most in memory, elastic drafts with those too and chooses the draft length as it runs."""
 PROJECTION = """xpu has plain DRAM alone; hb_xpu and elmoe3d_8gb add 8 GB of faster DRAM, bonded to the processor.
@@ -46,7 +47,7 @@ NEXT_SIMULATION = """
 """What to try after the demo."""
 ROWS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
     ("tokens per second (measured)", lambda f: number(f["tokens_per_second"], 0)),
-    ("acceptance rate of draft tokens", lambda f: percent(f["acceptance_rate"])),
+    ("draft tokens accepted", lambda f: percent(f["acceptance_rate"])),
     ("tokens per verification", lambda f: number(f["tokens_per_verification"])),
     ("hit rate, MSB slices", lambda f: percent(f["msb_hit_rate"])),
     ("hit rate, LSB slices", lambda f: percent(f["lsb_hit_rate"])),
@@ -122,7 +123,7 @@ def command(
         for prompt, text in zip(PROMPTS, texts, strict=True):
             click.secho(prompt, bold=True, nl=False)
             click.echo(text + "\n")
-        title = f"{len(PROMPTS)} sequences x {max_tokens} tokens, draft length {draft_length}, {model.tier}"
+        title = f"{len(PROMPTS)} texts of {max_tokens} tokens at once, elastic with drafts of {draft_length}; {model.tier}"
         print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in ROWS])
         click.echo(f"{IN_MEMORY}\n{_compared({mode: f['tokens_per_second'] for mode, f in facts.items()})}\n")
         print_table(

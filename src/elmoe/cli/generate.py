@@ -103,7 +103,7 @@ def command(
     options = serving.options(mode, batch or min(len(prompts) * copies, 16))
     with serving.load(store, options) as model:
         if not quiet:
-            click.echo(model.reader_note, err=True)
+            click.echo(f"reader: {model.reader_note}", err=True)
         sampling = SamplingParameters(
             temperature, top_k, top_p, min_p, seed, 0, presence_penalty, frequency_penalty, repetition_penalty, logit_bias
         )
@@ -137,23 +137,33 @@ def command(
                             raise output.result.error
             finally:
                 writer.close()  # the text comes first: what else is written may fail
-            mode = model.engine.options.mode  # plain where there are no experts
+            used = model.engine.options.mode  # plain where there are no experts
             statistics, finished = model.engine.statistics, [result for result in results if result is not None]
             facts = statistics.as_dict()
             if as_json:
                 answers = _answers(model, shown, served, finished)
-                told = {"mode": mode, "tier": model.tier, "peak_memory_bytes": peak_memory(), "statistics": facts}
+                told = {"mode": used, "tier": model.tier, "peak_memory_bytes": peak_memory(), "statistics": facts}
                 print_json({**answers[0], "results": answers, **told})
         if timeline_path is not None and timeline is not None:
             timeline.write(timeline_path)
-    if as_json or quiet:
-        return
+    if not as_json and not quiet:
+        _tell(model, mode, _ends(served, finished))
+
+
+def _tell(model: Model, mode: str, ends: str) -> None:
+    """How it went; ``mode`` was asked for."""
+    from elmoe.store import peak_memory
+
+    used, statistics = model.engine.options.mode, model.engine.statistics
+    facts = statistics.as_dict()
     rate = facts["tokens_per_second"]
+    if used != mode:
+        click.echo(f"mode {used} in place of {mode}: this model has no experts to cache or to draft with", err=True)
     click.echo(
-        f"[{mode}; {model.tier}] {statistics.committed} tokens"
+        f"[{used}; {model.tier}] {statistics.committed} tokens"
         + (f", {rate:.0f} tokens/s" if isinstance(rate, float) else "")
-        + (f", acceptance {facts['acceptance_rate']:.1%}" if facts["acceptance_rate"] is not None else "")
-        + f", peak memory {format_bytes(peak_memory())}; ended by: {_ends(served, finished)}",
+        + (f", {facts['acceptance_rate']:.1%} of drafted tokens accepted" if facts["acceptance_rate"] is not None else "")
+        + f", peak memory {format_bytes(peak_memory())}; ended by: {ends}",
         err=True,
     )
 

@@ -79,8 +79,9 @@ def main() -> None:
     except click.Abort:
         _end("interrupted", None, INTERRUPTED)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        told = error.format_message().rstrip(".").replace("a valid integer range", "a whole number")
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        _end(f"error: {told}", f"{context.command_path} --help" if context else None, error.exit_code)
     except MemoryError:
         _end("error: out of memory", "give a smaller --fast-memory or --batch, or shorter prompts")
     except OSError as error:

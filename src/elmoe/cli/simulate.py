@@ -73,7 +73,9 @@ def command(
         tuple(forms) or FORMS, tuple(odds_of(text) for text in acceptance) or PAPER_ODDS, context=context, trace=trace,
     )  # fmt: skip
     check_names(grid)
-    with progress_bar("simulating", None) as bar:
+    counts = (len(grid.systems), "systems"), (len(grid.models), "models"), (len(grid.prompts), "prompt sets"), \
+        (len(batch), "batch sizes")  # fmt: skip
+    with progress_bar("simulating " + " x ".join(f"{count} {what}" for count, what in counts), None) as bar:
         rows = run_grid(grid, lambda done, total: bar(done, total))
     result = SimulationResult.of(
         grid, rows, shlex.join(["elmoe", *sys.argv[1:]]), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -172,7 +172,8 @@ def serve(app: FastAPI, listener: socket.socket, certificate: Path | None = None
         ssl_certfile=certificate, ssl_keyfile=key, timeout_keep_alive=30, backlog=BACKLOG,
     )  # fmt: skip
     server = Server(config)
-    service.started = partial(log.info, "listening", extra={"facts": {"url": f"{scheme}://{shown}:{port}"}})
+    url = f"{scheme}://{shown}:{port}"
+    service.started = partial(log.info, "listening", extra={"facts": {"url": url, "try": f"elmoe chat {url}"}})
     asyncio.run(server.serve([listener]))
     if not service.engine.stop(STOP_SECONDS):
         log.error("the step under way does not end")

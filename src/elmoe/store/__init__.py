@@ -2,7 +2,8 @@
 
 from elmoe.store.direct import DirectReader, open_direct
 from elmoe.store.machine import available_memory, peak_memory, private_memory
-from elmoe.store.reader import MemoryReader, open_store, read_manifest, resolve_store
+from elmoe.store.reader import MemoryReader, open_store, read_manifest
+from elmoe.store.resolve import resolve_store
 from elmoe.store.writer import StoreWriter
 
 __all__ = [

@@ -12,7 +12,8 @@ from elmoe.bitslice.expert import PAGE
 from elmoe.errors import StoreError
 from elmoe.store.format import DENSE_FILE, check_header
 from elmoe.store.machine import private_memory
-from elmoe.store.reader import MemoryReader, resolve_store
+from elmoe.store.reader import MemoryReader
+from elmoe.store.resolve import resolve_store
 
 CHUNK = 8 << 20
 """Most bytes of one read."""
