@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Timer
 from typing import Any
 
 from elmoe.units import format_bytes
 
 PLAIN_WIDTH = 140
 """Columns of a table that goes to a pipe or a file."""
+SHOWN_AFTER = 0.3
+"""Seconds before a progress bar is shown, so that a refusal stands alone."""
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -91,11 +94,17 @@ def progress_bar(
     done = DownloadColumn() if bytes_ else MofNCompleteColumn()
     label = TextColumn("{task.description}", markup=False)
     columns = [label, BarColumn(), done, *([TransferSpeedColumn()] if rate else []), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(shown(description), total=total)
-        try:
-            yield lambda completed, total=None: progress.update(task, completed=completed, total=total)
-        except BaseException:
-            progress.update(task, visible=progress.tasks[task].completed > 0)  # a refusal stands alone
-            raise
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task(shown(description), total=total)
+    timer = Timer(SHOWN_AFTER, progress.start)
+    timer.start()
+    try:
+        yield lambda completed, total=None: progress.update(task, completed=completed, total=total)
         progress.update(task, completed=progress.tasks[task].total)  # also where a text ended early
+    finally:
+        timer.cancel()
+        timer.join()
+        if progress.tasks[task].completed:
+            progress.start()
+        if progress.live.is_started:
+            progress.stop()

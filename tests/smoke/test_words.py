@@ -220,7 +220,8 @@ def test_a_wrong_option_is_told_in_two_lines():
         assert ran.stderr.decode().splitlines() == [message, "hint: elmoe generate --help"]
 
 
-def test_a_refused_conversion_shows_no_empty_bar(tmp_path):
+def test_a_refused_conversion_shows_no_empty_bar(tmp_path, monkeypatch):
+    monkeypatch.setattr("elmoe.terminal.SHOWN_AFTER", 60)  # however busy the machine is
     (tmp_path / "a.gguf").write_text("hi")
     ran = run("convert", str(tmp_path / "a.gguf"), str(tmp_path / "store"))
     assert ran.returncode == 1 and ran.stderr.decode().splitlines()[0] == "error: 'a.gguf' is no GGUF file"
