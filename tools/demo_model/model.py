@@ -19,6 +19,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 EPSILON = 1e-6
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{{ 'User: ' + message.content + '\\n' }}
+{%- elif message.role == 'assistant' -%}
+{{ 'Assistant: ' + message.content + '<|endoftext|>\\n' }}
+{%- else -%}
+{{ message.content + '\\n\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ 'Assistant:' }}
+{%- endif -%}
+"""
+"""Conversations as they are in the corpus."""
 
 
 def product_dtype() -> torch.dtype:
@@ -297,6 +312,7 @@ def save(model: Model, folder: Path, tokenizer: Path) -> None:
     halves = {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in tensors_of(model).items()}
     save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(model.shape.config(), indent=1))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
 

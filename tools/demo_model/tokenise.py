@@ -1,7 +1,7 @@
 """A byte-level BPE and the shuffled token stream. usage: tokenise.py WORK [--tokenizer]
 
 Writes WORK/tokenizer.json (kept where it exists, unless --tokenizer is given), WORK/tokens.bin (training) and
-WORK/heldout*.bin. Token 0 ends every piece.
+WORK/heldout*.bin. Token 0 ends every piece, and every answer of a conversation, so that the model ends there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from build_corpus import BETWEEN
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 8192
+END = "<|endoftext|>"
 PASSES = {"chat_chatterbot": 4, "chat_wikipedia": 1, "recipes": 2, "wikipedia_vital": 2, "newton_opticks": 1}
 """Times a source is in one epoch; once where it is not named."""
 LARGEST = {
@@ -28,6 +29,8 @@ LARGEST = {
 def read_pieces(file: Path) -> list[str]:
     """Pieces of a source, in an order of their own, up to its limit."""
     pieces = file.read_text(encoding="utf-8").strip("\n").split(BETWEEN)
+    if file.stem.startswith("chat_"):
+        pieces = [piece.replace("\nUser:", f"{END}\nUser:") for piece in pieces]
     limit = LARGEST.get(file.stem)
     if not limit:
         return pieces
@@ -45,7 +48,7 @@ def train_tokenizer(pieces: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(pieces, trainer)
     return tokenizer
 

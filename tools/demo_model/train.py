@@ -1,4 +1,8 @@
-"""Train the demo model, for as long as one likes. usage: train.py WORK, later train.py WORK --decay MILLION_TOKENS
+"""Train the demo model, for as long as one likes. usage: train.py WORK [--from FOLDER], later train.py WORK --decay
+MILLION_TOKENS
+
+--from begins with the weights of another checkpoint of this shape; where its tokenizer differs, the embedding of a token is
+the mean of those of the old tokens that spell it.
 
 The rate is constant after a warm-up, so training may stop at any time. The last phase, --decay, takes it to zero over so
 many tokens from the newest state on; the state before it is kept as WORK/stable.pt. WORK/checkpoint is in Hugging Face form.
@@ -26,6 +30,8 @@ import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 from model import Model, Shape, product_dtype, save
+from model import load as load_model
+from tokenizers import Tokenizer
 from torch import Tensor
 
 LENGTH, ROWS = 512, 8
@@ -116,7 +122,7 @@ class Data:
 class Trainer:
     """What all workers share: weights, every worker's gradients, the optimizers' states, counters."""
 
-    def __init__(self, work: Path, workers: int, device: str) -> None:
+    def __init__(self, work: Path, workers: int, device: str, begin: Path | None = None) -> None:
         torch.manual_seed(0)
         self.work, self.workers, self.device, self.data = work, workers, device, Data(work, device)
         self.model = Model(Shape()).to(device).share_memory()
@@ -135,6 +141,8 @@ class Trainer:
         self.context, self.paused, self.signalled = context, 0, context.Value("b", 0)
         if (work / "state.pt").exists():
             self.load()
+        elif begin is not None:
+            self.begin_with(begin)
 
     def load(self) -> None:
         stored = torch.load(self.work / "state.pt", map_location=self.device)
@@ -144,6 +152,17 @@ class Trainer:
                 parameter.copy_(stored["model"][name])
                 for mine, other in zip(self.state[name], stored["state"][name], strict=True):
                     mine.copy_(other)
+
+    @torch.no_grad()
+    def begin_with(self, folder: Path) -> None:
+        """Another checkpoint's weights; embeddings by the spelling of tokens."""
+        old, new = (Tokenizer.from_file(str(place / "tokenizer.json")) for place in (folder, self.work))
+        weights = load_model(folder).state_dict()
+        before, known = weights.pop("embedding.weight"), old.get_vocab()
+        self.model.load_state_dict(weights, strict=False)
+        for token, index in new.get_vocab().items():
+            ids = [known[token]] if token in known else [part.id for part in old.model.tokenize(token)]
+            self.model.embedding.weight[index] = before[ids].mean(0)
 
     def save(self) -> None:
         """Written beside, then renamed: a crash leaves the old state."""
@@ -296,11 +315,12 @@ class Leader:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--from", dest="begin", type=Path, metavar="FOLDER", help="a checkpoint to begin with")
     parser.add_argument("--workers", type=int, default=2, help="processes, on a CPU (default: %(default)s)")
     parser.add_argument("--decay", type=float, metavar="MILLION_TOKENS", help="begin the last phase")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
-    trainer = Trainer(arguments.work, 1 if cuda else arguments.workers, "cuda" if cuda else "cpu")
+    trainer = Trainer(arguments.work, 1 if cuda else arguments.workers, "cuda" if cuda else "cpu", arguments.begin)
     if arguments.decay:
         trainer.start_decay(int(arguments.decay * 1e6))
     others = [
