@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from elmoe.cli.common import print_json
 from elmoe.measure.probe import memory_bandwidth
 from elmoe.models.load import load_model
 from elmoe.store import open_store
@@ -93,7 +92,7 @@ def main() -> None:
         rows += measured(Path(name), int(layers) if layers else None, arguments.folder, arguments.tokens)
         print(json.dumps(rows[-8:]), file=sys.stderr, flush=True)
     if arguments.json:
-        print_json({"rows": rows})
+        print(json.dumps({"rows": rows}, indent=1))
         return
     print_table(
         "decode, random weights, tokens/s; share of the bandwidth that two threads read",

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+import numpy as np
 
 from elmoe.errors import RequestError
 from elmoe.untrusted import short
@@ -38,9 +39,12 @@ def with_arguments(base: T, given: Mapping[str, Any], what: str) -> T:
 
 
 def check_types(values: Any, what: str) -> None:
-    """RequestError naming the first field of a dataclass whose value is not of its type."""
+    """RequestError naming the first field of a dataclass whose value is not of its type. NumPy's numbers become Python's."""
     for name, hint in get_type_hints(type(values)).items():
         value = getattr(values, name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(values, name, value)  # the dataclass may be frozen
         if _plain(value):
             try:
                 msgspec.convert(value, hint)

@@ -6,6 +6,7 @@ import asyncio
 import math
 import traceback
 
+import numpy as np
 import pytest
 
 import elmoe
@@ -158,3 +159,11 @@ def test_unknown_names_of_the_package_are_refused():
     with pytest.raises(AttributeError, match="no attribute 'Modell'"):
         elmoe.Modell  # noqa: B018
     assert set(elmoe.__all__) <= set(dir(elmoe))
+
+
+def test_numbers_of_numpy_are_numbers():
+    taken = elmoe.SamplingParams(temperature=np.float32(0.7), top_k=np.int64(3), top_p=np.float64(0.5))
+    assert taken == elmoe.SamplingParams(temperature=float(np.float32(0.7)), top_k=3, top_p=0.5)
+    assert {type(value) for value in (taken.temperature, taken.top_k, taken.top_p)} == {float, int}
+    with pytest.raises(RequestError, match="the sampling parameter max_tokens"):
+        elmoe.SamplingParams(max_tokens=np.float32(2.5))
