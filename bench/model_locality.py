@@ -83,21 +83,25 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = arguments.model or list(published_models())
     found: dict[str, Locality] = {}
+    different: list[str] = []
+
+    def keep(name: str, locality: Locality) -> None:
+        found[name] = locality
+        if not arguments.check:
+            save_locality(locality, arguments.out / f"{name}.json")
+        elif load_locality(arguments.out / f"{name}.json") != locality:
+            different.append(name)
+        show(name, locality)
+
     for model in sorted(chosen, key=lambda name: len(load_published(name).points) < ENOUGH):
         published = load_published(model)
         if len(published.points) >= ENOUGH:
-            found[model] = fit_published(published, None if tells_sequences_apart(published.fitted) else SPLIT)
+            keep(model, fit_published(published, None if tells_sequences_apart(published.fitted) else SPLIT))
         else:
             shapes = {name: found.get(name) or load_locality(name) for name in published_models()
                       if len(load_published(name).points) >= ENOUGH and load_published(name).experts >= 32}  # fmt: skip
-            found |= {model + ending: one for ending, one in band(published, shapes).items()}
-    different = []
-    for name, locality in found.items():
-        if arguments.check:
-            different += [name] if load_locality(arguments.out / f"{name}.json") != locality else []
-        else:
-            save_locality(locality, arguments.out / f"{name}.json")
-        show(name, locality)
+            for ending, one in band(published, shapes).items():
+                keep(model + ending, one)
     shape = {name: (one.shape.experts, one.shape.top_k) for name, one in found.items() if one.shape}
     print_table(
         f"distinct experts of a batch of {BATCH}", ("model", *BATCH_ROUTINGS, "balanced and independent"),

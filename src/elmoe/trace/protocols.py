@@ -61,7 +61,7 @@ class Synthetic:
             key = sequences, point.top_k or top_k
             if key not in routed:
                 routed[key] = Routed.of(scores[sequences], key[1])
-            found.append(routed[key].measure(point, tokens))
+            found.append(float(routed[key].measure(point, tokens)))
         return found
 
     def _scores(self, locality: Locality, sequences: int) -> NDArray[np.float32]:
