@@ -16,13 +16,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from elmoe.policy.residency import ResidencyParameters
 from elmoe.terminal import print_table
 from elmoe.trace.batches import BATCH_ROUTINGS, most_distinct, routed_together
 from elmoe.trace.fit_published import common_share, fit_published, fit_strength, judged, tells_sequences_apart
 from elmoe.trace.locality import PRESETS, Locality, load_locality, save_locality
 from elmoe.trace.published import Published, load_published, published_models
 from elmoe.trace.replacement import policy_hit_rate
-from elmoe.policy.residency import ResidencyParameters
 from elmoe.trace.synthesis import synthesise
 
 SPLIT = 0.37
@@ -46,7 +46,11 @@ def band(published: Published, shapes: dict[str, Locality]) -> dict[str, Localit
     found = {name: shaped(published, shape, "band", name) for name, shape in shapes.items()}
     hits = {name: lru_hits(one, published.experts, published.top_k) for name, one in found.items()}
     low, high = min(hits, key=lambda name: hits[name]), max(hits, key=lambda name: hits[name])
-    ends = {"": ("middle of a band", "deepseek-v2-lite"), "-low": ("low end of a band", low), "-high": ("high end of a band", high)}
+    ends = {
+        "": ("middle of a band", "deepseek-v2-lite"),
+        "-low": ("low end of a band", low),
+        "-high": ("high end of a band", high),
+    }
     return {ending: shaped(published, shapes[name], end, name) for ending, (end, name) in ends.items()}
 
 

@@ -37,7 +37,14 @@ def test_the_prompt_sets_of_before_are_a_choice_bit_for_bit():
     """The facts are those of the locality, sizes and seed that were the only ones."""
     model = load_model("gpt-oss-20b")
     old = synthesise(
-        load_locality("gsm8k"), model.spec.experts, model.spec.top_k, SAMPLED_LAYERS, SEQUENCES, POSITIONS, SEED, prompt=PROMPT
+        load_locality("gsm8k"),
+        model.spec.experts,
+        model.spec.top_k,
+        SAMPLED_LAYERS,
+        SEQUENCES,
+        POSITIONS,
+        SEED,
+        prompt=PROMPT,
     )
     new = facts_of(model, "gsm8k")
     assert np.array_equal(new.ranked, old.ranked) and new.source == old.source

@@ -107,7 +107,9 @@ def test_a_fit_is_deterministic_and_never_sees_what_is_held_out():
     published = Published(model="m", experts=32, top_k=4, points=points)
     found = fit_published(published)
     assert found == fit_published(published)
-    moved = Published(model="m", experts=32, top_k=4, points=(*points[:3], msgspec.structs.replace(points[3], values=(0.9,))))
+    moved = Published(
+        model="m", experts=32, top_k=4, points=(*points[:3], msgspec.structs.replace(points[3], values=(0.9,)))
+    )
     other = fit_published(moved)
     assert (other.popularity, other.sequence, other.token, other.correlation) == (
         found.popularity, found.sequence, found.token, found.correlation,
@@ -187,9 +189,7 @@ def test_lru_is_the_policy_of_the_engine():
     facts = synthesise(locality(), 32, 4, 2, 1, 200, 5, ranks=4)
     chosen = facts.chosen[0]
     scores = np.zeros((1, 2, 200, 32), np.float32)
-    np.put_along_axis(
-        scores, chosen.transpose(1, 0, 2)[None].astype(np.int64), np.array([4, 3, 2, 1], np.float32), axis=-1
-    )
+    np.put_along_axis(scores, chosen.transpose(1, 0, 2)[None].astype(np.int64), np.array([4, 3, 2, 1], np.float32), axis=-1)
     from elmoe.policy.residency import ResidencyParameters
 
     for slots in (6, 8, 16):
@@ -281,5 +281,5 @@ def test_agreement_moves_sequences_together_and_keeps_each():
     distinct, reuse = zip(*rows, strict=True)
     assert distinct[0] > distinct[1] > distinct[2] == pytest.approx(1 / 16)
     assert max(reuse) - min(reuse) < 0.05
-    with pytest.raises(TraceError, match="agreement is 1.5"):
+    with pytest.raises(TraceError, match=r"agreement is 1\.5"):
         locality(agreement=1.5)

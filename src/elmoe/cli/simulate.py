@@ -24,9 +24,9 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
 )
 @click.option("--model", multiple=True, default=MODELS, help="Preset, config.json, description (YAML), Hugging Face folder "
               "or store; repeat it [default: the paper's models].")  # fmt: skip
-@click.option("--locality", "--prompts", "prompts", multiple=True, default=(OWN_LOCALITY,), help="How local the routing is: "
-              "`model`, fitted to numbers published of each model; `prompts`, as of the demo model on the paper's four prompt "
-              "sets; a preset; or a file of `elmoe trace fit`. Repeat it [default: model].")  # fmt: skip
+@click.option("--locality", "--prompts", "prompts", multiple=True, default=(OWN_LOCALITY,), help="How local the routing is. "
+              "model: fitted to numbers published of each model. prompts: as of the demo model on the paper's four prompt "
+              "sets. Or a preset, or a file of `elmoe trace fit`; repeat it [default: model].")  # fmt: skip
 @click.option("--batch-routing", type=click.Choice(["fitted", "apart", "alike", "identical"]), default="fitted",
               show_default=True, help="How much the sequences of a batch "
               "agree on their experts. fitted: as the locality says. apart: they share no preference (most experts). alike: "

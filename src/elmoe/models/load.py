@@ -53,7 +53,9 @@ def load_model(name_or_path: str | Path) -> ModelSizes:
     if str(name_or_path) in described_names():
         return model_of_description(described_text(str(name_or_path)), f"{name_or_path}.yaml")
     path = Path(str(files("elmoe.presets") / "demo")) if str(name_or_path) == "demo" else Path(name_or_path)
-    hint = f"a config.json, a description, a checkpoint, a store, or one of {', '.join((*model_names(), *described_names()))}"
+    hint = (
+        f"a config.json, a description, a checkpoint, a store, or one of {', '.join((*model_names(), *described_names()))}"
+    )
     try:
         if path.is_dir() and (path / "manifest.json").is_file():
             return _model_of_store(path)

@@ -27,8 +27,9 @@ def own_locality(model: ModelSizes) -> Locality | None:
         return None
     found, spec = load_locality(path), model.spec
     shape = found.shape
-    known = found.model == model.name and shape is not None
-    return found if known and (shape.experts, shape.top_k) == (spec.experts, spec.top_k) else None
+    if shape is None or found.model != model.name or (shape.experts, shape.top_k) != (spec.experts, spec.top_k):
+        return None
+    return found
 
 
 def localities_of(model_name: str, prompts: Sequence[str]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """How much the sequences of a batch agree on their experts: bounds from both sides, for one sequence's own locality.
 
-What one text shows cannot tell what it prefers from what all texts prefer: both are fixed while it lasts. How many distinct
-experts a batch needs depends on that split alone. No source measured it for a batch of a served model, so a study can move it.
+One text cannot tell what it prefers from what all texts prefer: both are fixed while it lasts. How many distinct experts a
+batch needs depends on that split. No source measured it for a batch of a served model, so a study can move it.
 """
 
 from __future__ import annotations
@@ -49,5 +49,5 @@ def routed_together(locality: Locality, routing: BatchRouting) -> Locality:
 
 
 def most_distinct(experts: int, top_k: int, batch: int) -> float:
-    """Distinct experts of ``batch`` independent tokens whose routing is balanced, in expectation (MoESD, arXiv 2505.19645)."""
+    """Distinct experts of ``batch`` independent tokens of balanced routing, in expectation (MoESD, arXiv 2505.19645)."""
     return experts * (1 - (1 - top_k / experts) ** batch)

@@ -102,7 +102,7 @@ def save_locality(locality: Locality, path: str | Path) -> None:
 
 
 def load_locality(name_or_path: str | Path) -> Locality:
-    """A file of ``elmoe trace fit``, or a preset by its name: ``mt_bench``, ``gsm8k``, ``alpaca``, ``humaneval``.
+    """A file of ``elmoe trace fit``, or a preset by its name: a prompt set such as ``mt_bench``, or a model.
 
     :raises TraceError: there is none, or it is no locality.
     """

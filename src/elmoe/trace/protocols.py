@@ -45,9 +45,7 @@ class Synthetic:
         for sequences, tokens in longest.items():
             layers = max(1, min(8, values // (sequences * tokens * experts)))
             self._popularity[sequences] = popularity_scores(layers, experts, seed)
-            self._noise[sequences] = [
-                draw_noise(layer, range(sequences), tokens, experts, seed) for layer in range(layers)
-            ]
+            self._noise[sequences] = [draw_noise(layer, range(sequences), tokens, experts, seed) for layer in range(layers)]
 
     def measure(self, locality: Locality, top_k: int, points: Sequence[Point]) -> list[float]:
         """Each point's quantity, on routing of this locality; ``top_k``: the model's."""

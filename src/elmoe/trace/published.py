@@ -1,7 +1,7 @@
 """What others have published of a model's routing locality: every number with what was measured, how, and where it stands.
 
-A file per model in ``presets/published``; ``bench/model_locality.py`` fits a locality to the points for ``fit`` and judges it
-by the points that are held out. Knows nothing of how a synthetic text is measured (:mod:`elmoe.trace.protocols`).
+A file per model in ``presets/published``; ``bench/model_locality.py`` fits a locality to the points for ``fit`` and judges
+it by the points that are held out. Knows nothing of how a synthetic text is measured (:mod:`elmoe.trace.protocols`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ PUBLISHED_VERSION = 1
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "published"
 Quantity = Literal["reuse", "window", "lru", "belady", "hottest", "touched", "static", "distinct"]
 """``reuse``: share of a token's experts that the token ``lag`` before used. ``window``: that any of the last ``lag`` tokens
-used. ``lru``, ``belady``: hit rate of a cache of ``slots`` experts per layer, empty at the start of each sequence. ``hottest``:
-share of the routing that the most used ``share`` of the experts take. ``touched``: share of the experts that a sequence uses
-at all. ``static``: share of the routing that the ``slots`` most used experts of ``lag`` other sequences take. ``distinct``:
-experts that ``lag`` sequences use at one step, over the most they could."""
+used. ``lru``, ``belady``: hit rate of a cache of ``slots`` experts per layer, empty at the start of each sequence.
+``hottest``: share of the routing that the most used ``share`` of the experts take. ``touched``: share of the experts that a
+sequence uses at all. ``static``: share of the routing that the ``slots`` most used experts of ``lag`` other sequences take.
+``distinct``: experts that ``lag`` sequences use at one step, over the most they could."""
 NEEDS: dict[str, tuple[str, ...]] = {
     "reuse": ("lag",), "window": ("lag",), "lru": ("slots",), "belady": ("slots",), "hottest": ("share",), "touched": (),
     "static": ("slots", "lag"), "distinct": ("lag",),
@@ -37,9 +37,9 @@ class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     sequence. ``skip``: tokens at its start that were not counted. ``together``: the sequences are counted as one, over all
     their tokens. ``all_layers``: experts of all layers are ranked together. ``first_use_hits``: the first use of an expert
     counts as a hit while the cache has room. ``in_turn``: experts of a token are looked up and kept one after another, in
-    place of all at once: it matters where a cache holds few more than one token uses. ``top_k``: experts per token where the model was run with others than its own.
-    ``measured``: what exactly, on which prompts. ``status``: ``measured`` as a number, ``digitised`` from the vectors of a
-    published figure, ``computed`` from published data.
+    place of all at once, which matters where a cache holds few more than one token uses. ``top_k``: experts per token where
+    the model was run with others than its own. ``measured``: what exactly, on which prompts. ``status``: ``measured`` as a
+    number, ``digitised`` from the vectors of a published figure, ``computed`` from published data.
 
     :raises TraceError: a value is no share, or what the quantity needs is missing.
     """

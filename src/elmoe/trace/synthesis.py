@@ -7,7 +7,8 @@ For sequence s, token t, layer l and expert e the latent score is::
 with m, u, w standard normal and v[t] = correlation * v[t - 1] + sqrt(1 - correlation^2) * a standard normal; experts are
 ranked by score. m is what all tokens share, u makes sequences differ from each other and agree with themselves, v makes
 neighbours agree. With an agreement a, u, v's draws and w are sqrt(a) of a draw that all sequences have in common and
-sqrt(1 - a) of their own. Where a popularity is given, the first term is calibrated until the experts are chosen as often as it says.
+sqrt(1 - a) of their own. Where a popularity is given, the first term is calibrated until the experts are chosen as often as
+it says.
 Numbers depend on (seed, layer, sequence) only: the first sequences and layers of a larger result are those of a smaller one.
 """
 
@@ -103,9 +104,7 @@ def draw_noise(
     return fixed, fresh
 
 
-def draw_common(
-    layer: int, positions: int, experts: int, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def draw_common(layer: int, positions: int, experts: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """What all sequences of a layer may have in common: (experts,) and (2, positions, experts) standard normals."""
     return _draw((seed, COMMON_STREAM, layer), positions, experts)
 
