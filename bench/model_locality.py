@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from elmoe.policy.residency import ResidencyParameters
-from elmoe.terminal import print_table
+from elmoe.terminal import percent, print_table
 from elmoe.trace.batches import BATCH_ROUTINGS, most_distinct, routed_together
 from elmoe.trace.fit_published import common_share, fit_published, fit_strength, judged, tells_sequences_apart
 from elmoe.trace.locality import PRESETS, Locality, load_locality, save_locality
@@ -108,9 +108,11 @@ def main() -> None:
                 keep(model + ending, one)
     shape = {name: (one.shape.experts, one.shape.top_k) for name, one in found.items() if one.shape}
     print_table(
-        f"distinct experts of a batch of {BATCH}", ("model", *BATCH_ROUTINGS, "balanced and independent"),
+        f"LRU hits with half of the experts kept, and distinct experts of a batch of {BATCH}",
+        ("model", "hits", *BATCH_ROUTINGS, "balanced and independent"),
         [
-            (name, *(f"{distinct(routed_together(one, routing), *shape[name]):.1f}" for routing in BATCH_ROUTINGS),
+            (name, percent(lru_hits(one, *shape[name])),
+             *(f"{distinct(routed_together(one, routing), *shape[name]):.1f}" for routing in BATCH_ROUTINGS),
              f"{most_distinct(*shape[name], BATCH):.1f}")
             for name, one in found.items()
         ],
