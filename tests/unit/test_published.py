@@ -69,10 +69,10 @@ def test_other_random_numbers_give_the_same(model):
     """The facts that the simulator replays, and not only those of the fit, have the hit rates that the preset states."""
     preset, published = load_locality(model), load_published(model)
     points = [one for one in published.points if one.quantity in ("reuse", "lru")][:6]
-    found = Synthetic(published.experts, points, 7, 1 << 19).measure(preset, published.top_k, points)
+    found = Synthetic(published.experts, points, 7, 1 << 21).measure(preset, published.top_k, points)
     stated = {row.name: row.synthetic for row in (*preset.fit, *preset.check)}
     for one, value in zip(points, found, strict=True):
-        assert value == pytest.approx(stated[one.name], abs=0.035), one.name
+        assert value == pytest.approx(stated[one.name], abs=0.03), one.name
 
 
 def test_a_band_has_two_ends_and_a_middle_that_give_the_one_number_known():
@@ -262,7 +262,6 @@ def test_batches_are_bounded_from_both_sides_and_a_single_sequence_stays(name):
         reuse[routing] = measured(facts)["reuse at 1"]
     assert found["identical"] == pytest.approx(top_k)
     assert found["identical"] < found["alike"] <= found["fitted"] + 0.3 <= found["apart"] + 0.6
-    assert found["apart"] <= most_distinct(experts, top_k, 16) * 1.01
     assert found["apart"] == pytest.approx(most_distinct(experts, top_k, 16), rel=0.03)
     for routing in ("apart", "alike"):
         assert reuse[routing] == pytest.approx(reuse["fitted"], abs=0.02), routing
