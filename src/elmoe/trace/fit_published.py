@@ -61,13 +61,9 @@ def judged(locality: Locality, published: Published, split: float | None = None)
         point.name: Statistic.of(point.name, point.value, value, point.source)
         for point, value in zip(points, found, strict=True)
     }
-    sources = len({point.source.split(" ")[0] for point in points})
-    source = f"published: {published.model}, {len(points)} numbers of {sources} sources"
-    if split is not None:
-        source += f"; share of preferences that texts have in common assumed {split:.2f}"
     return Locality(
         popularity=locality.popularity, sequence=locality.sequence, token=locality.token, correlation=locality.correlation,
-        source=source, status="derived", model=published.model,
+        source=_told(published, split), status="derived", model=published.model,
         shape=FitShape(
             sequences=1, positions=max(point.tokens for point in points), layers=1, experts=published.experts,
             top_k=published.top_k,
@@ -75,6 +71,13 @@ def judged(locality: Locality, published: Published, split: float | None = None)
         fit=tuple(rows[point.name] for point in published.fitted),
         check=tuple(rows[point.name] for point in published.held_out),
     )  # fmt: skip
+
+
+def _told(published: Published, split: float | None) -> str:
+    """How many numbers of how many repositories and papers, and what was assumed."""
+    sources = len({point.source.split(" ")[0].split("@")[0].rstrip(",") for point in published.points})
+    told = f"published: {published.model}, {len(published.points)} numbers of {sources} source{'s' if sources > 1 else ''}"
+    return told if split is None else f"{told}; share of preferences that texts have in common assumed {split:.2f}"
 
 
 def _locality(coordinates: Coordinates, split: float | None, source: str = "a try") -> Locality:
