@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from elmoe.schema.hardware import Hardware, load_hardware
 from elmoe.sim.grid import Grid, run_grid
 from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
 from elmoe.terminal import progress_bar
+from elmoe.trace.batches import BATCH_ROUTINGS, BatchRouting
 
 FOLDER = Path("build/experiments")
 
@@ -25,6 +26,7 @@ class Scope:
     models: tuple[str, ...] = MODELS
     prompts: tuple[str, ...] = PROMPTS
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_routing: BatchRouting = "fitted"
 
 
 QUICK = Scope(("qwen3-30b-a3b",), ("mt_bench",), (1, 8))
@@ -37,18 +39,25 @@ def systems(names: Iterable[str] = SYSTEMS) -> tuple[Hardware, ...]:
 
 def rows_of(scope: Scope, hardware: Iterable[Hardware], **named: Any) -> list[dict[str, Any]]:
     """Rows of a grid, with a progress bar."""
-    grid = Grid(tuple(hardware), scope.models, scope.prompts, scope.batches, **named)
+    grid = Grid(
+        tuple(hardware), scope.models, scope.prompts, scope.batches, batch_routing=scope.batch_routing, **named
+    )  # fmt: skip
     with progress_bar("models x prompts", len(scope.models) * len(scope.prompts)) as bar:
         return run_grid(grid, lambda done, total: bar(done, total))
 
 
 def study(name: str, run: Callable[[Scope], Section]) -> None:
-    """The command line of a study: ``--quick``, ``--out``."""
+    """The command line of a study: ``--quick``, ``--out``, and whose locality the routing has."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--quick", action="store_true", help="one model, one prompt set, batch 1 and 8")
     parser.add_argument("--out", type=Path, default=FOLDER / f"{name}.json", help="section for `elmoe report`")
+    parser.add_argument(
+        "--locality", action="append", metavar="NAME", help="in place of the prompt sets; `model` is each model's own"
+    )
+    parser.add_argument("--batch-routing", choices=BATCH_ROUTINGS, default="fitted", help="how much sequences agree")
     arguments = parser.parse_args()
-    section = run(QUICK if arguments.quick else Scope())
+    scope = replace(QUICK if arguments.quick else Scope(), batch_routing=arguments.batch_routing)
+    section = run(replace(scope, prompts=tuple(arguments.locality)) if arguments.locality else scope)
     write_section(section, arguments.out)
     print(f"{section.title}\n{section.verdict}\nwrote {arguments.out}; `elmoe report {arguments.out}` makes a page")
 

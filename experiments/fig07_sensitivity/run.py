@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elmoe.report.figures import tornado
 from elmoe.report.headline import compare
@@ -35,7 +35,7 @@ class World:
 
 def run(scope: Scope) -> Section:
     """Tornado plots of speed and energy, for one model and prompt set."""
-    scope = Scope((scope.models[0],), (scope.prompts[0],), scope.batches)
+    scope = replace(scope, models=scope.models[:1], prompts=scope.prompts[:1])
     world = World(systems(), load_drafters())
     paths = dict.fromkeys(item.path for described in (*world.systems, world.drafters) for item in ranged(described))
     base = headline(scope, world)

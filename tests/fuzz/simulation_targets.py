@@ -149,6 +149,21 @@ def _run_locality(folder: Path, raw: bytes) -> None:
     load_locality(folder / "locality.json")
 
 
+def _run_published(folder: Path, raw: bytes) -> None:
+    from elmoe.trace.published import load_published
+
+    (folder / "published.json").write_bytes(raw)
+    load_published(folder / "published.json")
+
+
+def _run_description(folder: Path, raw: bytes) -> None:
+    from elmoe.models.load import load_model
+
+    (folder / "model.yaml").write_bytes(raw)
+    model = load_model(folder / "model.yaml")
+    assert model.total_bytes > 0 and model.active_parameters > 0
+
+
 def _run_acceptance(folder: Path, raw: bytes) -> None:
     from elmoe.trace.acceptance import load_acceptance
 
@@ -199,6 +214,8 @@ TARGETS = (
     Target("ndjson", "text", nothing, lambda _: [text.encode() for text in NDJSON], _run_ndjson),
     Target("popularity", "json", nothing, lambda _: [text.encode() for text in POPULARITIES], _run_popularity),
     Target("locality", "json", nothing, presets("locality", "gsm8k.json"), _run_locality),
+    Target("published", "json", nothing, presets("published", "glm-4.7-flash.json"), _run_published),
+    Target("description", "text", nothing, presets("described"), _run_description),
     Target("acceptance", "json", nothing, presets("acceptance"), _run_acceptance),
     Target("result", "json", nothing, _result_seeds, _run_result),
 )  # fmt: skip

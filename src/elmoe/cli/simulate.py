@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import IntegerList, force_option, json_option, print_json
-from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
+from elmoe.sim.paper import MODELS, OWN_LOCALITY, PROMPTS, SYSTEMS
 from elmoe.terminal import number, print_table, progress_bar, size, small_number
 
 
@@ -22,10 +22,15 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
     default=SYSTEMS,
     help="Preset or YAML file; repeat it. The first is the reference [default: xpu and the paper's systems].",
 )
-@click.option("--model", multiple=True, default=MODELS, help="Preset, config.json, Hugging Face folder or store; repeat "
-              "it [default: the paper's models].")  # fmt: skip
-@click.option("--prompts", multiple=True, default=PROMPTS, help="How local the routing is: a preset, or a file of "
-              "`elmoe trace fit`; repeat it [default: the paper's four prompt sets].")  # fmt: skip
+@click.option("--model", multiple=True, default=MODELS, help="Preset, config.json, description (YAML), Hugging Face folder "
+              "or store; repeat it [default: the paper's models].")  # fmt: skip
+@click.option("--locality", "--prompts", "prompts", multiple=True, default=(OWN_LOCALITY,), help="How local the routing is. "
+              "model: fitted to numbers published of each model. prompts: as of the demo model on the paper's four prompt "
+              "sets. Or a preset, or a file of `elmoe trace fit`; repeat it [default: model].")  # fmt: skip
+@click.option("--batch-routing", type=click.Choice(["fitted", "apart", "alike", "identical"]), default="fitted",
+              show_default=True, help="How much the sequences of a batch "
+              "agree on their experts. fitted: as the locality says. apart: they share no preference (most experts). alike: "
+              "they share all. identical: they route alike (fewest experts).")  # fmt: skip
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Routing facts or a recording to replay instead of synthetic ones.")  # fmt: skip
 @click.option("--batch", type=IntegerList(), default="1,2,4,8,16", show_default=True, help="Sequences served at once.")
@@ -45,32 +50,29 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
 @click.option("--show-preset", metavar="NAME", help="Print a preset of hardware or of a model to copy, and stop.")
 @json_option
 def command(
-    hardware: tuple[str, ...], model: tuple[str, ...], prompts: tuple[str, ...], trace: Path | None, batch: tuple[int, ...],
-    forms: tuple[Any, ...], acceptance: tuple[str, ...], context: int, out: Path | None, timeline: Path | None,
-    force: bool, show_preset: str | None, as_json: bool,
+    hardware: tuple[str, ...], model: tuple[str, ...], prompts: tuple[str, ...], batch_routing: Any, trace: Path | None,
+    batch: tuple[int, ...], forms: tuple[Any, ...], acceptance: tuple[str, ...], context: int, out: Path | None,
+    timeline: Path | None, force: bool, show_preset: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Simulate models on described hardware: tokens/s, joules and bytes per token, and the busiest unit."""
     from elmoe.files import check_output
-    from elmoe.schema.hardware import load_hardware, preset_names, preset_text
+    from elmoe.schema.hardware import load_hardware
     from elmoe.sim.grid import PAPER_ODDS, Grid, check_names, run_grid
     from elmoe.sim.result import SimulationResult, odds_of, write_result
     from elmoe.systems.forms import FORMS
 
     if show_preset is not None:
-        from elmoe.models.load import model_names, model_text
-
-        if show_preset not in (*preset_names(), *model_names()):
-            known = f"hardware: {', '.join(preset_names())}; models: {', '.join(model_names())}"
-            raise click.BadParameter(f"there is no preset '{show_preset}'. {known}", param_hint="--show-preset")
-        click.echo((preset_text if show_preset in preset_names() else model_text)(show_preset), nl=False)
+        click.echo(_preset_text(show_preset), nl=False)
         return
     if not batch or min(batch) < 1:
         raise click.BadParameter("batch sizes start at 1", param_hint="--batch")
     for path, what in ((out, "result"), (timeline, "timeline")):
         check_output(path, force, what)
+    localities = tuple(name for one in prompts for name in (PROMPTS if one == "prompts" else (one,)))
     grid = Grid(
-        tuple(load_hardware(name) for name in hardware), tuple(model), ("trace",) if trace else tuple(prompts), batch,
+        tuple(load_hardware(name) for name in hardware), tuple(model), ("trace",) if trace else localities, batch,
         tuple(forms) or FORMS, tuple(odds_of(text) for text in acceptance) or PAPER_ODDS, context=context, trace=trace,
+        batch_routing=batch_routing,
     )  # fmt: skip
     check_names(grid)
     counts = (len(grid.systems), "systems"), (len(grid.models), "models"), (len(grid.prompts), "prompt sets"), \
@@ -90,6 +92,20 @@ def command(
         print_json(result.as_dict())
         return
     _show(rows)
+
+
+def _preset_text(name: str) -> str:
+    """A preset of hardware or of a model."""
+    from elmoe.models.described import described_names, described_text
+    from elmoe.models.load import model_names, model_text
+    from elmoe.schema.hardware import preset_names, preset_text
+
+    for names, text in ((preset_names, preset_text), (model_names, model_text), (described_names, described_text)):
+        if name in names():
+            return text(name)
+    models = ", ".join((*model_names(), *described_names()))
+    known = f"hardware: {', '.join(preset_names())}; models: {models}"
+    raise click.BadParameter(f"there is no preset '{name}'. {known}", param_hint="--show-preset")
 
 
 def _show_costs(rows: list[dict[str, Any]], model: str, batch: int) -> None:
@@ -122,7 +138,14 @@ def _words(rows: list[dict[str, Any]]) -> list[str]:
         f"form, by what drafts: {explain_forms(row['form'] for row in rows)}.",
         "acceptance: probability that the model accepts a draft token" + ("; preset: that of the form." if rivals else "."),
         "busiest unit: main and fast are the memories, compute the processor, each with the share of time it works.",
+        *(f"routing of {model}: {source}." for model, source in dict.fromkeys(_routing(row) for row in rows)),
     ]
+
+
+def _routing(row: dict[str, Any]) -> tuple[str, str]:
+    """A model, and whose locality its routing has."""
+    source = row["locality"]
+    return row["model"], source.split("; locality of ", 1)[1] if source.startswith("synthetic: ") else source
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

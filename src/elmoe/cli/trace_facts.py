@@ -137,7 +137,7 @@ def synthesise(
 ) -> None:  # fmt: skip
     """Write synthetic routing OUT that is as local as FIT says.
 
-    FIT is a file of `elmoe trace fit`, or a preset: mt_bench, gsm8k, alpaca or humaneval."""
+    FIT is a file of `elmoe trace fit`, or a preset: a prompt set such as mt_bench, or a model such as qwen3-30b-a3b."""
     from elmoe.files import check_output
 
     check_output(out, force, "facts file")

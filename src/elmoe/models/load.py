@@ -12,10 +12,11 @@ import msgspec
 
 from elmoe.errors import ModelError
 from elmoe.models import family_of, spec_of_config
+from elmoe.models.described import SUFFIXES, described_names, described_text, model_of_description
 from elmoe.models.sizes import ModelSizes
 from elmoe.models.spec import ModelSpec
 from elmoe.models.tensors import DEFAULT, FLOATS
-from elmoe.untrusted import load_object, read_bytes, short
+from elmoe.untrusted import MAX_YAML_BYTES, load_object, read_bytes, read_text, short
 
 _LARGEST_CONFIG, _LARGEST_MANIFEST = 1 << 20, 32 << 20
 
@@ -45,12 +46,16 @@ class _Stored(msgspec.Struct, frozen=True):
 
 
 def load_model(name_or_path: str | Path) -> ModelSizes:
-    """A preset by name, a ``config.json``, the folder of a checkpoint or of a store, or ``demo``, the store that comes with
-    the package; ModelError names the file and the key."""
+    """A preset by name, a ``config.json``, a description (``.yaml``), the folder of a checkpoint or of a store, or ``demo``,
+    the store that comes with the package; ModelError names the file and the key."""
     if str(name_or_path) in model_names():
         return model_of_config(_preset(str(name_or_path)), str(name_or_path), f"{name_or_path}.json")
+    if str(name_or_path) in described_names():
+        return model_of_description(described_text(str(name_or_path)), f"{name_or_path}.yaml")
     path = Path(str(files("elmoe.presets") / "demo")) if str(name_or_path) == "demo" else Path(name_or_path)
-    hint = f"a config.json, a checkpoint, a store, or one of {', '.join(model_names())}"
+    hint = (
+        f"a config.json, a description, a checkpoint, a store, or one of {', '.join((*model_names(), *described_names()))}"
+    )
     try:
         if path.is_dir() and (path / "manifest.json").is_file():
             return _model_of_store(path)
@@ -60,6 +65,8 @@ def load_model(name_or_path: str | Path) -> ModelSizes:
         found = False
     if not found:
         raise ModelError(f"there is no model '{short(name_or_path)}'", hint)
+    if path.suffix in SUFFIXES:
+        return model_of_description(read_text(path, ModelError, MAX_YAML_BYTES, "description of a model", hint), str(path))
     config = _object(read_bytes(path, ModelError, _LARGEST_CONFIG, "model's config.json", hint), str(path))
     if config not in _preset_configs():
         config.pop("_source", None)  # a preset's source says nothing of a file that was changed

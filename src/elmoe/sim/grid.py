@@ -9,25 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elmoe.errors import BudgetError, HardwareError, ModelError
+from elmoe.errors import BudgetError, HardwareError
 from elmoe.hw.machine import Machine
 from elmoe.models.load import load_model
-from elmoe.models.sizes import ModelSizes
 from elmoe.processors import processors
 from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
+from elmoe.sim.routing import check_routing, facts_of, localities_of
 from elmoe.sim.rows import row_of, static_watts
 from elmoe.sim.simulate import DRAFT_LENGTHS, Simulation
 from elmoe.sim.workload import RoutingReplay
 from elmoe.systems.forms import FORMS, FormName, Odds, TableOdds, rival_odds
-from elmoe.trace.facts import RoutingFacts, read_facts
-from elmoe.trace.locality import load_locality
-from elmoe.trace.synthesis import synthesise
+from elmoe.trace.batches import BatchRouting
 from elmoe.untrusted import short
 
-SAMPLED_LAYERS = 8
-"""Layers replayed of a synthetic trace, whose layers are alike; their counts stand for the others."""
-SEQUENCES, PROMPT, POSITIONS, SEED = 16, 64, 320, 0
 PAPER_ODDS = tuple(Odds(f"{value:g}", value, "published range") for value in (0.33, 0.6, 0.91))
 """The paper's range of Elastic-SD acceptance, and between."""
 
@@ -35,7 +30,9 @@ PAPER_ODDS = tuple(Odds(f"{value:g}", value, "published range") for value in (0.
 @dataclass(frozen=True)
 class Grid:
     """What to simulate. ``odds``: acceptances of elastic drafts, a row each; ``systems``: the first is the reference.
-    ``trace``: replayed in place of synthetic facts. ``drafters``: what the rivals draft with."""
+    ``prompts``: localities of the routing, ``model`` for each model's own (see :mod:`elmoe.sim.routing`); ``batch_routing``:
+    how much the sequences of a batch agree. ``trace``: replayed in place of synthetic facts. ``drafters``: what the rivals
+    draft with."""
 
     systems: tuple[Hardware, ...]
     models: tuple[str, ...]
@@ -48,28 +45,17 @@ class Grid:
     steps: int = 24
     trace: Path | None = None
     drafters: Drafters = field(default_factory=load_drafters)
-
-
-def facts_of(model: ModelSizes, prompts: str, trace: Path | None = None) -> RoutingFacts:
-    """Facts of a trace, or synthetic ones of the model's shape with the locality measured on a prompt set."""
-    if trace is not None:
-        return read_facts(trace)
-    spec = model.spec
-    if not spec.moe_layers:
-        raise ModelError(
-            f"model '{model.name}' has no layer with experts",
-            "the simulator replays the routing of Mixture-of-Experts models; it does not price dense ones",
-        )
-    layers = min(SAMPLED_LAYERS, len(spec.moe_layers))
-    return synthesise(load_locality(prompts), spec.experts, spec.top_k, layers, SEQUENCES, POSITIONS, SEED, prompt=PROMPT)
+    batch_routing: BatchRouting = "fitted"
 
 
 def run_grid(
     grid: Grid, progress: Callable[[int, int], None] | None = None, workers: int | None = None
 ) -> list[dict[str, Any]]:
     """All rows; (model, prompts) groups run side by side on ``workers`` processes (all cores by default)."""
-    groups = [(grid, model, prompts) for model in grid.models for prompts in grid.prompts]
     check_names(grid)
+    check_routing(grid.prompts, grid.batch_routing, grid.trace)
+    localities = {model: grid.prompts if grid.trace else localities_of(model, grid.prompts) for model in grid.models}
+    groups = [(grid, model, prompts) for model in grid.models for prompts in localities[model]]
     rows: list[dict[str, Any]] = []
     if workers == 1 or len(groups) == 1:
         steps = len(groups) * len(grid.batches)
@@ -128,7 +114,7 @@ def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]
 def batches_of_group(grid: Grid, model_name: str, prompts: str) -> Iterator[list[dict[str, Any]]]:
     """The same, batch size by batch size."""
     model = load_model(model_name)
-    facts = facts_of(model, prompts, grid.trace)
+    facts = facts_of(model, prompts, grid.trace, grid.batch_routing)
     simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
     machines = [Machine(hardware) for hardware in grid.systems]
     for batch in grid.batches:

@@ -8,3 +8,5 @@ SYSTEMS = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu", "elmoe3d_4gb",
 MODELS = ("qwen3-30b-a3b", "glm-4.7-flash", "deepseek-v2-lite", "gpt-oss-20b")
 PROMPTS = ("mt_bench", "gsm8k", "alpaca", "humaneval")
 """Locality presets, one per prompt set."""
+OWN_LOCALITY = "model"
+"""In place of a prompt set: the model's own locality, fitted to published numbers."""

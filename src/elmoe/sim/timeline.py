@@ -8,7 +8,8 @@ from elmoe.chrome_trace import Span, write_chrome_trace
 from elmoe.hw.cost import Cost
 from elmoe.hw.machine import Machine
 from elmoe.models.load import load_model
-from elmoe.sim.grid import Grid, facts_of
+from elmoe.sim.grid import Grid
+from elmoe.sim.routing import facts_of, localities_of
 from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import RoutingReplay
 
@@ -20,9 +21,9 @@ def write_timeline(grid: Grid, path: Path) -> None:
     from the pass's start, since a pass sums over layers."""
     hardware, form, batch = grid.systems[-1], grid.forms[-1], grid.batches[-1]
     model = load_model(grid.models[0])
-    simulation = Simulation(
-        model, RoutingReplay(facts_of(model, grid.prompts[0], grid.trace)), grid.drafters, grid.context, grid.steps
-    )
+    prompts = grid.prompts[0] if grid.trace else localities_of(grid.models[0], grid.prompts)[0]
+    facts = facts_of(model, prompts, grid.trace, grid.batch_routing)
+    simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
     odds = grid.odds[-1] if form == "elastic" else None
     priced = simulation.price(Machine(hardware), form, batch, odds, grid.lengths)
     spans: list[Span] = []

@@ -50,7 +50,7 @@ def fit_locality(facts: RoutingFacts) -> Locality:
         return sum((means[name] / max(value, 1e-6) - 1) ** 2 for name, value in target.items())
 
     start = min(product(*STARTS), key=misfit)
-    best = _search(misfit, start)
+    best = search(misfit, start, STEPS, (LOW, HIGH))
     draft = _locality(best, single, facts.source)
     sequences, positions, layers, _ = decoded.ranked.shape
     other = synthesise(draft, facts.experts, facts.top_k, layers, sequences, positions, CHECK_SEED, facts.top_k)
@@ -116,13 +116,15 @@ def _best(scores: NDArray[np.float32], count: int) -> NDArray[np.bool_]:
     return marks
 
 
-def _search(misfit: Callable[[Point], float], start: Point) -> tuple[float, ...]:
+def search(
+    misfit: Callable[[Point], float], start: Point, steps: Sequence[float], bounds: tuple[Sequence[float], Sequence[float]]
+) -> tuple[float, ...]:
     """Hooke and Jeeves: one coordinate after another, a leap along what helped, and smaller steps where nothing does."""
-    low, high = np.array(LOW), np.array(HIGH)
+    low, high = (np.array(bound) for bound in bounds)
     base, base_value, scale = np.array(start), misfit(start), 1.0
 
     def explore(point: NDArray, value: float) -> tuple[NDArray, float]:
-        for axis, step in enumerate(STEPS):
+        for axis, step in enumerate(steps):
             for sign in (1, -1):
                 trial = point.copy()
                 trial[axis] = np.clip(trial[axis] + sign * scale * step, low[axis], high[axis])

@@ -16,25 +16,34 @@ from elmoe.files import whole_file
 from elmoe.trace.facts import RoutingFacts
 from elmoe.untrusted import decode_json, read_bytes, short
 
-LOCALITY_VERSION = 1
+LOCALITY_VERSION = 2
+"""Version 2 has agreement, model and the sources of statistics; files of version 1 are read."""
 FILE_LIMIT, MAX_MARKS = 1 << 20, 1 << 28
 PRESETS = Path(__file__).resolve().parent.parent / "presets" / "locality"
 HOTTEST, LAGS, BATCHES = (0.10, 0.25, 0.50), (1, 4, 16), (2, 4, 8, 16)
 
 
-class Statistic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One number of a recording and of the synthetic facts that stand for it."""
+class Statistic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One number of a recording, or one that was published, and of the synthetic facts that stand for it."""
 
     name: str
     measured: float
     synthetic: float
     relative_error: float | None
+    source: str | None = None
 
     @classmethod
-    def of(cls, name: str, measured: float, synthetic: float) -> Statistic:
+    def of(cls, name: str, measured: float, synthetic: float, source: str | None = None) -> Statistic:
         """With the error relative to what was measured; None where that is 0."""
         error = round(synthetic / measured - 1, 5) if measured else None
-        return cls(name=name, measured=round(measured, 5), synthetic=round(synthetic, 5), relative_error=error)
+        return cls(
+            name=name, measured=round(measured, 5), synthetic=round(synthetic, 5), relative_error=error, source=source
+        )  # fmt: skip
+
+    @property
+    def points(self) -> float:
+        """The error in percentage points, where both numbers are shares."""
+        return 100 * (self.synthetic - self.measured)
 
 
 class FitShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,7 +61,9 @@ class Locality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Standard deviations: ``popularity`` between the experts of a layer, ``sequence`` of what is fixed in a sequence,
     ``token`` of what decays from token to token by the factor ``correlation``. The variances of all but popularity sum to
-    one; white ``noise`` takes what is left. ``fit``: statistics that were matched; ``check``: others, which were not.
+    one; white ``noise`` takes what is left. ``agreement``: share of the variance of all but popularity that all sequences
+    have in common; 0 is independent sequences, 1 makes them route alike. ``fit``: statistics that were matched; ``check``:
+    others, which were not. ``model``: the one whose routing this is, None for a recording of any.
 
     :raises TraceError: a parameter is out of range.
     """
@@ -64,6 +75,8 @@ class Locality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     source: str
     status: Literal["derived", "assumed"] = "assumed"
     version: int = LOCALITY_VERSION
+    model: str | None = None
+    agreement: float = 0.0
     shape: FitShape | None = None
     fit: tuple[Statistic, ...] = ()
     check: tuple[Statistic, ...] = ()
@@ -71,7 +84,7 @@ class Locality(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if not 0 <= self.popularity <= 10:
             raise TraceError(f"popularity is {self.popularity}, allowed is 0..10")
-        for name in ("sequence", "token", "correlation"):
+        for name in ("sequence", "token", "correlation", "agreement"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TraceError(f"{name} is {getattr(self, name)}, allowed is 0..1")
         if self.sequence**2 + self.token**2 > 1 + 1e-9:
@@ -89,7 +102,7 @@ def save_locality(locality: Locality, path: str | Path) -> None:
 
 
 def load_locality(name_or_path: str | Path) -> Locality:
-    """A file of ``elmoe trace fit``, or a preset by its name: ``mt_bench``, ``gsm8k``, ``alpaca``, ``humaneval``.
+    """A file of ``elmoe trace fit``, or a preset by its name: a prompt set such as ``mt_bench``, or a model.
 
     :raises TraceError: there is none, or it is no locality.
     """

@@ -6,7 +6,9 @@ For sequence s, token t, layer l and expert e the latent score is::
 
 with m, u, w standard normal and v[t] = correlation * v[t - 1] + sqrt(1 - correlation^2) * a standard normal; experts are
 ranked by score. m is what all tokens share, u makes sequences differ from each other and agree with themselves, v makes
-neighbours agree. Where a popularity is given, the first term is calibrated until the experts are chosen as often as it says.
+neighbours agree. With an agreement a, u, v's draws and w are sqrt(a) of a draw that all sequences have in common and
+sqrt(1 - a) of their own. Where a popularity is given, the first term is calibrated until the experts are chosen as often as
+it says.
 Numbers depend on (seed, layer, sequence) only: the first sequences and layers of a larger result are those of a smaller one.
 """
 
@@ -23,7 +25,7 @@ from elmoe.trace.facts import MAX_EXPERTS, MAX_IDS, RoutingFacts
 from elmoe.trace.locality import Locality
 
 CALIBRATION_SAMPLES, CALIBRATION_ROUNDS = 512, 40
-POPULARITY_STREAM, NOISE_STREAM = 1, 2
+POPULARITY_STREAM, NOISE_STREAM, COMMON_STREAM = 1, 2, 3
 BLOCK, MAX_SCORES = 1 << 22, 1 << 26
 """Scores computed together, by whole sequences, and those that one sequence may have in a layer."""
 
@@ -67,9 +69,12 @@ def synthesise(
     ranked = np.empty((sequences, positions, layers, ranks), np.uint16)
     together = max(1, BLOCK // (positions * experts))
     for layer in range(layers):
+        common = draw_common(layer, positions, experts, seed) if locality.agreement else None
         for start in range(0, sequences, together):
             block = range(start, min(start + together, sequences))
             fixed, fresh = draw_noise(layer, block, positions, experts, seed)
+            if common is not None:
+                _agree(locality.agreement, fixed, fresh, *common)
             scores = latent_scores(locality, spread[layer], fixed, fresh)
             ranked[start : block.stop, :, layer] = np.argsort(-scores, axis=-1, kind="stable")[..., :ranks]
     shape = f"{sequences} x {positions} positions, {layers} layers, top {top_k} of {experts}, seed {seed}"
@@ -95,11 +100,31 @@ def draw_noise(
     fixed = np.empty((len(sequences), 1, experts), np.float32)
     fresh = np.empty((2, len(sequences), positions, experts), np.float32)
     for row, sequence in enumerate(sequences):
-        rng = np.random.default_rng((seed, NOISE_STREAM, layer, sequence))
-        fixed[row] = rng.standard_normal(experts, np.float32)
-        both = rng.standard_normal((positions, 2, experts), np.float32)
-        fresh[:, row] = both.transpose(1, 0, 2)
+        fixed[row, 0], fresh[:, row] = _draw((seed, NOISE_STREAM, layer, sequence), positions, experts)
     return fixed, fresh
+
+
+def draw_common(layer: int, positions: int, experts: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What all sequences of a layer may have in common: (experts,) and (2, positions, experts) standard normals."""
+    return _draw((seed, COMMON_STREAM, layer), positions, experts)
+
+
+def _draw(key: tuple[int, ...], positions: int, experts: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    rng = np.random.default_rng(key)
+    fixed = rng.standard_normal(experts, np.float32)
+    return fixed, rng.standard_normal((positions, 2, experts), np.float32).transpose(1, 0, 2)
+
+
+def _agree(
+    agreement: float, fixed: NDArray[np.float32], fresh: NDArray[np.float32], same: NDArray[np.float32],
+    steps: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """Put a share of the variance in common, in place; all draws stay standard normals."""
+    own, shared = np.float32(math.sqrt(1 - agreement)), np.float32(math.sqrt(agreement))
+    fixed *= own
+    fixed += shared * same
+    fresh *= own
+    fresh += shared * steps[:, None]
 
 
 def latent_scores(
