@@ -3,7 +3,7 @@
 // For a token with residual stream x: h = rms_norm(x); (q, k, v) = projection * h + bias, a nested matmul whose integers
 // kernels.inl bounds; q and k are normed per head (or over all heads) and rotated; k and v are rounded to fp16, nearest even, and
 // written to the cache. Then per query head, over the positions p = 0 (or the first of the window) .. the token's own:
-//     s[p] = (sum over i ascending of q[i] * k[p][i]) / sqrt(head_dim)         one fp32 chain
+//     s[p] = (sum over i ascending of q[i] * k[p][i]) * scale                  one fp32 chain; 1 / sqrt(head_dim), or the model's
 //     e[p] = exp(s[p] - max s),  z = sum of e[p] as 16 lane sums (p mod 16) and the fixed tree
 //     o[i] = (sum over p ascending of e[p] * v[p][i]) / z                      one fp32 chain, one division
 // where a sink is a further score in max s, and in z after the tree; and x = x + (output * o + bias). No sum depends on what else is in the batch. All but the two projections is fp32.
@@ -108,7 +108,6 @@ float* attend(const Call& call) {
     const int run_tokens = std::max(1, kQueries / repeat), run_queries = run_tokens * repeat;
     auto* all_queries = scratch().get<Query>(static_cast<size_t>(pool.threads()) * run_queries);
     auto* attended = scratch().get<float>(static_cast<size_t>(tokens) * inner);
-    const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
     const std::vector<int> runs = runs_of(places, run_tokens);
     const int whole = (static_cast<int>(runs.size()) - 1) * kv_heads;
     const bool serial = tokens * inner * longest < 40000;  // below some 10 us a fork costs more than it saves
@@ -133,7 +132,7 @@ float* attend(const Call& call) {
             values[page] = cache.values + at;
         }
         const int first = many * part / parts, end = many * (part + 1) / parts;
-        k.attend(queries + first, end - first, {keys, values, cache.page_positions}, head_dim, scale,
+        k.attend(queries + first, end - first, {keys, values, cache.page_positions}, head_dim, call.layer.scale,
                  scores + thread * per_thread, static_cast<int64_t>(padded));
     };
     if (serial)

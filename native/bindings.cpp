@@ -204,10 +204,12 @@ NB_MODULE(_native, m) {
              nb::arg("minima").none(), nb::arg("steps").none());
     nb::class_<AttentionHolder>(m, "Attention")
         .def(nb::init<Input<float, 1>, nb::object, AttentionHolder::Floats, AttentionHolder::Floats, nb::object, int64_t, int64_t,
-                      int64_t, float, AttentionHolder::Floats, AttentionHolder::Floats, AttentionHolder::Floats, int64_t>(),
+                      int64_t, float, AttentionHolder::Floats, AttentionHolder::Floats, AttentionHolder::Floats, int64_t,
+                      std::optional<float>>(),
              nb::arg("norm"), nb::arg("query_key_value"), nb::arg("query_norm").none(), nb::arg("key_norm").none(),
              nb::arg("output"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("epsilon"),
-             nb::arg("projection_bias").none(), nb::arg("output_bias").none(), nb::arg("sinks").none(), nb::arg("window"));
+             nb::arg("projection_bias").none(), nb::arg("output_bias").none(), nb::arg("sinks").none(), nb::arg("window"),
+             nb::arg("scale").none());
     nb::class_<LatentHolder>(m, "Latent")
         .def(nb::init<Input<float, 1>, nb::object, std::optional<Input<float, 1>>, nb::object, Input<float, 1>, nb::object,
                       nb::object, nb::object, int64_t, int64_t, int64_t, float, float, float, bool>(),

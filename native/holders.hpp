@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -97,7 +98,7 @@ struct AttentionHolder {
 
     AttentionHolder(Input<float, 1> norm, nb::object query_key_value, Floats query_norm, Floats key_norm, nb::object output,
                     int64_t heads, int64_t kv_heads, int64_t head_dim, float epsilon, Floats projection_bias, Floats output_bias,
-                    Floats sinks, int64_t window) {
+                    Floats sinks, int64_t window, std::optional<float> scale) {
         const Stack in = stack_of(query_key_value);
         const Matrix& out = nb::cast<MatrixHolder&>(output).matrix;
         require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
@@ -114,8 +115,8 @@ struct AttentionHolder {
         require(fits(projection_bias, in.rows) && fits(output_bias, out.rows) && fits(sinks, heads), "biases or sinks do not fit");
         auto data = [](const Floats& array) { return array ? array->data() : nullptr; };
         layer = {norm.data(), data(query_norm), data(key_norm), in, out, narrow(heads, kTooLarge), narrow(kv_heads, kTooLarge),
-                 narrow(head_dim, kTooLarge), epsilon, data(projection_bias), data(output_bias), data(sinks),
-                 narrow(window, "a window is a number of positions"), full};
+                 narrow(head_dim, kTooLarge), epsilon, scale ? *scale : 1.0f / std::sqrt(static_cast<float>(head_dim)),
+                 data(projection_bias), data(output_bias), data(sinks), narrow(window, "a window is a number of positions"), full};
         keep = {nb::cast(norm), query_key_value, output};
         for (const Floats& array : {query_norm, key_norm, projection_bias, output_bias, sinks})
             if (array) keep.push_back(nb::cast(*array));

@@ -93,13 +93,13 @@ struct AttentionShape {
     }
 };
 
-// `query_norm`, `key_norm` may be null, as the biases and sinks; `full_norms`: over all heads together.
+// `query_norm`, `key_norm` may be null, as the biases and sinks; `full_norms`: over all heads together. `scale`: of the scores.
 struct AttentionLayer {
     const float *norm, *query_norm, *key_norm;
     Stack query_key_value;
     Matrix output;
     int heads, kv_heads, head_dim;
-    float epsilon;
+    float epsilon, scale;
     const float *projection_bias, *output_bias, *sinks;
     int window;
     bool full_norms;

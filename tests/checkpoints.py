@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from elmoe.convert.fused_experts import fused_name, fused_shape
 from elmoe.convert.latent_rows import ROLES, FusedRows
+from elmoe.convert.stacked import stacked_names, stacked_shapes
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.tensors import PROJECTIONS, FeedForward, feed_forward, feed_forwards, tensors
 
@@ -43,6 +44,9 @@ def checkpoint_shapes(config: dict) -> dict[str, tuple[int, ...]]:
                 shapes[fused_name(family.alternating, one, projection)] = one.count, columns, rows
             bias = names["expert_gate_bias"].format(layer=one.layer)
             shapes[bias] = one.count, 2 * one.width
+            continue
+        if (stacked := stacked_names(names, one)) is not None:
+            shapes |= dict(zip(stacked, stacked_shapes(one), strict=True))
             continue
         for expert in range(one.count):
             shapes |= {_part_name(config, one, expert, name): one.shape(name) for name in PROJECTIONS}

@@ -85,6 +85,17 @@ def _glm4_moe_lite(**values: Any) -> dict[str, Any]:
         "rope_interleave": True} | values)  # fmt: skip
 
 
+def _granite(architecture: str, kind: str, **values: Any) -> dict[str, Any]:
+    return _family(architecture, kind, **{
+        "intermediate_size": 32, "attention_multiplier": 0.3, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+        "logits_scaling": 6.0, "attention_bias": False,
+    } | values)  # fmt: skip
+
+
+def _granitemoe(**values: Any) -> dict[str, Any]:
+    return _granite("GraniteMoeForCausalLM", "granitemoe", **{"num_local_experts": 8, "num_experts_per_tok": 3} | values)
+
+
 LATENT_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "factor": 40.0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama_llama3": _llama(rope_scaling=LLAMA3, rope_theta=5e5, tie_word_embeddings=True, head_dim=32),
@@ -126,5 +137,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         rope_scaling=LLAMA3, rope_theta=5e5,
         norm_topk_prob=False, routed_scaling_factor=1.0, v_head_dim=48, kv_lora_rank=64, num_attention_heads=6,
         num_key_value_heads=6),
+    "granitemoe": _granitemoe(),
+    "granitemoe_options": _granitemoe(
+        attention_bias=True, tie_word_embeddings=True, num_experts_per_tok=1, rope_scaling=LINEAR, num_key_value_heads=4,
+        attention_multiplier=0.5, embedding_multiplier=0.2, residual_multiplier=1.6, logits_scaling=0.3, rms_norm_eps=1e-3),
+    "granitemoeshared": _granite(
+        "GraniteMoeSharedForCausalLM", "granitemoeshared", num_local_experts=6, num_experts_per_tok=2,
+        shared_intermediate_size=64, num_hidden_layers=2),
+    "granite": _granite("GraniteForCausalLM", "granite", intermediate_size=96, mlp_bias=False, num_key_value_heads=1,
+        tie_word_embeddings=True, embedding_multiplier=0.25, residual_multiplier=0.9),
 }  # fmt: skip
 """By a name of their own."""

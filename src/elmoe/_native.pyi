@@ -42,6 +42,7 @@ class Attention:
         output_bias: NDArray[np.float32] | None,
         sinks: NDArray[np.float32] | None,
         window: int,
+        scale: float | None,
     ) -> None: ...
 
 class Latent:

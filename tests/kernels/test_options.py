@@ -39,6 +39,8 @@ WANTED = [
     {"window": 16},
     {"window": 23, "sinks": True, "projection_bias": True, "output_bias": True},
     {"window": 200},
+    {"scale": 0.4},
+    {"scale": 0.03, "window": 23, "sinks": True},
 ]
 
 
@@ -191,6 +193,7 @@ def variant(spec, attention=None, **moe):
         {"shared_width": 64, "shared_gate": True},
         {"bias": True, "activation": Activation(kind="clamped_swiglu", alpha=1.702, limit=1.0)},
         {"attention": {"sinks": True, "query_key_norm": "full", "window": 6, "query_key_value_bias": True}},
+        {"attention": {"score_scale": 0.6}, "shared_width": 40},
     ],
     ids=str,
 )

@@ -133,7 +133,8 @@ def attention_block(
         page, place = table[slot, seen // cache.page_positions], seen % cache.page_positions
         if (page < 0).any():
             raise IndexError("a position that is seen has no page")
-        scores = np.einsum("grd,pgd->grp", query[token], keys[page, inner, :, place]) / np.sqrt(head_dim)
+        scores = np.einsum("grd,pgd->grp", query[token], keys[page, inner, :, place])
+        scores = scores * (head_dim**-0.5 if weights.scale is None else weights.scale)
         if weights.sinks is not None:
             sinks = np.broadcast_to(weights.sinks.reshape(*scores.shape[:2], 1), (*scores.shape[:2], 1))
             scores = np.concatenate([scores, sinks], axis=2)

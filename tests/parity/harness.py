@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from elmoe.bitslice import Backend, SamplingParameters
+from elmoe.bitslice import Backend, ExpertLayout, SamplingParameters
 from elmoe.bitslice.moe import expert_matrices
 from elmoe.convert import convert_checkpoint
 from elmoe.convert.fused_experts import fused_name
 from elmoe.convert.latent_rows import FusedRows
+from elmoe.convert.stacked import stacked_names, stacked_shapes
 from elmoe.engine.decoder import AllExperts, Decoder, Draft, Places, WeightReader
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
@@ -22,7 +23,7 @@ from elmoe.engine.request import Request, Result
 from elmoe.engine.statistics import Statistics
 from elmoe.errors import KernelError, StoreError
 from elmoe.models import FAMILIES
-from elmoe.models.tensors import feed_forwards, tensors
+from elmoe.models.tensors import FeedForward, feed_forwards, tensors
 from elmoe.opening import load_backend
 from elmoe.store import open_store, resolve_store
 from tests.parity import float_backend
@@ -156,10 +157,24 @@ def dequantized_tensors(reader: WeightReader) -> dict[str, NDArray[np.float32]]:
     for one in feed_forwards(spec):
         layer, shared = one.layer, one.kind == "shared"
         layout, addresses = reader.expert_layout(layer, shared), reader.expert_addresses(layer, shared)
+        if (stacked := stacked_names(names, one)) is not None:
+            values |= zip(stacked, _stacked(one, layout, addresses), strict=True)
+            continue
         for expert in range(one.count):
             for projection, matrix in expert_matrices(layout, addresses, expert, False).items():
                 values[names[one.part(projection).role].format(layer=layer, expert=expert)] = matrix.dequantize()
     return values
+
+
+def _stacked(
+    one: FeedForward, layout: ExpertLayout, addresses: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The two tensors of a feed-forward whose gates lie above its ups."""
+    experts = [expert_matrices(layout, addresses, expert, False) for expert in range(one.count)]
+    gate_up = [np.concatenate([matrices[name].dequantize() for name in ("gate", "up")]) for matrices in experts]
+    down = [matrices["down"].dequantize() for matrices in experts]
+    shapes = stacked_shapes(one)
+    return np.stack(gate_up).reshape(shapes[0]), np.stack(down).reshape(shapes[1])
 
 
 def _fused_up(rows: FusedRows, keys: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -33,7 +33,7 @@ PUBLISHED = {
     "olmoe-1b-7b": (6.92e9, 1.3e9, 2),
     "mixtral-8x7b": (46.7e9, 12.9e9, 2),
     "glm-4.5-air": (106e9, 12e9, 0),
-    "glm-4.7-flash": (30e9, 3e9, 0),  # its name, "30B-A3B", rounded
+    "glm-4.7-flash": (30e9, 3e9, 0),
     "qwen2.5-coder-7b": (7.61e9, 7.61e9, 2),
     "qwen3-0.6b": (0.596e9, 0.44e9, 0),  # its card counts the tied embedding in the total alone
     "smollm2-135m": (135e6, 135e6, 1),
@@ -41,7 +41,12 @@ PUBLISHED = {
     "mixtral-8x22b": (141e9, 39e9, 2),
     "qwen2-57b-a14b": (57.4e9, 14.2e9, 2),
     "qwen3-coder-480b-a35b": (480e9, 35e9, 2),
+    "granite-3.1-1b-a400m": (1.3e9, 0.4e9, 1),
+    "granite-3.1-8b": (8.1e9, 8.1e9, 1),
 }
+
+ROUNDED = ("glm-4.7-flash", "granite-3.1-1b-a400m")
+"""Whose published numbers are their names: "30B-A3B", "1B-A400M" (1.3B on its card)."""
 
 
 def config(name: str, **changes: object) -> dict:
@@ -49,14 +54,15 @@ def config(name: str, **changes: object) -> dict:
     return {key: value for key, value in (data | changes).items() if value != "absent"}
 
 
-def test_every_preset_of_before_has_frozen_values():
-    assert set(GOLDEN) <= set(model_names())
+def test_every_preset_has_frozen_values():
+    """The message is what to add for a new preset, once its totals are the published ones."""
+    assert not set(GOLDEN) - set(model_names())
+    missing = {name: numbers_of(load_model(name)) for name in model_names() if name not in GOLDEN}
+    assert not missing, json.dumps(missing, indent=1)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_every_number_is_the_frozen_one(name):
-    """Exactly: the simulator's results depend on the last bit."""
-    model, frozen = load_model(name), dict(GOLDEN[name])
+def numbers_of(model: ModelSizes) -> dict[str, object]:
+    """What is frozen of a model."""
     spec, last = model.spec, model.layers[-1]
     dense = next((layer for layer in model.layers if layer.dense_parameters), None)
     experts = spec.layers[-1].feed_forward if spec.experts else None
@@ -81,6 +87,15 @@ def test_every_number_is_the_frozen_one(name):
         mine |= {"moe_layer_parameters": last.parameters, "moe_layer_bytes": last.bytes}
     if dense:
         mine |= {"dense_layer_parameters": dense.parameters, "dense_layer_bytes": dense.bytes}
+    return mine
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_every_number_is_the_frozen_one(name):
+    """Exactly: the simulator's results depend on the last bit."""
+    model, frozen = load_model(name), dict(GOLDEN[name])
+    spec, mine = model.spec, numbers_of(model)
+    dense = next((layer for layer in model.layers if layer.dense_parameters), None)
     # The old description had values of layers and experts even where the model does not have them.
     absent = (() if spec.experts else ("moe_", "expert_", "msb_", "lsb_")) + (() if dense else ("dense_layer_",))
     unused = {key for key in frozen.keys() - mine.keys() if key.startswith(absent)}
@@ -146,9 +161,9 @@ def test_every_preset_has_a_published_total_here_and_a_source():
 def test_totals_are_the_published_ones(name):
     total, active, tables = PUBLISHED[name]
     model = load_model(name)
-    assert model.parameters == pytest.approx(total, rel=0.014)
+    assert model.parameters == pytest.approx(total, rel=0.03 if name in ROUNDED else 0.014)
     assert model.active_parameters + (tables - 1) * model.embedding_parameters == pytest.approx(
-        active, rel=0.1 if name == "glm-4.7-flash" else 0.03
+        active, rel=0.1 if name in ROUNDED else 0.03
     )
 
 

@@ -1,5 +1,5 @@
 """Freeze transformers' logits and tokens of every family: ``python -m tools.golden.make_families`` writes
-``tests/golden/families.npz``. Needs the parity extra."""
+``tests/golden/families.npz``. What the file has of the same weights stays as it is. Needs the parity extra."""
 
 from __future__ import annotations
 
@@ -38,5 +38,14 @@ def frozen(name: str) -> dict[str, np.ndarray]:
         }
 
 
+def kept(name: str) -> dict[str, np.ndarray] | None:
+    """What the file has of a configuration; None where that is nothing, or of other weights."""
+    with np.load(FILE) as data:
+        if f"{name}.checkpoint" not in data or data[f"{name}.checkpoint"].item() != digest(name):
+            return None
+        return {key: data[f"{name}.{key}"] for key in ("checkpoint", "logits", "generated")}
+
+
 if __name__ == "__main__":
-    np.savez_compressed(FILE, **{f"{name}.{key}": value for name in CONFIGS for key, value in frozen(name).items()})
+    found = {name: kept(name) or frozen(name) for name in CONFIGS}
+    np.savez_compressed(FILE, **{f"{name}.{key}": value for name in CONFIGS for key, value in found[name].items()})

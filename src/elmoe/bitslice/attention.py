@@ -27,7 +27,8 @@ class AttentionWeights:
 
     ``query_key_value``: rows of q, then k, then v. ``query_norm``, ``key_norm``: (head_dim,) by head, or the width of all
     heads of the token together, or None for families without. ``projection_bias``: (rows of ``query_key_value``,);
-    ``output_bias``: (hidden,). ``sinks``: (heads,). ``window``: positions that a token sees, itself included.
+    ``output_bias``: (hidden,). ``sinks``: (heads,). ``window``: positions that a token sees, itself included. ``scale``: of
+    the scores, see ``attend``.
     """
 
     norm: NDArray[np.float32]
@@ -43,6 +44,7 @@ class AttentionWeights:
     output_bias: NDArray[np.float32] | None = None
     sinks: NDArray[np.float32] | None = None
     window: int | None = None
+    scale: float | None = None
 
     @property
     def full_norms(self) -> bool:
@@ -225,6 +227,7 @@ def attention_block(
     for token in range(tokens):
         cache.write(layer, int(slots[token]), int(cells[token]), key16[token], value16[token])
     attended = np.empty((tokens, heads * head_dim), np.float32)
+    scale = None if weights.scale is None else np.float32(weights.scale)
     for token in range(tokens):
         slot, length = int(slots[token]), int(positions[token]) + 1
         low = 0 if weights.window is None else max(0, length - weights.window)
@@ -232,7 +235,7 @@ def attention_block(
             keys, values = cache.gather(layer, slot, length, low)
         else:
             keys, values = (part[:, seen[token][low:]] for part in cache.gather(layer, slot, max(seen[token]) + 1))
-        attended[token] = attend(query[token], keys, values, low, weights.sinks).reshape(-1)
+        attended[token] = attend(query[token], keys, values, low, weights.sinks, scale).reshape(-1)
     output = matmul(weights.output, attended)
     x += output if weights.output_bias is None else output + weights.output_bias
 

@@ -19,6 +19,7 @@ from elmoe.convert.fused_experts import BLOCKS, MXFP4, SCALES, FusedExperts
 from elmoe.convert.identity import is_source
 from elmoe.convert.latent_rows import KEYS, ROLES, FusedRows
 from elmoe.convert.losses import FormatChoice, Losses
+from elmoe.convert.stacked import Stacked, stacked_names, stacked_shapes
 from elmoe.errors import ConvertError, ModelError
 from elmoe.kernels.packing import quantized
 from elmoe.models import family_of, spec_of_config
@@ -172,10 +173,9 @@ class CheckpointSource:
             return self._fused.projections(part, expert, formats)
         stacked = self._stacked(part)
         if stacked is not None:
-            gate_up, down = (self._checkpoint.rows([name], expert, expert + 1)[0] for name in stacked)
-            width = part.shape("gate")[0]
-            found = {"gate": gate_up[:width], "up": gate_up[width:], "down": down}
-            names = {"gate": stacked[0], "up": stacked[0], "down": stacked[1]}
+            gate_up, down = (self._of_expert(name, part, expert) for name in stacked)
+            found = {"gate": gate_up[: part.width], "up": gate_up[part.width :], "down": down}
+            names = {"gate": stacked.gate_up, "up": stacked.gate_up, "down": stacked.down}
         else:
             names = {projection: self._name(part.part(projection), part.layer, expert) for projection in PROJECTIONS}
             return {
@@ -186,6 +186,12 @@ class CheckpointSource:
             projection: self._quantised(found[projection], [names[projection]], format)
             for projection, format in zip(PROJECTIONS, formats, strict=True)
         }
+
+    def _of_expert(self, name: str, part: FeedForward, expert: int) -> NDArray[np.float32]:
+        """One expert's matrix of a tensor that holds all of a layer, or the whole tensor of a feed-forward that is one."""
+        return (
+            self._checkpoint.rows([name], expert, expert + 1)[0] if part.kind == "expert" else self._checkpoint.rows([name])
+        )
 
     def _whole(self, name: str, rows: int, columns: int, format: Format) -> QuantizedMatrix:
         """A tensor quantised piece by piece: the floats of a large one take much memory."""
@@ -201,23 +207,15 @@ class CheckpointSource:
         """Name -> shape of the checkpoint's tensors that make a feed-forward."""
         stacked = self._stacked(part)
         if stacked is not None:
-            width, hidden = part.shape("gate")
-            return dict(zip(stacked, ((part.count, 2 * width, hidden), (part.count, hidden, width)), strict=True))
+            return dict(zip(stacked, stacked_shapes(part), strict=True))
         return {
             self._name(one, part.layer, expert): one.shape
             for expert in range(part.count)
             for one in map(part.part, PROJECTIONS)
         }
 
-    def _stacked(self, part: FeedForward) -> tuple[str, str] | None:
-        """Names of the tensors that hold all experts of a layer, as transformers 5 has them: gates above ups, and downs.
-        None where each expert has its own."""
-        if part.kind != "expert":
-            return None
-        before, _, _ = self._names["expert_gate"].format(layer=part.layer, expert="{expert}").partition("{expert}")
-        return (
-            (before + "gate_up_proj", before + "down_proj") if before + "gate_up_proj" in self._checkpoint.names() else None
-        )
+    def _stacked(self, part: FeedForward) -> Stacked | None:
+        return stacked_names(self._names, part, self._checkpoint.names())
 
     def _is_fused(self, part: FeedForward) -> bool:
         return self._fused is not None and part.kind == "expert"

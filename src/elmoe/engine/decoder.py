@@ -37,7 +37,7 @@ from elmoe.bitslice.formats import QuantizedMatrix, StackedMatrix
 from elmoe.bitslice.rotary import tables_of
 from elmoe.engine.rotary import frequencies_of
 from elmoe.errors import ModelError
-from elmoe.models.spec import GroupedAttention, LatentAttention, ModelSpec, Moe, Rope, YarnScaling
+from elmoe.models.spec import GroupedAttention, LatentAttention, ModelSpec, Moe, Multipliers, Rope, YarnScaling
 
 __all__ = ["AllExperts", "Decoder", "Draft", "ExpertSource", "Places", "Routings", "WeightReader"]
 
@@ -102,14 +102,20 @@ class AllExperts:
 
 class Decoder:
     """A model on a backend. ``forward`` may be called from one thread at a time. ``ranks``: experts that its routings rank;
-    None is ``2 * top_k``."""
+    None is ``2 * top_k``.
+
+    No backend knows of multipliers. The residual stream is kept divided by the multiplier of what layers add to it, so that
+    they add it as it is: an RMS norm of it is the same with an epsilon that is divided by the square. The final norm's
+    weight is divided by what divides the logits.
+    """
 
     def __init__(self, reader: WeightReader, backend: Backend, ranks: int | None = None) -> None:
         self.spec = spec = reader.spec
         self._backend = backend
         self._embedding = reader.matrix("embedding")
         self._head = self._embedding if spec.tied_embeddings else reader.matrix("head")
-        self._final_norm = reader.array("final_norm")
+        self._multipliers, self._epsilon = spec.multipliers, spec.norm_epsilon / spec.multipliers.residual**2
+        self._final_norm = reader.array("final_norm") / np.float32(spec.multipliers.logits)
         self._layers = [self._layer_weights(reader, layer, ranks) for layer in range(len(spec.layers))]
         self._rotary = frequencies_of(rope_of(spec.layers[0].attention))
         self._cosine, self._sine = tables_of(0, *self._rotary)
@@ -121,17 +127,15 @@ class Decoder:
         norm, found = reader.array(f"{name}ffn_norm"), spec.layers[layer].attention
         attention: AttentionWeights | LatentWeights
         if isinstance(found, GroupedAttention):
-            attention = _grouped_weights(reader, name, found, spec.norm_epsilon)
+            attention = _grouped_weights(reader, name, found, self._epsilon)
         else:
-            attention = _latent_weights(reader, name, found, spec.norm_epsilon)
+            attention = _latent_weights(reader, name, found, self._epsilon)
         if layer in spec.dense_layers:
             addresses = reader.expert_addresses(layer)
-            return LayerWeights(
-                attention, DenseWeights(norm, spec.norm_epsilon), reader.expert_layout(layer), addresses
-            )  # fmt: skip
+            return LayerWeights(attention, DenseWeights(norm, self._epsilon), reader.expert_layout(layer), addresses)
         moe, none = spec.moe(layer), np.zeros((spec.experts, 2), np.int64)
         router = RouterWeights(
-            norm, reader.array(f"{name}router"), spec.norm_epsilon, spec.top_k,
+            norm, reader.array(f"{name}router"), self._epsilon, spec.top_k,
             moe.router.normalize or moe.router.score == "chosen_softmax", ranks,
             reader.array(f"{name}router_bias") if moe.router.logit_bias else None, moe.router.score == "sigmoid",
             reader.array(f"{name}selection_bias") if moe.router.selection_bias else None, moe.router.scaling,
@@ -183,6 +187,8 @@ class Decoder:
         """
         backend, spec = self._backend, self.spec
         x = backend.embed(self._embedding, ids)
+        if self._multipliers != Multipliers():
+            x *= self._multipliers.embedding / self._multipliers.residual
         feed = source.feed(draft is not None)
         routings = backend.forward(
             self.stack(source.tables), x, cache, places, self._cosine, self._sine, draft=draft, feed=feed, report=report
@@ -195,7 +201,7 @@ class Decoder:
         if x.shape[0] == 0:
             return np.empty((0, spec.vocabulary), np.float32), routings
         began = perf_counter()
-        logits = backend.logits(self._final_norm, spec.norm_epsilon, self._head, x)
+        logits = backend.logits(self._final_norm, self._epsilon, self._head, x)
         if report is not None:
             report("logits", began, perf_counter())
         return logits, routings
@@ -217,6 +223,7 @@ def _grouped_weights(reader: WeightReader, name: str, grouped: GroupedAttention,
         output_bias=reader.array(f"{name}attention_output_bias") if grouped.output_bias else None,
         sinks=reader.array(f"{name}sinks") if grouped.sinks else None,
         window=grouped.window,
+        scale=grouped.score_scale,
     )
 
 

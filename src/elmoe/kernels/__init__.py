@@ -178,6 +178,7 @@ def _attention(weights: AttentionWeights) -> Any:
     return _native.Attention(
         weights.norm, projection, weights.query_norm, weights.key_norm, output, weights.heads, weights.kv_heads,
         weights.head_dim, weights.epsilon, weights.projection_bias, weights.output_bias, weights.sinks, weights.window or 0,
+        weights.scale,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ class GgufFamily:
     """The family in GGUF files.
 
     ``keys``: key of config.json -> metadata key behind the architecture's name; ``required`` of them must be there.
-    ``fixed``: metadata that must have one of these values where it is present, the first of which is written on export.
+    ``fixed``: metadata that must have one of these values where it is present; without it a file means the first.
     ``config``: what config.json would say beside ``keys``, by the metadata; its ``rope_scaling`` counts where the file's is
     YaRN. ``names``: see :data:`Names`; experts are stacked in one tensor.
     ``recognise``: tells families of one architecture apart. ``metadata``: what export writes; it raises ModelError for a

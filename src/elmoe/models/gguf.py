@@ -15,8 +15,6 @@ from elmoe.untrusted import short
 
 IGNORED = ("rope.scaling.finetuned", "attention.sliding_window", "attention.causal")
 """Metadata keys that change nothing in the architectures here, as in llama.cpp: windows that only others use."""
-ROADMAP = ("granitemoe",)
-"""Architectures that are planned."""
 
 
 def gguf_family(metadata: Mapping[str, Any], families: Iterable[Family]) -> tuple[Family, GgufFamily]:
@@ -30,7 +28,7 @@ def gguf_family(metadata: Mapping[str, Any], families: Iterable[Family]) -> tupl
     experts = " with experts" if any(gguf.architecture == name for _, gguf in known) else ""
     raise ModelError(
         f"architecture {short(name, 40)!r}{experts} is not supported",
-        f"supported: {supported}; on the roadmap: {', '.join(ROADMAP)}",
+        f"supported: {supported}",
     )
 
 

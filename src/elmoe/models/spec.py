@@ -21,6 +21,8 @@ MOST = {
 
 LEAST_NUMBER, MOST_NUMBER = 1e-6, 1e12
 """Bounds of every positive number: no power, quotient or product of two overflows."""
+LEAST_MULTIPLIER, MOST_MULTIPLIER = 1e-3, 1e3
+"""Bounds of multipliers: squares of a residual stream that is divided by one stay far from overflow in float32."""
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -134,6 +136,8 @@ class GroupedAttention(_Part, frozen=True, tag="grouped"):
             raise ModelError(f"attention.heads {self.heads} is no multiple of attention.kv_heads {self.kv_heads}")
         if self.rope is not None and self.rope.dimensions > self.head_dim:
             raise ModelError(f"rope.dimensions {self.rope.dimensions} exceed attention.head_dim {self.head_dim}")
+        if self.score_scale is not None:
+            _check_numbers(self, "attention", "score_scale")
         if self.window is not None and not 1 <= self.window <= MOST["max_positions"]:
             raise ModelError(f"attention.window is {self.window}, allowed is 1..{MOST['max_positions']} positions")
 
@@ -276,11 +280,19 @@ class LayerSpec(_Part, frozen=True):
 
 
 class Multipliers(_Part, frozen=True):
-    """Granite's constants: of the embedding, of what a layer adds to the residual stream, of the logits."""
+    """Granite's constants: factors of the embedding and of what a layer adds to the residual stream; the logits are divided
+    by ``logits``."""
 
     embedding: float = 1.0
     residual: float = 1.0
     logits: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if not LEAST_MULTIPLIER <= getattr(self, name) <= MOST_MULTIPLIER:
+                raise ModelError(
+                    f"multipliers.{name} is {getattr(self, name)}, allowed is {LEAST_MULTIPLIER:g}..{MOST_MULTIPLIER:g}"
+                )
 
 
 class ModelSpec(_Part, frozen=True, dict=True):

@@ -40,7 +40,7 @@ def check_supported(spec: ModelSpec) -> None:
 
 def _unsupported(spec: ModelSpec) -> Iterator[str]:
     if spec.multipliers != Multipliers():
-        yield "it has multipliers"
+        yield from _of_multiplied(spec)
     attentions = {_without_window(layer.attention) for layer in spec.layers}
     if len(attentions) > 1:
         yield "its layers differ in attention"
@@ -50,6 +50,15 @@ def _unsupported(spec: ModelSpec) -> Iterator[str]:
 
 def _without_window(attention: GroupedAttention | LatentAttention) -> GroupedAttention | LatentAttention:
     return msgspec.structs.replace(attention, window=None) if isinstance(attention, GroupedAttention) else attention
+
+
+def _of_multiplied(spec: ModelSpec) -> Iterator[str]:
+    """What has norms of its own inside of a layer: the decoder divides the residual stream, and the epsilon of its norms."""
+    for layer in spec.layers:
+        if not isinstance(layer.attention, GroupedAttention):
+            yield "multipliers of a model with latent attention"
+        elif layer.attention.query_key_norm != "none":
+            yield "multipliers of a model with norms of queries and keys"
 
 
 def _of_layer(layer: LayerSpec) -> Iterator[str]:
@@ -73,8 +82,6 @@ def _of_layer(layer: LayerSpec) -> Iterator[str]:
 def _of_grouped(attention: GroupedAttention) -> Iterator[str]:
     if attention.head_dim % HEAD_DIMENSIONS:
         yield f"'head_dim' {attention.head_dim} (supported: multiples of {HEAD_DIMENSIONS})"
-    if attention.score_scale is not None and attention.score_scale != attention.head_dim**-0.5:
-        yield f"a score scale of {attention.score_scale:g}"
     if attention.gate:
         yield "gated attention"
     rope = attention.rope
