@@ -16,8 +16,9 @@ from elmoe.models.sizes import ModelSizes
 from elmoe.processors import processors
 from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
+from elmoe.sim.modelling import TODAY, Modelling
 from elmoe.sim.rows import row_of, static_watts
-from elmoe.sim.simulate import DRAFT_LENGTHS, Simulation
+from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import RoutingReplay
 from elmoe.systems.forms import FORMS, FormName, Odds, TableOdds, rival_odds
 from elmoe.trace.facts import RoutingFacts, read_facts
@@ -35,7 +36,8 @@ PAPER_ODDS = tuple(Odds(f"{value:g}", value, "published range") for value in (0.
 @dataclass(frozen=True)
 class Grid:
     """What to simulate. ``odds``: acceptances of elastic drafts, a row each; ``systems``: the first is the reference.
-    ``trace``: replayed in place of synthetic facts. ``drafters``: what the rivals draft with."""
+    ``trace``: replayed in place of synthetic facts. ``drafters``: what the rivals draft with. ``modelling``: what of the
+    engine's ways is simulated."""
 
     systems: tuple[Hardware, ...]
     models: tuple[str, ...]
@@ -43,7 +45,7 @@ class Grid:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     forms: tuple[FormName, ...] = FORMS
     odds: tuple[Odds | TableOdds, ...] = PAPER_ODDS
-    lengths: tuple[int, ...] = DRAFT_LENGTHS
+    modelling: Modelling = TODAY
     context: int = 1024
     steps: int = 24
     trace: Path | None = None
@@ -129,7 +131,7 @@ def batches_of_group(grid: Grid, model_name: str, prompts: str) -> Iterator[list
     """The same, batch size by batch size."""
     model = load_model(model_name)
     facts = facts_of(model, prompts, grid.trace)
-    simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
+    simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps, grid.modelling)
     machines = [Machine(hardware) for hardware in grid.systems]
     for batch in grid.batches:
         rows = []
@@ -143,7 +145,7 @@ def batches_of_group(grid: Grid, model_name: str, prompts: str) -> Iterator[list
                     "acceptance": None if odds is None else odds.label, "locality": facts.source,
                 }  # fmt: skip
                 try:
-                    priced = simulation.price(machine, form, batch, odds, grid.lengths)
+                    priced = simulation.price(machine, form, batch, odds)
                 except (BudgetError, HardwareError) as error:
                     rows.append(labels | {"error": str(error)})
                     continue
@@ -162,7 +164,7 @@ def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | Tabl
     for form in grid.forms:
         if form == "ar":
             yield form, None
-        elif form in ("elastic", "bit_axis"):
+        elif form in ("elastic", "bit_axis", "planned"):
             features = machine.hardware.features
             if features.expert_cache and features.bit_slices:
                 yield from ((form, odds) for odds in grid.odds)

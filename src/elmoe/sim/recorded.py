@@ -23,7 +23,8 @@ from elmoe.trace.summary import first_rows
 
 @dataclass
 class Counts:
-    """Of one phase: passes, tokens, expert uses by slice and tier, and bytes by tier."""
+    """Of one phase: passes, tokens, expert uses by slice and tier, and bytes by tier. ``foreseen``: missed slices to whose
+    experts the drafts of the step were routed, so that they may be read ahead."""
 
     passes: int = 0
     tokens: int = 0
@@ -33,6 +34,7 @@ class Counts:
     lsb_misses: int = 0
     fast_bytes: int = 0
     slow_bytes: int = 0
+    foreseen: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
     residents = None if slots is None else ReplayedResidents(layers, experts, slots, parameters)
     msb, lsb = np.array(sizes.msb), np.array(sizes.lsb)
     kept, first, positions = _kept_rows(trace), first_rows(trace), trace.column("position")
-    prompt = trace.column("phase") == "prefill"
+    prompt, sequence = trace.column("phase") == "prefill", trace.column("sequence")
     nothing, prediction = ResidentSet.empty(layers, experts), Prediction()
+    named, kinds = np.zeros((layers, experts), bool), 1 + (lsb > 0)
     for recorded in passes_of(trace):
         rows = recorded.rows
         routed, resident = ranked[rows], nothing if residents is None else residents.resident
@@ -90,6 +93,13 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
             setattr(counts, f"{name}_misses", getattr(counts, f"{name}_misses") + int(misses.sum()))
             counts.fast_bytes += int(hits @ size)
             counts.slow_bytes += int(misses @ size)
+        if recorded.phase == "draft":
+            named |= experts_used(routed[..., :top_k], experts)
+        ahead = [used & named & ~slices for slices in (resident.msb, resident.lsb)]
+        foreseen = [slices.sum(axis=1) if recorded.phase != "draft" else np.zeros(layers, np.int64) for slices in ahead]
+        counts.foreseen += int(foreseen[0].sum() + foreseen[1] @ (kinds > 1))
+        if recorded.phase != "draft":
+            named[:] = False
         pairs = np.full(layers, chosen.shape[0] * top_k)
         seen = float(positions[rows].sum() + len(rows))
         prediction.passes.append(
@@ -98,6 +108,7 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
                 {
                     "tokens": len(rows), "attended": seen, "cached": seen, "active": used.sum(axis=1), "pairs": pairs,
                     "blocks": pairs, "msb_hits": hit_counts["msb"], "lsb_hits": hit_counts["lsb"], "captured": 0.0,
+                    "sequences": len(np.unique(sequence[rows])), "msb_foreseen": foreseen[0], "lsb_foreseen": foreseen[1],
                 },
             )
         )  # fmt: skip

@@ -21,10 +21,15 @@ def write_timeline(grid: Grid, path: Path) -> None:
     hardware, form, batch = grid.systems[-1], grid.forms[-1], grid.batches[-1]
     model = load_model(grid.models[0])
     simulation = Simulation(
-        model, RoutingReplay(facts_of(model, grid.prompts[0], grid.trace)), grid.drafters, grid.context, grid.steps
+        model,
+        RoutingReplay(facts_of(model, grid.prompts[0], grid.trace)),
+        grid.drafters,
+        grid.context,
+        grid.steps,
+        grid.modelling,
     )
     odds = grid.odds[-1] if form == "elastic" else None
-    priced = simulation.price(Machine(hardware), form, batch, odds, grid.lengths)
+    priced = simulation.price(Machine(hardware), form, batch, odds)
     spans: list[Span] = []
     now = 0.0
     for step in range(min(STEPS, priced.workload.steps)):
