@@ -118,8 +118,7 @@ class PlannedRun:
         plan = planner.plan(batch, self._sizes, self._capacity, tier.counts)
         slots = plan.slots
         assert slots is not None
-        if slots != tier.slots:
-            tier.resize(slots)
+        tier.resize(slots)
         limit = plan.draft_length if tier.resident.msb.any(axis=1).all() else 0
         if not serving.has_room(limit):
             return None

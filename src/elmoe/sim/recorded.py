@@ -6,7 +6,7 @@ trace must rank all experts (`elmoe trace record --all-ranks`), for a draft may 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -59,8 +59,12 @@ class Prediction:
         return Passes(**{f.name: np.array([row[f.name] for row in rows], np.float64) for f in fields(Passes)})
 
 
-def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, parameters: ResidencyParameters) -> Prediction:
+def predict(
+    trace: Trace, slots: SlotPlan | Mapping[int, SlotPlan] | None, sizes: FastTierSizes, parameters: ResidencyParameters
+) -> Prediction:
     """Replay a trace from an empty fast tier with these slots (None: plain decoding, nothing is kept).
+
+    :param slots: of the whole run, or those of every step, as a planner that splits by rate chose them.
 
     :raises TraceError: the trace does not rank all experts, or a draft found too few residents.
     """
@@ -69,7 +73,8 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
     ranked = trace.routing()
     if slots is not None and trace.header.ranks < experts and (trace.column("phase") == "draft").any():
         raise TraceError("the trace does not rank all experts", "record it with --all-ranks")
-    residents = None if slots is None else ReplayedResidents(layers, experts, slots, parameters)
+    first_slots = next(iter(slots.values())) if isinstance(slots, Mapping) else slots
+    residents = None if first_slots is None else ReplayedResidents(layers, experts, first_slots, parameters)
     msb, lsb = np.array(sizes.msb), np.array(sizes.lsb)
     kept, first, positions = _kept_rows(trace), first_rows(trace), trace.column("position")
     prompt, sequence = trace.column("phase") == "prefill", trace.column("sequence")
@@ -77,6 +82,8 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
     named, kinds = np.zeros((layers, experts), bool), 1 + (lsb > 0)
     for recorded in passes_of(trace):
         rows = recorded.rows
+        if residents is not None and isinstance(slots, Mapping):
+            residents.resize(slots[recorded.step])
         routed, resident = ranked[rows], nothing if residents is None else residents.resident
         chosen = _masked(routed, resident.msb, top_k) if recorded.phase == "draft" else routed[..., :top_k]
         used = experts_used(chosen, experts)

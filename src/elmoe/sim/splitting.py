@@ -49,8 +49,7 @@ class ExpectedPasses:
         """Of so many tokens, by residents alone: each is chosen the more often, the fewer there are."""
         active, blocks = np.zeros(self.msb.shape), np.zeros(self.msb.shape)
         for count in np.unique(self.msb).tolist():
-            use = self._use[:count] * (self._top_k / max(1e-9, float(self._use[:count].sum())))
-            use = np.minimum(1.0, use)
+            use = _restricted(self._use[:count], self._top_k)
             used = self._touched(use, tokens)
             active[self.msb == count], blocks[self.msb == count] = used.sum(), self._blocks(use, used, tokens)
         none = np.zeros(self.msb.shape)
@@ -73,6 +72,20 @@ class ExpectedPasses:
             one * tokens, one * tokens * self._context, one * self._batch * self._context, active,
             layer * tokens * self._top_k, blocks, msb, lsb, one * 0, one * self._batch, msb_foreseen, lsb_foreseen,
         )  # fmt: skip
+
+
+def _restricted(use: Array, top_k: float) -> Array:
+    """How probably a token uses each of the experts it may use, ``top_k`` of them in all; none more than once."""
+    found = np.maximum(use, 1e-9)
+    for _ in range(len(use)):
+        free = found < 1
+        if not free.any():
+            break
+        scale = (top_k - (~free).sum()) / found[free].sum()
+        found = np.where(free, np.minimum(1.0, found * scale), 1.0)
+        if abs(found.sum() - top_k) < 1e-9:
+            break
+    return found
 
 
 def interleaved(passes: Sequence[Passes]) -> Passes:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from elmoe.errors import TraceError
 from elmoe.policy.budget import PREFILL_CHUNK, SlotPlan
 from elmoe.policy.planner import popularity
-from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, trimmed
+from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
 from elmoe.sim.trees import Tree, TreeShape, accepted_depth, tree_of
 from elmoe.systems.passes import Passes
 from elmoe.trace.facts import RoutingFacts
@@ -103,8 +103,7 @@ class RoutingReplay:
         serving = Serving(self, plan, acceptance)
         while serving.steps < plan.steps and serving.has_room(plan.draft_length):
             serving.begin(plan.draft_length)
-            for depth in range(plan.draft_length):
-                serving.draft(depth)
+            serving.draft_all()
             serving.verify(plan.draft_length)
         return serving.workload()
 
@@ -199,6 +198,27 @@ class Serving:
             chosen = self._chosen[:, depth] if self._tree is None else facts.chosen[sequences, positions]
             self.rows.draft(chosen, None if tier is None else tier.resident)
 
+    def draft_all(self) -> None:
+        """All draft passes of the step; those of chains at once."""
+        depths = range(self._plan.draft_length)
+        if self._tree is not None:
+            for depth in depths:
+                self.draft(depth)
+            return
+        resident = None if self.tier is None else self.tier.resident
+        if self._plan.draft == "resident":
+            assert self.tier is not None and resident is not None
+            ranked = self._facts.ranked[self._sequences[:, None], self._positions[:, :-1]]
+            flat = ranked.reshape(-1, *ranked.shape[2:])
+            self._named |= experts_used(flat[..., : self._facts.top_k], self._facts.experts)
+            chosen = self.tier.masked(flat, self._facts.top_k)
+            chosen = chosen.reshape(*ranked.shape[:2], *chosen.shape[1:])
+        elif self._plan.draft == "natural":
+            chosen = self._chosen[:, :-1]
+        else:
+            return
+        self.rows.draft_chain(chosen.swapaxes(0, 1), resident)
+
     def _with_stand_ins(self, positions: NDArray, counts: tuple[int, ...], depth: int) -> tuple[NDArray, NDArray]:
         """Positions and sequences of the tokens of a tree at a depth: that of the text itself, and for each further one a
         later position of the same sequence, whose routing stands for that of a token nobody wrote."""
@@ -270,19 +290,13 @@ class _Tier(ReplayedResidents):
         new_msb, new_lsb = self.resident.msb & ~before.msb, self.resident.lsb & ~before.lsb
         return float(new_msb.sum(axis=1) @ self._plan.msb_bytes + new_lsb.sum(axis=1) @ self._plan.lsb_bytes)
 
-    @property
-    def counts(self) -> NDArray[np.float64]:
-        """(layers, experts) counts of verified routing, as the planner takes them."""
-        return self._residency.popularity
-
-    def resize(self, slots: SlotPlan) -> None:
-        """Between steps: keep as many slices as these slots hold, the hottest, as the engine's tier does."""
-        self.slots = slots
-        self.resident = trimmed(self.resident, self.hotness, np.array(slots.msb), np.array(slots.lsb))
-
     def masked(self, ranked: NDArray, top_k: int) -> NDArray:
         """(tokens, layers, k): the best resident experts of a (tokens, layers, ranks) ranking; where the ranking holds fewer
         than k residents, the layer's hottest residents stand in."""
+        present = self.resident.msb[np.arange(ranked.shape[1])[:, None], ranked]
+        taken = present & (present.cumsum(axis=2, dtype=np.int32) <= top_k)
+        if taken.sum() == taken.shape[0] * taken.shape[1] * top_k:  # none has too few
+            return ranked[taken].reshape(*ranked.shape[:2], top_k)
         chosen, missing = best_residents(ranked, self.resident.msb, top_k)
         if missing.any():
             heat = np.where(self.resident.msb, self.hotness, -1.0)
@@ -316,6 +330,19 @@ class _Rows:
         """A draft pass."""
         self._add(self.drafts, chosen, resident)
 
+    def draft_chain(self, chosen: NDArray, resident: ResidentSet | None) -> None:
+        """Draft passes of (passes, tokens, layers, k) routings."""
+        passes, tokens, layers, top_k = chosen.shape
+        first = np.arange(passes)[:, None, None, None] * layers + np.arange(layers)[:, None]
+        flat = chosen.astype(np.int64) + first * self._experts
+        counts = np.bincount(flat.ravel(), minlength=passes * layers * self._experts).reshape(passes, layers, self._experts)
+        used, zero = counts > 0, np.zeros((passes, layers))
+        active, blocks = used.sum(axis=2), np.ceil(counts / self._plan.token_rows).sum(axis=2)
+        msb, lsb = zero, zero
+        if resident is not None:
+            msb, lsb = (used & resident.msb).sum(axis=2), (used & resident.lsb).sum(axis=2)
+        self.drafts += [self._row(tokens, top_k, active[i], blocks[i], msb[i], lsb[i]) for i in range(passes)]
+
     def captured(self, count: float) -> None:
         """Bytes kept from the last target pass."""
         self.targets[-1]["captured"] = count
@@ -328,16 +355,22 @@ class _Rows:
         counts = expert_counts(chosen, self._experts)
         used = counts > 0
         tokens = len(chosen)
-        context = self._plan.context
         zero = np.zeros(self._layers)
         rows.append(
-            {
-                "tokens": tokens, "attended": tokens * context, "cached": self._plan.batch * context,
-                "active": used.sum(axis=1), "pairs": np.full(self._layers, tokens * chosen.shape[2]),
-                "blocks": np.ceil(counts / self._plan.token_rows).sum(axis=1),
-                "msb_hits": zero if resident is None else (used & resident.msb).sum(axis=1),
-                "lsb_hits": zero if resident is None else (used & resident.lsb).sum(axis=1), "captured": 0.0,
-                "sequences": self._plan.batch, "msb_foreseen": zero, "lsb_foreseen": zero,
-            }
+            self._row(
+                tokens, chosen.shape[2], used.sum(axis=1), np.ceil(counts / self._plan.token_rows).sum(axis=1),
+                zero if resident is None else (used & resident.msb).sum(axis=1),
+                zero if resident is None else (used & resident.lsb).sum(axis=1),
+            )
         )  # fmt: skip
         return used
+
+    def _row(
+        self, tokens: int, top_k: int, active: NDArray, blocks: NDArray, msb_hits: NDArray, lsb_hits: NDArray
+    ) -> dict[str, NDArray | float]:
+        context, zero = self._plan.context, np.zeros(self._layers)
+        return {
+            "tokens": tokens, "attended": tokens * context, "cached": self._plan.batch * context, "active": active,
+            "pairs": np.full(self._layers, tokens * top_k), "blocks": blocks, "msb_hits": msb_hits, "lsb_hits": lsb_hits,
+            "captured": 0.0, "sequences": self._plan.batch, "msb_foreseen": zero, "lsb_foreseen": zero,
+        }  # fmt: skip
