@@ -127,11 +127,14 @@ def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]
     return [row for rows in batches_of_group(grid, model_name, prompts) for row in rows]
 
 
-def batches_of_group(grid: Grid, model_name: str, prompts: str) -> Iterator[list[dict[str, Any]]]:
-    """The same, batch size by batch size."""
+def batches_of_group(
+    grid: Grid, model_name: str, prompts: str, replay: RoutingReplay | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """The same, batch size by batch size. ``replay``: of the group's facts, if other grids share them."""
     model = load_model(model_name)
-    facts = facts_of(model, prompts, grid.trace)
-    simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps, grid.modelling)
+    replay = replay or RoutingReplay(facts_of(model, prompts, grid.trace))
+    facts = replay.facts
+    simulation = Simulation(model, replay, grid.drafters, grid.context, grid.steps, grid.modelling)
     machines = [Machine(hardware) for hardware in grid.systems]
     for batch in grid.batches:
         rows = []

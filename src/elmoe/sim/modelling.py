@@ -14,7 +14,9 @@ import msgspec
 
 from elmoe.models.sizes import ModelSizes
 from elmoe.models.spec import GroupedAttention
+from elmoe.schema.hardware import Hardware
 from elmoe.sim.trees import TreeShape
+from elmoe.systems.forms import FormName
 
 STAGING_EXPERTS = 16
 """Experts for which the fast memory has room beside the residents where slices are read ahead: the engine's default
@@ -36,6 +38,19 @@ class Modelling:
     trees: tuple[TreeShape, ...] = ()
     read_ahead: bool = True
     windows: bool = True
+
+    def relevant(self, model: ModelSizes, hardware: Hardware, form: FormName) -> Modelling:
+        """The same with options that have no say in a case as in ``BEFORE``: equal cases have equal prices."""
+        features, drafts = hardware.features, form in ("elastic", "planned")
+        return replace(
+            self,
+            split=self.split if features.bit_slices and features.expert_cache and form != "quant" else BEFORE.split,
+            embedding_rows=self.embedding_rows and not model.spec.tied_embeddings,
+            lengths=() if form in ("ar", "planned") else self.lengths,
+            trees=self.trees if form == "elastic" else (),
+            read_ahead=self.read_ahead and drafts and features.expert_cache and features.parallel_tiers,
+            windows=self.windows and without_windows(model) is not model,
+        )
 
 
 TODAY = Modelling()

@@ -72,12 +72,14 @@ class Draft:
 
 
 class Simulation:
-    """A model and its routing facts on machines. Workloads are kept by the replay, since many machines share them."""
+    """A model and its routing facts on machines. The replay keeps workloads and prices, which many machines and modellings
+    share."""
 
     def __init__(
         self, model: ModelSizes, replay: RoutingReplay, drafters: Drafters, context: int = 1024, steps: int = 24,
         modelling: Modelling = TODAY,
     ) -> None:  # fmt: skip
+        self._full = model
         self.model = model if modelling.windows else without_windows(model)
         self.replay, self.drafters, self.modelling = replay, drafters, modelling
         self.context, self.steps = context, steps
@@ -101,6 +103,20 @@ class Simulation:
 
         :raises HardwareError: the model does not fit. :raises BudgetError: the fast memory is too small to draft from.
         """
+        model = self._full
+        relevant = self.modelling.relevant(model, machine.hardware, form)
+        key = (
+            model.spec, tuple(sorted(model.formats.items())), relevant, machine.hardware, form, batch, acceptance, lengths,
+            self.drafters, self.context, self.steps,
+        )  # fmt: skip
+        if key not in self.replay.prices:
+            self.replay.prices[key] = self._best(machine, form, batch, acceptance, lengths)
+        found: Priced = self.replay.prices[key]
+        return found
+
+    def _best(
+        self, machine: Machine, form: FormName, batch: int, acceptance: Acceptance | None, lengths: tuple[int, ...] | None
+    ) -> Priced:
         self._check_fits(machine, form, batch)
         if form == "ar":
             return self._priced(machine, form, batch, Draft(), None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,12 +86,13 @@ class Workload:
 
 
 class RoutingReplay:
-    """Facts prepared for replays: what does not depend on a plan is computed once."""
+    """Facts prepared for replays: what does not depend on a plan is computed once. ``prices``: what was priced on them."""
 
     def __init__(self, facts: RoutingFacts, seed: int = ACCEPTANCE_SEED) -> None:
         self.facts = facts
         self.layers, self.experts = facts.ranked.shape[2], facts.experts
         self.luck = np.random.Generator(np.random.PCG64(seed)).random(facts.ranked.shape[:2])
+        self.prices: dict[Any, Any] = {}
         self._workloads: dict[tuple[Plan, Acceptance | None], Workload] = {}
         self._popularity: dict[int, NDArray[np.float64]] = {}
 
