@@ -42,13 +42,16 @@ def rows_of(scope: Scope, hardware: Iterable[Hardware], **named: Any) -> list[di
         return run_grid(grid, lambda done, total: bar(done, total))
 
 
-def study(name: str, run: Callable[[Scope], Section]) -> None:
-    """The command line of a study: ``--quick``, ``--out``."""
+def study(name: str, run: Callable[[Scope], Section], usual: Scope | None = None) -> None:
+    """The command line of a study: ``--quick``, ``--out``; ``--all`` where it usually covers less than everything."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--quick", action="store_true", help="one model, one prompt set, batch 1 and 8")
     parser.add_argument("--out", type=Path, default=FOLDER / f"{name}.json", help="section for `elmoe report`")
+    if usual is not None:
+        parser.add_argument("--all", action="store_true", help="all prompt sets and batch sizes")
     arguments = parser.parse_args()
-    section = run(QUICK if arguments.quick else Scope())
+    whole = usual is None or arguments.all
+    section = run(QUICK if arguments.quick else Scope() if whole else usual)
     write_section(section, arguments.out)
     print(f"{section.title}\n{section.verdict}\nwrote {arguments.out}; `elmoe report {arguments.out}` makes a page")
 

@@ -59,7 +59,7 @@ BEFORE = Modelling(
     split="msb_first", embedding_rows=False, lengths=(1, 2, 4, 8), read_ahead=False, windows=False
 )  # fmt: skip
 """The simulator before these options."""
-TREES = (TreeShape(4, 2, 8), TreeShape(4, 4, 16), TreeShape(8, 4, 24), TreeShape(8, 8, 48))
+TREES = (TreeShape(4, 4, 16), TreeShape(8, 8, 48))
 """Shapes of trees to choose from where trees are wanted."""
 
 
