@@ -24,7 +24,8 @@ from elmoe.trace.summary import first_rows
 @dataclass
 class Counts:
     """Of one phase: passes, tokens, expert uses by slice and tier, and bytes by tier. ``foreseen``: missed slices to whose
-    experts the drafts of the step were routed, so that they may be read ahead."""
+    experts the drafts of the step were routed, so that they may be read ahead. ``named``: slices that were not
+    resident and to whose experts they were routed, used or not."""
 
     passes: int = 0
     tokens: int = 0
@@ -35,6 +36,7 @@ class Counts:
     fast_bytes: int = 0
     slow_bytes: int = 0
     foreseen: int = 0
+    named: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def predict(
     kept, first, positions = _kept_rows(trace), first_rows(trace), trace.column("position")
     prompt, sequence = trace.column("phase") == "prefill", trace.column("sequence")
     nothing, prediction = ResidentSet.empty(layers, experts), Prediction()
-    named, kinds = np.zeros((layers, experts), bool), 1 + (lsb > 0)
+    named = np.zeros((layers, experts), bool)  # to which the step's drafts were routed
+    kinds = np.stack((msb > 0, lsb > 0))[:, :, None]
     for recorded in passes_of(trace):
         rows = recorded.rows
         if residents is not None and isinstance(slots, Mapping):
@@ -100,12 +103,14 @@ def predict(
             setattr(counts, f"{name}_misses", getattr(counts, f"{name}_misses") + int(misses.sum()))
             counts.fast_bytes += int(hits @ size)
             counts.slow_bytes += int(misses @ size)
+        foreseen = np.zeros((2, layers), np.int64)
         if recorded.phase == "draft":
             named |= experts_used(routed[..., :top_k], experts)
-        ahead = [used & named & ~slices for slices in (resident.msb, resident.lsb)]
-        foreseen = [slices.sum(axis=1) if recorded.phase != "draft" else np.zeros(layers, np.int64) for slices in ahead]
-        counts.foreseen += int(foreseen[0].sum() + foreseen[1] @ (kinds > 1))
-        if recorded.phase != "draft":
+        else:
+            lacking = named & ~np.stack((resident.msb, resident.lsb)) & kinds
+            foreseen = (used & lacking).sum(axis=2)
+            counts.foreseen += int(foreseen.sum())
+            counts.named += int(lacking.sum())
             named[:] = False
         pairs = np.full(layers, chosen.shape[0] * top_k)
         seen = float(positions[rows].sum() + len(rows))
