@@ -11,6 +11,7 @@ from elmoe.models.load import load_model
 from elmoe.sim.grid import Grid, facts_of
 from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import RoutingReplay
+from elmoe.systems.forms import rival_odds
 
 STEPS = 8
 
@@ -28,7 +29,7 @@ def write_timeline(grid: Grid, path: Path) -> None:
         grid.steps,
         grid.modelling,
     )
-    odds = grid.odds[-1] if form == "elastic" else None
+    odds = grid.odds[-1] if form in ("elastic", "planned") else None if form == "ar" else rival_odds(form, grid.drafters)
     priced = simulation.price(Machine(hardware), form, batch, odds)
     spans: list[Span] = []
     now = 0.0
