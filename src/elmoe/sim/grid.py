@@ -36,8 +36,8 @@ PAPER_ODDS = tuple(Odds(f"{value:g}", value, "published range") for value in (0.
 @dataclass(frozen=True)
 class Grid:
     """What to simulate. ``odds``: acceptances of elastic drafts, a row each; ``systems``: the first is the reference.
-    ``trace``: replayed in place of synthetic facts. ``drafters``: what the rivals draft with. ``modelling``: what of the
-    engine's ways is simulated."""
+    ``lengths``: draft lengths, None for those of the modelling. ``trace``: replayed in place of synthetic facts.
+    ``drafters``: what the rivals draft with. ``modelling``: what of the engine's ways is simulated."""
 
     systems: tuple[Hardware, ...]
     models: tuple[str, ...]
@@ -45,11 +45,12 @@ class Grid:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     forms: tuple[FormName, ...] = FORMS
     odds: tuple[Odds | TableOdds, ...] = PAPER_ODDS
-    modelling: Modelling = TODAY
+    lengths: tuple[int, ...] | None = None
     context: int = 1024
     steps: int = 24
     trace: Path | None = None
     drafters: Drafters = field(default_factory=load_drafters)
+    modelling: Modelling = TODAY
 
 
 def facts_of(model: ModelSizes, prompts: str, trace: Path | None = None) -> RoutingFacts:
@@ -148,7 +149,7 @@ def batches_of_group(
                     "acceptance": None if odds is None else odds.label, "locality": facts.source,
                 }  # fmt: skip
                 try:
-                    priced = simulation.price(machine, form, batch, odds)
+                    priced = simulation.price(machine, form, batch, odds, grid.lengths)
                 except (BudgetError, HardwareError) as error:
                     rows.append(labels | {"error": str(error)})
                     continue

@@ -50,7 +50,7 @@ class SimulationResult:
                 "systems": [hardware.name for hardware in grid.systems], "models": list(grid.models),
                 "prompts": list(grid.prompts), "batches": list(grid.batches), "forms": list(grid.forms),
                 "acceptances": [{"label": odds.label, "status": odds.status} for odds in grid.odds],
-                "context": grid.context, "draft_lengths": list(grid.modelling.lengths), "steps": grid.steps,
+                "context": grid.context, "draft_lengths": list(grid.lengths or grid.modelling.lengths), "steps": grid.steps,
                 "reference": grid.systems[0].name,
                 "constants": [
                     {

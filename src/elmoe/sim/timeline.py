@@ -30,7 +30,7 @@ def write_timeline(grid: Grid, path: Path) -> None:
         grid.modelling,
     )
     odds = grid.odds[-1] if form in ("elastic", "planned") else None if form == "ar" else rival_odds(form, grid.drafters)
-    priced = simulation.price(Machine(hardware), form, batch, odds)
+    priced = simulation.price(Machine(hardware), form, batch, odds, grid.lengths)
     spans: list[Span] = []
     now = 0.0
     for step in range(min(STEPS, priced.workload.steps)):
