@@ -46,8 +46,9 @@ def rows_of(scope: Scope, hardware: Iterable[Hardware], **named: Any) -> list[di
         return run_grid(grid, lambda done, total: bar(done, total))
 
 
-def study(name: str, run: Callable[[Scope], Section]) -> None:
-    """The command line of a study: ``--quick``, ``--out``, and whose locality the routing has."""
+def study(name: str, run: Callable[[Scope], Section], usual: Scope | None = None) -> None:
+    """The command line of a study: ``--quick``, ``--out``, and whose locality the routing has; ``--all`` where it usually
+    covers less than everything."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--quick", action="store_true", help="one model, one prompt set, batch 1 and 8")
     parser.add_argument("--out", type=Path, default=FOLDER / f"{name}.json", help="section for `elmoe report`")
@@ -55,8 +56,12 @@ def study(name: str, run: Callable[[Scope], Section]) -> None:
         "--locality", action="append", metavar="NAME", help="in place of the prompt sets; `model` is each model's own"
     )
     parser.add_argument("--batch-routing", choices=BATCH_ROUTINGS, default="fitted", help="how much sequences agree")
+    if usual is not None:
+        parser.add_argument("--all", action="store_true", help="all prompt sets and batch sizes")
     arguments = parser.parse_args()
-    scope = replace(QUICK if arguments.quick else Scope(), batch_routing=arguments.batch_routing)
+    whole = usual is None or arguments.all
+    scope = QUICK if arguments.quick else Scope() if whole else usual
+    scope = replace(scope, batch_routing=arguments.batch_routing)
     section = run(replace(scope, prompts=tuple(arguments.locality)) if arguments.locality else scope)
     write_section(section, arguments.out)
     print(f"{section.title}\n{section.verdict}\nwrote {arguments.out}; `elmoe report {arguments.out}` makes a page")

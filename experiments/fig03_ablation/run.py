@@ -25,7 +25,7 @@ ADDED: tuple[Case, ...] = (
     ("xPU", {}, "ar", False),
     ("+ dense parts in fast memory", {"fast_dense": True}, "ar", False),
     ("+ expert cache of whole experts", {"fast_dense": True, "expert_cache": True, "refill": True}, "ar", False),
-    ("+ MSB slices first", {"fast_dense": True, "expert_cache": True, "refill": True, "bit_slices": True}, "ar", False),
+    ("+ slices of 4 bits", {"fast_dense": True, "expert_cache": True, "refill": True, "bit_slices": True}, "ar", False),
     ("+ both memories at once", ALL, "ar", True),
     ("+ elastic drafts, truncated", ALL, "elastic", True),
     ("+ LSB augmentation", ALL, "elastic", False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from elmoe.models.spec import Dense, LayerSpec
 from elmoe.schema.constants import Bandwidth, Capacity
 from elmoe.schema.drafters import load_drafters
 from elmoe.schema.hardware import Features, Hardware
+from elmoe.sim.modelling import BEFORE, TODAY
 from elmoe.sim.simulate import Priced, Simulation
 from elmoe.sim.workload import RoutingReplay
 from elmoe.systems.forms import Odds, cost_of
@@ -20,6 +23,8 @@ from elmoe.systems.operations import operations, resample
 from elmoe.systems.xpu import lower
 from tests.physics.machines import EVERYTHING, MODEL, NOTHING, facts, hardware, known, memory
 
+ROW = 512 * 8.5 / 8
+"""Bytes of a row of the embedding table."""
 SIMULATION = Simulation(MODEL, RoutingReplay(facts()), load_drafters(), context=64, steps=16)
 
 
@@ -33,7 +38,7 @@ def test_plain_decoding_of_one_sequence_is_active_bytes_over_bandwidth():
     slow = hardware(main=memory(1e9, 64e9, 4e-12))
     run = price(slow, batch=1)
     layer = MODEL.layers[0]
-    weights = 4 * layer.bytes + MODEL.head_bytes + 4 * 4 * layer.expert_bytes
+    weights = 4 * layer.bytes + MODEL.head_bytes + 4 * 4 * layer.expert_bytes + ROW
     expected = (weights + 64 * MODEL.spec.kv_bytes_per_position) / 1e9
     assert run.seconds / run.tokens == pytest.approx(expected, rel=1e-12)
 
@@ -150,9 +155,13 @@ def test_acceptance_asked_for_is_the_acceptance_that_happens():
     assert run.workload.accepted / run.workload.judged == pytest.approx(0.7, abs=0.05)
 
 
-def test_drafts_read_nothing_from_the_main_memory():
-    run = price(hardware(EVERYTHING, fast=True), "elastic")
-    assert run.draft.traffic["main"].sum() == 0 and run.draft.traffic["fast"].sum() > 0
+def test_drafts_read_no_weights_from_the_main_memory():
+    """Nothing at all, or the embedding rows of their tokens."""
+    for modelling, row in ((replace(TODAY, read_ahead=False), ROW), (BEFORE, 0)):
+        simulation = Simulation(MODEL, RoutingReplay(facts()), load_drafters(), 64, 16, modelling)
+        run = simulation.price(Machine(hardware(EVERYTHING, fast=True)), "elastic", 4, Odds("0.8", 0.8, "assumed"))
+        drafted = 4 * run.workload.draft_passes * run.workload.steps
+        assert run.draft.traffic["main"].sum() == drafted * row and run.draft.traffic["fast"].sum() > 0
 
 
 def test_a_model_that_does_not_fit_is_refused_by_name():
@@ -181,7 +190,7 @@ def test_bytes_of_a_mixed_model_are_those_of_its_tensors():
     queries = MODEL.spec.hidden * (attention.query_width + 2 * attention.kv_width)
     fixed = 4 * layer.bytes - queries * (8.5 - 6.5625) / 8 + MODEL.embedding_parameters * 4.25 / 8
     bits = 4.25 + 8.5 + (2 * 4.625 + 6.5625) / 3 + 8.5
-    expected = fixed + 4 * weights * bits / 8 + 64 * MODEL.spec.kv_bytes_per_position
+    expected = fixed + 4 * weights * bits / 8 + ROW + 64 * MODEL.spec.kv_bytes_per_position
     assert run.seconds / run.tokens * 1e9 == pytest.approx(expected, rel=1e-12)
     passes = SIMULATION.replay.run(plan_of(batch=1)).target
     draft = next(op for op in operations(mixed, passes, Machine(slow), draft=True) if op.name == "experts")

@@ -194,6 +194,6 @@ def test_what_the_study_runs_is_what_the_documents_say():
     from elmoe.sim.simulate import DRAFT_LENGTHS
 
     method = (ROOT / "docs" / "simulator.md").read_text()
-    assert f"draft lengths {', '.join(map(str, DRAFT_LENGTHS))} per condition" in method
+    assert f"draft lengths {', '.join(map(str, DRAFT_LENGTHS))} per condition" in " ".join(method.split())
     *first, last = Grid((), (), ()).batches
     assert f"batch {', '.join(map(str, first))} and {last}," in (ROOT / "docs" / "performance.md").read_text()

@@ -41,6 +41,18 @@ def test_simulate_gives_a_row_for_each_case():
     assert row["joules_per_token"]["low"] < row["joules_per_token"]["high"]
 
 
+def test_the_simulator_of_before_the_planner_and_trees_can_be_asked_for():
+    data = ("simulate", *SMALL[:-1], "1", "--hardware", "xpu", "--hardware", "elmoe3d_8gb", "--acceptance", "0.6", "--json")
+    found = {}
+    for options in ((), ("--before",), ("--trees",)):
+        result = json.loads(run(*data, "--form", "ar", "--form", "elastic", "--form", "planned", *options).stdout)
+        found[options] = {r["form"]: r["speedup"] for r in result["rows"] if r["system"] == "elmoe3d_8gb"}
+        assert result["conditions"]["draft_lengths"] == ([1, 2, 4, 8] if options == ("--before",) else [1, 2, 4, 8, 12, 16])
+        assert [r["choice"] for r in result["rows"] if r["form"] == "planned"] == ["by the planner, as it runs"]
+    assert found["--before",]["ar"] < found[()]["ar"] == found["--trees",]["ar"]
+    assert found["--trees",]["elastic"] >= found[()]["elastic"]
+
+
 def test_the_tables_show_what_the_help_promises():
     data = ("simulate", *SMALL, "--hardware", "xpu", "--hardware", "elmoe3d_8gb", "--form", "ar")
     rows = [row for row in json.loads(run(*data, "--json").stdout)["rows"] if row["batch"] == 4]

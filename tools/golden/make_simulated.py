@@ -9,6 +9,7 @@ from typing import Any
 
 from elmoe.schema.hardware import load_hardware, preset_names
 from elmoe.sim.grid import Grid, run_grid
+from elmoe.sim.modelling import BEFORE
 from elmoe.sim.validation import box_checks, fused_moe_checks, preset_box_checks
 from elmoe.systems.forms import FORMS, Odds
 
@@ -24,7 +25,7 @@ def numbers(case: str) -> dict[str, float]:
         return {f"{index} {check.name}": check.predicted for index, check in enumerate(checks)}
     grid = Grid(
         tuple(load_hardware(name) for name in preset_names()), (case,), ("gsm8k",), (1, 6), FORMS,
-        (Odds("0.6", 0.6, "assumed"),), steps=6,
+        (Odds("0.6", 0.6, "assumed"),), steps=6, modelling=BEFORE,
     )  # fmt: skip
     found: dict[str, float] = {}
     for row in run_grid(grid, workers=1):

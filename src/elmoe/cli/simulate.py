@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,20 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Routing facts or a recording to replay instead of synthetic ones.")  # fmt: skip
 @click.option("--batch", type=IntegerList(), default="1,2,4,8,16", show_default=True, help="Sequences served at once.")
-@click.option("--form", "forms", multiple=True, type=click.Choice(["ar", "eagle", "small_lm", "quant", "elastic"]),
+@click.option("--form", "forms", multiple=True,
+              type=click.Choice(["ar", "eagle", "small_lm", "quant", "elastic", "planned"]),
               help="ar: plain decoding. Others, by what drafts: a one-layer head (eagle), a small model (small_lm), a 4-bit "
-              "copy (quant), experts in the fast memory (elastic) [default: all].")  # fmt: skip
+              "copy (quant), experts in the fast memory (elastic), the same when the engine's planner decides so (planned) "
+              "[default: all but planned].")  # fmt: skip
 @click.option("--acceptance", multiple=True, help="Of elastic drafts: a probability, or a measured table (`demo`, a file of "
               "`elmoe trace profile`); repeat it [default: 0.33, 0.6, 0.91, the paper's range].")  # fmt: skip
 @click.option(
     "--context", type=click.IntRange(1, 1 << 20), default=1024, show_default=True, help="Positions in every cache."
 )
+@click.option(
+    "--trees", is_flag=True, help="Elastic drafts may also be token trees; simulated only, the engine drafts chains."
+)
+@click.option("--before", is_flag=True, help="Simulate as version 0.1 did, not as the engine is today.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result for `elmoe report`.")
 @click.option(
     "--timeline", type=click.Path(dir_okay=False, path_type=Path), help="Write the last system's steps for Perfetto."
@@ -51,13 +58,14 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
 @json_option
 def command(
     hardware: tuple[str, ...], model: tuple[str, ...], prompts: tuple[str, ...], batch_routing: Any, trace: Path | None,
-    batch: tuple[int, ...], forms: tuple[Any, ...], acceptance: tuple[str, ...], context: int, out: Path | None,
-    timeline: Path | None, force: bool, show_preset: str | None, as_json: bool,
+    batch: tuple[int, ...], forms: tuple[Any, ...], acceptance: tuple[str, ...], context: int, trees: bool, before: bool,
+    out: Path | None, timeline: Path | None, force: bool, show_preset: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Simulate models on described hardware: tokens/s, joules and bytes per token, and the busiest unit."""
     from elmoe.files import check_output
     from elmoe.schema.hardware import load_hardware
     from elmoe.sim.grid import PAPER_ODDS, Grid, check_names, run_grid
+    from elmoe.sim.modelling import BEFORE, TODAY, TREES
     from elmoe.sim.result import SimulationResult, odds_of, write_result
     from elmoe.systems.forms import FORMS
 
@@ -72,7 +80,7 @@ def command(
     grid = Grid(
         tuple(load_hardware(name) for name in hardware), tuple(model), ("trace",) if trace else localities, batch,
         tuple(forms) or FORMS, tuple(odds_of(text) for text in acceptance) or PAPER_ODDS, context=context, trace=trace,
-        batch_routing=batch_routing,
+        batch_routing=batch_routing, modelling=replace(BEFORE if before else TODAY, trees=TREES if trees else ()),
     )  # fmt: skip
     check_names(grid)
     counts = (len(grid.systems), "systems"), (len(grid.models), "models"), (len(grid.prompts), "prompt sets"), \

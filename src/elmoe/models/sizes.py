@@ -1,7 +1,7 @@
 """How large a model is: weights, bytes in their formats, bytes of its cache, and work of its attention.
 
 Sums over the layers of a spec, which may differ. Norms, biases and attention sinks (below 0.1 % of the weights) and modules
-that predict further tokens are not counted. Windows are not counted either: every layer is taken to attend to all positions.
+that predict further tokens are not counted.
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ def attention_width(attention: GroupedAttention | LatentAttention) -> int:
 class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
     """One layer. Parts that it does not have count 0.
 
-    ``kv_bytes``: its cache of one position, fp16 (latent attention: the latent and the rotary key). ``attention_width``: see
-    :func:`attention_width`. ``shared_parameters``: weights of its shared experts, with their gate. ``expert_parameters``:
-    of one routed expert: gate, up and down projection.
+    ``kv_bytes``: its cache of one position, fp16 (latent attention: the latent and the rotary key). ``window``: positions
+    that a token attends to, None for all. ``attention_width``: see :func:`attention_width`. ``shared_parameters``: weights
+    of its shared experts, with their gate. ``expert_parameters``: of one routed expert: gate, up and down projection.
     """
 
     attention_parameters: int
     attention_width: int
     kv_bytes: int
+    window: int | None = None
     dense_parameters: int = 0
     router_parameters: int = 0
     shared_parameters: int = 0
@@ -120,6 +121,10 @@ class LayerSizes(msgspec.Struct, frozen=True, kw_only=True):
         return (
             matrices + self.dense_precision.bytes_of(self.dense_parameters) + self.router_parameters * self.router_bits / 8
         )
+
+    def cached_positions(self, context: int, computed: int = 1) -> int:
+        """Positions in its cache of a sequence of ``context`` positions, that a pass over the last ``computed`` needs."""
+        return context if self.window is None else min(context, self.window - 1 + computed)
 
     @property
     def expert_bits(self) -> tuple[float, ...]:
@@ -207,7 +212,9 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         hidden, found, attention = self.spec.hidden, layer.feed_forward, layer.attention
         common = LayerSizes(
             attention_parameters=attention_parameters(attention, hidden), attention_width=attention_width(attention),
-            kv_bytes=2 * attention.cache_values, attention_precision=self._attention(index),
+            kv_bytes=2 * attention.cache_values,
+            window=attention.window if isinstance(attention, GroupedAttention) else None,
+            attention_precision=self._attention(index),
             router_bits=sum(self._precision("routers").bits),
         )  # fmt: skip
         if isinstance(found, Dense):
@@ -262,6 +269,10 @@ class ModelSizes(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     def embedding_bytes(self) -> float:
         """Bytes of the embedding table, of which a token reads a row; tied, it is the head."""
         return self._precision("matrices", "embedding").bytes_of(self.embedding_parameters)
+
+    def cache_bytes(self, context: int, computed: int = 1) -> int:
+        """Bytes of the cache of a sequence: see :meth:`LayerSizes.cached_positions`."""
+        return sum(layer.kv_bytes * layer.cached_positions(context, computed) for layer in self.layers)
 
     @property
     def tables(self) -> int:

@@ -41,8 +41,12 @@ class Comparison:
     energy_over_prior: dict[str, float]
 
 
-def compare(rows: Iterable[dict[str, Any]], system: str = "elmoe3d_8gb", use_ar: bool = True) -> list[Comparison]:
-    """Every condition at every acceptance of the elastic drafts. ``use_ar`` off: always draft."""
+def compare(
+    rows: Iterable[dict[str, Any]], system: str = "elmoe3d_8gb", use_ar: bool = True, planned: bool = False
+) -> list[Comparison]:
+    """Every condition at every acceptance of the elastic drafts. Our system is in the better of its modes, which is known
+    afterwards; with ``planned`` in the mode that the engine's planner chose as it ran. ``use_ar`` off: always draft."""
+    drafts = "planned" if planned else "elastic"
     conditions: dict[Condition, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if "error" not in row:
@@ -52,7 +56,7 @@ def compare(rows: Iterable[dict[str, Any]], system: str = "elmoe3d_8gb", use_ar:
         ours = [row for row in group if row["system"] == system]
         prior = [row for row in group if row["system"] in RIVALS]
         bare = next((row for row in prior if row["system"] == "xpu" and row["form"] == "ar"), None)
-        labels = dict.fromkeys(row["acceptance"] for row in ours if row["form"] == "elastic")
+        labels = dict.fromkeys(row["acceptance"] for row in ours if row["form"] == drafts)
         if bare is None:
             continue
         fastest = max(prior, key=lambda row: row["tokens_per_second"])
@@ -60,8 +64,8 @@ def compare(rows: Iterable[dict[str, Any]], system: str = "elmoe3d_8gb", use_ar:
         for row in prior:
             rates[row["system"]] = max(rates.get(row["system"], 0.0), row["tokens_per_second"])
         for label in labels:
-            modes = [row for row in ours if row["form"] == "elastic" and row["acceptance"] == label]
-            modes += [row for row in ours if row["form"] == "ar" and use_ar]
+            modes = [row for row in ours if row["form"] == drafts and row["acceptance"] == label]
+            modes += [row for row in ours if row["form"] == "ar" and use_ar and not planned]
             mine = max(modes, key=lambda row: row["tokens_per_second"])
             joules = mine["joules_per_token"]
             result.append(

@@ -63,6 +63,9 @@ def overview(
     else:
         words.append(_assumption(comparisons))
         details = [*_by_model(comparisons), _rivals(comparisons), _priors(comparisons), *details]
+    planned = compare(rows, system, planned=True)
+    if planned:
+        words.append(_planned_words(planned, by_label, judged))
     words += [system_words(rows, reference), changed_words(conditions)]
     return Section(
         name="headline", title=f"{system} against the paper",
@@ -73,6 +76,20 @@ def overview(
         tables=(_against_paper(by_label, judged), *tables, _energy(comparisons, bool(missing)), *details),
         figures=(*_headline_figures(comparisons, bool(missing)), *figures), **common,
     )  # fmt: skip
+
+
+def _planned_words(planned: list[Comparison], by_label: dict[str, Any], judged: list[str]) -> str:
+    """What comes out where the mode is not chosen afterwards."""
+    found = summary(planned)
+
+    def told(name: str, label: str) -> str:
+        return f"{found[label][name][0]:.2f}x instead of {by_label[label][name][0]:.2f}x at {label}"
+
+    speeds = [f"{name} {', '.join(told(name, label) for label in found)}" for name in judged if "speed" in name]
+    return (
+        "The mode and the draft length above are the best ones, which are known afterwards. With those that the engine's "
+        f"planner chooses as it runs: {'; '.join(speeds)}."
+    )
 
 
 def _conditions(conditions: dict[str, Any]) -> str:

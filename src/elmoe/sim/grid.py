@@ -15,9 +15,10 @@ from elmoe.models.load import load_model
 from elmoe.processors import processors
 from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
+from elmoe.sim.modelling import TODAY, Modelling
 from elmoe.sim.routing import check_routing, facts_of, localities_of
 from elmoe.sim.rows import row_of, static_watts
-from elmoe.sim.simulate import DRAFT_LENGTHS, Simulation
+from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import RoutingReplay
 from elmoe.systems.forms import FORMS, FormName, Odds, TableOdds, rival_odds
 from elmoe.trace.batches import BatchRouting
@@ -31,8 +32,9 @@ PAPER_ODDS = tuple(Odds(f"{value:g}", value, "published range") for value in (0.
 class Grid:
     """What to simulate. ``odds``: acceptances of elastic drafts, a row each; ``systems``: the first is the reference.
     ``prompts``: localities of the routing, ``model`` for each model's own (see :mod:`elmoe.sim.routing`); ``batch_routing``:
-    how much the sequences of a batch agree. ``trace``: replayed in place of synthetic facts. ``drafters``: what the rivals
-    draft with."""
+    how much the sequences of a batch agree. ``lengths``: draft lengths, None for those of the modelling. ``trace``: replayed
+    in place of synthetic facts. ``drafters``: what the rivals draft with. ``modelling``: what of the engine's ways is
+    simulated."""
 
     systems: tuple[Hardware, ...]
     models: tuple[str, ...]
@@ -40,12 +42,13 @@ class Grid:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     forms: tuple[FormName, ...] = FORMS
     odds: tuple[Odds | TableOdds, ...] = PAPER_ODDS
-    lengths: tuple[int, ...] = DRAFT_LENGTHS
+    lengths: tuple[int, ...] | None = None
     context: int = 1024
     steps: int = 24
     trace: Path | None = None
     drafters: Drafters = field(default_factory=load_drafters)
     batch_routing: BatchRouting = "fitted"
+    modelling: Modelling = TODAY
 
 
 def run_grid(
@@ -111,11 +114,14 @@ def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]
     return [row for rows in batches_of_group(grid, model_name, prompts) for row in rows]
 
 
-def batches_of_group(grid: Grid, model_name: str, prompts: str) -> Iterator[list[dict[str, Any]]]:
-    """The same, batch size by batch size."""
+def batches_of_group(
+    grid: Grid, model_name: str, prompts: str, replay: RoutingReplay | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """The same, batch size by batch size. ``replay``: of the group's facts, if other grids share them."""
     model = load_model(model_name)
-    facts = facts_of(model, prompts, grid.trace, grid.batch_routing)
-    simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
+    replay = replay or RoutingReplay(facts_of(model, prompts, grid.trace, grid.batch_routing))
+    facts = replay.facts
+    simulation = Simulation(model, replay, grid.drafters, grid.context, grid.steps, grid.modelling)
     machines = [Machine(hardware) for hardware in grid.systems]
     for batch in grid.batches:
         rows = []
@@ -148,7 +154,7 @@ def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | Tabl
     for form in grid.forms:
         if form == "ar":
             yield form, None
-        elif form in ("elastic", "bit_axis"):
+        elif form in ("elastic", "bit_axis", "planned"):
             features = machine.hardware.features
             if features.expert_cache and features.bit_slices:
                 yield from ((form, odds) for odds in grid.odds)

@@ -6,7 +6,7 @@ trace must rank all experts (`elmoe trace record --all-ranks`), for a draft may 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -23,7 +23,9 @@ from elmoe.trace.summary import first_rows
 
 @dataclass
 class Counts:
-    """Of one phase: passes, tokens, expert uses by slice and tier, and bytes by tier."""
+    """Of one phase: passes, tokens, expert uses by slice and tier, and bytes by tier. ``foreseen``: missed slices to whose
+    experts the drafts of the step were routed, so that they may be read ahead. ``named``: slices that were not
+    resident and to whose experts they were routed, used or not."""
 
     passes: int = 0
     tokens: int = 0
@@ -33,6 +35,8 @@ class Counts:
     lsb_misses: int = 0
     fast_bytes: int = 0
     slow_bytes: int = 0
+    foreseen: int = 0
+    named: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,12 @@ class Prediction:
         return Passes(**{f.name: np.array([row[f.name] for row in rows], np.float64) for f in fields(Passes)})
 
 
-def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, parameters: ResidencyParameters) -> Prediction:
+def predict(
+    trace: Trace, slots: SlotPlan | Mapping[int, SlotPlan] | None, sizes: FastTierSizes, parameters: ResidencyParameters
+) -> Prediction:
     """Replay a trace from an empty fast tier with these slots (None: plain decoding, nothing is kept).
+
+    :param slots: of the whole run, or those of every step, as a planner that splits by rate chose them.
 
     :raises TraceError: the trace does not rank all experts, or a draft found too few residents.
     """
@@ -67,13 +75,18 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
     ranked = trace.routing()
     if slots is not None and trace.header.ranks < experts and (trace.column("phase") == "draft").any():
         raise TraceError("the trace does not rank all experts", "record it with --all-ranks")
-    residents = None if slots is None else ReplayedResidents(layers, experts, slots, parameters)
+    first_slots = next(iter(slots.values())) if isinstance(slots, Mapping) else slots
+    residents = None if first_slots is None else ReplayedResidents(layers, experts, first_slots, parameters)
     msb, lsb = np.array(sizes.msb), np.array(sizes.lsb)
     kept, first, positions = _kept_rows(trace), first_rows(trace), trace.column("position")
-    prompt = trace.column("phase") == "prefill"
+    prompt, sequence = trace.column("phase") == "prefill", trace.column("sequence")
     nothing, prediction = ResidentSet.empty(layers, experts), Prediction()
+    named = np.zeros((layers, experts), bool)  # to which the step's drafts were routed
+    kinds = np.stack((msb > 0, lsb > 0))[:, :, None]
     for recorded in passes_of(trace):
         rows = recorded.rows
+        if residents is not None and isinstance(slots, Mapping):
+            residents.resize(slots[recorded.step])
         routed, resident = ranked[rows], nothing if residents is None else residents.resident
         chosen = _masked(routed, resident.msb, top_k) if recorded.phase == "draft" else routed[..., :top_k]
         used = experts_used(chosen, experts)
@@ -90,6 +103,15 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
             setattr(counts, f"{name}_misses", getattr(counts, f"{name}_misses") + int(misses.sum()))
             counts.fast_bytes += int(hits @ size)
             counts.slow_bytes += int(misses @ size)
+        foreseen = np.zeros((2, layers), np.int64)
+        if recorded.phase == "draft":
+            named |= experts_used(routed[..., :top_k], experts)
+        else:
+            lacking = named & ~np.stack((resident.msb, resident.lsb)) & kinds
+            foreseen = (used & lacking).sum(axis=2)
+            counts.foreseen += int(foreseen.sum())
+            counts.named += int(lacking.sum())
+            named[:] = False
         pairs = np.full(layers, chosen.shape[0] * top_k)
         seen = float(positions[rows].sum() + len(rows))
         prediction.passes.append(
@@ -98,6 +120,7 @@ def predict(trace: Trace, slots: SlotPlan | None, sizes: FastTierSizes, paramete
                 {
                     "tokens": len(rows), "attended": seen, "cached": seen, "active": used.sum(axis=1), "pairs": pairs,
                     "blocks": pairs, "msb_hits": hit_counts["msb"], "lsb_hits": hit_counts["lsb"], "captured": 0.0,
+                    "sequences": len(np.unique(sequence[rows])), "msb_foreseen": foreseen[0], "lsb_foreseen": foreseen[1],
                 },
             )
         )  # fmt: skip

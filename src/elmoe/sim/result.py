@@ -51,7 +51,7 @@ class SimulationResult:
                 "prompts": list(grid.prompts), "batches": list(grid.batches), "forms": list(grid.forms),
                 "batch_routing": grid.batch_routing,
                 "acceptances": [{"label": odds.label, "status": odds.status} for odds in grid.odds],
-                "context": grid.context, "draft_lengths": list(grid.lengths), "steps": grid.steps,
+                "context": grid.context, "draft_lengths": list(grid.lengths or grid.modelling.lengths), "steps": grid.steps,
                 "reference": grid.systems[0].name,
                 "constants": [
                     {

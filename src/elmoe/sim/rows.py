@@ -9,6 +9,8 @@ import msgspec
 from elmoe.hw.machine import Machine
 from elmoe.sim.simulate import Priced
 
+AFTERWARDS, AS_IT_RUNS = "best of all, afterwards", "by the planner, as it runs"
+"""How the draft length of a row was chosen."""
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0, le=1e300)]
 
@@ -69,8 +71,9 @@ def row_of(priced: Priced, machine: Machine, labels: dict[str, Any], static_watt
     per_token = sum(dynamic.values())
     return labels | {
         "draft_length": workload.draft_passes,
+        "choice": AFTERWARDS if workload.drafting is None else AS_IT_RUNS, "drafting_steps": workload.drafting,
         "tokens_per_second": tokens / seconds,
-        "tokens_per_step": tokens / workload.steps / float(workload.target.tokens[0]) * (1 + workload.draft_passes),
+        "tokens_per_step": tokens / workload.steps / float(workload.target.sequences[0]),
         "acceptance_measured": workload.accepted / workload.judged if workload.judged else None,
         "resident_share": workload.resident if machine.hardware.features.expert_cache else None,
         "msb_hit_rate": workload.msb_hit_rate if machine.hardware.features.expert_cache else None,

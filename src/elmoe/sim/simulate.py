@@ -9,22 +9,29 @@ import msgspec
 import numpy as np
 
 from elmoe.errors import BudgetError, HardwareError
-from elmoe.hw.cost import Cost
+from elmoe.hw.cost import Array, Cost
 from elmoe.hw.machine import Machine
 from elmoe.models.sizes import ModelSizes
-from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
+from elmoe.policy.budget import FastTierSizes, SlotPlan, TierShape, check_budget, plan_slots
+from elmoe.policy.planner import splits
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.schema.drafters import Drafters
+from elmoe.sim.modelling import STAGING_EXPERTS, TODAY, Modelling, without_windows
+from elmoe.sim.planned import PlannedRun
+from elmoe.sim.splitting import ExpectedPasses, interleaved
+from elmoe.sim.trees import Tree, TreeShape, expected_depth, tree_of
 from elmoe.sim.workload import Acceptance, DraftKind, Plan, RoutingReplay, TierPlan, Workload
+from elmoe.systems import elmoe3d
 from elmoe.systems.forms import COPY, FormName, draft_cost, draft_model_bytes, target_cost
 from elmoe.systems.operations import resample
+from elmoe.systems.passes import Passes
 from elmoe.units import format_bytes
 
-DRAFT_LENGTHS = (1, 2, 4, 8)
+DRAFT_LENGTHS = TODAY.lengths
 """Each speculative form takes the best of these per condition, rivals too."""
 DRAFTS: dict[FormName, DraftKind] = {
     "ar": "none", "eagle": "external", "small_lm": "external", "quant": "natural", "elastic": "resident",
-    "bit_axis": "natural",
+    "bit_axis": "natural", "planned": "resident",
 }  # fmt: skip
 
 
@@ -52,16 +59,33 @@ class Priced:
         return int(self.workload.committed.sum())
 
 
+@dataclass(frozen=True)
+class Draft:
+    """How to draft: tokens in a row, or a tree as deep."""
+
+    length: int = 0
+    tree: TreeShape | None = None
+
+    def grown(self, odds: tuple[float, ...]) -> Tree:
+        """The tree, by the acceptance of a first choice at each depth; a chain is one of width 1."""
+        return tree_of(self.tree or TreeShape(self.length), odds)
+
+
 class Simulation:
-    """A model and its routing facts on machines; workloads are kept, since many machines share them."""
+    """A model and its routing facts on machines. The replay keeps workloads and prices, which many machines and modellings
+    share."""
 
     def __init__(
-        self, model: ModelSizes, replay: RoutingReplay, drafters: Drafters, context: int = 1024, steps: int = 24
-    ) -> None:
-        self.model, self.replay, self.drafters = model, replay, drafters
+        self, model: ModelSizes, replay: RoutingReplay, drafters: Drafters, context: int = 1024, steps: int = 24,
+        modelling: Modelling = TODAY,
+    ) -> None:  # fmt: skip
+        self._full = model
+        self.model = model if modelling.windows else without_windows(model)
+        self.replay, self.drafters, self.modelling = replay, drafters, modelling
         self.context, self.steps = context, steps
-        self._workloads: dict[Any, Workload] = {}
         self.sampled = replay.facts.ranked.shape[2]
+        self.picked = np.linspace(0, len(model.moe_layers) - 1, self.sampled).round().astype(int)
+        """The MoE layers that the facts' layers stand for."""
         facts = replay.facts
         spec = model.spec
         if (facts.experts, facts.top_k) != (spec.experts, spec.top_k):
@@ -73,64 +97,171 @@ class Simulation:
 
     def price(
         self, machine: Machine, form: FormName, batch: int, acceptance: Acceptance | None = None,
-        lengths: tuple[int, ...] = DRAFT_LENGTHS,
+        lengths: tuple[int, ...] | None = None,
     ) -> Priced:  # fmt: skip
-        """The best of the draft lengths by tokens per second.
+        """The best of the draft lengths (those of the modelling, and its trees, unless given) by tokens per second.
 
         :raises HardwareError: the model does not fit. :raises BudgetError: the fast memory is too small to draft from.
         """
+        model = self._full
+        relevant = self.modelling.relevant(model, machine.hardware, form)
+        key = (
+            model.spec, tuple(sorted(model.formats.items())), relevant, machine.hardware, form, batch, acceptance, lengths,
+            self.drafters, self.context, self.steps,
+        )  # fmt: skip
+        if key not in self.replay.prices:
+            self.replay.prices[key] = self._best(machine, form, batch, acceptance, lengths)
+        found: Priced = self.replay.prices[key]
+        return found
+
+    def _best(
+        self, machine: Machine, form: FormName, batch: int, acceptance: Acceptance | None, lengths: tuple[int, ...] | None
+    ) -> Priced:
         self._check_fits(machine, form, batch)
         if form == "ar":
-            return self._priced(machine, form, batch, 0, None)
-        candidates = [self._priced(machine, form, batch, length, acceptance) for length in lengths]
+            return self._priced(machine, form, batch, Draft(), None)
+        if form == "planned":
+            assert acceptance is not None
+            return Priced(*PlannedRun(self, machine, batch, acceptance).serve())
+        drafts = [Draft(length) for length in lengths or self.modelling.lengths]
+        if lengths is None and form == "elastic":
+            drafts += [Draft(tree.depth, tree) for tree in self.modelling.trees]
+        candidates = [self._priced(machine, form, batch, draft, acceptance) for draft in drafts]
         return max(candidates, key=lambda priced: priced.tokens / priced.seconds)
 
-    def _priced(self, machine: Machine, form: FormName, batch: int, length: int, acceptance: Acceptance | None) -> Priced:
-        tier = self._tier(machine, form, batch)
-        plan = Plan(batch, DRAFTS[form], length, self.context, machine.token_rows, self.steps, tier)
-        key = (plan, acceptance)
-        if key not in self._workloads:
-            self._workloads[key] = self.replay.run(plan, acceptance)
-        workload = self._workloads[key]
+    def _priced(self, machine: Machine, form: FormName, batch: int, draft: Draft, acceptance: Acceptance | None) -> Priced:
+        tier = self._tier(machine, form, batch, draft, acceptance)
+        plan = self.plan(machine, form, batch, draft, tier)
+        workload = self.replay.kept(plan, acceptance)
         passes = workload.target
         if form == "quant":  # the fast memory holds experts of the copy, of no use to the target
             passes = replace(passes, msb_hits=np.zeros_like(passes.active), lsb_hits=np.zeros_like(passes.active))
-        target = target_cost(machine, self.model, passes)
-        if form == "ar":
-            return Priced(workload, None, target)
-        if workload.draft is not None:
-            draft = draft_cost(form, machine, self.model, self.drafters, workload.draft, workload.draft.tokens)
-            draft = _per_step(draft, workload.steps)
-        else:
-            tokens = np.full(workload.steps, float(batch))
-            draft = draft_cost(form, machine, self.model, self.drafters, None, tokens).times(length)
-        return Priced(workload, draft, target)
+        room = 0.0 if tier is None else tier.room
+        return Priced(workload, *self.costs(machine, form, passes, workload.draft, batch, draft.length, room))
 
-    def _tier(self, machine: Machine, form: FormName, batch: int) -> TierPlan | None:
+    def plan(self, machine: Machine, form: FormName, batch: int, draft: Draft, tier: TierPlan | None) -> Plan:
+        """What to replay."""
+        kind = DRAFTS[form]
+        return Plan(batch, kind, draft.length, self.context, machine.token_rows, self.steps, tier, draft.tree)
+
+    def costs(
+        self, machine: Machine, form: FormName, target: Passes, draft: Passes | None, batch: int, length: int,
+        room: float | Array,
+    ) -> tuple[Cost | None, Cost]:  # fmt: skip
+        """(steps,) costs of drafting and of the target passes, one of a step.
+
+        :param draft: passes of the target's experts that draft, equally many of every step. :param room: bytes of fast
+            memory beside the residents.
+        """
+        rows = self.modelling.embedding_rows
+        if form == "ar" or not length:
+            return None, target_cost(machine, self.model, target, rows)
+        steps = len(target.tokens)
+        if draft is None:
+            tokens = np.full(steps, float(batch))
+            drafting = draft_cost(form, machine, self.model, self.drafters, None, tokens, rows).times(length)
+            return drafting, target_cost(machine, self.model, target, rows)
+        each = draft_cost(form, machine, self.model, self.drafters, draft, draft.tokens, rows)
+        drafting = _per_step(each, steps)
+        if not self.reads_ahead(machine, form):
+            return drafting, target_cost(machine, self.model, target, rows)
+        behind_first = each.latency.reshape(steps, -1)[:, 1:].sum(axis=1)
+        return self._ahead(machine, target, drafting, behind_first, room)
+
+    def _ahead(
+        self, machine: Machine, target: Passes, drafting: Cost, seconds: Array, room: float | Array
+    ) -> tuple[Cost, Cost]:
+        """Costs where slices are read ahead."""
+        layers, rows = self.model.moe_layers, self.modelling.embedding_rows
+        msb, lsb = (
+            resample([getattr(layer, kind) for layer in layers], self.sampled) for kind in ("msb_bytes", "lsb_bytes")
+        )
+        missing = (target.msb_foreseen @ msb + target.lsb_foreseen @ lsb) * (len(layers) / self.sampled)
+        ahead, share = elmoe3d.read_ahead(machine, missing, seconds, room)
+        all_foreseen = elmoe3d.with_ahead(target, np.maximum(share, elmoe3d.FORESIGHT))
+        cost, floor = (
+            target_cost(machine, self.model, passes, rows) for passes in (elmoe3d.with_ahead(target, share), all_foreseen)
+        )
+        return drafting.beside(ahead), elmoe3d.streamed(cost, floor)
+
+    def reads_ahead(self, machine: Machine, form: FormName) -> bool:
+        """Whether drafts let slices be read before verification needs them."""
+        features = machine.hardware.features
+        return (
+            self.modelling.read_ahead
+            and form in ("elastic", "planned")
+            and features.expert_cache
+            and features.parallel_tiers
+        )
+
+    def _tier(
+        self, machine: Machine, form: FormName, batch: int, draft: Draft, acceptance: Acceptance | None
+    ) -> TierPlan | None:
         """What of the fast memory is left for experts, and how it is managed."""
         hardware, model = machine.hardware, self.model
         if hardware.fast is None or not hardware.features.expert_cache or not model.moe_layers:
             return None
-        sizes = self._sizes(machine, form, batch)
-        slices = hardware.features.bit_slices or form == "quant"
+        sizes = self.sizes(machine, form, batch, 1 + draft.length)
         capacity = int(hardware.fast.capacity.value)
         if form != "elastic" and sizes.fixed <= capacity < sizes.minimum:
             return None  # KV first: what is left would not make a draft, and is left unused
-        slots = plan_slots(capacity, sizes, "msb_first" if slices else "whole_experts")
-        picked = np.linspace(0, len(model.moe_layers) - 1, self.sampled).round().astype(int)
-        sampled = SlotPlan(tuple(slots.msb[i] for i in picked), tuple(slots.lsb[i] for i in picked), slots.bytes)
+        sliced = hardware.features.bit_slices
+        if self.modelling.split == "by_rate" and sliced and form != "quant":
+            slots = self._slots_by_rate(machine, form, batch, draft, acceptance, sizes, capacity)
+        else:
+            slots = plan_slots(capacity, sizes, "msb_first" if sliced or form == "quant" else "whole_experts")
+        return self.tier_of(machine, form, slots, sizes, capacity)
+
+    def tier_of(self, machine: Machine, form: FormName, slots: SlotPlan, sizes: FastTierSizes, capacity: int) -> TierPlan:
+        """The fast memory with these slots, its policy, and its room."""
+        features = machine.hardware.features
         policy = (
             ResidencyParameters("static")
-            if not hardware.features.refill
-            else (ResidencyParameters() if slices else ResidencyParameters("lru"))
+            if not features.refill
+            else (ResidencyParameters() if features.bit_slices or form == "quant" else ResidencyParameters("lru"))
         )
         msb, lsb = (tuple(resample(one, self.sampled).tolist()) for one in (sizes.msb, sizes.lsb))
-        return TierPlan(sampled, policy, msb, lsb)
+        room = float(capacity - slots.bytes + sizes.staging) if self.reads_ahead(machine, form) else 0.0
+        return TierPlan(self.sampled_slots(slots), policy, msb, lsb, room)
 
-    def _sizes(self, machine: Machine, form: FormName, batch: int) -> FastTierSizes:
+    def sampled_slots(self, slots: SlotPlan) -> SlotPlan:
+        """The slots of the facts' layers."""
+        picked = self.picked
+        return SlotPlan(tuple(slots.msb[i] for i in picked), tuple(slots.lsb[i] for i in picked), slots.bytes)
+
+    def _slots_by_rate(
+        self, machine: Machine, form: FormName, batch: int, draft: Draft, acceptance: Acceptance | None,
+        sizes: FastTierSizes, capacity: int,
+    ) -> SlotPlan:  # fmt: skip
+        """The slots of the highest modelled rate (see ``sim/splitting.py``)."""
+        check_budget(capacity, sizes, sizes.minimum)
+        candidates = [
+            replace(one, bytes=one.bytes + sizes.fixed) for one in splits(TierShape.of(sizes), capacity - sizes.fixed)
+        ]
+        expected = ExpectedPasses(
+            self.replay.popularity(batch), candidates, self.picked, batch, self.context, machine.token_rows
+        )
+        committed, tokens, drafted, passes = np.full(len(candidates), float(batch)), batch, 0, None
+        if acceptance is not None and draft.length:
+            odds = [tuple(acceptance(share, depth) for depth in range(1, draft.length + 1)) for share in expected.shares]
+            tree = draft.grown(odds[0])
+            committed += batch * np.array([expected_depth(draft.grown(each), each) for each in odds])
+            tokens += batch * tree.tokens
+            if DRAFTS[form] == "resident":
+                drafted = batch * sum(tree.expanded)
+                passes = interleaved([expected.draft(batch * count) for count in tree.expanded])
+        room = np.array([capacity - one.bytes + sizes.staging for one in candidates], np.float64)
+        drafting, target = self.costs(machine, form, expected.target(tokens, drafted), passes, batch, draft.length, room)
+        seconds = target.latency if drafting is None else drafting.latency + target.latency
+        return candidates[int((committed / seconds).argmax())]
+
+    def sizes(self, machine: Machine, form: FormName, batch: int, computed: int) -> FastTierSizes:
+        """What competes for the fast memory. ``computed``: tokens of a sequence in a target pass."""
         model, layers, spec = self.model, self.model.moe_layers, self.model.spec
-        kv = batch * self.context * spec.kv_bytes_per_position
+        kv = batch * model.cache_bytes(self.context, computed)
         dense = model.dense_bytes + draft_model_bytes(form, model, self.drafters)
+        if self.modelling.embedding_rows and not spec.tied_embeddings:
+            dense -= model.embedding_bytes
         if not machine.hardware.features.fast_dense:
             dense = kv = 0
         if form == "quant":
@@ -138,11 +269,14 @@ class Simulation:
                 msgspec.structs.replace(one, expert_precision=one.expert_precision.at_most(COPY)) for one in layers
             )
         msb, lsb = tuple(int(layer.msb_bytes) for layer in layers), tuple(int(layer.lsb_bytes) for layer in layers)
-        return FastTierSizes(int(dense), kv, 0, msb, lsb, spec.experts, spec.top_k)
+        staging = 0
+        if self.reads_ahead(machine, form):
+            staging = STAGING_EXPERTS * max(one + other for one, other in zip(msb, lsb, strict=True))
+        return FastTierSizes(int(dense), kv, staging, msb, lsb, spec.experts, spec.top_k)
 
     def _check_fits(self, machine: Machine, form: FormName, batch: int) -> None:
         hardware, model = machine.hardware, self.model
-        kv = batch * self.context * model.spec.kv_bytes_per_position
+        kv = batch * model.cache_bytes(self.context)
         needed = model.total_bytes + kv + draft_model_bytes(form, model, self.drafters)
         if form == "quant":
             needed += COPY.bytes_of(model.parameters)

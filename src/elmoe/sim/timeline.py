@@ -12,6 +12,7 @@ from elmoe.sim.grid import Grid
 from elmoe.sim.routing import facts_of, localities_of
 from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import RoutingReplay
+from elmoe.systems.forms import rival_odds
 
 STEPS = 8
 
@@ -22,9 +23,9 @@ def write_timeline(grid: Grid, path: Path) -> None:
     hardware, form, batch = grid.systems[-1], grid.forms[-1], grid.batches[-1]
     model = load_model(grid.models[0])
     prompts = grid.prompts[0] if grid.trace else localities_of(grid.models[0], grid.prompts)[0]
-    facts = facts_of(model, prompts, grid.trace, grid.batch_routing)
-    simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
-    odds = grid.odds[-1] if form == "elastic" else None
+    replay = RoutingReplay(facts_of(model, prompts, grid.trace, grid.batch_routing))
+    simulation = Simulation(model, replay, grid.drafters, grid.context, grid.steps, grid.modelling)
+    odds = grid.odds[-1] if form in ("elastic", "planned") else None if form == "ar" else rival_odds(form, grid.drafters)
     priced = simulation.price(Machine(hardware), form, batch, odds, grid.lengths)
     spans: list[Span] = []
     now = 0.0

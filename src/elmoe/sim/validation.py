@@ -45,7 +45,7 @@ def passes_of_experts(model: ModelSizes, tokens: float, active: float, context: 
     blocks = active * np.ceil(pairs / max(active, 1) / rows)
     return Passes(
         one * tokens, one * tokens * context, one * context, layer * active, layer * pairs, layer * blocks, layer * 0,
-        layer * 0, one * 0,
+        layer * 0, one * 0, one, layer * 0, layer * 0,
     )  # fmt: skip
 
 

@@ -5,16 +5,18 @@ Nothing here knows of seconds or joules, so one workload is priced on many machi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.errors import TraceError
 from elmoe.policy.budget import PREFILL_CHUNK, SlotPlan
-from elmoe.policy.residency import ResidencyParameters, ResidentSet
+from elmoe.policy.planner import popularity
+from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
+from elmoe.sim.trees import Tree, TreeShape, accepted_depth, tree_of
 from elmoe.systems.passes import Passes
 from elmoe.trace.facts import RoutingFacts
 from elmoe.trace.residents import ReplayedResidents, best_residents, expert_counts, experts_used
@@ -29,18 +31,21 @@ Acceptance = Callable[[float, int], float]
 
 @dataclass(frozen=True)
 class TierPlan:
-    """Slots of the fast memory for the facts' layers, the residency policy, and bytes of an expert's slices by layer."""
+    """Slots of the fast memory for the facts' layers, the residency policy, and bytes of an expert's slices by layer.
+    ``room``: bytes of the fast memory beside the residents, for slices on their way."""
 
     slots: SlotPlan
     parameters: ResidencyParameters
     msb_bytes: tuple[float, ...]
     lsb_bytes: tuple[float, ...]
+    room: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
 class Plan:
     """How to serve: ``batch`` sequences in lock-step, ``draft_length`` tokens drafted per step, ``context`` positions in
-    every KV cache, ``token_rows`` of a PE, and at most ``steps``."""
+    every KV cache, ``token_rows`` of a PE, and at most ``steps``. ``tree``: drafts are trees of that shape, as deep as the
+    draft length."""
 
     batch: int
     draft: DraftKind = "none"
@@ -49,6 +54,7 @@ class Plan:
     token_rows: int = 16
     steps: int = 24
     tier: TierPlan | None = None
+    tree: TreeShape | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Workload:
     """Passes of a run: one target pass per step, and the draft passes (None without drafts by the target's experts).
 
     ``committed`` (steps,): tokens kept. ``accepted``, ``judged``: draft tokens over the run. ``draft_passes``: per step.
+    ``drafting``: share of the steps that drafted, where a planner decided; ``draft_passes`` is then their mean.
     """
 
     target: Passes
@@ -65,6 +72,7 @@ class Workload:
     judged: int
     draft_passes: int
     resident: float = field(default=0.0)
+    drafting: float | None = None
 
     @property
     def steps(self) -> int:
@@ -78,75 +86,195 @@ class Workload:
 
 
 class RoutingReplay:
-    """Facts prepared for replays: what does not depend on a plan is computed once."""
+    """Facts prepared for replays: what does not depend on a plan is computed once. ``prices``: what was priced on them."""
 
     def __init__(self, facts: RoutingFacts, seed: int = ACCEPTANCE_SEED) -> None:
         self.facts = facts
-        self._layers, self._experts = facts.ranked.shape[2], facts.experts
-        self._luck = np.random.Generator(np.random.PCG64(seed)).random(facts.ranked.shape[:2])
+        self.layers, self.experts = facts.ranked.shape[2], facts.experts
+        self.luck = np.random.Generator(np.random.PCG64(seed)).random(facts.ranked.shape[:2])
+        self.prices: dict[Any, Any] = {}
+        self._workloads: dict[tuple[Plan, Acceptance | None], Workload] = {}
+        self._popularity: dict[int, NDArray[np.float64]] = {}
 
     def run(self, plan: Plan, acceptance: Acceptance | None = None) -> Workload:
         """Serve the first ``batch`` sequences from their prompts on, until one of them ends or ``steps`` are done.
 
         :raises TraceError: the facts hold fewer sequences, or end before the first step.
         """
-        facts, batch, length = self.facts, plan.batch, plan.draft_length
-        if batch > len(facts.prompts):
-            raise TraceError(f"the trace holds {len(facts.prompts)} sequences, the batch is {batch}", "use a smaller batch")
-        if plan.draft != "none" and (acceptance is None or length < 1):
-            raise TraceError("drafts need an acceptance and a draft length of 1 or more")
-        rows = _Rows(plan, self._layers, self._experts)
-        tier = None if plan.tier is None else _Tier(plan.tier, self._layers, self._experts)
-        if tier is not None:
-            self._prefill(tier, batch)
-        at, ends = facts.prompts[:batch] - 1, facts.lengths[:batch]
-        depths, sequences = np.arange(length + 1), np.arange(batch)
-        committed: list[int] = []
-        shares: list[float] = []
-        accepted_sum = judged = 0
-        while len(committed) < plan.steps and (at + length < ends).all():
-            positions = at[:, None] + depths
-            chosen = facts.chosen[sequences[:, None], positions]
-            share = 0.0 if tier is None else float(tier.resident.msb.mean())
-            shares.append(share)
-            accepted = np.zeros(batch, np.int64)
-            if length:
-                assert acceptance is not None
-                odds = np.array([acceptance(share, depth) for depth in range(1, length + 1)])
-                agreed = self._luck[sequences[:, None], positions[:, 1:]] < odds
-                accepted = np.cumprod(agreed, axis=1).sum(axis=1)
-                judged += int(np.minimum(accepted + 1, length).sum())
-                for depth in range(length):
-                    if plan.draft == "resident":
-                        assert tier is not None
-                        tokens = tier.masked(facts.ranked[sequences, positions[:, depth]], facts.top_k)
-                        rows.draft(tokens, tier.resident)
-                    elif plan.draft == "natural":
-                        rows.draft(chosen[:, depth], None if tier is None else tier.resident)
-            use = rows.target(chosen.reshape(-1, self._layers, facts.top_k), tier)
-            if tier is not None:
-                kept = depths <= accepted[:, None]
-                rows.captured(tier.capture(chosen[:, 0], chosen[kept], use))
-            else:
-                rows.captured(0.0)
-            at = at + accepted + 1
-            committed.append(int(accepted.sum()) + batch)
-            accepted_sum += int(accepted.sum())
-        if not committed:
-            raise TraceError("the trace ends before the first step", "record or synthesise more positions")
-        return Workload(
-            rows.passes(rows.targets), rows.passes(rows.drafts) if rows.drafts else None, np.array(committed), accepted_sum,
-            judged, length, float(np.mean(shares)),
-        )  # fmt: skip
+        serving = Serving(self, plan, acceptance)
+        while serving.steps < plan.steps and serving.has_room(plan.draft_length):
+            serving.begin(plan.draft_length)
+            serving.draft_all()
+            serving.verify(plan.draft_length)
+        return serving.workload()
 
-    def _prefill(self, tier: _Tier, batch: int) -> None:
-        """Run the prompts but for their last tokens through the tier, in the engine's least chunks."""
+    def kept(self, plan: Plan, acceptance: Acceptance | None = None) -> Workload:
+        """As :meth:`run`; what was run once is kept."""
+        key = plan, acceptance
+        if key not in self._workloads:
+            self._workloads[key] = self.run(plan, acceptance)
+        return self._workloads[key]
+
+    def popularity(self, batch: int) -> NDArray[np.float64]:
+        """(experts,) how probably a token uses a layer's hottest, second hottest ... expert, as the engine knows it when the
+        prompts of ``batch`` sequences are computed (``policy.planner.popularity``)."""
+        if batch not in self._popularity:
+            residency = Residency(self.layers, self.experts, ResidencyParameters())
+            for chunk in self.prompt_chunks(batch):
+                residency.learn(chunk.transpose(1, 0, 2).astype(np.int32))
+            self._popularity[batch] = popularity(residency.popularity, self.facts.top_k)
+        return self._popularity[batch]
+
+    def prompt_chunks(self, batch: int) -> Iterator[NDArray]:
+        """(tokens, layers, k) routings of the prompts but for their last tokens, in the engine's least chunks."""
         facts = self.facts
         prompts = [facts.chosen[s, : int(facts.prompts[s]) - 1] for s in range(batch)]
         tokens = np.concatenate(prompts)
         for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[start : start + PREFILL_CHUNK]
-            tier.end_pass(chunk, chunk, experts_used(chunk, self._experts))
+            yield tokens[start : start + PREFILL_CHUNK]
+
+
+class Serving:
+    """A run step by step: :meth:`begin`, :meth:`draft` for each depth from 0 on, :meth:`verify`.
+
+    ``share``: of MSB slices resident when the step began. ``start``: positions behind the prompts at which to begin.
+    """
+
+    def __init__(self, replay: RoutingReplay, plan: Plan, acceptance: Acceptance | None, start: int = 0) -> None:
+        facts, batch = replay.facts, plan.batch
+        if batch > len(facts.prompts):
+            raise TraceError(f"the trace holds {len(facts.prompts)} sequences, the batch is {batch}", "use a smaller batch")
+        if plan.draft != "none" and (acceptance is None or plan.draft_length < 1):
+            raise TraceError("drafts need an acceptance and a draft length of 1 or more")
+        self._replay, self._plan, self._acceptance, self._facts = replay, plan, acceptance, facts
+        self.rows = _Rows(plan, replay.layers, replay.experts)
+        self.tier = None if plan.tier is None else _Tier(plan.tier, replay.layers, replay.experts)
+        if self.tier is not None:
+            for chunk in replay.prompt_chunks(batch):
+                self.tier.end_pass(chunk, chunk, experts_used(chunk, replay.experts))
+        self._at, self._ends = facts.prompts[:batch] - 1 + start, facts.lengths[:batch]
+        self._sequences = np.arange(batch)
+        self._tree: Tree | None = None
+        self._named = np.zeros((replay.layers, replay.experts), bool)
+        self._committed: list[int] = []
+        self._shares: list[float] = []
+        self.accepted = self.judged = 0
+        self.share = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Decode steps done."""
+        return len(self._committed)
+
+    def has_room(self, length: int) -> bool:
+        """Whether the facts reach to the end of a step that drafts so many tokens."""
+        return bool((self._at + length < self._ends).all())
+
+    def begin(self, length: int) -> None:
+        """A step begins that drafts at most so many tokens of each sequence, or so deep a tree."""
+        tier, tree = self.tier, self._plan.tree
+        self.share = 0.0 if tier is None else float(tier.resident.msb.mean())
+        self._shares.append(self.share)
+        self._positions = self._at[:, None] + np.arange(length + 1)
+        self._chosen = self._facts.chosen[self._sequences[:, None], self._positions]
+        self._named[:] = False
+        if length:
+            assert self._acceptance is not None
+            self._odds = np.array([self._acceptance(self.share, depth) for depth in range(1, length + 1)])
+            if tree is not None and self._tree is None:
+                self._tree = tree_of(tree, tuple(self._odds.tolist()))
+
+    def draft(self, depth: int) -> None:
+        """A draft pass over the tokens at a depth from 0 on, one of each sequence or as many as the tree expands."""
+        tier, facts = self.tier, self._facts
+        positions, sequences = self._positions[:, depth], self._sequences
+        if self._tree is not None:
+            positions, sequences = self._with_stand_ins(positions, self._tree.expanded, depth)
+        if self._plan.draft == "resident":
+            assert tier is not None
+            ranked = facts.ranked[sequences, positions]
+            self._named |= experts_used(ranked[..., : facts.top_k], facts.experts)
+            self.rows.draft(tier.masked(ranked, facts.top_k), tier.resident)
+        elif self._plan.draft == "natural":
+            chosen = self._chosen[:, depth] if self._tree is None else facts.chosen[sequences, positions]
+            self.rows.draft(chosen, None if tier is None else tier.resident)
+
+    def draft_all(self) -> None:
+        """All draft passes of the step; those of chains at once."""
+        depths = range(self._plan.draft_length)
+        if self._tree is not None:
+            for depth in depths:
+                self.draft(depth)
+            return
+        resident = None if self.tier is None else self.tier.resident
+        if self._plan.draft == "resident":
+            assert self.tier is not None and resident is not None
+            ranked = self._facts.ranked[self._sequences[:, None], self._positions[:, :-1]]
+            flat = ranked.reshape(-1, *ranked.shape[2:])
+            self._named |= experts_used(flat[..., : self._facts.top_k], self._facts.experts)
+            chosen = self.tier.masked(flat, self._facts.top_k)
+            chosen = chosen.reshape(*ranked.shape[:2], *chosen.shape[1:])
+        elif self._plan.draft == "natural":
+            chosen = self._chosen[:, :-1]
+        else:
+            return
+        self.rows.draft_chain(chosen.swapaxes(0, 1), resident)
+
+    def _with_stand_ins(self, positions: NDArray, counts: tuple[int, ...], depth: int) -> tuple[NDArray, NDArray]:
+        """Positions and sequences of the tokens of a tree at a depth: that of the text itself, and for each further one a
+        later position of the same sequence, whose routing stands for that of a token nobody wrote."""
+        first = sum(count - 1 for count in counts[:depth])
+        further = np.arange(first, first + counts[depth] - 1)
+        begins = self._facts.prompts[self._sequences] - 1
+        span = self._ends - begins
+        behind = self._positions[:, -1] + 1 - begins
+        stand_ins = begins[:, None] + (behind[:, None] + further) % span[:, None]
+        found = np.concatenate([positions[:, None], stand_ins], axis=1)
+        return found.ravel(), np.repeat(self._sequences, found.shape[1])
+
+    def verify(self, length: int) -> tuple[NDArray[np.int64], NDArray, ResidentSet | None]:
+        """The target pass over all that was drafted; (accepted tokens of each sequence, (tokens, layers, k) routing of those
+        that stay, residents that the pass found)."""
+        facts, tier = self._facts, self.tier
+        batch = len(self._sequences)
+        accepted = np.zeros(batch, np.int64)
+        chosen = self._chosen[:, : length + 1]
+        if length:
+            luck = self._replay.luck[self._sequences[:, None], self._positions[:, 1 : length + 1]]
+            if self._tree is None:
+                accepted = np.cumprod(luck < self._odds[:length], axis=1).sum(axis=1)
+            else:
+                odds = tuple(self._odds.tolist())
+                accepted = np.array([accepted_depth(self._tree, odds, row) for row in luck.tolist()])
+            self.judged += int(np.minimum(accepted + 1, length).sum())
+        verified = chosen.reshape(-1, self._replay.layers, facts.top_k)
+        if self._tree is not None:
+            extra = [
+                self._with_stand_ins(self._positions[:, depth + 1], self._tree.levels, depth) for depth in range(length)
+            ]
+            others = [
+                facts.chosen[row.reshape(batch, -1)[:, 1:].ravel(), at.reshape(batch, -1)[:, 1:].ravel()]
+                for at, row in extra
+            ]
+            verified = np.concatenate([verified, *others])
+        found = None if tier is None else tier.resident
+        use = self.rows.target(verified, tier, self._named)
+        kept = chosen[np.arange(length + 1) <= accepted[:, None]]
+        self.rows.captured(0.0 if tier is None else tier.capture(chosen[:, 0], kept, use))
+        self._at = self._at + accepted + 1
+        self._committed.append(int(accepted.sum()) + batch)
+        self.accepted += int(accepted.sum())
+        return accepted, kept, found
+
+    def workload(self) -> Workload:
+        """What was served. TraceError if that is nothing."""
+        if not self._committed:
+            raise TraceError("the trace ends before the first step", "record or synthesise more positions")
+        rows = self.rows
+        return Workload(
+            rows.passes(rows.targets), rows.passes(rows.drafts) if rows.drafts else None, np.array(self._committed),
+            self.accepted, self.judged, self._plan.draft_length, float(np.mean(self._shares)),
+        )  # fmt: skip
 
 
 class _Tier(ReplayedResidents):
@@ -166,6 +294,10 @@ class _Tier(ReplayedResidents):
     def masked(self, ranked: NDArray, top_k: int) -> NDArray:
         """(tokens, layers, k): the best resident experts of a (tokens, layers, ranks) ranking; where the ranking holds fewer
         than k residents, the layer's hottest residents stand in."""
+        present = self.resident.msb[np.arange(ranked.shape[1])[:, None], ranked]
+        taken = present & (present.cumsum(axis=2, dtype=np.int32) <= top_k)
+        if taken.sum() == taken.shape[0] * taken.shape[1] * top_k:  # none has too few
+            return ranked[taken].reshape(*ranked.shape[:2], top_k)
         chosen, missing = best_residents(ranked, self.resident.msb, top_k)
         if missing.any():
             heat = np.where(self.resident.msb, self.hotness, -1.0)
@@ -182,13 +314,35 @@ class _Rows:
         self.targets: list[dict[str, NDArray | float]] = []
         self.drafts: list[dict[str, NDArray | float]] = []
 
-    def target(self, chosen: NDArray, tier: _Tier | None) -> NDArray[np.bool_]:
-        """A target pass of (tokens, layers, k) routings; returns which experts it used, (layers, experts)."""
-        return self._add(self.targets, chosen, None if tier is None else tier.resident)
+    def target(self, chosen: NDArray, tier: _Tier | None, named: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """A target pass of (tokens, layers, k) routings; returns which experts it used, (layers, experts).
+
+        :param named: (layers, experts) to which the step's drafts were routed.
+        """
+        resident = None if tier is None else tier.resident
+        used = self._add(self.targets, chosen, resident)
+        if resident is not None and named.any():
+            foreseen = used & named
+            self.targets[-1]["msb_foreseen"] = (foreseen & ~resident.msb).sum(axis=1)
+            self.targets[-1]["lsb_foreseen"] = (foreseen & ~resident.lsb).sum(axis=1)
+        return used
 
     def draft(self, chosen: NDArray, resident: ResidentSet | None) -> None:
         """A draft pass."""
         self._add(self.drafts, chosen, resident)
+
+    def draft_chain(self, chosen: NDArray, resident: ResidentSet | None) -> None:
+        """Draft passes of (passes, tokens, layers, k) routings."""
+        passes, tokens, layers, top_k = chosen.shape
+        first = np.arange(passes)[:, None, None, None] * layers + np.arange(layers)[:, None]
+        flat = chosen.astype(np.int64) + first * self._experts
+        counts = np.bincount(flat.ravel(), minlength=passes * layers * self._experts).reshape(passes, layers, self._experts)
+        used, zero = counts > 0, np.zeros((passes, layers))
+        active, blocks = used.sum(axis=2), np.ceil(counts / self._plan.token_rows).sum(axis=2)
+        msb, lsb = zero, zero
+        if resident is not None:
+            msb, lsb = (used & resident.msb).sum(axis=2), (used & resident.lsb).sum(axis=2)
+        self.drafts += [self._row(tokens, top_k, active[i], blocks[i], msb[i], lsb[i]) for i in range(passes)]
 
     def captured(self, count: float) -> None:
         """Bytes kept from the last target pass."""
@@ -202,15 +356,22 @@ class _Rows:
         counts = expert_counts(chosen, self._experts)
         used = counts > 0
         tokens = len(chosen)
-        context = self._plan.context
         zero = np.zeros(self._layers)
         rows.append(
-            {
-                "tokens": tokens, "attended": tokens * context, "cached": self._plan.batch * context,
-                "active": used.sum(axis=1), "pairs": np.full(self._layers, tokens * chosen.shape[2]),
-                "blocks": np.ceil(counts / self._plan.token_rows).sum(axis=1),
-                "msb_hits": zero if resident is None else (used & resident.msb).sum(axis=1),
-                "lsb_hits": zero if resident is None else (used & resident.lsb).sum(axis=1), "captured": 0.0,
-            }
+            self._row(
+                tokens, chosen.shape[2], used.sum(axis=1), np.ceil(counts / self._plan.token_rows).sum(axis=1),
+                zero if resident is None else (used & resident.msb).sum(axis=1),
+                zero if resident is None else (used & resident.lsb).sum(axis=1),
+            )
         )  # fmt: skip
         return used
+
+    def _row(
+        self, tokens: int, top_k: int, active: NDArray, blocks: NDArray, msb_hits: NDArray, lsb_hits: NDArray
+    ) -> dict[str, NDArray | float]:
+        context, zero = self._plan.context, np.zeros(self._layers)
+        return {
+            "tokens": tokens, "attended": tokens * context, "cached": self._plan.batch * context, "active": active,
+            "pairs": np.full(self._layers, tokens * top_k), "blocks": blocks, "msb_hits": msb_hits, "lsb_hits": lsb_hits,
+            "captured": 0.0, "sequences": self._plan.batch, "msb_foreseen": zero, "lsb_foreseen": zero,
+        }  # fmt: skip

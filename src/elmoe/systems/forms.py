@@ -15,13 +15,14 @@ from elmoe.systems.operations import Operation, dense_model, operations
 from elmoe.systems.passes import Passes
 from elmoe.trace.acceptance import AcceptanceTable
 
-FormName = Literal["ar", "eagle", "small_lm", "quant", "elastic", "bit_axis"]
-"""``bit_axis`` is an ablation of ``elastic``: MSB slices alone, but of all experts, those not resident read as they come."""
+FormName = Literal["ar", "eagle", "small_lm", "quant", "elastic", "bit_axis", "planned"]
+"""``planned`` is ``elastic`` with the engine's planner, which decides as it runs whether and how long to draft. ``bit_axis``
+is an ablation of ``elastic``: MSB slices alone, but of all experts, those not resident read as they come."""
 FORMS: tuple[FormName, ...] = ("ar", "eagle", "small_lm", "quant", "elastic")
 FORM_WORDS: dict[str, str] = {
     "ar": "nothing, plain decoding", "eagle": "a head of one layer", "small_lm": "a separate small model",
     "quant": "a 4-bit copy", "elastic": "4-bit slices of the experts in the fast memory",
-    "bit_axis": "4-bit slices of all experts",
+    "bit_axis": "4-bit slices of all experts", "planned": "as elastic, when the engine's planner decides so",
 }  # fmt: skip
 """What drafts, by form."""
 COPY = Precision((4.5,), (1.0,))
@@ -51,9 +52,9 @@ def cost_of(machine: Machine, run: list[Operation]) -> Cost:
     return in_order(costs)
 
 
-def target_cost(machine: Machine, model: ModelSizes, passes: Passes) -> Cost:
+def target_cost(machine: Machine, model: ModelSizes, passes: Passes, embedding_rows: bool = False) -> Cost:
     """(passes,) cost of target passes and of the slices they leave in the fast memory."""
-    cost = cost_of(machine, operations(model, passes, machine))
+    cost = cost_of(machine, operations(model, passes, machine, embedding_rows=embedding_rows))
     if machine.hardware.features.expert_cache:
         scale = len(model.moe_layers) / passes.active.shape[1]
         cost = cost.then(elmoe3d.refill(machine, passes.captured * scale))
@@ -68,16 +69,17 @@ def draft_model_bytes(form: FormName, model: ModelSizes, drafters: Drafters) -> 
 
 
 def draft_cost(
-    form: FormName, machine: Machine, model: ModelSizes, drafters: Drafters, passes: Passes | None, tokens: Array
-) -> Cost:
+    form: FormName, machine: Machine, model: ModelSizes, drafters: Drafters, passes: Passes | None, tokens: Array,
+    embedding_rows: bool = False,
+) -> Cost:  # fmt: skip
     """(passes,) cost of draft passes of so many ``tokens`` each; ``passes`` where the target's experts draft."""
-    if form in ("elastic", "bit_axis"):
+    if form in ("elastic", "bit_axis", "planned"):
         assert passes is not None
         slices = machine.hardware.features.bit_slices  # without them whole experts draft: the expert axis alone
-        return cost_of(machine, operations(model, passes, machine, draft=slices))
+        return cost_of(machine, operations(model, passes, machine, draft=slices, embedding_rows=embedding_rows))
     if form == "quant":
         assert passes is not None
-        return cost_of(machine, operations(model, passes, machine, draft=True, copy=COPY))
+        return cost_of(machine, operations(model, passes, machine, draft=True, copy=COPY, embedding_rows=embedding_rows))
     hidden, precision = model.spec.hidden, model.head_precision
 
     def network(name: str, parameters: float) -> Operation:

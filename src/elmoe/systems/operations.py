@@ -44,19 +44,22 @@ class Operation:
 
 
 def operations(
-    model: ModelSizes, passes: Passes, machine: Machine, draft: bool = False, copy: Precision | None = None
-) -> list[Operation]:
+    model: ModelSizes, passes: Passes, machine: Machine, draft: bool = False, copy: Precision | None = None,
+    embedding_rows: bool = False,
+) -> list[Operation]:  # fmt: skip
     """The operations of passes over the whole model; layers of equal size are one operation, repeated.
 
     :param draft: expert weights are MSB slices alone.
     :param copy: what a copy of the model keeps at most of a weight, routers aside.
+    :param embedding_rows: each token reads its row of the embedding table from the main memory; where the table is the
+        head too, it is where the head is.
     """
     tokens, hidden = passes.tokens, model.spec.hidden
     blocks = np.ceil(tokens / machine.token_rows)
     ops = [
         replace(_attention(hidden, layer, passes, machine, blocks, layer.attention_precision.at_most(copy)), repeat=count)
         for layer, count in _alike(model, lambda layer: (
-            layer.attention_parameters, layer.attention_width, layer.kv_bytes, layer.attention_precision
+            layer.attention_parameters, layer.attention_width, layer.kv_bytes, layer.attention_precision, layer.window
         ))
     ]  # fmt: skip
 
@@ -80,6 +83,8 @@ def operations(
             ops.append(plain("router and shared", layer.shared_parameters, precision, count, router=layer))
     if model.moe_layers:
         ops.append(_experts(model, passes, draft, copy))
+    if embedding_rows and not model.spec.tied_embeddings:
+        ops.append(_embedding(model, tokens))
     ops.append(plain("head", model.embedding_parameters, model.head_precision.at_most(copy), 1))
     return ops
 
@@ -111,11 +116,23 @@ def _attention(
     # Cached positions lie along the outputs of a PE, so 32 of them make a block of one token row.
     compute = machine.hardware.compute
     lanes = compute.outputs.value if isinstance(compute, PeArray) else 1
-    scores = Multiply(1, width, passes.attended, passes.attended / lanes, KV_PASSES)
-    read = precision.bytes_of(parameters) + passes.cached * layer.kv_bytes
-    elementwise = (passes.tokens * hidden * 2 + passes.attended * width / 128) * ELEMENTWISE
+    attended, cached = passes.attended, passes.cached
+    if layer.window is not None:
+        # Exact where all tokens of a pass attend to equally many positions, as in lock-step, else the most it can be.
+        attended = np.minimum(attended, passes.tokens * layer.window)
+        cached = np.minimum(cached, passes.sequences * (layer.window - 1) + passes.tokens)
+    scores = Multiply(1, width, attended, attended / lanes, KV_PASSES)
+    read = precision.bytes_of(parameters) + cached * layer.kv_bytes
+    elementwise = (passes.tokens * hidden * 2 + attended * width / 128) * ELEMENTWISE
     attention = _operation("attention", read, (projections, scores), elementwise, passes.tokens * hidden, 1)
     return replace(attention, starts_layer=True)
+
+
+def _embedding(model: ModelSizes, tokens: Array) -> Operation:
+    """A row of the table for every token, from the main memory: it counts as an expert that no fast memory holds."""
+    zero = np.zeros_like(tokens)
+    row = model.embedding_bytes / model.spec.vocabulary
+    return Operation("embedding", zero, tokens * row, zero, zero, zero, (Multiply(0, 0, zero, zero),), zero, zero)
 
 
 def _operation(

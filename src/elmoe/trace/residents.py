@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmoe.policy.budget import SlotPlan
-from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
+from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet, trimmed
 
 
 class ReplayedResidents:
@@ -27,6 +27,17 @@ class ReplayedResidents:
     def hotness(self) -> NDArray[np.float64]:
         """Scores by which residents are kept."""
         return self._residency.hotness
+
+    @property
+    def counts(self) -> NDArray[np.float64]:
+        """(layers, experts) counts of verified routing, as the planner takes them."""
+        return self._residency.popularity
+
+    def resize(self, slots: SlotPlan) -> None:
+        """Between steps: keep as many slices as these slots hold, the hottest, as the engine's tier does."""
+        if slots != self.slots:
+            self.slots = slots
+            self.resident = trimmed(self.resident, self.hotness, np.array(slots.msb), np.array(slots.lsb))
 
     def end_pass(self, sure: NDArray, committed: NDArray, used: NDArray[np.bool_]) -> None:
         """Refill after a target pass, and learn from it.
