@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import IntegerList, force_option, json_option, print_json
-from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
+from elmoe.sim.paper import EXPERT_CACHES, MODELS, PROMPTS, RIVAL_DRAFTS, RIVAL_SETS, SYSTEMS
 from elmoe.terminal import number, print_table, progress_bar, size, small_number
 
 
@@ -34,6 +34,12 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
               "copy (quant), experts in the fast memory (elastic) [default: all].")  # fmt: skip
 @click.option("--acceptance", multiple=True, help="Of elastic drafts: a probability, or a measured table (`demo`, a file of "
               "`elmoe trace profile`); repeat it [default: 0.33, 0.6, 0.91, the paper's range].")  # fmt: skip
+@click.option("--rivals", type=click.Choice(RIVAL_SETS), default="generous", show_default=True,
+              help="Prior systems and their drafts as kindly as sources allow, or as their own papers publish them.")  # fmt: skip
+@click.option("--expert-cache", type=click.Choice(EXPERT_CACHES), help="Whole experts in the rivals' fast memory: none, those "
+              "of the prompts (static), or the least recently used out first (lru) [default: as each is described].")  # fmt: skip
+@click.option("--rival-drafts", type=click.Choice(RIVAL_DRAFTS), default="all", show_default=True,
+              help="What rivals draft with: nothing, an EAGLE head, or that, a small model and a 4-bit copy.")  # fmt: skip
 @click.option(
     "--context", type=click.IntRange(1, 1 << 20), default=1024, show_default=True, help="Positions in every cache."
 )
@@ -46,31 +52,28 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
 @json_option
 def command(
     hardware: tuple[str, ...], model: tuple[str, ...], prompts: tuple[str, ...], trace: Path | None, batch: tuple[int, ...],
-    forms: tuple[Any, ...], acceptance: tuple[str, ...], context: int, out: Path | None, timeline: Path | None,
+    forms: tuple[Any, ...], acceptance: tuple[str, ...], rivals: Any, expert_cache: Any, rival_drafts: Any, context: int, out: Path | None, timeline: Path | None,
     force: bool, show_preset: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Simulate models on described hardware: tokens/s, joules and bytes per token, and the busiest unit."""
     from elmoe.files import check_output
-    from elmoe.schema.hardware import load_hardware, preset_names, preset_text
     from elmoe.sim.grid import PAPER_ODDS, Grid, check_names, run_grid
     from elmoe.sim.result import SimulationResult, odds_of, write_result
+    from elmoe.sim.rivals import Setting
     from elmoe.systems.forms import FORMS
 
     if show_preset is not None:
-        from elmoe.models.load import model_names, model_text
-
-        if show_preset not in (*preset_names(), *model_names()):
-            known = f"hardware: {', '.join(preset_names())}; models: {', '.join(model_names())}"
-            raise click.BadParameter(f"there is no preset '{show_preset}'. {known}", param_hint="--show-preset")
-        click.echo((preset_text if show_preset in preset_names() else model_text)(show_preset), nl=False)
+        _show_preset(show_preset)
         return
     if not batch or min(batch) < 1:
         raise click.BadParameter("batch sizes start at 1", param_hint="--batch")
     for path, what in ((out, "result"), (timeline, "timeline")):
         check_output(path, force, what)
+    setting = Setting(rivals, expert_cache, rival_drafts)
     grid = Grid(
-        tuple(load_hardware(name) for name in hardware), tuple(model), ("trace",) if trace else tuple(prompts), batch,
-        tuple(forms) or FORMS, tuple(odds_of(text) for text in acceptance) or PAPER_ODDS, context=context, trace=trace,
+        setting.systems(hardware), tuple(model), ("trace",) if trace else tuple(prompts), batch, tuple(forms) or FORMS,
+        tuple(odds_of(text) for text in acceptance) or PAPER_ODDS, context=context, trace=trace, drafters=setting.drafters,
+        setting=setting,
     )  # fmt: skip
     check_names(grid)
     with progress_bar("simulating", None) as bar:
@@ -88,6 +91,18 @@ def command(
         print_json(result.as_dict())
         return
     _show(rows)
+
+
+def _show_preset(name: str) -> None:
+    from elmoe.models.load import model_names, model_text
+    from elmoe.schema.hardware import preset_names, preset_text
+    from elmoe.schema.rivals import variant_names
+
+    systems = (*preset_names(), *variant_names())
+    if name not in (*systems, *model_names()):
+        known = f"hardware: {', '.join(systems)}; models: {', '.join(model_names())}"
+        raise click.BadParameter(f"there is no preset '{name}'. {known}", param_hint="--show-preset")
+    click.echo((preset_text if name in systems else model_text)(name), nl=False)
 
 
 def _show_costs(rows: list[dict[str, Any]], model: str, batch: int) -> None:
@@ -113,10 +128,12 @@ def _show_costs(rows: list[dict[str, Any]], model: str, batch: int) -> None:
 
 def _words(rows: list[dict[str, Any]]) -> list[str]:
     """What the words in the tables mean."""
+    from elmoe.report.headline import setting_words
     from elmoe.systems.forms import explain_forms
 
     rivals = any(row["acceptance"] == "preset" for row in rows)
     return [
+        f"rivals: {setting_words(rows[0])}." if rows else "",
         f"form, by what drafts: {explain_forms(row['form'] for row in rows)}.",
         "acceptance: probability that the model accepts a draft token" + ("; preset: that of the form." if rivals else "."),
         "busiest unit: main and fast are the memories, compute the processor, each with the share of time it works.",

@@ -7,7 +7,7 @@ from typing import Any
 
 from elmoe.errors import HardwareError
 from elmoe.report.figures import bars
-from elmoe.report.headline import PAPER, PAPER_BATCHES, SHARES, Comparison, compare, missing_rivals, summary, verdict
+from elmoe.report.headline import PAPER, PAPER_BATCHES, SHARES, Comparison, compare, missing_rivals, setting_words, summary, verdict
 from elmoe.report.section import Figure, Section, Table
 from elmoe.report.systems import (
     all_rows,
@@ -82,6 +82,8 @@ def _conditions(conditions: dict[str, Any]) -> str:
         for name in ("models", "prompts", "batches")
         if isinstance(values := conditions.get(name), list)
     ]
+    if words := setting_words(conditions):
+        said.append(f"rivals: {words}")
     if "context" in conditions:
         said.append(f"context: {conditions['context']} positions")
     return f"Simulated: {'; '.join(said)}." if said else "Simulated."

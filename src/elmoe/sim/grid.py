@@ -16,9 +16,10 @@ from elmoe.models.sizes import ModelSizes
 from elmoe.processors import processors
 from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
+from elmoe.sim.rivals import Setting
 from elmoe.sim.rows import row_of, static_watts
-from elmoe.sim.simulate import DRAFT_LENGTHS, Simulation
-from elmoe.sim.workload import RoutingReplay
+from elmoe.sim.simulate import DRAFT_LENGTHS, Priced, Simulation
+from elmoe.sim.workload import RoutingReplay, Workload
 from elmoe.systems.forms import FORMS, FormName, Odds, TableOdds, rival_odds
 from elmoe.trace.facts import RoutingFacts, read_facts
 from elmoe.trace.locality import load_locality
@@ -35,7 +36,8 @@ PAPER_ODDS = tuple(Odds(f"{value:g}", value, "published range") for value in (0.
 @dataclass(frozen=True)
 class Grid:
     """What to simulate. ``odds``: acceptances of elastic drafts, a row each; ``systems``: the first is the reference.
-    ``trace``: replayed in place of synthetic facts. ``drafters``: what the rivals draft with."""
+    ``trace``: replayed in place of synthetic facts. ``drafters``: what the rivals draft with. ``setting``: which rivals
+    ``systems`` and ``drafters`` hold, for labels, and what they draft with."""
 
     systems: tuple[Hardware, ...]
     models: tuple[str, ...]
@@ -48,6 +50,7 @@ class Grid:
     steps: int = 24
     trace: Path | None = None
     drafters: Drafters = field(default_factory=load_drafters)
+    setting: Setting = Setting()
 
 
 def facts_of(model: ModelSizes, prompts: str, trace: Path | None = None) -> RoutingFacts:
@@ -68,13 +71,27 @@ def run_grid(
     grid: Grid, progress: Callable[[int, int], None] | None = None, workers: int | None = None
 ) -> list[dict[str, Any]]:
     """All rows; (model, prompts) groups run side by side on ``workers`` processes (all cores by default)."""
-    groups = [(grid, model, prompts) for model in grid.models for prompts in grid.prompts]
-    check_names(grid)
+    return run_grids([grid], progress, workers)
+
+
+def run_grids(
+    grids: Sequence[Grid], progress: Callable[[int, int], None] | None = None, workers: int | None = None
+) -> list[dict[str, Any]]:
+    """All rows of grids over the same models, prompts and trace, such as one setting of the rivals each.
+
+    Facts are replayed once for all of them, and a system that several grids have in common is priced once.
+    """
+    grid = grids[0]
+    groups = [(grids, model, prompts) for model in grid.models for prompts in grid.prompts]
+    for each in grids:
+        check_names(each)
+        if (each.models, each.prompts, each.trace) != (grid.models, grid.prompts, grid.trace):
+            raise HardwareError("grids that run together have the same models, prompts and trace")
     rows: list[dict[str, Any]] = []
-    if workers == 1 or len(groups) == 1:
+    if len(grids) == 1 and (workers == 1 or len(groups) == 1):
         steps = len(groups) * len(grid.batches)
         for index, group in enumerate(groups):
-            for done, found in enumerate(batches_of_group(*group), index * len(grid.batches) + 1):
+            for done, found in enumerate(batches_of_group(grid, *group[1:]), index * len(grid.batches) + 1):
                 rows += found
                 if progress is not None:
                     progress(done, steps)
@@ -116,8 +133,40 @@ def check_names(grid: Grid) -> None:
             raise HardwareError(f"two {kind} have the name '{short(twice)}'", hint)
 
 
-def _run_packed(group: tuple[Grid, str, str]) -> list[dict[str, Any]]:
-    return run_group(*group)
+def _run_packed(group: tuple[Sequence[Grid], str, str]) -> list[dict[str, Any]]:
+    grids, model, prompts = group
+    shared = Shared(model, prompts, grids[0].trace)
+    return [row for grid in grids for rows in batches_of_group(grid, model, prompts, shared) for row in rows]
+
+
+class Shared:
+    """What grids over one model and prompt set have in common: facts, their replays and what was priced."""
+
+    def __init__(self, model_name: str, prompts: str, trace: Path | None) -> None:
+        self.model = load_model(model_name)
+        self.facts = facts_of(self.model, prompts, trace)
+        self.replay = RoutingReplay(self.facts)
+        self._workloads: dict[tuple[int, int], dict[Any, Workload]] = {}
+        self._priced: dict[Any, Priced | BudgetError | HardwareError] = {}
+
+    def price(self, grid: Grid, machine: Machine, form: FormName, batch: int, odds: Odds | TableOdds | None) -> Priced:
+        """As :meth:`Simulation.price`, once for each description.
+
+        :raises HardwareError: the model does not fit. :raises BudgetError: the fast memory is too small to draft from.
+        """
+        numbers = grid.context, grid.steps
+        key = (machine.hardware, form, batch, odds, grid.lengths, *numbers, grid.drafters)
+        workloads = self._workloads.setdefault(numbers, {})
+        simulation = Simulation(self.model, self.replay, grid.drafters, *numbers, workloads)
+        if key not in self._priced:
+            try:
+                self._priced[key] = simulation.price(machine, form, batch, odds, grid.lengths)
+            except (BudgetError, HardwareError) as error:
+                self._priced[key] = error
+        found = self._priced[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]:
@@ -125,25 +174,26 @@ def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]
     return [row for rows in batches_of_group(grid, model_name, prompts) for row in rows]
 
 
-def batches_of_group(grid: Grid, model_name: str, prompts: str) -> Iterator[list[dict[str, Any]]]:
-    """The same, batch size by batch size."""
-    model = load_model(model_name)
-    facts = facts_of(model, prompts, grid.trace)
-    simulation = Simulation(model, RoutingReplay(facts), grid.drafters, grid.context, grid.steps)
+def batches_of_group(
+    grid: Grid, model_name: str, prompts: str, shared: Shared | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """The same, batch size by batch size. ``shared``: with other grids of this model and prompt set."""
+    shared = shared or Shared(model_name, prompts, grid.trace)
+    model, facts = shared.model, shared.facts
     machines = [Machine(hardware) for hardware in grid.systems]
     for batch in grid.batches:
         rows = []
         share = grid.systems[0].static_share
-        reference = simulation.price(machines[0], "ar", batch)
+        reference = shared.price(grid, machines[0], "ar", batch, None)
         watts = static_watts(reference, share.low, share.value, share.high)
         for machine in machines:
             for form, odds in _cases(grid, machine):
                 labels = {
                     "system": machine.hardware.name, "form": form, "model": model.name, "prompts": prompts, "batch": batch,
                     "acceptance": None if odds is None else odds.label, "locality": facts.source,
-                }  # fmt: skip
+                } | grid.setting.labels  # fmt: skip
                 try:
-                    priced = simulation.price(machine, form, batch, odds, grid.lengths)
+                    priced = shared.price(grid, machine, form, batch, odds)
                 except (BudgetError, HardwareError) as error:
                     rows.append(labels | {"error": str(error)})
                     continue
@@ -160,6 +210,8 @@ def batches_of_group(grid: Grid, model_name: str, prompts: str) -> Iterator[list
 def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | TableOdds | None]]:
     """Forms that a system can run, with the acceptances to run them at."""
     for form in grid.forms:
+        if not grid.setting.drafts_with(machine.hardware, form):
+            continue
         if form == "ar":
             yield form, None
         elif form in ("elastic", "bit_axis"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
@@ -30,6 +30,9 @@ class Labels(TypedDict):
     prompts: str
     batch: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
     acceptance: str | None
+    rivals: NotRequired[str]
+    expert_cache: NotRequired[str]
+    rival_drafts: NotRequired[str]
 
 
 class Row(Labels):
@@ -38,6 +41,7 @@ class Row(Labels):
     tokens_per_second: Positive
     speedup: Positive
     draft_length: int
+    draft_shape: NotRequired[str | None]
     msb_hit_rate: float | None
     busy: dict[str, NotNegative]
     bytes_per_token: dict[str, NotNegative]
@@ -64,13 +68,15 @@ def row_of(priced: Priced, machine: Machine, labels: dict[str, Any], static_watt
     """
     whole, tokens, seconds = priced.whole, priced.tokens, priced.seconds
     workload = priced.workload
+    verified = 1 + workload.draft_passes + sum(priced.shape.siblings)
     draft_seconds = 0.0 if priced.draft is None else float(priced.draft.latency.sum())
     dynamic = {name: float(values.sum()) / tokens for name, values in whole.energy.items()}
     per_token = sum(dynamic.values())
     return labels | {
         "draft_length": workload.draft_passes,
         "tokens_per_second": tokens / seconds,
-        "tokens_per_step": tokens / workload.steps / float(workload.target.tokens[0]) * (1 + workload.draft_passes),
+        "draft_shape": priced.shape.words if workload.draft_passes else None,
+        "tokens_per_step": tokens / workload.steps / float(workload.target.tokens[0]) * verified,
         "acceptance_measured": workload.accepted / workload.judged if workload.judged else None,
         "resident_share": workload.resident if machine.hardware.features.expert_cache else None,
         "msb_hit_rate": workload.msb_hit_rate if machine.hardware.features.expert_cache else None,

@@ -16,7 +16,15 @@ from elmoe.policy.budget import FastTierSizes, SlotPlan, plan_slots
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.schema.drafters import Drafters
 from elmoe.sim.workload import Acceptance, DraftKind, Plan, RoutingReplay, TierPlan, Workload
-from elmoe.systems.forms import COPY, FormName, draft_cost, draft_model_bytes, target_cost
+from elmoe.systems.forms import (
+    COPY,
+    DraftShape,
+    FormName,
+    draft_cost,
+    draft_model_bytes,
+    rival_shapes,
+    target_cost,
+)  # fmt: skip
 from elmoe.systems.operations import resample
 from elmoe.units import format_bytes
 
@@ -35,6 +43,7 @@ class Priced:
     workload: Workload
     draft: Cost | None
     target: Cost
+    shape: DraftShape = DraftShape(0)
 
     @property
     def seconds(self) -> float:
@@ -53,14 +62,16 @@ class Priced:
 
 
 class Simulation:
-    """A model and its routing facts on machines; workloads are kept, since many machines share them."""
+    """A model and its routing facts on machines; workloads are kept, since many machines share them. ``workloads``: those of
+    another simulation of the same replay, to share."""
 
     def __init__(
-        self, model: ModelSizes, replay: RoutingReplay, drafters: Drafters, context: int = 1024, steps: int = 24
-    ) -> None:
+        self, model: ModelSizes, replay: RoutingReplay, drafters: Drafters, context: int = 1024, steps: int = 24,
+        workloads: dict[Any, Workload] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.replay, self.drafters = model, replay, drafters
         self.context, self.steps = context, steps
-        self._workloads: dict[Any, Workload] = {}
+        self._workloads: dict[Any, Workload] = {} if workloads is None else workloads
         self.sampled = replay.facts.ranked.shape[2]
         facts = replay.facts
         spec = model.spec
@@ -83,11 +94,16 @@ class Simulation:
         if form == "ar":
             return self._priced(machine, form, batch, 0, None)
         candidates = [self._priced(machine, form, batch, length, acceptance) for length in lengths]
+        for shape, odds in rival_shapes(form, self.drafters):
+            candidates.append(self._priced(machine, form, batch, shape.levels, odds, shape))
         return max(candidates, key=lambda priced: priced.tokens / priced.seconds)
 
-    def _priced(self, machine: Machine, form: FormName, batch: int, length: int, acceptance: Acceptance | None) -> Priced:
-        tier = self._tier(machine, form, batch)
-        plan = Plan(batch, DRAFTS[form], length, self.context, machine.token_rows, self.steps, tier)
+    def _priced(
+        self, machine: Machine, form: FormName, batch: int, length: int, acceptance: Acceptance | None,
+        shape: DraftShape | None = None,
+    ) -> Priced:  # fmt: skip
+        tier, shape = self._tier(machine, form, batch), shape or DraftShape(length)
+        plan = Plan(batch, DRAFTS[form], length, self.context, machine.token_rows, self.steps, tier, shape.siblings)
         key = (plan, acceptance)
         if key not in self._workloads:
             self._workloads[key] = self.replay.run(plan, acceptance)
@@ -102,9 +118,19 @@ class Simulation:
             draft = draft_cost(form, machine, self.model, self.drafters, workload.draft, workload.draft.tokens)
             draft = _per_step(draft, workload.steps)
         else:
-            tokens = np.full(workload.steps, float(batch))
-            draft = draft_cost(form, machine, self.model, self.drafters, None, tokens).times(length)
-        return Priced(workload, draft, target)
+            draft = self._other_network(machine, form, batch, shape, workload.steps)
+        return Priced(workload, draft, target, shape)
+
+    def _other_network(self, machine: Machine, form: FormName, batch: int, shape: DraftShape, steps: int) -> Cost:
+        """(steps,) drafts by a network of their own: one token per sequence, then ``width`` tokens a level."""
+
+        def level(width: int) -> Cost:
+            tokens = np.full(steps, float(batch * width))
+            return draft_cost(form, machine, self.model, self.drafters, None, tokens, batch, self.context)
+
+        if shape.width == 1:
+            return level(1).times(shape.levels)
+        return level(1).then(level(shape.width).times(shape.levels - 1))
 
     def _tier(self, machine: Machine, form: FormName, batch: int) -> TierPlan | None:
         """What of the fast memory is left for experts, and how it is managed."""
@@ -130,7 +156,7 @@ class Simulation:
     def _sizes(self, machine: Machine, form: FormName, batch: int) -> FastTierSizes:
         model, layers, spec = self.model, self.model.moe_layers, self.model.spec
         kv = batch * self.context * spec.kv_bytes_per_position
-        dense = model.dense_bytes + draft_model_bytes(form, model, self.drafters)
+        dense = model.dense_bytes + draft_model_bytes(form, model, self.drafters, batch * self.context)
         if not machine.hardware.features.fast_dense:
             dense = kv = 0
         if form == "quant":
@@ -143,7 +169,7 @@ class Simulation:
     def _check_fits(self, machine: Machine, form: FormName, batch: int) -> None:
         hardware, model = machine.hardware, self.model
         kv = batch * self.context * model.spec.kv_bytes_per_position
-        needed = model.total_bytes + kv + draft_model_bytes(form, model, self.drafters)
+        needed = model.total_bytes + kv + draft_model_bytes(form, model, self.drafters, batch * self.context)
         if form == "quant":
             needed += COPY.bytes_of(model.parameters)
         room = hardware.main.capacity.value + (
@@ -154,6 +180,14 @@ class Simulation:
                 f"'{model.name}' needs {format_bytes(needed)} at batch {batch}, '{hardware.name}' has {format_bytes(room)}",
                 "choose a smaller model, or raise main.capacity",
             )
+        if hardware.fast is not None and hardware.features.fast_dense and not hardware.features.expert_cache:
+            fixed, capacity = self._sizes(machine, form, batch).fixed, int(hardware.fast.capacity.value)
+            if fixed > capacity:
+                raise BudgetError(
+                    f"dense parts and KV cache of '{model.name}' need {format_bytes(fixed)} at batch {batch}, the fast memory "
+                    f"of '{hardware.name}' has {format_bytes(capacity)}",
+                    "use smaller batches, or raise fast.capacity",
+                )
 
 
 def _per_step(cost: Cost, steps: int) -> Cost:

@@ -40,7 +40,8 @@ class TierPlan:
 @dataclass(frozen=True)
 class Plan:
     """How to serve: ``batch`` sequences in lock-step, ``draft_length`` tokens drafted per step, ``context`` positions in
-    every KV cache, ``token_rows`` of a PE, and at most ``steps``."""
+    every KV cache, ``token_rows`` of a PE, and at most ``steps``. ``siblings``: further candidates that a verification
+    computes per draft position, of a tree (none: a chain)."""
 
     batch: int
     draft: DraftKind = "none"
@@ -49,6 +50,7 @@ class Plan:
     token_rows: int = 16
     steps: int = 24
     tier: TierPlan | None = None
+    siblings: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,10 @@ class RoutingReplay:
                         rows.draft(tokens, tier.resident)
                     elif plan.draft == "natural":
                         rows.draft(chosen[:, depth], None if tier is None else tier.resident)
-            use = rows.target(chosen.reshape(-1, self._layers, facts.top_k), tier)
+            verified = chosen.reshape(-1, self._layers, facts.top_k)
+            if plan.siblings:
+                verified = np.concatenate([verified, self._siblings(at, plan.siblings)])
+            use = rows.target(verified, tier)
             if tier is not None:
                 kept = depths <= accepted[:, None]
                 rows.captured(tier.capture(chosen[:, 0], chosen[kept], use))
@@ -138,6 +143,14 @@ class RoutingReplay:
             rows.passes(rows.targets), rows.passes(rows.drafts) if rows.drafts else None, np.array(committed), accepted_sum,
             judged, length, float(np.mean(shares)),
         )  # fmt: skip
+
+    def _siblings(self, at: NDArray[np.int64], counts: tuple[int, ...]) -> NDArray:
+        """(tokens, layers, k) routings of a tree's further candidates. A candidate beside another is another token of the
+        same text: it is routed as an earlier position, each as a different one."""
+        depths = [depth for depth, count in enumerate(counts, 1) for _ in range(count)]
+        back = [number * (len(counts) + 1) for count in counts for number in range(1, count + 1)]
+        positions = np.maximum(at[:, None] + np.array(depths) - np.array(back), 0)
+        return self.facts.chosen[np.arange(len(at))[:, None], positions].reshape(-1, self._layers, self.facts.top_k)
 
     def _prefill(self, tier: _Tier, batch: int) -> None:
         """Run the prompts but for their last tokens through the tier, in the engine's least chunks."""
