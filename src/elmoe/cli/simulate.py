@@ -34,12 +34,22 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
               "copy (quant), experts in the fast memory (elastic) [default: all].")  # fmt: skip
 @click.option("--acceptance", multiple=True, help="Of elastic drafts: a probability, or a measured table (`demo`, a file of "
               "`elmoe trace profile`); repeat it [default: 0.33, 0.6, 0.91, the paper's range].")  # fmt: skip
-@click.option("--rivals", type=click.Choice(RIVAL_SETS), default="generous", show_default=True,
-              help="Prior systems and their drafts as kindly as sources allow, or as their own papers publish them.")  # fmt: skip
-@click.option("--expert-cache", type=click.Choice(EXPERT_CACHES), help="Whole experts in the rivals' fast memory: none, those "
-              "of the prompts (static), or the least recently used out first (lru) [default: as each is described].")  # fmt: skip
-@click.option("--rival-drafts", type=click.Choice(RIVAL_DRAFTS), default="all", show_default=True,
-              help="What rivals draft with: nothing, an EAGLE head, or that, a small model and a 4-bit copy.")  # fmt: skip
+@click.option(
+    "--rivals",
+    type=click.Choice(RIVAL_SETS),
+    default="generous",
+    show_default=True,
+    help="Prior systems and "
+    "their drafts: as kindly as sources allow; as their own papers publish them; or so with Duplex's bank PIM.",
+)
+@click.option(
+    "--expert-cache",
+    type=click.Choice(EXPERT_CACHES),
+    help="Whole experts in the rivals' fast memory: none, "
+    "the prompts' (static), or least recently used out first (lru) [default: as each is described].",
+)
+@click.option("--rival-drafts", type=click.Choice(RIVAL_DRAFTS), default="all", show_default=True, help="What rivals draft "
+              "with: nothing, an EAGLE head, or that, a small model and a 4-bit copy.")  # fmt: skip
 @click.option(
     "--context", type=click.IntRange(1, 1 << 20), default=1024, show_default=True, help="Positions in every cache."
 )
@@ -52,7 +62,8 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
 @json_option
 def command(
     hardware: tuple[str, ...], model: tuple[str, ...], prompts: tuple[str, ...], trace: Path | None, batch: tuple[int, ...],
-    forms: tuple[Any, ...], acceptance: tuple[str, ...], rivals: Any, expert_cache: Any, rival_drafts: Any, context: int, out: Path | None, timeline: Path | None,
+    forms: tuple[Any, ...], acceptance: tuple[str, ...], rivals: Any, expert_cache: Any, rival_drafts: Any, context: int,
+    out: Path | None, timeline: Path | None,
     force: bool, show_preset: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Simulate models on described hardware: tokens/s, joules and bytes per token, and the busiest unit."""

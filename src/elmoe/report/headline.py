@@ -58,9 +58,7 @@ def setting_words(labels: Mapping[str, Any]) -> str:
     """Which rivals a row or a result's conditions compare with, for people; empty where it does not say."""
     if "rivals" not in labels:
         return ""
-    return (
-        f"{labels['rivals']}, expert cache: {labels.get('expert_cache', '-')}, drafts: {labels.get('rival_drafts', '-')}"
-    )
+    return f"{labels['rivals']}, expert cache: {labels.get('expert_cache', '-')}, drafts: {labels.get('rival_drafts', '-')}"
 
 
 def compare(rows: Iterable[dict[str, Any]], system: str = "elmoe3d_8gb", use_ar: bool = True) -> list[Comparison]:

@@ -7,7 +7,17 @@ from typing import Any
 
 from elmoe.errors import HardwareError
 from elmoe.report.figures import bars
-from elmoe.report.headline import PAPER, PAPER_BATCHES, SHARES, Comparison, compare, missing_rivals, setting_words, summary, verdict
+from elmoe.report.headline import (
+    PAPER,
+    PAPER_BATCHES,
+    SHARES,
+    Comparison,
+    compare,
+    missing_rivals,
+    setting_words,
+    summary,
+    verdict,
+)
 from elmoe.report.section import Figure, Section, Table
 from elmoe.report.systems import (
     all_rows,

@@ -1,7 +1,7 @@
 """The rivals' second description: named steps that change presets into what the rivals' own sources publish.
 
-A set is data: each step says which keys of which preset it replaces. Applying all of them gives the systems whose names end in
-that of the set, such as ``xpu_pim_published``; a single step, or the first few, show what each is worth.
+A set is data: each step says which keys of which preset it replaces. Applying all of them gives the systems whose names end
+in that of the set, such as ``xpu_pim_published``; a single step, or the first few, show what each is worth.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Grid:
     steps: int = 24
     trace: Path | None = None
     drafters: Drafters = field(default_factory=load_drafters)
-    setting: Setting = Setting()
+    setting: Setting = field(default_factory=Setting)
 
 
 def facts_of(model: ModelSizes, prompts: str, trace: Path | None = None) -> RoutingFacts:
@@ -71,13 +71,13 @@ def run_grid(
     grid: Grid, progress: Callable[[int, int], None] | None = None, workers: int | None = None
 ) -> list[dict[str, Any]]:
     """All rows; (model, prompts) groups run side by side on ``workers`` processes (all cores by default)."""
-    return run_grids([grid], progress, workers)
+    return run_grids([grid], progress, workers)[0]
 
 
 def run_grids(
     grids: Sequence[Grid], progress: Callable[[int, int], None] | None = None, workers: int | None = None
-) -> list[dict[str, Any]]:
-    """All rows of grids over the same models, prompts and trace, such as one setting of the rivals each.
+) -> list[list[dict[str, Any]]]:
+    """All rows of each of several grids over the same models, prompts and trace, such as one setting of the rivals each.
 
     Facts are replayed once for all of them, and a system that several grids have in common is priced once.
     """
@@ -87,19 +87,20 @@ def run_grids(
         check_names(each)
         if (each.models, each.prompts, each.trace) != (grid.models, grid.prompts, grid.trace):
             raise HardwareError("grids that run together have the same models, prompts and trace")
-    rows: list[dict[str, Any]] = []
+    rows: list[list[dict[str, Any]]] = [[] for _ in grids]
     if len(grids) == 1 and (workers == 1 or len(groups) == 1):
         steps = len(groups) * len(grid.batches)
         for index, group in enumerate(groups):
             for done, found in enumerate(batches_of_group(grid, *group[1:]), index * len(grid.batches) + 1):
-                rows += found
+                rows[0] += found
                 if progress is not None:
                     progress(done, steps)
         return rows
     pool = ProcessPoolExecutor(min(workers or processors(), len(groups)), initializer=_ignore_interrupts)
     try:
         for index, result in enumerate(pool.map(_run_packed, groups)):
-            rows += result
+            for mine, found in zip(rows, result, strict=True):
+                mine += found
             if progress is not None:
                 progress(index + 1, len(groups))
     except BaseException:  # Ctrl-C too: what runs is not waited for
@@ -133,10 +134,10 @@ def check_names(grid: Grid) -> None:
             raise HardwareError(f"two {kind} have the name '{short(twice)}'", hint)
 
 
-def _run_packed(group: tuple[Sequence[Grid], str, str]) -> list[dict[str, Any]]:
+def _run_packed(group: tuple[Sequence[Grid], str, str]) -> list[list[dict[str, Any]]]:
     grids, model, prompts = group
     shared = Shared(model, prompts, grids[0].trace)
-    return [row for grid in grids for rows in batches_of_group(grid, model, prompts, shared) for row in rows]
+    return [[row for rows in batches_of_group(grid, model, prompts, shared) for row in rows] for grid in grids]
 
 
 class Shared:

@@ -3,8 +3,8 @@
 Sets are told apart by name in every result: ``generous`` (the presets as they stand: each operation at the faster place, the
 highest bandwidths that a source allows, drafts without a cache of their own), ``published`` (what the rivals' own papers,
 simulators and benchmarks state, ``presets/rivals/published.yaml``), and ``duplex``, the same but for bank PIM, which is that
-of Duplex's simulator and not Samsung's. Two further axes are unknown for all of them: whether a fast memory keeps experts, and
-what rivals draft with.
+of Duplex's simulator and not Samsung's. Two further axes are unknown for all of them: whether a fast memory keeps experts,
+and what rivals draft with.
 """
 
 from __future__ import annotations

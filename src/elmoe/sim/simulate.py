@@ -43,7 +43,7 @@ class Priced:
     workload: Workload
     draft: Cost | None
     target: Cost
-    shape: DraftShape = DraftShape(0)
+    shape: DraftShape
 
     @property
     def seconds(self) -> float:
@@ -113,7 +113,7 @@ class Simulation:
             passes = replace(passes, msb_hits=np.zeros_like(passes.active), lsb_hits=np.zeros_like(passes.active))
         target = target_cost(machine, self.model, passes)
         if form == "ar":
-            return Priced(workload, None, target)
+            return Priced(workload, None, target, shape)
         if workload.draft is not None:
             draft = draft_cost(form, machine, self.model, self.drafters, workload.draft, workload.draft.tokens)
             draft = _per_step(draft, workload.steps)
@@ -184,8 +184,8 @@ class Simulation:
             fixed, capacity = self._sizes(machine, form, batch).fixed, int(hardware.fast.capacity.value)
             if fixed > capacity:
                 raise BudgetError(
-                    f"dense parts and KV cache of '{model.name}' need {format_bytes(fixed)} at batch {batch}, the fast memory "
-                    f"of '{hardware.name}' has {format_bytes(capacity)}",
+                    f"dense parts and KV cache of '{model.name}' need {format_bytes(fixed)} at batch {batch}, the fast "
+                    f"memory of '{hardware.name}' has {format_bytes(capacity)}",
                     "use smaller batches, or raise fast.capacity",
                 )
 

@@ -144,7 +144,7 @@ class RoutingReplay:
             judged, length, float(np.mean(shares)),
         )  # fmt: skip
 
-    def _siblings(self, at: NDArray[np.int64], counts: tuple[int, ...]) -> NDArray:
+    def _siblings(self, at: NDArray[np.integer], counts: tuple[int, ...]) -> NDArray:
         """(tokens, layers, k) routings of a tree's further candidates. A candidate beside another is another token of the
         same text: it is routed as an earlier position, each as a different one."""
         depths = [depth for depth, count in enumerate(counts, 1) for _ in range(count)]

@@ -66,8 +66,10 @@ def _together(machine: Machine, operation: Operation) -> Cost:
     far = machine.read_main(bytes_).beside(xpu.compute(machine, operation))
     both = close.latency + far.latency
     share = np.divide(far.latency, both, out=np.zeros_like(both), where=both > 0)
-    return close.times(share).beside(far.times(1 - share)).then(
-        machine.overhead(operation.dense, operation.starts_layer, operation.decides)
+    return (
+        close.times(share)
+        .beside(far.times(1 - share))
+        .then(machine.overhead(operation.dense, operation.starts_layer, operation.decides))
     )
 
 
