@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from elmoe.report.section import Section, write_section
-from elmoe.schema.hardware import Hardware, load_hardware
+from elmoe.report.headline import setting_words
+from elmoe.report.section import Section, labelled, write_section
+from elmoe.schema.hardware import Hardware
 from elmoe.sim.grid import Grid, run_grid
-from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
+from elmoe.sim.paper import EXPERT_CACHES, MODELS, PROMPTS, RIVAL_DRAFTS, RIVAL_SETS, SYSTEMS
+from elmoe.sim.rivals import Setting
 from elmoe.terminal import progress_bar
 
 FOLDER = Path("build/experiments")
@@ -20,35 +22,45 @@ FOLDER = Path("build/experiments")
 
 @dataclass(frozen=True)
 class Scope:
-    """What a study covers: everything, or with ``--quick`` one model, one prompt set and two batch sizes."""
+    """What a study covers: everything, or with ``--quick`` one model, one prompt set and two batch sizes. ``setting``: the
+    rivals, of the studies that compare with them."""
 
     models: tuple[str, ...] = MODELS
     prompts: tuple[str, ...] = PROMPTS
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    setting: Setting = field(default_factory=Setting)
 
 
 QUICK = Scope(("qwen3-30b-a3b",), ("mt_bench",), (1, 8))
 
 
-def systems(names: Iterable[str] = SYSTEMS) -> tuple[Hardware, ...]:
-    """Presets by name."""
-    return tuple(load_hardware(name) for name in names)
+def systems(scope: Scope, names: Iterable[str] = SYSTEMS) -> tuple[Hardware, ...]:
+    """Presets by name, rivals among them as the scope has them."""
+    return scope.setting.systems(names)
 
 
 def rows_of(scope: Scope, hardware: Iterable[Hardware], **named: Any) -> list[dict[str, Any]]:
-    """Rows of a grid, with a progress bar."""
-    grid = Grid(tuple(hardware), scope.models, scope.prompts, scope.batches, **named)
+    """Rows of a grid with the scope's rivals' drafts, and a progress bar."""
+    rivals = {"setting": scope.setting, "drafters": scope.setting.drafters}
+    grid = Grid(tuple(hardware), scope.models, scope.prompts, scope.batches, **(rivals | named))
     with progress_bar("models x prompts", len(scope.models) * len(scope.prompts)) as bar:
         return run_grid(grid, lambda done, total: bar(done, total))
 
 
-def study(name: str, run: Callable[[Scope], Section]) -> None:
-    """The command line of a study: ``--quick``, ``--out``."""
+def study(name: str, run: Callable[[Scope], Section], labels: bool = False) -> None:
+    """The command line of a study: ``--quick``, ``--out``, and the rivals that it compares with. ``labels``: its tables name
+    their rivals themselves."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--quick", action="store_true", help="one model, one prompt set, batch 1 and 8")
     parser.add_argument("--out", type=Path, default=FOLDER / f"{name}.json", help="section for `elmoe report`")
+    parser.add_argument("--rivals", choices=RIVAL_SETS, default="generous", help="how prior systems are described")
+    parser.add_argument("--expert-cache", choices=EXPERT_CACHES, help="whole experts in their fast memory")
+    parser.add_argument("--rival-drafts", choices=RIVAL_DRAFTS, default="all", help="what they draft with")
     arguments = parser.parse_args()
-    section = run(QUICK if arguments.quick else Scope())
+    setting = Setting(arguments.rivals, arguments.expert_cache, arguments.rival_drafts)
+    section = run(replace(QUICK if arguments.quick else Scope(), setting=setting))
+    if not labels:
+        section = labelled(section, f"rivals: {setting_words(setting.labels)}")
     write_section(section, arguments.out)
     print(f"{section.title}\n{section.verdict}\nwrote {arguments.out}; `elmoe report {arguments.out}` makes a page")
 

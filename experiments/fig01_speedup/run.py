@@ -12,9 +12,9 @@ from experiments.common import Scope, rows_of, study, systems
 
 def run(scope: Scope) -> Section:
     """The headline section."""
-    rows = rows_of(scope, systems())
+    rows = rows_of(scope, systems(scope))
     return overview(rows, {"reference": "xpu"}, "python -m experiments.fig01_speedup.run")
 
 
 if __name__ == "__main__":
-    study("fig01_speedup", run)
+    study("fig01_speedup", run, labels=True)

@@ -18,7 +18,7 @@ from elmoe.report.headline import (
     summary,
     verdict,
 )
-from elmoe.report.section import Figure, Section, Table
+from elmoe.report.section import Figure, Section, Table, labelled
 from elmoe.report.systems import (
     all_rows,
     best_forms,
@@ -40,6 +40,12 @@ def overview(
 
     :raises HardwareError: no row was simulated.
     """
+    section = _overview(rows, conditions, command, system, file)
+    words = setting_words(conditions) or setting_words(rows[0])
+    return labelled(section, f"rivals: {words}" if words else "")
+
+
+def _overview(rows: list[dict[str, Any]], conditions: dict[str, Any], command: str, system: str, file: str) -> Section:
     if not simulated(rows):
         raise HardwareError(
             f"{file or 'the result'} holds no simulated row", "every model was left out: see `elmoe simulate`"

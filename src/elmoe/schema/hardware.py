@@ -175,8 +175,10 @@ class Hardware(Struct, frozen=True, kw_only=True):
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
-    """A preset by name, a rival of a set (``xpu_pim_published``), or a YAML file; HardwareError names the file, the path in it
-    and the mend."""
+    """A preset by name, a rival of a set (``xpu_pim_published``), or a YAML file.
+
+    :raises HardwareError: it names the file, the path in it and the mend.
+    """
     from elmoe.schema.rivals import variant, variant_names
 
     if str(name_or_path) in variant_names():
