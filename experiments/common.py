@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from elmoe.report.section import Section, write_section
-from elmoe.schema.hardware import Hardware, load_hardware
+from elmoe.report.headline import setting_words
+from elmoe.report.section import Section, labelled, write_section
+from elmoe.schema.hardware import Hardware
 from elmoe.sim.grid import Grid, run_grid
-from elmoe.sim.paper import MODELS, PROMPTS, SYSTEMS
+from elmoe.sim.paper import EXPERT_CACHES, MODELS, PROMPTS, RIVAL_DRAFTS, RIVAL_SETS, SYSTEMS
+from elmoe.sim.rivals import Setting
 from elmoe.terminal import progress_bar
 from elmoe.trace.batches import BATCH_ROUTINGS, BatchRouting
 
@@ -21,34 +23,35 @@ FOLDER = Path("build/experiments")
 
 @dataclass(frozen=True)
 class Scope:
-    """What a study covers: everything, or with ``--quick`` one model, one prompt set and two batch sizes."""
+    """What a study covers: everything, or with ``--quick`` one model, one prompt set and two batch sizes. ``setting``: the
+    rivals, of the studies that compare with them."""
 
     models: tuple[str, ...] = MODELS
     prompts: tuple[str, ...] = PROMPTS
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     batch_routing: BatchRouting = "fitted"
+    setting: Setting = field(default_factory=Setting)
 
 
 QUICK = Scope(("qwen3-30b-a3b",), ("mt_bench",), (1, 8))
 
 
-def systems(names: Iterable[str] = SYSTEMS) -> tuple[Hardware, ...]:
-    """Presets by name."""
-    return tuple(load_hardware(name) for name in names)
+def systems(scope: Scope, names: Iterable[str] = SYSTEMS) -> tuple[Hardware, ...]:
+    """Presets by name, rivals among them as the scope has them."""
+    return scope.setting.systems(names)
 
 
 def rows_of(scope: Scope, hardware: Iterable[Hardware], **named: Any) -> list[dict[str, Any]]:
-    """Rows of a grid, with a progress bar."""
-    grid = Grid(
-        tuple(hardware), scope.models, scope.prompts, scope.batches, batch_routing=scope.batch_routing, **named
-    )  # fmt: skip
+    """Rows of a grid with the scope's rivals' drafts, and a progress bar."""
+    shared = {"setting": scope.setting, "drafters": scope.setting.drafters, "batch_routing": scope.batch_routing}
+    grid = Grid(tuple(hardware), scope.models, scope.prompts, scope.batches, **(shared | named))
     with progress_bar("models x prompts", len(scope.models) * len(scope.prompts)) as bar:
         return run_grid(grid, lambda done, total: bar(done, total))
 
 
-def study(name: str, run: Callable[[Scope], Section], usual: Scope | None = None) -> None:
-    """The command line of a study: ``--quick``, ``--out``, and whose locality the routing has; ``--all`` where it usually
-    covers less than everything."""
+def study(name: str, run: Callable[[Scope], Section], usual: Scope | None = None, labels: bool = False) -> None:
+    """The command line of a study: ``--quick``, ``--out``, the rivals that it compares with, and whose locality the routing
+    has; ``--all`` where it usually covers less than everything. ``labels``: its tables name their rivals themselves."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--quick", action="store_true", help="one model, one prompt set, batch 1 and 8")
     parser.add_argument("--out", type=Path, default=FOLDER / f"{name}.json", help="section for `elmoe report`")
@@ -56,13 +59,19 @@ def study(name: str, run: Callable[[Scope], Section], usual: Scope | None = None
         "--locality", action="append", metavar="NAME", help="in place of the prompt sets; `model` is each model's own"
     )
     parser.add_argument("--batch-routing", choices=BATCH_ROUTINGS, default="fitted", help="how much sequences agree")
+    parser.add_argument("--rivals", choices=RIVAL_SETS, default="generous", help="how prior systems are described")
+    parser.add_argument("--expert-cache", choices=EXPERT_CACHES, help="whole experts in their fast memory")
+    parser.add_argument("--rival-drafts", choices=RIVAL_DRAFTS, default="all", help="what they draft with")
     if usual is not None:
         parser.add_argument("--all", action="store_true", help="all prompt sets and batch sizes")
     arguments = parser.parse_args()
     whole = usual is None or arguments.all
+    setting = Setting(arguments.rivals, arguments.expert_cache, arguments.rival_drafts)
     scope = QUICK if arguments.quick else Scope() if whole else usual
-    scope = replace(scope, batch_routing=arguments.batch_routing)
+    scope = replace(scope, batch_routing=arguments.batch_routing, setting=setting)
     section = run(replace(scope, prompts=tuple(arguments.locality)) if arguments.locality else scope)
+    if not labels:
+        section = labelled(section, f"rivals: {setting_words(setting.labels)}")
     write_section(section, arguments.out)
     print(f"{section.title}\n{section.verdict}\nwrote {arguments.out}; `elmoe report {arguments.out}` makes a page")
 

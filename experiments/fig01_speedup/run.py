@@ -13,10 +13,10 @@ from experiments.common import Scope, rows_of, study, systems
 
 def run(scope: Scope) -> Section:
     """The headline section."""
-    rows = rows_of(scope, systems())
-    rows += rows_of(scope, systems(("xpu", "elmoe3d_8gb")), forms=("planned",))
+    rows = rows_of(scope, systems(scope))
+    rows += rows_of(scope, systems(scope, ("xpu", "elmoe3d_8gb")), forms=("planned",))
     return overview(rows, {"reference": "xpu"}, "python -m experiments.fig01_speedup.run")
 
 
 if __name__ == "__main__":
-    study("fig01_speedup", run)
+    study("fig01_speedup", run, labels=True)

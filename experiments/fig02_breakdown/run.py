@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from elmoe.report.figures import bars
 from elmoe.report.section import Section, Table
+from elmoe.sim.rivals import Setting
 from elmoe.systems.forms import Odds
-from experiments.common import Scope, mean, rows_of, select, study, systems
+from experiments.common import Scope, mean, rows_of, select, study
 
 ODDS = Odds("0.91", 0.91, "published range")
 RESOURCES = ("main", "fast", "compute", "vector", "links")
@@ -18,7 +19,7 @@ CASES = (("xpu", "ar"), ("hb_xpu", "ar"), ("elmoe3d_8gb", "ar"), ("elmoe3d_8gb",
 
 def run(scope: Scope) -> Section:
     """Breakdown of time and energy."""
-    rows = rows_of(scope, systems(("xpu", "hb_xpu", "elmoe3d_8gb")), forms=("ar", "elastic"), odds=(ODDS,))
+    rows = rows_of(scope, Setting().systems(("xpu", "hb_xpu", "elmoe3d_8gb")), forms=("ar", "elastic"), odds=(ODDS,))
     figures, table = [], []
     for batch in (min(scope.batches), max(scope.batches)):
         cases = {f"{system}, {form}": select(rows, system=system, form=form, batch=batch) for system, form in CASES}

@@ -13,7 +13,7 @@ POINTS = (0.33, 0.45, 0.6, 0.7, 0.8, 0.85, 0.91, 0.95)
 def run(scope: Scope) -> Section:
     """Sweep of acceptance."""
     odds = tuple(Odds(f"{p:g}", p, "swept") for p in POINTS)
-    rows = rows_of(scope, systems(("xpu", "elmoe3d_8gb")), forms=("ar", "elastic"), odds=odds)
+    rows = rows_of(scope, systems(scope, ("xpu", "elmoe3d_8gb")), forms=("ar", "elastic"), odds=odds)
     series, pays = {}, []
     for batch in scope.batches:
         plain = mean(row["speedup"] for row in select(rows, system="elmoe3d_8gb", form="ar", batch=batch))

@@ -11,7 +11,7 @@ CLAIMED = 1.45
 
 def run(scope: Scope) -> Section:
     """Methods on ELMoE-3D with 8 GB."""
-    rows = rows_of(scope, systems(("xpu", "elmoe3d_8gb")))
+    rows = rows_of(scope, systems(scope, ("xpu", "elmoe3d_8gb")))
     ours = select(rows, system="elmoe3d_8gb")
     series = {}
     for form, acceptance in dict.fromkeys((row["form"], row["acceptance"]) for row in ours):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from elmoe.report.figures import tornado
 from elmoe.report.headline import compare
 from elmoe.report.section import Section, Table
-from elmoe.schema.drafters import Drafters, load_drafters
+from elmoe.schema.drafters import Drafters
 from elmoe.schema.hardware import Hardware
 from elmoe.sim.sweep import Described, changed, ranged
 from elmoe.systems.forms import Odds
@@ -36,7 +36,7 @@ class World:
 def run(scope: Scope) -> Section:
     """Tornado plots of speed and energy, for one model and prompt set."""
     scope = replace(scope, models=scope.models[:1], prompts=scope.prompts[:1])
-    world = World(systems(), load_drafters())
+    world = World(systems(scope), scope.setting.drafters)
     paths = dict.fromkeys(item.path for described in (*world.systems, world.drafters) for item in ranged(described))
     base = headline(scope, world)
     moved = {path: (headline(scope, world.at(path, False)), headline(scope, world.at(path, True))) for path in paths}

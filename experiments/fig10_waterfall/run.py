@@ -17,10 +17,10 @@ from typing import Any
 from elmoe.report.figures import bars
 from elmoe.report.headline import PAPER, compare, summary
 from elmoe.report.section import Section, Table
-from elmoe.sim.grid import PAPER_ODDS, Grid
+from elmoe.sim.grid import PAPER_ODDS, Grid, run_grids
 from elmoe.sim.modelling import BEFORE, TODAY
 from elmoe.sim.paper import SYSTEMS
-from elmoe.sim.steps import GridStep, elmoe_steps, rows_of_grids
+from elmoe.sim.steps import GridStep, elmoe_steps
 from elmoe.systems.forms import FORMS
 from elmoe.terminal import progress_bar
 from experiments.common import Scope, study, systems
@@ -46,7 +46,7 @@ def run(scope: Scope) -> Section:
     planned = replace(engine, systems=systems(("xpu", OURS)), forms=("planned",))
     grids = [*added, *alone, planned]
     with progress_bar("models x prompts", len(scope.models) * len(scope.prompts)) as bar:
-        rows = rows_of_grids(grids, lambda done, total: bar(done, total))
+        rows = run_grids(grids, lambda done, total: bar(done, total))
     names = ["as of version 0.1", *(step.name for step in STEPS)]
     sequence = [summary(compare(found, OURS)) for found in rows[: len(added)]]
     single = [sequence[0], *(summary(compare(found, OURS)) for found in rows[len(added) : -1])]

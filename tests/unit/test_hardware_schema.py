@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from elmoe.errors import HardwareError, RequestError
 from elmoe.schema.constants import Constant, Ratio, Seconds, described_text, load_described
 from elmoe.schema.hardware import Hardware, PeArray, Processor, load_hardware, preset_names, preset_text, write_hardware
+from elmoe.schema.rivals import variant_names
 
 PAPER = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu", "elmoe3d_4gb", "elmoe3d_8gb")
 BOXES = ("dgx_spark", "jetson_thor", "rtx_pro_6000", "ddr5_nvme")
@@ -30,7 +31,7 @@ def test_the_presets_are_these():
     assert set(preset_names()) == {*PAPER, *BOXES}
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", (*preset_names(), *variant_names()))
 def test_every_constant_has_a_source_a_status_and_a_range_around_it(name):
     hardware = load_hardware(name)
     assert hardware.name == name and len(hardware.description) > 20
@@ -42,7 +43,7 @@ def test_every_constant_has_a_source_a_status_and_a_range_around_it(name):
         assert constant.status == "assumed" or not any(word in constant.source for word in SAID_BY_NOBODY), where
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", (*preset_names(), *variant_names()))
 def test_energies_and_power_that_are_assumed_can_be_swept(name):
     for where, constant in constants(load_hardware(name)):
         if constant.status == "assumed" and constant.dimension != "ratio" and constant.dimension != "capacity":
@@ -222,6 +223,7 @@ def test_a_description_that_is_written_loads_as_the_same(tmp_path, name):
     assert load_hardware(tmp_path / "written.yaml") == hardware
 
 
+CHOICES = ("main", "fast", "faster", "processor", "both", "same", "twice")
 BOUNDS = st.lists(st.floats(1e-30, 1e30), min_size=3, max_size=3).map(sorted)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
@@ -233,11 +235,11 @@ def changed(data: object, draw: st.DataObject) -> object:
         return type(data)(value, draw.draw(TEXTS), draw.draw(st.sampled_from(["measured", "assumed"])), low, high)
     if isinstance(data, msgspec.Struct):
         return msgspec.structs.replace(data, **{name: changed(getattr(data, name), draw) for name in data.__struct_fields__})
-    return draw.draw(TEXTS) if isinstance(data, str) and data not in ("main", "fast") else data
+    return draw.draw(TEXTS) if isinstance(data, str) and data not in CHOICES else data
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.data(), st.sampled_from(preset_names()))
+@given(st.data(), st.sampled_from((*preset_names(), *variant_names())))
 def test_any_description_survives_writing_and_loading(draw, name):
     hardware = changed(load_hardware(name), draw)
     assert load_described(described_text(hardware), "written", Hardware) == hardware

@@ -8,9 +8,9 @@ import pytest
 
 from elmoe.report.headline import compare
 from elmoe.schema.hardware import load_hardware
-from elmoe.sim.grid import Grid, run_grid
+from elmoe.sim.grid import Grid, run_grid, run_grids
 from elmoe.sim.modelling import BEFORE, TODAY, TREES
-from elmoe.sim.steps import elmoe_steps, rows_of_grids
+from elmoe.sim.steps import elmoe_steps
 from elmoe.systems.forms import Odds
 
 SYSTEMS = tuple(load_hardware(name) for name in ("xpu", "hb_xpu", "elmoe3d_8gb"))
@@ -34,8 +34,8 @@ def test_steps_change_a_grid_one_after_the_other(grids):
     assert len({grid.modelling for grid in grids}) == len(grids)
 
 
-def test_rows_of_grids_are_those_of_each_alone(grids):
-    together = rows_of_grids(grids, workers=1)
+def test_rows_of_several_grids_are_those_of_each_alone(grids):
+    together = run_grids(grids, workers=1)
     assert together == [run_grid(grid, workers=1) for grid in grids]
     speeds = [compare(rows)[0].speed_over_xpu for rows in together]
     assert speeds[-1] > speeds[0]

@@ -19,7 +19,7 @@ from elmoe.schema.validation import (
 
 
 def test_every_file_loads_and_has_a_source():
-    assert set(validation_names()) == {"fused_moe", "dgx_spark", "ramulator", "paper_claims"}
+    assert set(validation_names()) == {"fused_moe", "dgx_spark", "ramulator", "paper_claims", "rival_gains"}
     for name in validation_names():
         data = load_validation(name)
         assert data.rows and len(data.source) > 10

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from elmoe.cli.common import IntegerList, force_option, json_option, print_json
-from elmoe.sim.paper import MODELS, OWN_LOCALITY, PROMPTS, SYSTEMS
+from elmoe.sim.paper import EXPERT_CACHES, MODELS, OWN_LOCALITY, PROMPTS, RIVAL_DRAFTS, RIVAL_SETS, SYSTEMS
 from elmoe.terminal import number, print_table, progress_bar, size, small_number
 
 
@@ -43,6 +43,22 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
 @click.option("--acceptance", multiple=True, help="Of elastic drafts: a probability, or a measured table (`demo`, a file of "
               "`elmoe trace profile`); repeat it [default: 0.33, 0.6, 0.91, the paper's range].")  # fmt: skip
 @click.option(
+    "--rivals",
+    type=click.Choice(RIVAL_SETS),
+    default="generous",
+    show_default=True,
+    help="Prior systems and "
+    "their drafts: as kindly as sources allow; as their own papers publish them; or so with Duplex's bank PIM.",
+)
+@click.option(
+    "--expert-cache",
+    type=click.Choice(EXPERT_CACHES),
+    help="Whole experts in the rivals' fast memory: none, "
+    "the prompts' (static), or least recently used out first (lru) [default: as each is described].",
+)
+@click.option("--rival-drafts", type=click.Choice(RIVAL_DRAFTS), default="all", show_default=True, help="What rivals draft "
+              "with: nothing, an EAGLE head, or that, a small model and a 4-bit copy.")  # fmt: skip
+@click.option(
     "--context", type=click.IntRange(1, 1 << 20), default=1024, show_default=True, help="Positions in every cache."
 )
 @click.option(
@@ -58,15 +74,16 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
 @json_option
 def command(
     hardware: tuple[str, ...], model: tuple[str, ...], prompts: tuple[str, ...], batch_routing: Any, trace: Path | None,
-    batch: tuple[int, ...], forms: tuple[Any, ...], acceptance: tuple[str, ...], context: int, trees: bool, before: bool,
-    out: Path | None, timeline: Path | None, force: bool, show_preset: str | None, as_json: bool,
+    batch: tuple[int, ...], forms: tuple[Any, ...], acceptance: tuple[str, ...], rivals: Any, expert_cache: Any,
+    rival_drafts: Any, context: int, trees: bool, before: bool, out: Path | None, timeline: Path | None, force: bool,
+    show_preset: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Simulate models on described hardware: tokens/s, joules and bytes per token, and the busiest unit."""
     from elmoe.files import check_output
-    from elmoe.schema.hardware import load_hardware
     from elmoe.sim.grid import PAPER_ODDS, Grid, check_names, run_grid
     from elmoe.sim.modelling import BEFORE, TODAY, TREES
     from elmoe.sim.result import SimulationResult, odds_of, write_result
+    from elmoe.sim.rivals import Setting
     from elmoe.systems.forms import FORMS
 
     if show_preset is not None:
@@ -77,10 +94,12 @@ def command(
     for path, what in ((out, "result"), (timeline, "timeline")):
         check_output(path, force, what)
     localities = tuple(name for one in prompts for name in (PROMPTS if one == "prompts" else (one,)))
+    setting = Setting(rivals, expert_cache, rival_drafts)
     grid = Grid(
-        tuple(load_hardware(name) for name in hardware), tuple(model), ("trace",) if trace else localities, batch,
-        tuple(forms) or FORMS, tuple(odds_of(text) for text in acceptance) or PAPER_ODDS, context=context, trace=trace,
-        batch_routing=batch_routing, modelling=replace(BEFORE if before else TODAY, trees=TREES if trees else ()),
+        setting.systems(hardware), tuple(model), ("trace",) if trace else localities, batch, tuple(forms) or FORMS,
+        tuple(odds_of(text) for text in acceptance) or PAPER_ODDS, context=context, trace=trace, drafters=setting.drafters,
+        setting=setting, batch_routing=batch_routing,
+        modelling=replace(BEFORE if before else TODAY, trees=TREES if trees else ()),
     )  # fmt: skip
     check_names(grid)
     counts = (len(grid.systems), "systems"), (len(grid.models), "models"), (len(grid.prompts), "prompt sets"), \
@@ -107,12 +126,14 @@ def _preset_text(name: str) -> str:
     from elmoe.models.described import described_names, described_text
     from elmoe.models.load import model_names, model_text
     from elmoe.schema.hardware import preset_names, preset_text
+    from elmoe.schema.rivals import variant_names
 
-    for names, text in ((preset_names, preset_text), (model_names, model_text), (described_names, described_text)):
-        if name in names():
+    systems = (*preset_names(), *variant_names())
+    for names, text in ((systems, preset_text), (model_names(), model_text), (described_names(), described_text)):
+        if name in names:
             return text(name)
     models = ", ".join((*model_names(), *described_names()))
-    known = f"hardware: {', '.join(preset_names())}; models: {models}"
+    known = f"hardware: {', '.join(systems)}; models: {models}"
     raise click.BadParameter(f"there is no preset '{name}'. {known}", param_hint="--show-preset")
 
 
@@ -139,10 +160,12 @@ def _show_costs(rows: list[dict[str, Any]], model: str, batch: int) -> None:
 
 def _words(rows: list[dict[str, Any]]) -> list[str]:
     """What the words in the tables mean."""
+    from elmoe.report.headline import setting_words
     from elmoe.systems.forms import explain_forms
 
     rivals = any(row["acceptance"] == "preset" for row in rows)
     return [
+        f"rivals: {setting_words(rows[0])}." if rows else "",
         f"form, by what drafts: {explain_forms(row['form'] for row in rows)}.",
         "acceptance: probability that the model accepts a draft token" + ("; preset: that of the form." if rivals else "."),
         "busiest unit: main and fast are the memories, compute the processor, each with the share of time it works.",

@@ -87,14 +87,35 @@ class Machine:
         return Cost(seconds, {"links": count * BITS * links.energy.value}, {"links": seconds}, {})
 
     def near(self, count: Array, work: Multiply) -> Cost:
-        """Matrix products beside the memory that holds their ``count`` bytes: the slower of reading and computing."""
+        """Matrix products beside the memory that holds their ``count`` bytes: the slower of reading and computing.
+
+        The units work as they read, so what delays reads (``efficiency``) delays both.
+        """
         near = self.hardware.near
         assert near is not None
         macs = work.tokens * (work.rows * work.columns)
-        seconds = np.maximum(count / near.bandwidth.value, 2 * macs / (near.bandwidth.value * near.intensity.value))
+        rated = macs if near.narrow == "same" else macs * (np.minimum(work.weight_passes, 2) / 2)
+        bandwidth = near.bandwidth.value * (1.0 if near.efficiency is None else near.efficiency.value)
+        seconds = np.maximum(count / bandwidth, 2 * rated / (bandwidth * near.intensity.value))
         memory = {"main": "main memory", "fast": "fast memory"}[near.placement]
-        energy = {memory: count * BITS * near.energy.value, "multiply": macs * self.hardware.compute.mac_energy.value}
+        mac = self.hardware.compute.mac_energy if near.mac_energy is None else near.mac_energy
+        energy = {memory: count * BITS * near.energy.value, "multiply": rated * mac.value}
         return Cost(seconds, energy, {"near": seconds}, {near.placement: count})
+
+    def hand_over(self, work: Multiply) -> Cost:
+        """Inputs of products beside a memory on their way to its units, and their results on the way back.
+
+        One byte for an input and four for a sum, each once, as the processor's own SRAM takes them.
+        """
+        near = self.hardware.near
+        assert near is not None
+        count = work.tokens * (work.columns + 4 * work.rows)
+        if near.interface is None:
+            return Cost(np.zeros_like(count))
+        memory = self.hardware.main if near.placement == "main" else self.hardware.fast
+        assert memory is not None
+        seconds = count / near.interface.value
+        return Cost(seconds, {"hand-over": count * BITS * memory.energy.value}, {"hand-over": seconds}, {"hand-over": count})
 
     def overhead(self, like: Array, starts_layer: bool, decides: bool) -> Cost:
         """Fixed seconds of a pass: of a layer, borne by what starts it, and of deciding about residents."""

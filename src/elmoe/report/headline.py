@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 RIVALS = ("xpu", "xpu_pim", "xpu_logicpim", "xpu_nmp", "hb_xpu")
+SETS = ("published", "duplex")
+"""What the name of a rival ends in that is not described as its preset is (``sim/rivals.py``)."""
 SHARES = ("low", "middle", "high")
 PAPER = {
     "speed over xPU": (6.6, 12.0), "speed over best prior": (2.2, 9.9),
@@ -41,6 +43,24 @@ class Comparison:
     energy_over_prior: dict[str, float]
 
 
+def is_rival(system: str) -> bool:
+    """Whether a system is a prior one of the paper, in whichever description."""
+    return preset_of(system) in RIVALS
+
+
+def preset_of(system: str) -> str:
+    """The preset that a rival's description started from; other names as they are."""
+    base, _, ending = system.rpartition("_")
+    return base if ending in SETS else system
+
+
+def setting_words(labels: Mapping[str, Any]) -> str:
+    """Which rivals a row or a result's conditions compare with, for people; empty where it does not say."""
+    if "rivals" not in labels:
+        return ""
+    return f"{labels['rivals']}, expert cache: {labels.get('expert_cache', '-')}, drafts: {labels.get('rival_drafts', '-')}"
+
+
 def compare(
     rows: Iterable[dict[str, Any]], system: str = "elmoe3d_8gb", use_ar: bool = True, planned: bool = False
 ) -> list[Comparison]:
@@ -54,7 +74,7 @@ def compare(
     result = []
     for (model, prompts, batch), group in conditions.items():
         ours = [row for row in group if row["system"] == system]
-        prior = [row for row in group if row["system"] in RIVALS]
+        prior = [row for row in group if is_rival(row["system"])]
         bare = next((row for row in prior if row["system"] == "xpu" and row["form"] == "ar"), None)
         labels = dict.fromkeys(row["acceptance"] for row in ours if row["form"] == drafts)
         if bare is None:
@@ -104,7 +124,7 @@ def _mean_max(values: list[float]) -> tuple[float, float]:
 
 def missing_rivals(rows: Iterable[dict[str, Any]]) -> list[str]:
     """Prior systems of the paper that the result does not hold: without them a claim over the best prior is not judged."""
-    found = {row["system"] for row in rows if "error" not in row}
+    found = {preset_of(row["system"]) for row in rows if "error" not in row}
     return [name for name in RIVALS if name not in found]
 
 

@@ -7,8 +7,18 @@ from typing import Any
 
 from elmoe.errors import HardwareError
 from elmoe.report.figures import bars
-from elmoe.report.headline import PAPER, PAPER_BATCHES, SHARES, Comparison, compare, missing_rivals, summary, verdict
-from elmoe.report.section import Figure, Section, Table
+from elmoe.report.headline import (
+    PAPER,
+    PAPER_BATCHES,
+    SHARES,
+    Comparison,
+    compare,
+    missing_rivals,
+    setting_words,
+    summary,
+    verdict,
+)
+from elmoe.report.section import Figure, Section, Table, labelled
 from elmoe.report.systems import (
     all_rows,
     best_forms,
@@ -30,6 +40,12 @@ def overview(
 
     :raises HardwareError: no row was simulated.
     """
+    section = _overview(rows, conditions, command, system, file)
+    words = setting_words(conditions) or setting_words(rows[0])
+    return labelled(section, f"rivals: {words}" if words else "")
+
+
+def _overview(rows: list[dict[str, Any]], conditions: dict[str, Any], command: str, system: str, file: str) -> Section:
     if not simulated(rows):
         raise HardwareError(
             f"{file or 'the result'} holds no simulated row", "every model was left out: see `elmoe simulate`"
@@ -99,6 +115,8 @@ def _conditions(conditions: dict[str, Any]) -> str:
         for name in ("models", "prompts", "batches")
         if isinstance(values := conditions.get(name), list)
     ]
+    if words := setting_words(conditions):
+        said.append(f"rivals: {words}")
     if "context" in conditions:
         said.append(f"context: {conditions['context']} positions")
     return f"Simulated: {'; '.join(said)}." if said else "Simulated."

@@ -55,6 +55,26 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     file: str = ""
 
 
+def labelled(section: Section, words: str) -> Section:
+    """The section with ``words`` of its conditions in the status of every table and in the title of every figure."""
+    if not words:
+        return section
+    tables = (msgspec.structs.replace(table, status=f"{table.status}; {words}") for table in section.tables)
+    figures = (_titled(figure, f"{figure.title}; {words}") for figure in section.figures)
+    return msgspec.structs.replace(section, tables=tuple(tables), figures=tuple(figures))
+
+
+def _titled(figure: Figure, title: str) -> Figure:
+    layout = figure.plot["layout"]
+    shown = {"text": title} | {key: value for key, value in _title_of(layout).items() if key != "text"}
+    return Figure(title=title, plot=figure.plot | {"layout": layout | {"title": shown}})
+
+
+def _title_of(layout: dict[str, Any]) -> dict[str, Any]:
+    title = layout.get("title")
+    return title if isinstance(title, dict) else {}
+
+
 def write_section(section: Section, path: Path) -> None:
     """Write as JSON; the file appears when it is whole."""
     write_whole(path, msgspec.json.encode(section))

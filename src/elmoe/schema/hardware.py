@@ -83,12 +83,32 @@ class Processor(Struct, frozen=True, kw_only=True, tag="processor", tag_field="k
 
 class NearMemory(Struct, frozen=True, kw_only=True):
     """Compute inside or under the main memory (``placement: main``) or under the fast memory (``placement: fast``): its
-    ``bandwidth`` and the operations it can do per byte it reads; ``energy`` of a bit that does not leave the memory."""
+    ``bandwidth`` and the operations it can do per byte it reads; ``energy`` of a bit that does not leave the memory.
+
+    ``dense``: whether layers that every token uses run where they are faster or always on the processor; keys and values,
+    and experts, always take the faster place. ``experts``: each expert takes the faster place, or both work on them at
+    once (``both``, under the main memory alone). ``narrow``: whether weights of 4 bits multiply at the rate of 8 bits
+    (``same``) or at twice that rate (``twice``). ``efficiency``: share of ``bandwidth``, and of the rate of the units, that
+    real products reach. ``interface``: rate at which inputs reach the units and results leave them; they cost no time
+    without it. ``mac_energy``: of an INT8 multiply-accumulate in the memory, that of the processor without it.
+    """
 
     placement: Literal["main", "fast"]
     bandwidth: Bandwidth
     intensity: OperationsPerByte
     energy: EnergyPerBit
+    dense: Literal["faster", "processor"] = "faster"
+    experts: Literal["faster", "both"] = "faster"
+    narrow: Literal["same", "twice"] = "same"
+    efficiency: Ratio | None = None
+    interface: Bandwidth | None = None
+    mac_energy: EnergyPerOperation | None = None
+
+    def __post_init__(self) -> None:
+        if self.efficiency is not None and self.efficiency.value > 1:
+            raise ValueError("'efficiency' of near-memory compute is above 100 %")
+        if self.experts == "both" and self.placement != "main":
+            raise ValueError("'experts: both' needs 'placement: main'")
 
 
 class Sram(Struct, frozen=True, kw_only=True):
@@ -155,9 +175,21 @@ class Hardware(Struct, frozen=True, kw_only=True):
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
-    """A preset by name, or a YAML file; HardwareError names the file, the path in it and the mend."""
-    hardware = load_described(*_read(name_or_path), Hardware)
+    """A preset by name, a rival of a set (``xpu_pim_published``), or a YAML file.
+
+    :raises HardwareError: it names the file, the path in it and the mend.
+    """
+    from elmoe.schema.rivals import variant, variant_names
+
+    if str(name_or_path) in variant_names():
+        return variant(str(name_or_path))
+    hardware = described_system(*_read(name_or_path))
     return hardware if str(name_or_path) in preset_names() else mark_changes(hardware, _presets(), Path(name_or_path).name)
+
+
+def described_system(text: str, where: str) -> Hardware:
+    """A description from its YAML; HardwareError names ``where`` and the path in it."""
+    return load_described(text, where, Hardware)
 
 
 def write_hardware(hardware: Hardware, path: str | Path) -> None:
@@ -177,18 +209,26 @@ def preset_names() -> tuple[str, ...]:
 
 @cache
 def _presets() -> tuple[Hardware, ...]:
-    return tuple(load_hardware(name) for name in preset_names())
+    from elmoe.schema.rivals import variant_names
+
+    return tuple(load_hardware(name) for name in (*preset_names(), *variant_names()))
 
 
 def preset_text(name: str) -> str:
     """A preset's YAML, to copy and change."""
+    from elmoe.schema.rivals import variant, variant_names
+
+    if name not in preset_names() and name in variant_names():
+        return described_text(variant(name))
     return (files("elmoe.presets") / "hardware" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _read(name_or_path: str | Path) -> tuple[str, str]:
     if str(name_or_path) in preset_names():
         return preset_text(str(name_or_path)), f"{name_or_path}.yaml"
-    hint = f"a YAML file, or one of {', '.join(preset_names())}"
+    from elmoe.schema.rivals import variant_names
+
+    hint = f"a YAML file, or one of {', '.join((*preset_names(), *variant_names()))}"
     if not os.path.exists(name_or_path):  # which is False of a name that is too long
         raise HardwareError(f"there is no hardware '{short(name_or_path)}'", hint)
     return read_text(name_or_path, HardwareError, MAX_YAML_BYTES, "hardware description", hint), str(name_or_path)

@@ -21,6 +21,9 @@ def constants(described: msgspec.Struct, prefix: str = "") -> Iterator[tuple[str
             yield prefix + name, value
         elif isinstance(value, msgspec.Struct):
             yield from constants(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                yield from constants(item, f"{prefix}{name}.{index}.")
 
 
 def mark_changes(described: Described, presets: Iterable[msgspec.Struct], where: str) -> Described:

@@ -103,11 +103,32 @@ class Claims(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         raise HardwareError(f"there is no claim '{name}'", ", ".join(row.name for row in self.rows))
 
 
-Validation = FusedKernel | Decoding | Streaming | Claims
+class Gain(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One ratio that a rival's source gives; ``fitted``: a preset's constant was derived from it, so it checks nothing.
+    ``reason``: why the simulator differs from it."""
+
+    name: _Text
+    value: _Positive
+    fitted: bool
+    statement: _Text
+    source: _Text
+    reason: str = ""
+
+
+class Gains(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="gains"):
+    """What the rivals' sources claim of them."""
+
+    description: _Text
+    source: _Text
+    status: Status
+    rows: tuple[Gain, ...]
+
+
+Validation = FusedKernel | Decoding | Streaming | Claims | Gains
 
 
 def load_validation(name: str) -> Validation:
-    """``fused_moe``, ``dgx_spark``, ``ramulator`` or ``paper_claims``; HardwareError names what is wrong."""
+    """Data of one of :func:`validation_names`, such as ``fused_moe``; HardwareError names what is wrong."""
     if name not in validation_names():
         raise HardwareError(f"there is no validation data '{name}'", f"one of {', '.join(validation_names())}")
     text = (files("elmoe.presets") / "validation" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from elmoe.processors import processors
 from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
 from elmoe.sim.modelling import TODAY, Modelling
+from elmoe.sim.rivals import Setting
 from elmoe.sim.routing import check_routing, facts_of, localities_of
 from elmoe.sim.rows import row_of, static_watts
 from elmoe.sim.simulate import Simulation
@@ -33,8 +34,8 @@ class Grid:
     """What to simulate. ``odds``: acceptances of elastic drafts, a row each; ``systems``: the first is the reference.
     ``prompts``: localities of the routing, ``model`` for each model's own (see :mod:`elmoe.sim.routing`); ``batch_routing``:
     how much the sequences of a batch agree. ``lengths``: draft lengths, None for those of the modelling. ``trace``: replayed
-    in place of synthetic facts. ``drafters``: what the rivals draft with. ``modelling``: what of the engine's ways is
-    simulated."""
+    in place of synthetic facts. ``drafters``: what the rivals draft with. ``setting``: which rivals ``systems`` and
+    ``drafters`` hold, for labels, and what they draft with. ``modelling``: what of the engine's ways is simulated."""
 
     systems: tuple[Hardware, ...]
     models: tuple[str, ...]
@@ -47,6 +48,7 @@ class Grid:
     steps: int = 24
     trace: Path | None = None
     drafters: Drafters = field(default_factory=load_drafters)
+    setting: Setting = field(default_factory=Setting)
     batch_routing: BatchRouting = "fitted"
     modelling: Modelling = TODAY
 
@@ -55,23 +57,45 @@ def run_grid(
     grid: Grid, progress: Callable[[int, int], None] | None = None, workers: int | None = None
 ) -> list[dict[str, Any]]:
     """All rows; (model, prompts) groups run side by side on ``workers`` processes (all cores by default)."""
-    check_names(grid)
+    return run_grids([grid], progress, workers)[0]
+
+
+def run_grids(
+    grids: Sequence[Grid], progress: Callable[[int, int], None] | None = None, workers: int | None = None
+) -> list[list[dict[str, Any]]]:
+    """All rows of each of several grids over the same models, prompts and trace, such as one setting of the rivals each.
+
+    Facts are replayed once for all of them, and a system that several grids have in common is priced once.
+    """
+    grid = grids[0]
+    for each in grids:
+        check_names(each)
+        if _routing(each) != _routing(grid):
+            raise HardwareError("grids that run together have the same models, prompts, trace and batch routing")
     check_routing(grid.prompts, grid.batch_routing, grid.trace)
     localities = {model: grid.prompts if grid.trace else localities_of(model, grid.prompts) for model in grid.models}
-    groups = [(grid, model, prompts) for model in grid.models for prompts in localities[model]]
-    rows: list[dict[str, Any]] = []
-    if workers == 1 or len(groups) == 1:
+    groups = [(grids, model, prompts) for model in grid.models for prompts in localities[model]]
+    rows: list[list[dict[str, Any]]] = [[] for _ in grids]
+    if len(grids) > 1 and workers == 1:
+        for index, group in enumerate(groups):
+            for mine, found in zip(rows, _run_packed(group), strict=True):
+                mine += found
+            if progress is not None:
+                progress(index + 1, len(groups))
+        return rows
+    if len(grids) == 1 and (workers == 1 or len(groups) == 1):
         steps = len(groups) * len(grid.batches)
         for index, group in enumerate(groups):
-            for done, found in enumerate(batches_of_group(*group), index * len(grid.batches) + 1):
-                rows += found
+            for done, found in enumerate(batches_of_group(grid, *group[1:]), index * len(grid.batches) + 1):
+                rows[0] += found
                 if progress is not None:
                     progress(done, steps)
         return rows
     pool = ProcessPoolExecutor(min(workers or processors(), len(groups)), initializer=_ignore_interrupts)
     try:
         for index, result in enumerate(pool.map(_run_packed, groups)):
-            rows += result
+            for mine, found in zip(rows, result, strict=True):
+                mine += found
             if progress is not None:
                 progress(index + 1, len(groups))
     except BaseException:  # Ctrl-C too: what runs is not waited for
@@ -81,6 +105,10 @@ def run_grid(
         raise
     pool.shutdown()
     return rows
+
+
+def _routing(grid: Grid) -> tuple[Any, ...]:
+    return grid.models, grid.prompts, grid.trace, grid.batch_routing
 
 
 def _ignore_interrupts() -> None:
@@ -105,8 +133,10 @@ def check_names(grid: Grid) -> None:
             raise HardwareError(f"two {kind} have the name '{short(twice)}'", hint)
 
 
-def _run_packed(group: tuple[Grid, str, str]) -> list[dict[str, Any]]:
-    return run_group(*group)
+def _run_packed(group: tuple[Sequence[Grid], str, str]) -> list[list[dict[str, Any]]]:
+    grids, model, prompts = group
+    replay = RoutingReplay(facts_of(load_model(model), prompts, grids[0].trace, grids[0].batch_routing))
+    return [[row for rows in batches_of_group(grid, model, prompts, replay) for row in rows] for grid in grids]
 
 
 def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]:
@@ -133,7 +163,7 @@ def batches_of_group(
                 labels = {
                     "system": machine.hardware.name, "form": form, "model": model.name, "prompts": prompts, "batch": batch,
                     "acceptance": None if odds is None else odds.label, "locality": facts.source,
-                }  # fmt: skip
+                } | grid.setting.labels  # fmt: skip
                 try:
                     priced = simulation.price(machine, form, batch, odds, grid.lengths)
                 except (BudgetError, HardwareError) as error:
@@ -152,6 +182,8 @@ def batches_of_group(
 def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | TableOdds | None]]:
     """Forms that a system can run, with the acceptances to run them at."""
     for form in grid.forms:
+        if not grid.setting.drafts_with(machine.hardware, form):
+            continue
         if form == "ar":
             yield form, None
         elif form in ("elastic", "bit_axis", "planned"):

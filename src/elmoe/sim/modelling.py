@@ -15,12 +15,37 @@ import msgspec
 from elmoe.models.sizes import ModelSizes
 from elmoe.models.spec import GroupedAttention
 from elmoe.schema.hardware import Hardware
-from elmoe.sim.trees import TreeShape
-from elmoe.systems.forms import FormName
+from elmoe.sim.trees import Tree, TreeShape, tree_of
+from elmoe.systems.forms import DraftShape, FormName
 
 STAGING_EXPERTS = 16
 """Experts for which the fast memory has room beside the residents where slices are read ahead: the engine's default
 (``EngineOptions.staging_experts``)."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How to draft: tokens in a row, or a tree as deep, by the target's own experts or by another network."""
+
+    length: int = 0
+    tree: TreeShape | None = None
+    other: DraftShape | None = None
+
+    @property
+    def shape(self) -> DraftShape:
+        """What another network drafts."""
+        return self.other or DraftShape(self.length)
+
+    @property
+    def words(self) -> str | None:
+        """For people; None without drafts."""
+        if self.tree is not None:
+            return f"tree of up to {1 + self.tree.budget} in {self.tree.depth} levels"
+        return self.shape.words if self.length else None
+
+    def grown(self, odds: tuple[float, ...]) -> Tree:
+        """The tree, by the acceptance of a first choice at each depth; a chain is one of width 1."""
+        return tree_of(self.tree or TreeShape(self.length), odds)
 
 
 @dataclass(frozen=True)

@@ -10,3 +10,9 @@ PROMPTS = ("mt_bench", "gsm8k", "alpaca", "humaneval")
 """Locality presets, one per prompt set."""
 OWN_LOCALITY = "model"
 """In place of a prompt set: the model's own locality, fitted to published numbers."""
+RIVAL_SETS = ("generous", "published", "duplex")
+"""How rivals are described (``sim/rivals.py``)."""
+EXPERT_CACHES = ("none", "static", "lru")
+"""What a rival's fast memory keeps of the experts."""
+RIVAL_DRAFTS = ("none", "eagle", "all")
+"""What rivals draft with."""

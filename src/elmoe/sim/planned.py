@@ -20,6 +20,7 @@ from elmoe.hw.machine import Machine
 from elmoe.policy.budget import FastTierSizes, SlotPlan, TierShape, check_budget
 from elmoe.policy.planner import DRAFT_LENGTHS, Planner
 from elmoe.policy.residency import ResidencyParameters
+from elmoe.sim.modelling import Draft
 from elmoe.sim.workload import Acceptance, Plan, Serving, TierPlan, Workload
 from elmoe.systems.forms import target_cost
 from elmoe.systems.operations import resample
@@ -144,7 +145,7 @@ class PlannedRun:
         target = rows.passes(rows.targets[-1:])
         drafts = rows.passes(rows.drafts[len(rows.drafts) - drafted :]) if drafted else None
         room = float(self._capacity - sizes.dense - sizes.kv) - float((self._bytes * (slots.msb, slots.lsb)).sum())
-        draft, cost = self._simulation.costs(self._machine, "planned", target, drafts, self._batch, drafted, room)
+        draft, cost = self._simulation.costs(self._machine, "planned", target, drafts, self._batch, Draft(drafted), room)
         return _Step(draft, cost, drafted)
 
     def _learn(self, serving: Serving, step: _Step, confidences: Sequence[float], accepted: NDArray[np.int64]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from elmoe.errors import HardwareError
 from elmoe.files import json_text, write_whole
+from elmoe.schema.constants import Constant
 from elmoe.schema.provenance import constants
 from elmoe.sim.grid import Grid
 from elmoe.sim.rows import check_row
@@ -52,13 +53,12 @@ class SimulationResult:
                 "batch_routing": grid.batch_routing,
                 "acceptances": [{"label": odds.label, "status": odds.status} for odds in grid.odds],
                 "context": grid.context, "draft_lengths": list(grid.lengths or grid.modelling.lengths), "steps": grid.steps,
-                "reference": grid.systems[0].name,
+                "reference": grid.systems[0].name, **grid.setting.labels,
+                "drafters": [
+                    {"drafter": path, **_stated(item)} for path, item in constants(grid.drafters)
+                ],
                 "constants": [
-                    {
-                        "system": hardware.name, "constant": path, "value": format_quantity(item.value, item.dimension),
-                        "low": format_quantity(item.low, item.dimension),
-                        "high": format_quantity(item.high, item.dimension), "status": item.status, "source": item.source,
-                    }
+                    {"system": hardware.name, "constant": path, **_stated(item)}
                     for hardware in grid.systems for path, item in constants(hardware)
                 ],
             },
@@ -68,6 +68,12 @@ class SimulationResult:
     def as_dict(self) -> dict[str, Any]:
         """For ``--json`` and files."""
         return {"version": RESULT_VERSION, "label": LABEL, "conditions": self.conditions, "rows": self.rows}
+
+
+def _stated(item: Constant) -> dict[str, str]:
+    """A constant's value, range, status and source, as text."""
+    value, low, high = (format_quantity(number, item.dimension) for number in (item.value, item.low, item.high))
+    return {"value": value, "low": low, "high": high, "status": item.status, "source": item.source}
 
 
 def write_result(result: SimulationResult, path: Path) -> None:

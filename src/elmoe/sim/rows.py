@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
@@ -32,6 +32,9 @@ class Labels(TypedDict):
     prompts: str
     batch: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
     acceptance: str | None
+    rivals: NotRequired[str]
+    expert_cache: NotRequired[str]
+    rival_drafts: NotRequired[str]
 
 
 class Row(Labels):
@@ -40,6 +43,7 @@ class Row(Labels):
     tokens_per_second: Positive
     speedup: Positive
     draft_length: int
+    draft_shape: NotRequired[str | None]
     msb_hit_rate: float | None
     busy: dict[str, NotNegative]
     bytes_per_token: dict[str, NotNegative]
@@ -73,6 +77,7 @@ def row_of(priced: Priced, machine: Machine, labels: dict[str, Any], static_watt
         "draft_length": workload.draft_passes,
         "choice": AFTERWARDS if workload.drafting is None else AS_IT_RUNS, "drafting_steps": workload.drafting,
         "tokens_per_second": tokens / seconds,
+        "draft_shape": priced.shape,
         "tokens_per_step": tokens / workload.steps / float(workload.target.sequences[0]),
         "acceptance_measured": workload.accepted / workload.judged if workload.judged else None,
         "resident_share": workload.resident if machine.hardware.features.expert_cache else None,

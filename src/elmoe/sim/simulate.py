@@ -16,13 +16,21 @@ from elmoe.policy.budget import FastTierSizes, SlotPlan, TierShape, check_budget
 from elmoe.policy.planner import splits
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.schema.drafters import Drafters
-from elmoe.sim.modelling import STAGING_EXPERTS, TODAY, Modelling, without_windows
+from elmoe.sim.modelling import STAGING_EXPERTS, TODAY, Draft, Modelling, without_windows
 from elmoe.sim.planned import PlannedRun
 from elmoe.sim.splitting import ExpectedPasses, interleaved
-from elmoe.sim.trees import Tree, TreeShape, expected_depth, tree_of
+from elmoe.sim.trees import expected_depth
 from elmoe.sim.workload import Acceptance, DraftKind, Plan, RoutingReplay, TierPlan, Workload
 from elmoe.systems import elmoe3d
-from elmoe.systems.forms import COPY, FormName, draft_cost, draft_model_bytes, target_cost
+from elmoe.systems.forms import (
+    COPY,
+    DraftShape,
+    FormName,
+    draft_cost,
+    draft_model_bytes,
+    rival_shapes,
+    target_cost,
+)  # fmt: skip
 from elmoe.systems.operations import resample
 from elmoe.systems.passes import Passes
 from elmoe.units import format_bytes
@@ -37,11 +45,12 @@ DRAFTS: dict[FormName, DraftKind] = {
 
 @dataclass(frozen=True)
 class Priced:
-    """A workload priced on a machine; costs are (steps,)."""
+    """A workload priced on a machine; costs are (steps,). ``shape``: of the drafts, for people."""
 
     workload: Workload
     draft: Cost | None
     target: Cost
+    shape: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -57,18 +66,6 @@ class Priced:
     def tokens(self) -> int:
         """Committed."""
         return int(self.workload.committed.sum())
-
-
-@dataclass(frozen=True)
-class Draft:
-    """How to draft: tokens in a row, or a tree as deep."""
-
-    length: int = 0
-    tree: TreeShape | None = None
-
-    def grown(self, odds: tuple[float, ...]) -> Tree:
-        """The tree, by the acceptance of a first choice at each depth; a chain is one of width 1."""
-        return tree_of(self.tree or TreeShape(self.length), odds)
 
 
 class Simulation:
@@ -123,10 +120,11 @@ class Simulation:
         if form == "planned":
             assert acceptance is not None
             return Priced(*PlannedRun(self, machine, batch, acceptance).serve())
-        drafts = [Draft(length) for length in lengths or self.modelling.lengths]
+        drafts = [(Draft(length), acceptance) for length in lengths or self.modelling.lengths]
         if lengths is None and form == "elastic":
-            drafts += [Draft(tree.depth, tree) for tree in self.modelling.trees]
-        candidates = [self._priced(machine, form, batch, draft, acceptance) for draft in drafts]
+            drafts += [(Draft(tree.depth, tree), acceptance) for tree in self.modelling.trees]
+        drafts += [(Draft(shape.levels, other=shape), odds) for shape, odds in rival_shapes(form, self.drafters)]
+        candidates = [self._priced(machine, form, batch, draft, odds) for draft, odds in drafts]
         return max(candidates, key=lambda priced: priced.tokens / priced.seconds)
 
     def _priced(self, machine: Machine, form: FormName, batch: int, draft: Draft, acceptance: Acceptance | None) -> Priced:
@@ -137,36 +135,50 @@ class Simulation:
         if form == "quant":  # the fast memory holds experts of the copy, of no use to the target
             passes = replace(passes, msb_hits=np.zeros_like(passes.active), lsb_hits=np.zeros_like(passes.active))
         room = 0.0 if tier is None else tier.room
-        return Priced(workload, *self.costs(machine, form, passes, workload.draft, batch, draft.length, room))
+        costs = self.costs(machine, form, passes, workload.draft, batch, draft, room)
+        return Priced(workload, *costs, draft.words)
 
     def plan(self, machine: Machine, form: FormName, batch: int, draft: Draft, tier: TierPlan | None) -> Plan:
         """What to replay."""
         kind = DRAFTS[form]
-        return Plan(batch, kind, draft.length, self.context, machine.token_rows, self.steps, tier, draft.tree)
+        return Plan(
+            batch, kind, draft.length, self.context, machine.token_rows, self.steps, tier, draft.tree, draft.shape.siblings
+        )  # fmt: skip
 
     def costs(
-        self, machine: Machine, form: FormName, target: Passes, draft: Passes | None, batch: int, length: int,
+        self, machine: Machine, form: FormName, target: Passes, drafting: Passes | None, batch: int, draft: Draft,
         room: float | Array,
     ) -> tuple[Cost | None, Cost]:  # fmt: skip
         """(steps,) costs of drafting and of the target passes, one of a step.
 
-        :param draft: passes of the target's experts that draft, equally many of every step. :param room: bytes of fast
+        :param drafting: passes of the target's experts that draft, equally many of every step. :param room: bytes of fast
             memory beside the residents.
         """
         rows = self.modelling.embedding_rows
-        if form == "ar" or not length:
+        if form == "ar" or not draft.length:
             return None, target_cost(machine, self.model, target, rows)
         steps = len(target.tokens)
-        if draft is None:
-            tokens = np.full(steps, float(batch))
-            drafting = draft_cost(form, machine, self.model, self.drafters, None, tokens, rows).times(length)
-            return drafting, target_cost(machine, self.model, target, rows)
-        each = draft_cost(form, machine, self.model, self.drafters, draft, draft.tokens, rows)
-        drafting = _per_step(each, steps)
+        if drafting is None:
+            cost = self._other_network(machine, form, batch, draft.shape, steps)
+            return cost, target_cost(machine, self.model, target, rows)
+        each = draft_cost(form, machine, self.model, self.drafters, drafting, drafting.tokens, rows)
+        cost = _per_step(each, steps)
         if not self.reads_ahead(machine, form):
-            return drafting, target_cost(machine, self.model, target, rows)
+            return cost, target_cost(machine, self.model, target, rows)
         behind_first = each.latency.reshape(steps, -1)[:, 1:].sum(axis=1)
-        return self._ahead(machine, target, drafting, behind_first, room)
+        return self._ahead(machine, target, cost, behind_first, room)
+
+    def _other_network(self, machine: Machine, form: FormName, batch: int, shape: DraftShape, steps: int) -> Cost:
+        """(steps,) drafts by a network of their own: one token per sequence, then ``width`` tokens a level."""
+
+        def level(width: int) -> Cost:
+            tokens = np.full(steps, float(batch * width))
+            rows = self.modelling.embedding_rows
+            return draft_cost(form, machine, self.model, self.drafters, None, tokens, rows, batch, self.context)
+
+        if shape.width == 1:
+            return level(1).times(shape.levels)
+        return level(1).then(level(shape.width).times(shape.levels - 1))
 
     def _ahead(
         self, machine: Machine, target: Passes, drafting: Cost, seconds: Array, room: float | Array
@@ -251,7 +263,7 @@ class Simulation:
                 drafted = batch * sum(tree.expanded)
                 passes = interleaved([expected.draft(batch * count) for count in tree.expanded])
         room = np.array([capacity - one.bytes + sizes.staging for one in candidates], np.float64)
-        drafting, target = self.costs(machine, form, expected.target(tokens, drafted), passes, batch, draft.length, room)
+        drafting, target = self.costs(machine, form, expected.target(tokens, drafted), passes, batch, draft, room)
         seconds = target.latency if drafting is None else drafting.latency + target.latency
         return candidates[int((committed / seconds).argmax())]
 
@@ -259,7 +271,7 @@ class Simulation:
         """What competes for the fast memory. ``computed``: tokens of a sequence in a target pass."""
         model, layers, spec = self.model, self.model.moe_layers, self.model.spec
         kv = batch * model.cache_bytes(self.context, computed)
-        dense = model.dense_bytes + draft_model_bytes(form, model, self.drafters)
+        dense = model.dense_bytes + draft_model_bytes(form, model, self.drafters, batch * self.context)
         if self.modelling.embedding_rows and not spec.tied_embeddings:
             dense -= model.embedding_bytes
         if not machine.hardware.features.fast_dense:
@@ -277,7 +289,7 @@ class Simulation:
     def _check_fits(self, machine: Machine, form: FormName, batch: int) -> None:
         hardware, model = machine.hardware, self.model
         kv = batch * model.cache_bytes(self.context)
-        needed = model.total_bytes + kv + draft_model_bytes(form, model, self.drafters)
+        needed = model.total_bytes + kv + draft_model_bytes(form, model, self.drafters, batch * self.context)
         if form == "quant":
             needed += COPY.bytes_of(model.parameters)
         room = hardware.main.capacity.value + (
@@ -288,6 +300,14 @@ class Simulation:
                 f"'{model.name}' needs {format_bytes(needed)} at batch {batch}, '{hardware.name}' has {format_bytes(room)}",
                 "choose a smaller model, or raise main.capacity",
             )
+        if hardware.fast is not None and hardware.features.fast_dense and not hardware.features.expert_cache:
+            fixed, capacity = self._sizes(machine, form, batch).fixed, int(hardware.fast.capacity.value)
+            if fixed > capacity:
+                raise BudgetError(
+                    f"dense parts and KV cache of '{model.name}' need {format_bytes(fixed)} at batch {batch}, the fast "
+                    f"memory of '{hardware.name}' has {format_bytes(capacity)}",
+                    "use smaller batches, or raise fast.capacity",
+                )
 
 
 def _per_step(cost: Cost, steps: int) -> Cost:

@@ -45,7 +45,7 @@ class TierPlan:
 class Plan:
     """How to serve: ``batch`` sequences in lock-step, ``draft_length`` tokens drafted per step, ``context`` positions in
     every KV cache, ``token_rows`` of a PE, and at most ``steps``. ``tree``: drafts are trees of that shape, as deep as the
-    draft length."""
+    draft length. ``siblings``: further candidates of another network's tree that a verification computes, by depth."""
 
     batch: int
     draft: DraftKind = "none"
@@ -55,6 +55,7 @@ class Plan:
     steps: int = 24
     tier: TierPlan | None = None
     tree: TreeShape | None = None
+    siblings: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -248,10 +249,9 @@ class Serving:
                 accepted = np.array([accepted_depth(self._tree, odds, row) for row in luck.tolist()])
             self.judged += int(np.minimum(accepted + 1, length).sum())
         verified = chosen.reshape(-1, self._replay.layers, facts.top_k)
-        if self._tree is not None:
-            extra = [
-                self._with_stand_ins(self._positions[:, depth + 1], self._tree.levels, depth) for depth in range(length)
-            ]
+        levels = tuple(1 + count for count in self._plan.siblings) if self._tree is None else self._tree.levels
+        if levels:
+            extra = [self._with_stand_ins(self._positions[:, depth + 1], levels, depth) for depth in range(length)]
             others = [
                 facts.chosen[row.reshape(batch, -1)[:, 1:].ravel(), at.reshape(batch, -1)[:, 1:].ravel()]
                 for at, row in extra

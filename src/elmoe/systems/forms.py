@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
+
+import numpy as np
 
 from elmoe.hw.cost import Array, Cost, in_order
 from elmoe.hw.machine import Machine
+from elmoe.models.load import load_model
 from elmoe.models.sizes import ModelSizes, Precision
-from elmoe.schema.drafters import Drafters
+from elmoe.schema.drafters import Drafters, Tree
 from elmoe.systems import elmoe3d, near_memory, xpu
-from elmoe.systems.operations import Operation, dense_model, operations
+from elmoe.systems.operations import Operation, attention_of, dense_model, operations
 from elmoe.systems.passes import Passes
 from elmoe.trace.acceptance import AcceptanceTable
 
@@ -61,18 +65,30 @@ def target_cost(machine: Machine, model: ModelSizes, passes: Passes, embedding_r
     return cost
 
 
-def draft_model_bytes(form: FormName, model: ModelSizes, drafters: Drafters) -> float:
-    """Bytes of a draft network beside the target, kept as the target's head is."""
+def draft_model_bytes(form: FormName, model: ModelSizes, drafters: Drafters, positions: int = 0) -> float:
+    """Bytes of a draft network beside the target, kept as the target's head is, and of its own cache of ``positions`` where
+    it counts one."""
     if form == "eagle":
-        return model.head_precision.bytes_of(_eagle_parameters(model, drafters))
-    return model.head_precision.bytes_of(drafters.small_lm.parameters.value) if form == "small_lm" else 0.0
+        cached = model.layers[-1].kv_bytes * drafters.eagle.layers.value if drafters.eagle.caches else 0.0
+        return model.head_precision.bytes_of(_eagle_parameters(model, drafters) + _own_head(model, drafters)) + (
+            positions * cached
+        )
+    if form != "small_lm":
+        return 0.0
+    if drafters.small_lm.model is None:
+        return model.head_precision.bytes_of(drafters.small_lm.parameters.value)
+    small = _small_model(drafters.small_lm.model)
+    return small.total_bytes + positions * small.spec.kv_bytes_per_position
 
 
 def draft_cost(
     form: FormName, machine: Machine, model: ModelSizes, drafters: Drafters, passes: Passes | None, tokens: Array,
-    embedding_rows: bool = False,
+    embedding_rows: bool = False, sequences: int = 1, context: int = 0,
 ) -> Cost:  # fmt: skip
-    """(passes,) cost of draft passes of so many ``tokens`` each; ``passes`` where the target's experts draft."""
+    """(passes,) cost of draft passes of so many ``tokens`` each; ``passes`` where the target's experts draft.
+
+    A drafter with a cache of its own reads ``context`` positions of every one of the ``sequences``.
+    """
     if form in ("elastic", "bit_axis", "planned"):
         assert passes is not None
         slices = machine.hardware.features.bit_slices  # without them whole experts draft: the expert axis alone
@@ -81,20 +97,100 @@ def draft_cost(
         assert passes is not None
         return cost_of(machine, operations(model, passes, machine, draft=True, copy=COPY, embedding_rows=embedding_rows))
     hidden, precision = model.spec.hidden, model.head_precision
+    own = dense_passes(tokens, sequences, context)
 
     def network(name: str, parameters: float) -> Operation:
         return dense_model(name, hidden, parameters, precision, tokens, machine)
 
+    if form == "small_lm" and drafters.small_lm.model is not None:
+        return cost_of(machine, operations(_small_model(drafters.small_lm.model), own, machine))
     if form == "small_lm":
         return cost_of(machine, [network("draft", drafters.small_lm.parameters.value)])
-    return cost_of(
-        machine, [network("draft", _eagle_parameters(model, drafters)), network("head", model.embedding_parameters)]
-    )
+    head = network("head", _own_head(model, drafters) or model.embedding_parameters)
+    parameters = _eagle_parameters(model, drafters)
+    if not drafters.eagle.caches:
+        return cost_of(machine, [network("draft", parameters), head])
+    last = model.layers[-1]
+    attention = attention_of(model, last, own, machine)
+    others = parameters / drafters.eagle.layers.value - last.attention_parameters
+    ops = [attention, network("draft", others)] * int(drafters.eagle.layers.value)
+    return cost_of(machine, [*ops, head])
+
+
+def dense_passes(tokens: Array, sequences: int, context: int) -> Passes:
+    """Passes of a network without experts over sequences of ``context`` cached positions each."""
+    none = np.zeros((len(tokens), 0))
+    cached = np.full_like(tokens, sequences * context)
+    zero = np.zeros_like(tokens)
+    return Passes(
+        tokens, tokens * context, cached, none, none, none, none, none, zero, np.full_like(tokens, sequences), none, none
+    )  # fmt: skip
 
 
 def _eagle_parameters(model: ModelSizes, drafters: Drafters) -> float:
     """One decoder layer with the attention of the target's last one and a feed-forward of four times the hidden width."""
     return drafters.eagle.layers.value * (model.layers[-1].attention_parameters + 12 * model.spec.hidden**2)
+
+
+def _own_head(model: ModelSizes, drafters: Drafters) -> float:
+    """Weights of the draft head's own vocabulary head; 0 where it shares the target's."""
+    vocabulary = drafters.eagle.vocabulary
+    return 0.0 if vocabulary is None else min(vocabulary.value, model.spec.vocabulary) * model.spec.hidden
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """What is drafted per step: ``levels`` tokens one after the other, of which ``siblings`` (by level) have more candidates
+    beside the first; every level but the first is drafted from ``width`` tokens of the one above."""
+
+    levels: int
+    siblings: tuple[int, ...] = ()
+    width: int = 1
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        if self.width == 1:
+            return f"chain of {self.levels}"
+        return f"tree of {1 + self.levels + sum(self.siblings)} in {self.levels} levels"
+
+
+def shape_of(tree: Tree) -> DraftShape:
+    """Candidates spread over the levels as evenly as they go, the upper levels first."""
+    levels, extra = int(tree.levels.value), int(tree.tokens.value - tree.levels.value) - 1
+    each, more = divmod(extra, levels)
+    siblings = tuple(each + (level < more) for level in range(levels))
+    return DraftShape(levels, siblings if extra else (), int(tree.width.value))
+
+
+def odds_of_yield(committed: float, levels: int) -> float:
+    """Probability per level, the same at each, at which ``levels`` of them commit so many tokens in the mean.
+
+    Solves 1 + a + a^2 + ... + a^levels = committed.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(middle**level for level in range(levels + 1)) < committed:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def rival_shapes(form: FormName, drafters: Drafters) -> list[tuple[DraftShape, Odds]]:
+    """Trees that a rival may draft beside chains, with the odds that a level holds the right token."""
+    if form != "eagle":
+        return []
+    return [
+        (shape_of(tree), Odds("preset", odds_of_yield(tree.committed.value, int(tree.levels.value)), tree.committed.status))
+        for tree in drafters.eagle.trees
+    ]
+
+
+@cache
+def _small_model(name: str) -> ModelSizes:
+    return load_model(name)
 
 
 @dataclass(frozen=True)

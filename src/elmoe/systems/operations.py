@@ -26,7 +26,8 @@ class Operation:
     """``dense``: bytes of weights and KV that every token needs. ``msb``, ``lsb``: bytes of expert slices of active experts;
     ``msb_hit``, ``lsb_hit``: those of them that the fast memory held. ``repeat``: times per pass. ``sums``: bytes of
     partial sums where both memories' shares of a product meet. ``starts_layer``: it bears the layer's fixed seconds.
-    ``decides``: it bears those of deciding about residents.
+    ``decides``: it bears those of deciding about residents. ``cached``: bytes of ``dense`` that are keys and values, which
+    the last of the products meets; None where there are none.
     Arrays are (passes,), for experts (passes, layers)."""
 
     name: str
@@ -41,6 +42,7 @@ class Operation:
     repeat: float = 1.0
     starts_layer: bool = False
     decides: bool = False
+    cached: Array | None = None
 
 
 def operations(
@@ -108,6 +110,12 @@ def dense_model(
     return _operation(name, read, (work,), tokens * hidden * ELEMENTWISE, tokens, 1)
 
 
+def attention_of(model: ModelSizes, layer: LayerSizes, passes: Passes, machine: Machine) -> Operation:
+    """The attention of one layer of a model."""
+    blocks = np.ceil(passes.tokens / machine.token_rows)
+    return _attention(model.spec.hidden, layer, passes, machine, blocks, layer.attention_precision)
+
+
 def _attention(
     hidden: int, layer: LayerSizes, passes: Passes, machine: Machine, blocks: Array, precision: Precision
 ) -> Operation:
@@ -125,7 +133,7 @@ def _attention(
     read = precision.bytes_of(parameters) + cached * layer.kv_bytes
     elementwise = (passes.tokens * hidden * 2 + attended * width / 128) * ELEMENTWISE
     attention = _operation("attention", read, (projections, scores), elementwise, passes.tokens * hidden, 1)
-    return replace(attention, starts_layer=True)
+    return replace(attention, starts_layer=True, cached=cached * layer.kv_bytes)
 
 
 def _embedding(model: ModelSizes, tokens: Array) -> Operation:
