@@ -194,7 +194,8 @@ def test_a_run_of_plain_decoding_takes_the_joules_of_its_bytes_products_and_elem
     dense = layer.attention_parameters + layer.router_parameters
     weights = 4 * (dense + 4 * layer.expert_parameters) + MODEL.embedding_parameters
     kv = 64 * spec.kv_bytes_per_position
-    bytes_ = 4 * layer.bytes + MODEL.head_bytes + 16 * layer.expert_bytes + kv
+    row = MODEL.embedding_bytes / spec.vocabulary
+    bytes_ = 4 * layer.bytes + MODEL.head_bytes + 16 * layer.expert_bytes + kv + row
     scores = 4 * 64 * layer.attention_width
     found = {name: value / run.tokens for name, value in joules(run.whole).items()}
     assert found["main memory"] == pytest.approx(bytes_ * 8 * MAIN, rel=1e-12)

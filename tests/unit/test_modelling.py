@@ -197,7 +197,7 @@ def test_slices_read_ahead_cost_no_time_and_their_bytes_are_counted():
     """The same passes priced both ways: the draft takes as long, the target less."""
     on = price(replace(BEFORE, read_ahead=True), lengths=(4,))
     work = on.workload
-    draft, target = simulation(BEFORE).costs(small_fast(), "elastic", work.target, work.draft, 4, 4, 0.0)
+    draft, target = simulation(BEFORE).costs(small_fast(), "elastic", work.target, work.draft, 4, Draft(4), 0.0)
     np.testing.assert_allclose(on.draft.latency, draft.latency, rtol=1e-12)
     assert (on.target.latency <= target.latency * (1 + 1e-12)).all() and on.seconds < (draft.latency + target.latency).sum()
     ahead = on.draft.traffic["main"]

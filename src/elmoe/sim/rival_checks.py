@@ -20,7 +20,7 @@ from elmoe.schema.drafters import Drafters
 from elmoe.schema.hardware import Hardware, NearMemory, Processor, load_hardware
 from elmoe.schema.rivals import drafters_after, steps_of
 from elmoe.schema.validation import Gain, Gains, load_validation
-from elmoe.sim.grid import facts_of
+from elmoe.sim.routing import facts_of
 from elmoe.sim.simulate import Priced, Simulation
 from elmoe.sim.validation import Check, passes_of_experts
 from elmoe.sim.workload import RoutingReplay

@@ -120,7 +120,7 @@ class Simulation:
         if form == "planned":
             assert acceptance is not None
             return Priced(*PlannedRun(self, machine, batch, acceptance).serve())
-        drafts = [(Draft(length), acceptance) for length in lengths or self.modelling.lengths]
+        drafts = [(Draft(length), acceptance) for length in (self.modelling.lengths if lengths is None else lengths)]
         if lengths is None and form == "elastic":
             drafts += [(Draft(tree.depth, tree), acceptance) for tree in self.modelling.trees]
         drafts += [(Draft(shape.levels, other=shape), odds) for shape, odds in rival_shapes(form, self.drafters)]
@@ -161,7 +161,7 @@ class Simulation:
         if drafting is None:
             cost = self._other_network(machine, form, batch, draft.shape, steps)
             return cost, target_cost(machine, self.model, target, rows)
-        each = draft_cost(form, machine, self.model, self.drafters, drafting, drafting.tokens, rows)
+        each = draft_cost(form, machine, self.model, self.drafters, drafting, drafting.tokens, embedding_rows=rows)
         cost = _per_step(each, steps)
         if not self.reads_ahead(machine, form):
             return cost, target_cost(machine, self.model, target, rows)
@@ -174,7 +174,7 @@ class Simulation:
         def level(width: int) -> Cost:
             tokens = np.full(steps, float(batch * width))
             rows = self.modelling.embedding_rows
-            return draft_cost(form, machine, self.model, self.drafters, None, tokens, rows, batch, self.context)
+            return draft_cost(form, machine, self.model, self.drafters, None, tokens, batch, self.context, rows)
 
         if shape.width == 1:
             return level(1).times(shape.levels)
@@ -301,7 +301,7 @@ class Simulation:
                 "choose a smaller model, or raise main.capacity",
             )
         if hardware.fast is not None and hardware.features.fast_dense and not hardware.features.expert_cache:
-            fixed, capacity = self._sizes(machine, form, batch).fixed, int(hardware.fast.capacity.value)
+            fixed, capacity = self.sizes(machine, form, batch, 1).fixed, int(hardware.fast.capacity.value)
             if fixed > capacity:
                 raise BudgetError(
                     f"dense parts and KV cache of '{model.name}' need {format_bytes(fixed)} at batch {batch}, the fast "

@@ -1,6 +1,4 @@
-"""Changes of a study one after the other: named steps from one grid to the next, and the rows of all of them at once.
-
-"""
+"""Changes of a study one after the other: named steps from one grid to the next, and the rows of all of them at once."""
 
 from __future__ import annotations
 
