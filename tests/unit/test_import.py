@@ -74,6 +74,7 @@ BAD_LOGS = {
     "line 2: not JSON": [HEADER, "[[0, 1"],
     "line 3: layer 1 names an expert twice": [HEADER, STEPS[0], [[0, 1, 2], [1, 3, 3], [2, 0, 1]]],
     "line 2: layer 0 names an expert outside": [HEADER, [[0, 1, 8], [1, 2, 3], [2, 0, 1]]],
+    "line 2: a layer of a step is empty": [HEADER, [[], [1, 2, 3]]],
     "line 2: layer 0 has 3 experts": [HEADER, [[0, 1, 2, 3], [1, 2, 3], [2, 0, 1]]],
     "line 2: layer 3 is named, the header says 3": [HEADER, [[0, 1, 2], [1, 2, 3], [3, 0, 1]]],
     "line 2: layers do not ascend": [HEADER, [[1, 1, 2], [0, 2, 3], [2, 0, 1]]],

@@ -159,6 +159,8 @@ class _Log:
 
     def layer(self, numbers: list[Any]) -> Layer:
         """One ``[layer, expert, ...]``."""
+        if not numbers:
+            self.fail("a layer of a step is empty", f"write the layer and its {self.top_k} experts")
         if any(type(number) is not int for number in numbers):
             self.fail("layers and experts must be whole numbers")
         layer, ids = numbers[0], numbers[1:]
