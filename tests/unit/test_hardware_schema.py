@@ -245,6 +245,13 @@ def test_any_description_survives_writing_and_loading(draw, name):
     assert load_described(described_text(hardware), "written", Hardware) == hardware
 
 
+@pytest.mark.parametrize("text", ["1e100", "1_000", "0x1F", "1:30", "nan", "~"])
+def test_text_that_looks_like_a_number_stays_text(text):
+    hardware = load_hardware("xpu")
+    named = msgspec.structs.replace(hardware, main=msgspec.structs.replace(hardware.main, kind=text))
+    assert load_described(described_text(named), "written", Hardware) == named
+
+
 @given(BOUNDS)
 def test_ratios_and_times_survive_writing_and_loading(bounds):
     low, value, high = bounds

@@ -188,6 +188,16 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text, in quotes where a reader of YAML may take it for a number: ``1e100`` is one to some and not to others."""
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_representer(_OnOneLine, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data, True))
 
 

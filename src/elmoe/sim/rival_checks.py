@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import msgspec
@@ -53,9 +54,12 @@ def _checked(row: Gain) -> RivalCheck:
     return RivalCheck(row.statement, row.value, PREDICTIONS[row.name](), row.fitted, row.source, row.reason)
 
 
-def _llama(layers: int, hidden: int, width: int, heads: int, head_dim: int, tied: bool, format: str) -> ModelSizes:
-    """A dense model of the Llama 3 family, by its published shapes; 8 heads of keys and values, 128,256 tokens."""
-    attention = GroupedAttention(heads=heads, kv_heads=8, head_dim=head_dim, rope=Rope(theta=5e5, dimensions=head_dim))
+def _llama(layers: int, hidden: int, width: int, heads: int, head_dim: int, tied: bool, format: str,
+           kv_heads: int = 8) -> ModelSizes:  # fmt: skip
+    """A dense model like those of the Llama 3 family, by its published shapes; 128,256 tokens."""
+    attention = GroupedAttention(
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=Rope(theta=5e5, dimensions=head_dim)
+    )
     layer = LayerSpec(attention=attention, feed_forward=Dense(width=width))
     spec = ModelSpec(
         family="llama", vocabulary=128256, hidden=hidden, norm_epsilon=1e-5, max_positions=131072, tied_embeddings=tied,
@@ -100,15 +104,29 @@ def _pim_energy() -> float:
     return float(close.joules.sum() / far.joules.sum())
 
 
-def _pim_llama() -> float:
-    model = _llama_8b("table4")
-    bare, near = (_decode(Machine(load_hardware(name)), model, 1, 0, 320) for name in ("xpu", "xpu_pim_published"))
-    return bare / near
+def _pim_llama() -> tuple[float, float]:
+    """Seconds of a token, (read by the processor, beside the banks), of products alone: two packages of 76.8 GB/s."""
+    model, seconds = _llama_8b("table4"), []
+    for name in ("xpu", "xpu_pim_published"):
+        preset = load_hardware(name)
+        main = msgspec.structs.replace(preset.main, bandwidth=_known(Bandwidth, 2 * 76.8e9))
+        near = preset.near
+        if near is not None:
+            near = msgspec.structs.replace(near, bandwidth=_known(Bandwidth, 2 * 614.4e9))
+        seconds.append(_decode(Machine(msgspec.structs.replace(preset, main=main, near=near)), model, 1, 0, 320))
+    return seconds[0], seconds[1]
+
+
+def _pim_llama_rate() -> float:
+    """Tokens per second without the chip's units, with the fixed time of the host that its 81.3 tokens/s leave."""
+    bare, near = _pim_llama()
+    return 1 / (bare + (1 / 81.3 - near))
 
 
 def _pim_llama_latency() -> float:
-    decoding, whole = 320 / 27.0, 12.3
-    return whole / (whole - decoding + decoding / _pim_llama())
+    """With the prompt's time as the published latency without units leaves it."""
+    prompt = 12.3 - 320 / 27.0
+    return (prompt + 320 / _pim_llama_rate()) / (prompt + 320 / 81.3)
 
 
 # Logic-PIM of Duplex.
@@ -164,15 +182,23 @@ def _h2llm_machine(channels: int, bank: float, intensity: float, efficiency: flo
     return Machine(msgspec.structs.replace(nmp, main=main, compute=processor, near=near, fast=None, features=features))
 
 
+def _h2llm_models() -> tuple[ModelSizes, ...]:
+    """OPT-6.7B, Llama-3-8B and PaLM-8B by the shapes of the artifact (config/*/shape.json); the two matrices of OPT's
+    feed-forward count as three of two thirds the width."""
+    opt = _llama(32, 4096, 16384 * 2 // 3, 32, 128, False, "bfloat16", kv_heads=32)
+    palm = _llama(32, 4096, 16384, 16, 256, False, "bfloat16", kv_heads=1)
+    return opt, _llama_8b("bfloat16"), palm
+
+
 def _h2llm() -> float:
-    model, gains = _llama_8b("bfloat16"), []
-    for batch, used in UTILISATION.items():
+    gains = []
+    for model, (batch, used) in product(_h2llm_models(), UTILISATION.items()):
         in_die = _h2llm_machine(8, 6.4e9, 2 * 16 / 6.4, used)
         hybrid = _h2llm_machine(6, 25.6e9, 2 * 8 * 16 * 0.6 / 25.6, 0.95)
         for prompt, answer in DATA_SETS:
             times = []
             for machine in (in_die, hybrid):
-                first = _pass(machine, model, batch * prompt, 0, 0, batch)  # its attention is left out in both
+                first = _pass(machine, model, batch * prompt, 0, prompt / 2, batch)
                 times.append(first + answer * _decode(machine, model, batch, 0, prompt + answer / 2))
             gains.append(times[0] / times[1])
     return float(np.exp(np.mean(np.log(gains))))
@@ -234,7 +260,7 @@ def _small_model_speed() -> float:
 
 
 PREDICTIONS: dict[str, Callable[[], float]] = {
-    "pim_gemv": _pim_gemv, "pim_llama_throughput": _pim_llama, "pim_llama_latency": _pim_llama_latency,
+    "pim_gemv": _pim_gemv, "pim_llama_rate": _pim_llama_rate, "pim_llama_latency": _pim_llama_latency,
     "pim_energy": _pim_energy, "duplex_mixtral": _duplex_mixtral, "h2llm": _h2llm,
     "eagle_chain_tokens": lambda: _eagle_tokens(0), "eagle_tree_tokens": lambda: _eagle_tokens(60),
     "eagle_experts": lambda: float(_priced(load_hardware("xpu"), "eagle", 60).workload.target.active.mean()),
