@@ -38,16 +38,17 @@ SPEC = spec_of_config(CONFIGS["deepseek_v3"])
 TEXT = tuple(np.random.default_rng(0).integers(1, 300, 400).tolist())
 
 
-def test_the_cache_takes_latent_and_rotary_key_once():
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if "kv_lora_rank" in config])
+def test_the_cache_takes_latent_and_rotary_key_once(name):
     """(rank + rotary) x 2 bytes per position and layer, in arrays, pages and forecasts."""
-    attention = SPEC.layers[0].attention
-    position = 3 * (attention.latent_rank + attention.rope.dimensions) * 2
-    assert SPEC.kv_bytes_per_position == position == 3 * (32 + 16) * 2
-    cache = PagedCache(SPEC, 2, 200)
+    spec, config = spec_of_config(CONFIGS[name]), CONFIGS[name]
+    position = 3 * (config["kv_lora_rank"] + config["qk_rope_head_dim"]) * 2
+    assert spec.kv_bytes_per_position == position and len(spec.layers) == 3
+    cache = PagedCache(spec, 2, 200)
     arrays = cache.kernels.keys, cache.kernels.values
     assert cache.pages == 8 and sum(array.nbytes for array in arrays) == 8 * PAGE_POSITIONS * position
-    assert cache.page_bytes == layout_of(SPEC).page_bytes == PAGE_POSITIONS * position
-    engine = Engine(TinyReader(SPEC), kernels, EngineOptions(mode="plain", batch=1))
+    assert cache.page_bytes == layout_of(spec).page_bytes == PAGE_POSITIONS * position
+    engine = Engine(TinyReader(spec), kernels, EngineOptions(mode="plain", batch=1))
     engine.add(Request(TEXT[:130], 10, ignore_eos=True))
     most = 0
     while engine.has_work:

@@ -89,6 +89,7 @@ class CheckpointSource:
         if names is None:
             raise ConvertError(f"checkpoints of the family {self.spec.family} cannot be converted yet")
         self._names: Names = names
+        self._tensors = checkpoint.names()
         self._fused = FusedExperts(checkpoint, family.alternating, self.losses) if family.alternating else None
         self.left_out: tuple[str, ...] = ()
 
@@ -215,7 +216,7 @@ class CheckpointSource:
         }
 
     def _stacked(self, part: FeedForward) -> Stacked | None:
-        return stacked_names(self._names, part, self._checkpoint.names())
+        return stacked_names(self._names, part, self._tensors)
 
     def _is_fused(self, part: FeedForward) -> bool:
         return self._fused is not None and part.kind == "expert"
