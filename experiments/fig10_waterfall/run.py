@@ -1,11 +1,14 @@
 """What each change of the simulator is worth: alone, and after those before it.
 
-Each step brings the simulated ELMoE-3D to what the engine does, from the simulator of version 0.1 on. Rivals have what
-belongs to the model or to all systems too: the embedding table outside the fast memory, windows, and draft lengths. The last
-row takes the mode and the draft length that the engine's planner chooses as it runs, in place of the best ones afterwards.
+The first steps bring the simulated ELMoE-3D to what the engine does, from the simulator of version 0.1 on; rivals have what
+belongs to the model or to all systems too: the embedding table outside the fast memory, windows, and draft lengths. Then
+rivals become what their own sources publish, keep no experts, and each model's routing is as local as was published of it;
+token trees, which the engine does not have, come last.
+One row takes the mode and the draft length that the engine's planner chooses as it runs, in place of the best ones
+afterwards.
 
-Grid: 4 models x 2 prompt sets x 3 batch sizes x 6 systems x all forms, 14 times; `--all`: all prompt sets and batch sizes.
-Cost: 100 seconds on 2 cores; with `--all` about 5 minutes.
+Grid: 4 models x 2 prompt sets x 3 batch sizes x 6 systems x all forms, once for each step alone and in sequence; `--all`:
+all prompt sets and batch sizes. Cost: about 3 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -20,13 +23,11 @@ from elmoe.report.section import Section, Table
 from elmoe.sim.grid import PAPER_ODDS, Grid, run_grids
 from elmoe.sim.modelling import BEFORE, TODAY
 from elmoe.sim.paper import SYSTEMS
-from elmoe.sim.steps import GridStep, elmoe_steps
+from elmoe.sim.steps import Stage, stages
 from elmoe.systems.forms import FORMS
 from elmoe.terminal import progress_bar
 from experiments.common import Scope, study, systems
 
-STEPS: list[GridStep] = [*elmoe_steps()]
-"""Changes in the order in which they are added; further lists of steps can be joined."""
 USUAL = Scope(prompts=("mt_bench", "humaneval"), batches=(1, 4, 16))
 OURS = "elmoe3d_8gb"
 MIDDLE = PAPER_ODDS[1:2]
@@ -36,18 +37,16 @@ RATIOS = tuple(PAPER)
 
 def run(scope: Scope) -> Section:
     """The waterfall."""
-    hardware = systems(name for name in SYSTEMS if name != "elmoe3d_4gb")
+    hardware = systems(scope, [name for name in SYSTEMS if name != "elmoe3d_4gb"])
     start = Grid(hardware, scope.models, scope.prompts, scope.batches, FORMS, modelling=BEFORE)
-    alone = [replace(step.of(start), odds=MIDDLE) for step in STEPS]
-    added = [start]
-    for step in STEPS:
-        added.append(step.of(added[-1]))
-    engine = next(grid for grid in reversed(added) if grid.modelling == TODAY)
-    planned = replace(engine, systems=systems(("xpu", OURS)), forms=("planned",))
+    steps = list(stages(start))
+    added = [start, *(step.added for step in steps)]
+    alone = [replace(step.alone, odds=MIDDLE) for step in steps]
+    engine = next(grid for grid in added if grid.modelling == TODAY)
+    planned = replace(engine, systems=systems(scope, ("xpu", OURS)), forms=("planned",))
     grids = [*added, *alone, planned]
-    with progress_bar("models x prompts", len(scope.models) * len(scope.prompts)) as bar:
-        rows = run_grids(grids, lambda done, total: bar(done, total))
-    names = ["as of version 0.1", *(step.name for step in STEPS)]
+    rows = _rows(grids)
+    names = ["as of version 0.1", *(step.name for step in steps)]
     sequence = [summary(compare(found, OURS)) for found in rows[: len(added)]]
     single = [sequence[0], *(summary(compare(found, OURS)) for found in rows[len(added) : -1])]
     chosen = summary(compare(rows[added.index(engine)] + rows[-1], OURS, planned=True))
@@ -65,13 +64,24 @@ def run(scope: Scope) -> Section:
     )  # fmt: skip
     tables = (
         *(_sequence_table(odds.label, names, sequence, chosen) for odds in PAPER_ODDS),
-        _alone_table(label, names, single), _reasons(),
+        _alone_table(label, names, single), _reasons(steps),
     )  # fmt: skip
     return Section(
         name="waterfall", title="What each change of the simulator is worth", claim=_claim(),
         verdict=_verdict(sequence, chosen), command="python -m experiments.fig10_waterfall.run",
         tables=tables, figures=figures,
     )  # fmt: skip
+
+
+def _rows(grids: Sequence[Grid]) -> list[list[dict[str, Any]]]:
+    """Rows of every grid; those of one locality share their replays."""
+    rows: dict[int, list[dict[str, Any]]] = {}
+    for prompts in dict.fromkeys(grid.prompts for grid in grids):
+        mine = [index for index, grid in enumerate(grids) if grid.prompts == prompts]
+        with progress_bar(f"models x localities ({', '.join(prompts)})", len(grids[0].models) * len(prompts)) as bar:
+            found = run_grids([grids[index] for index in mine], lambda done, total: bar(done, total))
+        rows |= dict(zip(mine, found, strict=True))
+    return [rows[index] for index in range(len(grids))]
 
 
 Ratios = dict[str, dict[str, tuple[float, float]]]
@@ -121,10 +131,10 @@ def _alone_table(label: str, names: Sequence[str], single: Sequence[Ratios]) -> 
     )  # fmt: skip
 
 
-def _reasons() -> Table:
+def _reasons(steps: Sequence[Stage]) -> Table:
     return Table(
         title="Where the changes come from", status="sources", columns=("change", "source"),
-        rows=tuple((step.name, step.reason) for step in STEPS),
+        rows=tuple((step.name, step.reason) for step in steps),
     )  # fmt: skip
 
 

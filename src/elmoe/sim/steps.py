@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from elmoe.sim.grid import Grid
 from elmoe.sim.modelling import STEPS
+from elmoe.sim.paper import OWN_LOCALITY
+from elmoe.sim.rivals import Setting, changes, with_expert_cache
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,48 @@ class GridStep:
     name: str
     of: Callable[[Grid], Grid]
     reason: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``alone``: the first grid with one change. ``added``: with it and all before it."""
+
+    name: str
+    reason: str
+    alone: Grid
+    added: Grid
+
+
+def stages(start: Grid) -> Iterator[Stage]:
+    """From the simulator of version 0.1 with generous rivals to today's with published ones: what ELMoE-3D does as the
+    engine does it, then the rivals' steps, then that no rival keeps experts, then each model's own locality, then token
+    trees, which the engine does not have.
+    """
+    added = start
+    *engine_steps, trees = elmoe_steps()
+    for step in engine_steps:
+        added = step.of(added)
+        yield Stage(step.name, step.reason, step.of(start), added)
+    names, engine = tuple(system.name for system in start.systems), added
+    for single, several in zip(changes(False, names), changes(True, names), strict=True):
+        added = replace(engine, systems=several.systems, drafters=several.drafters)
+        alone = replace(start, systems=single.systems, drafters=single.drafters)
+        yield Stage(f"rivals: {single.name}", single.source, alone, added)
+    added = replace(added, setting=Setting("published"))
+
+    def uncached(grid: Grid) -> Grid:
+        return replace(grid, systems=tuple(with_expert_cache(system, "none") for system in grid.systems))
+
+    yield Stage(
+        "rivals keep no experts", "an assumption: no source says what the paper's rivals keep", uncached(start),
+        uncached(added),
+    )  # fmt: skip
+    own = (OWN_LOCALITY,)
+    added = replace(uncached(added), prompts=own)
+    yield Stage(
+        "each model's own locality", "presets/published, fitted to published hit rates", replace(start, prompts=own), added
+    )
+    yield Stage(trees.name, trees.reason, trees.of(start), trees.of(added))
 
 
 def elmoe_steps() -> list[GridStep]:
