@@ -11,7 +11,7 @@ CLAIMED = 1.45
 
 def run(scope: Scope) -> Section:
     """Methods on ELMoE-3D with 8 GB."""
-    rows = rows_of(scope, systems(scope, ("xpu", "elmoe3d_8gb")))
+    rows, eagle = rows_of(scope, systems(scope, ("xpu", "elmoe3d_8gb"))), scope.setting.drafters.eagle.acceptance
     ours = select(rows, system="elmoe3d_8gb")
     series = {}
     for form, acceptance in dict.fromkeys((row["form"], row["acceptance"]) for row in ours):
@@ -34,8 +34,8 @@ def run(scope: Scope) -> Section:
         claim=f"The paper (second-hand): Elastic-SD {CLAIMED}x EAGLE-SD from batch 4 on, MT-Bench.",
         verdict=f"Elastic over EAGLE-like drafts from batch 4 on: {words}. The claim is "
         + (f"reached at acceptance {', '.join(reached)}." if reached else "not reached in that range.")
-        + " EAGLE's acceptance is assumed 0.75, and its head costs little: its drafts lose where verification of rejected "
-        "tokens must stream experts, as elastic ones do.",
+        + f" EAGLE's chains accept {eagle.value:g} of the tokens ({eagle.status}), and its head costs little: its drafts "
+        "lose where verification of rejected tokens must stream experts, as elastic ones do.",
         command="python -m experiments.fig06_drafts.run",
         figures=(bars("Methods, x the plain xPU", [f"batch {b}" for b in scope.batches], series, "x the xPU"),),
         tables=(
