@@ -68,6 +68,24 @@ def tornado(
     return _finished(figure, title, f"{value}: change from {base:.3g}", "", False)
 
 
+def heat_map(
+    title: str, columns: Sequence[str], rows: Sequence[str], values: Sequence[Sequence[float]], horizontal: str,
+    vertical: str, wanted: float,
+) -> Figure:  # fmt: skip
+    """Cells with their values written in them; colours part at ``wanted``, white. Rows go upwards."""
+    import plotly.graph_objects as go
+
+    most = max(abs(value - wanted) for line in values for value in line)
+    cells = go.Heatmap(
+        x=list(columns), y=list(rows), z=[list(line) for line in values], texttemplate="%{z:.1f}", zmid=wanted,
+        zmin=wanted - most, zmax=wanted + most, colorscale=["#e69f00", "#ffffff", "#0072b2"], colorbar_title="x",
+    )  # fmt: skip
+    figure = go.Figure(cells)
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(type="category", automargin=True)
+    return _finished(figure, title, horizontal, vertical, False)
+
+
 def _finished(figure: go.Figure, title: str, horizontal: str, vertical: str, logarithmic: bool) -> Figure:
     import json
 

@@ -1,0 +1,1 @@
+"""Where the claimed speed would hold."""
