@@ -13,7 +13,7 @@ from elmoe.report.headline import setting_words
 from elmoe.report.section import Section, labelled, write_section
 from elmoe.schema.hardware import Hardware
 from elmoe.sim.grid import Grid, run_grid
-from elmoe.sim.paper import EXPERT_CACHES, MODELS, PROMPTS, RIVAL_DRAFTS, RIVAL_SETS, SYSTEMS
+from elmoe.sim.paper import EXPERT_CACHES, MODELS, OWN_LOCALITY, RIVAL_DRAFTS, RIVAL_SETS, SYSTEMS
 from elmoe.sim.rivals import Setting
 from elmoe.terminal import progress_bar
 from elmoe.trace.batches import BATCH_ROUTINGS, BatchRouting
@@ -27,13 +27,13 @@ class Scope:
     rivals, of the studies that compare with them."""
 
     models: tuple[str, ...] = MODELS
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = (OWN_LOCALITY,)
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     batch_routing: BatchRouting = "fitted"
     setting: Setting = field(default_factory=Setting)
 
 
-QUICK = Scope(("qwen3-30b-a3b",), ("mt_bench",), (1, 8))
+QUICK = Scope(("qwen3-30b-a3b",), batches=(1, 8))
 
 
 def systems(scope: Scope, names: Iterable[str] = SYSTEMS) -> tuple[Hardware, ...]:
@@ -56,14 +56,14 @@ def study(name: str, run: Callable[[Scope], Section], usual: Scope | None = None
     parser.add_argument("--quick", action="store_true", help="one model, one prompt set, batch 1 and 8")
     parser.add_argument("--out", type=Path, default=FOLDER / f"{name}.json", help="section for `elmoe report`")
     parser.add_argument(
-        "--locality", action="append", metavar="NAME", help="in place of the prompt sets; `model` is each model's own"
+        "--locality", action="append", metavar="NAME", help="in place of each model's own: a prompt set, or a model"
     )
     parser.add_argument("--batch-routing", choices=BATCH_ROUTINGS, default="fitted", help="how much sequences agree")
     parser.add_argument("--rivals", choices=RIVAL_SETS, default="generous", help="how prior systems are described")
     parser.add_argument("--expert-cache", choices=EXPERT_CACHES, help="whole experts in their fast memory")
     parser.add_argument("--rival-drafts", choices=RIVAL_DRAFTS, default="all", help="what they draft with")
     if usual is not None:
-        parser.add_argument("--all", action="store_true", help="all prompt sets and batch sizes")
+        parser.add_argument("--all", action="store_true", help="all batch sizes")
     arguments = parser.parse_args()
     whole = usual is None or arguments.all
     setting = Setting(arguments.rivals, arguments.expert_cache, arguments.rival_drafts)

@@ -1,7 +1,7 @@
 """The headline against rivals as presets have them and as their own sources publish them, with and without expert caches and
 drafts; and what each step from the one description to the other is worth.
 
-Facts are replayed once and priced in every setting. One prompt set (MT-Bench). Cost: the grid under a minute on 2 cores, the
+Facts are replayed once and priced in every setting. Cost: the grid under a minute on 2 cores, the
 steps another.
 """
 
@@ -140,7 +140,7 @@ def _grid_table(cases: list[Case]) -> Table:
             rows.append((case.rivals, case.expert_cache, case.rival_drafts, label, *numbers))
     return Table(
         title="Speed and energy efficiency over the plain xPU and over the best prior system, by setting of the rivals",
-        status="paper: published, maxima second-hand; the rest simulated, MT-Bench",
+        status="paper: published, maxima second-hand; the rest simulated",
         columns=(*LABELS, "acceptance", *(f"{name}, {kind}" for name in RATIOS for kind in ("mean", "max"))),
         rows=tuple(rows),
     )  # fmt: skip
@@ -168,7 +168,7 @@ def _by_model(cases: list[Case]) -> Table:
             )  # fmt: skip
     kinds = ("speed over xPU", "speed over prior", "energy over prior")
     return Table(
-        title="The same by model and batch", status="simulated, MT-Bench", folded=True,
+        title="The same by model and batch", status="simulated", folded=True,
         columns=(*LABELS, "model", "acceptance", *(f"{kind}, batch {b}" for b in batches for kind in kinds)),
         rows=tuple(rows),
     )  # fmt: skip

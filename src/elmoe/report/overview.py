@@ -67,7 +67,7 @@ def _overview(rows: list[dict[str, Any]], conditions: dict[str, Any], command: s
         )  # fmt: skip
     by_label, missing = summary(comparisons), missing_rivals(rows)
     judged = [name for name in PAPER if not missing or "prior" not in name]
-    words = [verdict(name, by_label) for name in judged]
+    words = [verdict(name, by_label, comparisons) for name in judged]
     batches = [c.batch for c in comparisons]
     if (min(batches), max(batches)) != PAPER_BATCHES:
         words.append(

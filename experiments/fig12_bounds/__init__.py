@@ -1,0 +1,1 @@
+"""The headline at both ends of what is not measured."""
