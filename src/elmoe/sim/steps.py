@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from elmoe.sim.grid import Grid
 from elmoe.sim.modelling import STEPS
 from elmoe.sim.paper import OWN_LOCALITY
-from elmoe.sim.rivals import Setting, changes, with_expert_cache
+from elmoe.sim.rivals import Setting, changes
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Stage:
 
 def stages(start: Grid) -> Iterator[Stage]:
     """From the simulator of version 0.1 with generous rivals to today's with published ones: what ELMoE-3D does as the
-    engine does it, then the rivals' steps, then that no rival keeps experts, then each model's own locality, then token
-    trees, which the engine does not have.
+    engine does it, then the rivals' steps, of which the last is that no rival keeps experts, then each model's own
+    locality, then token trees, which the engine does not have.
     """
     added = start
     *engine_steps, trees = elmoe_steps()
@@ -47,15 +47,8 @@ def stages(start: Grid) -> Iterator[Stage]:
         yield Stage(f"rivals: {single.name}", single.source, alone, added)
     added = replace(added, setting=Setting("published"))
 
-    def uncached(grid: Grid) -> Grid:
-        return replace(grid, systems=tuple(with_expert_cache(system, "none") for system in grid.systems))
-
-    yield Stage(
-        "rivals keep no experts", "an assumption: no source says what the paper's rivals keep", uncached(start),
-        uncached(added),
-    )  # fmt: skip
     own = (OWN_LOCALITY,)
-    added = replace(uncached(added), prompts=own)
+    added = replace(added, prompts=own)
     yield Stage(
         "each model's own locality", "presets/published, fitted to published hit rates", replace(start, prompts=own), added
     )
