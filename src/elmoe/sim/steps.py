@@ -46,7 +46,6 @@ def stages(start: Grid) -> Iterator[Stage]:
         alone = replace(start, systems=single.systems, drafters=single.drafters)
         yield Stage(f"rivals: {single.name}", single.source, alone, added)
     added = replace(added, setting=Setting("published"))
-
     own = (OWN_LOCALITY,)
     added = replace(added, prompts=own)
     yield Stage(
