@@ -6,7 +6,7 @@ no number is ever cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Timer
 from typing import Any
@@ -44,6 +44,25 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         for column, cell in zip(columns, row, strict=True):
             console.print(Text(f"  {column}: " if column else "") + cell, soft_wrap=True)
         console.print()
+
+
+def print_texts(prompts: Sequence[str], texts: Mapping[str, Sequence[str]], least: int) -> None:
+    """Prompts, each with its continuations: side by side on a terminal of ``least`` columns; else only the last ones."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal or console.width < least:
+        for prompt, text in zip(prompts, list(texts.values())[-1], strict=True):
+            console.print(Text.assemble((shown(prompt), "bold"), shown(text) + "\n"), soft_wrap=True)
+        return
+    table = Table(box=None, expand=True, padding=(0, 2, 1, 0))
+    for name in texts:
+        table.add_column(name, ratio=1, overflow="fold")
+    for prompt, *several in zip(prompts, *texts.values(), strict=True):
+        table.add_row(*(Text.assemble((shown(prompt), "bold"), shown(text)) for text in several))
+    console.print(table)
 
 
 def shown(text: object) -> str:

@@ -225,3 +225,16 @@ def test_a_refused_conversion_shows_no_empty_bar(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_text("hi")
     ran = run("convert", str(tmp_path / "a.gguf"), str(tmp_path / "store"))
     assert ran.returncode == 1 and ran.stderr.decode().splitlines()[0] == "error: 'a.gguf' is no GGUF file"
+
+
+def test_texts_stand_side_by_side_where_there_is_room(monkeypatch, capsys):
+    from elmoe.terminal import print_texts
+
+    texts = {"plain": ["one two", "three"], "elastic": ["one two", "three"]}
+    print_texts(("A ", "B "), texts, 96)
+    assert capsys.readouterr().out.split() == ["A", "one", "two", "B", "three"]  # to a pipe: once
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    print_texts(("A ", "B "), texts, 96)
+    lines = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines() if line.strip()]
+    assert lines == [["plain", "elastic"], ["A", "one", "two"] * 2, ["B", "three"] * 2]

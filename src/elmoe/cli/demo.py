@@ -16,14 +16,18 @@ import click
 from elmoe.cli.common import budget, force_option, json_option, print_json, threads_option
 from elmoe.errors import RequestError
 from elmoe.extras import missing, missing_extra
-from elmoe.terminal import number, percent, print_table, size
+from elmoe.terminal import number, percent, print_table, print_texts, size
 
 PROMPTS = (
     "It is a truth universally acknowledged, that",
     "The whale was",
     "def read_file(path):\n",
-    "SELECT name FROM",
+    "In the beginning",
 )
+TEMPERATURE, TOP_P = 0.7, 0.95
+"""Of the texts: greedy, so small a model repeats itself."""
+SIDE_BY_SIDE = 96
+"""Columns of a terminal that shows the texts of plain and elastic decoding beside each other."""
 
 REPEATS = 2
 """Runs of each mode, in alternating order; the fastest counts."""
@@ -82,6 +86,7 @@ def command(
     if chat:
         _talk(context, threads, as_json)
         return
+    from elmoe.bitslice import SamplingParameters
     from elmoe.engine.options import EngineOptions
     from elmoe.engine.request import Request
     from elmoe.files import check_output
@@ -92,12 +97,16 @@ def command(
     if absent is not None and report is not None:
         raise absent
     with load("demo", EngineOptions(fast_memory=fast_memory), reader="memory", threads=threads) as model:
-        requests = [Request(model.encode(prompt), max_tokens, ignore_eos=True) for prompt in PROMPTS]
+        sampling = SamplingParameters(TEMPERATURE, top_p=TOP_P, seed=1)
+        requests = [Request(model.encode(prompt), max_tokens, sampling, ignore_eos=True) for prompt in PROMPTS]
         options = EngineOptions(
             fast_memory=fast_memory, draft_length=draft_length, batch=len(PROMPTS), keep_kv_digest=True
         )  # fmt: skip
         runs, identical = _measured(model, requests, options)
-        texts = [model.text_of(*pair) for pair in zip(requests, runs["elastic"][0], strict=True)]
+        written = {
+            mode: [model.text_of(*pair) for pair in zip(requests, runs[mode][0], strict=True)]
+            for mode in ("plain", "elastic")
+        }
     slow = EngineOptions(fast_memory=0.5, slow_bandwidth=DISK)
     with load("demo", slow, reader="direct", threads=threads) as larger:
         short = [replace(request, max_tokens=min(max_tokens, DISK_TOKENS)) for request in requests]
@@ -111,7 +120,7 @@ def command(
         print_json(
             {
                 "prompts": PROMPTS,
-                "texts": texts,
+                "texts": written["elastic"],
                 "identical": identical,
                 "tier": model.tier,
                 "modes": facts,
@@ -120,9 +129,7 @@ def command(
             }
         )
     else:
-        for prompt, text in zip(PROMPTS, texts, strict=True):
-            click.secho(prompt, bold=True, nl=False)
-            click.echo(text + "\n")
+        print_texts(PROMPTS, written, SIDE_BY_SIDE)
         title = f"{len(PROMPTS)} texts of {max_tokens} tokens at once, elastic with drafts of {draft_length}; {model.tier}"
         print_table(title, ("", *facts), [(name, *(show(f) for f in facts.values())) for name, show in ROWS])
         click.echo(f"{IN_MEMORY}\n{_compared({mode: f['tokens_per_second'] for mode, f in facts.items()})}\n")
