@@ -67,7 +67,7 @@ def run(scope: Scope) -> Section:
             machine = msgspec.structs.replace(preset, name="ours", features=Features(**features))
             odds = Truncated(measured) if truncated else measured
             forms = ("ar", "elastic") if form == "best" else (form,)
-            rows = rows_of(scope, (bare, machine), forms=("ar", *forms), odds=(odds,))
+            rows = rows_of(scope, (bare, machine), forms=tuple(dict.fromkeys(("ar", *forms))), odds=(odds,))
             series[name] = [best_mean(select(rows, system="ours", batch=batch), forms) for batch in scope.batches]
         figures.append(bars(title, [f"batch {b}" for b in scope.batches], series, "x the xPU"))
         tables.append(
