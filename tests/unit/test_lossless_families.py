@@ -20,7 +20,7 @@ from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.models import FAMILIES, spec_of_config
-from elmoe.models.formats import FORMATS, JOIN
+from elmoe.models.formats import BLOCK_ROWS, FORMATS, JOIN
 from elmoe.models.support import check_supported
 from elmoe.models.tensors import feed_forwards, tensors
 from elmoe.store import open_direct, open_store
@@ -57,8 +57,11 @@ class Weights(RandomWeights):
 
 
 def formats_of(spec, name):
-    """The format of every matrix and feed-forward. The projections from latents are one format each in any case."""
-    parts = {one.name: len(one.parts) for one in tensors(spec) if one.kind == "matrix"}
+    """The format of every matrix and feed-forward. Parts of several formats must fill blocks of rows."""
+    parts = {
+        one.name: 1 if any(part.shape[0] % BLOCK_ROWS for part in one.parts[:-1]) else len(one.parts)
+        for one in tensors(spec) if one.kind == "matrix"
+    }  # fmt: skip
     parts |= {one.name: 3 for one in feed_forwards(spec)}
     if name in FORMATS:
         return dict.fromkeys(parts, name)
