@@ -57,7 +57,8 @@ def measured(config: Path, layers: int | None, folder: Path, tokens: int) -> lis
     """All rows of one model."""
     store = folder / f"{config.stem}-{layers or 'all'}"
     few = [] if layers is None else ["--layers", str(layers)]
-    elmoe("synth", str(config), str(store), *few)
+    if not store.exists():
+        elmoe("synth", str(config), str(store), *few)
     try:
         with open_store(store) as reader:
             size, count = sum(file.bytes for file in reader.manifest.files), len(reader.spec.layers)
