@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from select import select
@@ -103,8 +103,8 @@ class Copy:
         self.command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         self._server: subprocess.Popen[bytes] | None = None
 
-    def record(self, results: Path, packages: tuple[str, ...]) -> None:
-        """Run the quick tests once, and write which lines each runs."""
+    def record(self, results: Path, packages: Sequence[str], tests: Sequence[str] = ()) -> None:
+        """Run the quick tests once, or only these files of them, and write which lines of the packages each runs."""
         shutil.rmtree(results, ignore_errors=True)
         results.mkdir(parents=True)
         measured = "".join(f"\n    {self.package / package}/*" for package in packages)
@@ -112,7 +112,7 @@ class Copy:
         settings.write_text(SETTINGS.format(folder=results, packages=measured))
         (self.folder / "src" / "sitecustomize.py").write_text(START)
         environment = self.environment | {"COVERAGE_PROCESS_START": str(settings), "ELMOE_RECORD": str(results)}
-        tests = [f"tests/{name}" for name in FOLDERS]
+        tests = tests or [f"tests/{name}" for name in FOLDERS]
         subprocess.run(
             [*self.command, "-p", "tools.mutant_plugin", "-n", "2", "--dist", "loadfile", *tests],
             cwd=self.folder,

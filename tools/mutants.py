@@ -5,6 +5,7 @@ package with it, up to the first that fails: first those in the files of the mod
 killed where a test fails, the tests take several times the processor time that they need, or the import fails; it survives
 at once where no test runs its line. Results are JSON lines in ``build/mutants/results.jsonl``; those there are kept, so that
 a run can be done in pieces. Time is processor time: a process that is stopped or waits for others is not late.
+``--packages hw systems sim`` draws from these alone and runs the tests listed for them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,8 +40,10 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.json")
 _GGUF = ("unit/test_gguf", "unit/test_gguf_refusals", "unit/test_gguf_formats", "unit/test_gguf_tokenizers")
 _CONVERT = ("unit/test_convert", "unit/test_import", *_GGUF)
 _SIMULATION = (
-    "golden/test_simulated", "physics/test_physics", "unit/test_workload", "unit/test_own_hardware", "unit/test_report",
-    "smoke/test_simulate", "smoke/test_ground_truth", "physics/test_efficiency",
+    "golden/test_simulated", "physics/test_physics", "physics/test_energy", "unit/test_workload", "unit/test_modelling",
+    "unit/test_rivals", "unit/test_trees", "unit/test_steps", "unit/test_own_hardware", "unit/test_report",
+    "unit/test_sweep", "unit/test_validation_data", "smoke/test_simulate", "smoke/test_routing", "smoke/test_ground_truth",
+    "physics/test_efficiency",
 )  # fmt: skip
 TESTS: dict[str, tuple[str, ...]] = {
     "policy": ("unit/test_policy", "unit/test_planner", "unit/test_costs", "unit/test_read_history", *_ENGINE[:2]),
@@ -114,11 +117,11 @@ def mutants_of(module: str) -> Iterator[Mutant]:
             yield Mutant(module, *where, old, new, name if names[name] == 1 else f"{name} #{names[name]}")
 
 
-def sample(count: int, seed: int) -> list[Mutant]:
-    """Mutants of all packages, drawn without replacement, at most one of a line; a line that changes does not change the
+def sample(count: int, seed: int, packages: Sequence[str] = PACKAGES) -> list[Mutant]:
+    """Mutants of the packages, drawn without replacement, at most one of a line; a line that changes does not change the
     others."""
     found = []
-    for package in PACKAGES:
+    for package in packages:
         for path in sorted((ROOT / "src" / "elmoe" / package).glob("*.py")):
             found += list(mutants_of(f"{package}/{path.name}"))
     found.sort(key=lambda mutant: hashlib.blake2b(f"{seed} {mutant.name}".encode()).digest())
@@ -170,6 +173,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=320)
     parser.add_argument("--seed", type=int, default=25)
+    parser.add_argument("--packages", nargs="+", choices=PACKAGES, default=PACKAGES, help="of which the sample is [all]")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after these; run again to go on")
     parser.add_argument("--budget", type=float, default=BUDGET, help="most seconds that a mutant's tests take without it")
@@ -179,23 +183,28 @@ def main() -> int:
     )
     parser.add_argument("--also", nargs="*", default=[], help="files of tests that are newer than the recording, run first")
     parser.add_argument("--unchanged", action="store_true", help="run the tests without the changes: none may fail")
-    parser.add_argument("--results", type=Path, default=WORK / "results.jsonl")
+    parser.add_argument(
+        "--results", type=Path, help="[results.jsonl in build/mutants, or in a folder of the packages there]"
+    )
     arguments = parser.parse_args()
-    results, end = arguments.results, monotonic() + arguments.seconds
-    WORK.mkdir(parents=True, exist_ok=True)
+    whole = set(arguments.packages) == set(PACKAGES)
+    work = WORK if whole else WORK / "-".join(arguments.packages)
+    tests = [] if whole else sorted({file for package in arguments.packages for file in listed(package)})
+    results, end = arguments.results or work / "results.jsonl", monotonic() + arguments.seconds
+    work.mkdir(parents=True, exist_ok=True)
     done = {line["name"]: line for line in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
-    drawn = sample(arguments.count, arguments.seed)
+    drawn = sample(arguments.count, arguments.seed, arguments.packages)
     reasons = json.loads(EQUIVALENT.read_text())
     missed = {name for name, line in done.items() if line["outcome"] == "survived" and name not in reasons}
     left = [one for one in drawn if (one.name in missed if arguments.again else one.name not in done)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         copies = [Copy(Path(folder) / str(job)) for job in range(arguments.jobs)]
-        if arguments.record or not (WORK / "lines" / "lines.json").exists():
-            copies[0].record(WORK / "lines", PACKAGES)
-        lines = Lines(WORK / "lines", ROOT / "src" / "elmoe")
+        if arguments.record or not (work / "lines" / "lines.json").exists():
+            copies[0].record(work / "lines", arguments.packages, tests)
+        lines = Lines(work / "lines", ROOT / "src" / "elmoe")
         free = list(copies)
 
-        def work(mutant: Mutant) -> None:
+        def try_one(mutant: Mutant) -> None:
             if monotonic() > end:
                 return
             copy = free.pop()
@@ -207,7 +216,7 @@ def main() -> int:
                 file.write(json.dumps(line) + "\n")
             print(f"{line['outcome']} {line['seconds']} s {line['by']}: {mutant.name[:150]}", flush=True)
 
-        list(pool.map(work, left))
+        list(pool.map(try_one, left))
         for copy in copies:
             copy.close()
     judged = [done[one.name] for one in drawn if one.name in done]
