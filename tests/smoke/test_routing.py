@@ -16,7 +16,17 @@ from elmoe.models.load import load_model, model_text
 from elmoe.schema.hardware import load_hardware
 from elmoe.sim.grid import Grid, run_grid
 from elmoe.sim.paper import MODELS, OWN_LOCALITY, PROMPTS
-from elmoe.sim.routing import POSITIONS, PROMPT, SAMPLED_LAYERS, SEED, SEQUENCES, facts_of, localities_of, own_locality
+from elmoe.sim.routing import (
+    POSITIONS,
+    PROMPT,
+    SAMPLED_LAYERS,
+    SEED,
+    SEQUENCES,
+    check_routing,
+    facts_of,
+    localities_of,
+    own_locality,
+)  # fmt: skip
 from elmoe.trace import load_locality, save_locality, synthesise
 from elmoe.trace.batches import BATCH_ROUTINGS
 
@@ -139,3 +149,9 @@ def test_the_description_of_the_documents_is_simulated(tmp_path):
     rows = simulated("--model", str(path), "--locality", "qwen3-30b-a3b")
     assert [row["model"] for row in rows] == ["my-model"] and rows[0]["tokens_per_second"] > 0
     assert run("simulate", "--show-preset", "gemma-4-26b-a4b").stdout == described_text("gemma-4-26b-a4b")
+
+
+def test_localities_are_refused_before_a_study_starts():
+    check_routing(("mt_bench", OWN_LOCALITY), "fitted", None)
+    with pytest.raises(ElmoeError, match="there is no locality 'mt_bank'"):
+        check_routing(("mt_bench", "mt_bank"), "fitted", None)

@@ -23,7 +23,7 @@ from elmoe.schema.rivals import Step, drafters_after, rival_sets, rivals_of_text
 from elmoe.sim.grid import Grid, run_grid, run_grids
 from elmoe.sim.paper import RIVAL_SETS, SYSTEMS
 from elmoe.sim.result import SimulationResult, result_of
-from elmoe.sim.rival_checks import rival_checks
+from elmoe.sim.rival_checks import _priced, _two_h100, rival_checks
 from elmoe.sim.rivals import Setting, changes, with_expert_cache
 from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import Plan, RoutingReplay
@@ -308,3 +308,15 @@ def test_every_check_of_a_rival_is_close_or_says_why_not():
         assert not check.fitted or abs(check.error) < 0.1, check.name
     by_name = {check.name.split(",")[0]: check for check in checks}
     assert by_name["H2-LLM over in-die NMP"].predicted == pytest.approx(2.72, rel=0.25)
+
+
+def test_the_two_h100_decode_plainly_as_published():
+    plain = _priced(_two_h100(), "ar", None)
+    assert plain.tokens / plain.seconds == pytest.approx(222.47, rel=1e-9)
+
+
+def test_the_progress_of_grids_on_several_processes_ends_at_the_whole():
+    names, seen = ("xpu", "hb_xpu"), []
+    grid = Grid(Setting().systems(names), ("qwen3-30b-a3b",), ("mt_bench", "gsm8k"), (1,), ("ar",), steps=2)
+    rows = run_grids([grid, grid], lambda done, total: seen.append((done, total)), workers=2)
+    assert seen == [(1, 2), (2, 2)] and rows[0] == rows[1] and len(rows[0]) == 4
