@@ -150,15 +150,13 @@ def _run_packed(group: tuple[Sequence[Grid], str, str]) -> list[list[dict[str, A
     return [[row for rows in batches_of_group(grid, model, prompts, replay) for row in rows] for grid in grids]
 
 
-def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]:
-    """Rows of one model and prompt set; what does not fit becomes a row with ``error``."""
-    return [row for rows in batches_of_group(grid, model_name, prompts) for row in rows]
-
-
 def batches_of_group(
     grid: Grid, model_name: str, prompts: str, replay: RoutingReplay | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """The same, batch size by batch size. ``replay``: of the group's facts, if other grids share them."""
+    """Rows of one model and prompt set, batch size by batch size; what does not fit becomes a row with ``error``.
+
+    :param replay: of the group's facts, if other grids share them.
+    """
     model = load_model(model_name)
     replay = replay or RoutingReplay(facts_of(model, prompts, grid.trace, grid.batch_routing))
     facts = replay.facts
