@@ -67,4 +67,4 @@ def run(scope: Scope) -> Section:
 
 
 if __name__ == "__main__":
-    study("fig02_breakdown", run)
+    study("fig02_breakdown", run, options=("locality", "batch-routing"))

@@ -105,4 +105,4 @@ def best_mean(rows: list[dict[str, Any]], forms: tuple[str, ...]) -> float:
 
 
 if __name__ == "__main__":
-    study("fig03_ablation", run)
+    study("fig03_ablation", run, options=("locality", "batch-routing"))

@@ -59,4 +59,4 @@ def run(scope: Scope) -> Section:
 
 
 if __name__ == "__main__":
-    study("fig04_capacity", run)
+    study("fig04_capacity", run, options=("locality", "batch-routing"))

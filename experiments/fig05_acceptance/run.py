@@ -43,4 +43,4 @@ def run(scope: Scope) -> Section:
 
 
 if __name__ == "__main__":
-    study("fig05_acceptance", run)
+    study("fig05_acceptance", run, options=("locality", "batch-routing"))

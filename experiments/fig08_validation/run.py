@@ -182,4 +182,4 @@ def priced(prediction: Prediction, spec: ModelSpec, hardware: Hardware) -> float
 
 
 if __name__ == "__main__":
-    study("fig08_validation", run, labels=True)
+    study("fig08_validation", run, labels=True, options=())

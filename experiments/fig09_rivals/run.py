@@ -192,4 +192,4 @@ def _fastest(cases: list[Case]) -> Table:
 
 
 if __name__ == "__main__":
-    study("fig09_rivals", run, labels=True)
+    study("fig09_rivals", run, labels=True, options=("locality",))

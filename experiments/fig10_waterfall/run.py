@@ -141,4 +141,4 @@ def _reasons(steps: Sequence[Stage]) -> Table:
 
 
 if __name__ == "__main__":
-    study("fig10_waterfall", run, USUAL)
+    study("fig10_waterfall", run, USUAL, options=())

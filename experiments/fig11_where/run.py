@@ -81,7 +81,10 @@ def rows_by_factor(scope: Scope) -> Rows:
             files = {str(Path(folder) / f"{model}-{factor:g}.json"): factor for factor in FACTORS}
             for file, factor in files.items():
                 save_locality(scaled(own, factor), file)
-            grid = Grid(systems(scope, ("xpu", OURS)), (model,), tuple(files), scope.batches, ("ar", "elastic"), odds)
+            grid = Grid(
+                systems(scope, ("xpu", OURS)), (model,), tuple(files), scope.batches, ("ar", "elastic"), odds,
+                batch_routing=scope.batch_routing,
+            )  # fmt: skip
             for row in run_grid(grid):
                 rows[files[row["prompts"]]].append(row)
             bar(index + 1, len(scope.models))
@@ -116,4 +119,4 @@ def _verdict(batch: int, values: list[list[float]]) -> str:
 
 
 if __name__ == "__main__":
-    study("fig11_where", run, USUAL)
+    study("fig11_where", run, USUAL, options=("batch-routing",))

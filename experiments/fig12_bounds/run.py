@@ -100,4 +100,4 @@ def _table(cases: list[Case]) -> Table:
 
 
 if __name__ == "__main__":
-    study("fig12_bounds", run, labels=True)
+    study("fig12_bounds", run, labels=True, options=("locality",))

@@ -30,6 +30,7 @@ MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 20_000
 """Most values of a YAML file, each use of an alias counted anew."""
 _SHOWN = 200
+_UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
 
 
 def short(text: object, most: int = _SHOWN) -> str:
@@ -179,8 +180,10 @@ class Described:
         try:
             return msgspec.convert(self.data, kind, dec_hook=dec_hook)
         except (ElmoeError, ValueError, OverflowError, TypeError, RecursionError) as reason:
-            found = re.search(r" - at `(\$[^`]*)`$", str(reason))
-            raise error(f"{self.at(found.group(1) if found else '$')}: {short(reason, 600)}", hint) from reason
+            found, unknown = re.search(r" - at `(\$[^`]*)`$", str(reason)), _UNKNOWN.match(str(reason))
+            path = found.group(1) if found else "$"
+            line = f"{path}.{unknown.group(1)}" if unknown else path
+            raise error(f"{self.at(line)}: {short(reason, 600)}", hint) from reason
 
 
 def load_yaml(text: str, where: str, error: type[ElmoeError], hint: str) -> Described:

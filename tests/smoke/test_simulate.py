@@ -167,7 +167,7 @@ def test_a_trace_of_another_model_is_refused(tmp_path):
     run("trace", "synthesise", "mt_bench", str(path), "--experts", "32", "--top-k", "4", "--layers", "2", "--sequences", "2",
         "--positions", "40")  # fmt: skip
     with pytest.raises(ElmoeError, match="routes to 4 of 32 experts, 'qwen3-30b-a3b' to 8 of 128") as caught:
-        run("simulate", *SMALL, "--trace", str(path))
+        run("simulate", "--model", "qwen3-30b-a3b", "--batch", "1", "--trace", str(path))
     assert "synthesise" in (caught.value.hint or "")
 
 

@@ -122,3 +122,10 @@ def test_what_is_not_there_is_refused_with_the_descriptions_among_the_names(tmp_
     with pytest.raises(ModelError, match="there is no model") as caught:
         load_model(tmp_path / "none.yaml")
     assert "phi-3.5-moe" in caught.value.hint
+
+
+def test_an_unknown_key_is_named_with_its_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(described_text("phi-3.5-moe") + "foo: 1\n")
+    with pytest.raises(ModelError, match=rf"line {len(path.read_text().splitlines())}: .* unknown field `foo`"):
+        load_model(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from elmoe.policy.planner import popularity
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.schema.constants import Capacity
 from elmoe.schema.drafters import load_drafters
-from elmoe.sim.modelling import BEFORE, STEPS, TODAY, TREES, Modelling, sequence_of_steps, without_windows
+from elmoe.sim.modelling import BEFORE, STEPS, TODAY, TREES, Modelling, without_windows
 from elmoe.sim.simulate import Draft, Priced, Simulation
 from elmoe.sim.splitting import ExpectedPasses
 from elmoe.sim.trees import TreeShape
@@ -61,7 +62,7 @@ def windowed(window: int = 16) -> ModelSizes:
 
 
 def test_steps_lead_from_before_to_today_and_then_to_trees():
-    *_, (_, without_trees), (_, last) = sequence_of_steps()
+    *_, without_trees, last = accumulate(STEPS, lambda modelling, step: step.of(modelling), initial=BEFORE)
     assert without_trees == TODAY and last == replace(TODAY, trees=TREES)
     for step in STEPS:
         assert step.of(BEFORE) != BEFORE and step.of(TODAY) in (TODAY, last) and step.reason

@@ -24,7 +24,7 @@ from elmoe.sim.grid import Grid, run_grid, run_grids
 from elmoe.sim.paper import RIVAL_SETS, SYSTEMS
 from elmoe.sim.result import SimulationResult, result_of
 from elmoe.sim.rival_checks import _priced, _two_h100, rival_checks
-from elmoe.sim.rivals import Setting, changes, with_expert_cache
+from elmoe.sim.rivals import Setting, changes, is_ours, with_expert_cache
 from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import Plan, RoutingReplay
 from elmoe.systems.forms import (
@@ -136,6 +136,12 @@ def test_expert_caches_of_rivals_are_an_axis_and_ours_stays():
         assert [(f.expert_cache, f.refill) for f in features.values()] == [(False, False), (True, False), (True, True)]
     for name in ("elmoe3d_8gb", "xpu", "xpu_pim"):
         assert with_expert_cache(load_hardware(name), "none") == load_hardware(name)
+
+
+def test_an_expert_cache_keeps_whole_experts_of_a_description_that_could_slice_them():
+    ours = load_hardware("elmoe3d_8gb")
+    other = msgspec.structs.replace(ours, features=msgspec.structs.replace(ours.features, expert_cache=False))
+    assert ours.features.bit_slices and not is_ours(with_expert_cache(other, "lru"))
 
 
 def test_what_rivals_draft_with_is_an_axis_and_ours_always_runs():

@@ -64,7 +64,11 @@ from elmoe.terminal import number, print_table, progress_bar, size, small_number
 @click.option(
     "--trees", is_flag=True, help="Elastic drafts may also be token trees; simulated only, the engine drafts chains."
 )
-@click.option("--before", is_flag=True, help="Simulate as version 0.1 did, not as the engine is today.")
+@click.option(
+    "--before",
+    is_flag=True,
+    help="Simulate as version 0.1 did, not as the engine is today (its routing: --locality prompts).",
+)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the result for `elmoe report`.")
 @click.option(
     "--timeline", type=click.Path(dir_okay=False, path_type=Path), help="Write the last system's steps for Perfetto."
@@ -80,7 +84,7 @@ def command(
 ) -> None:  # fmt: skip
     """Simulate models on described hardware: tokens/s, joules and bytes per token, and the busiest unit."""
     from elmoe.files import check_output
-    from elmoe.sim.grid import PAPER_ODDS, Grid, check_names, run_grid
+    from elmoe.sim.grid import PAPER_ODDS, Grid, check_cases, check_names, run_grid
     from elmoe.sim.modelling import BEFORE, TODAY, TREES
     from elmoe.sim.result import SimulationResult, odds_of, write_result
     from elmoe.sim.rivals import Setting
@@ -91,6 +95,10 @@ def command(
         return
     if not batch or min(batch) < 1:
         raise click.BadParameter("batch sizes start at 1", param_hint="--batch")
+    if before and trees:
+        raise click.UsageError("version 0.1 had no token trees: give --before or --trees")
+    if trace and click.get_current_context().get_parameter_source("prompts") is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("a trace is replayed as it was recorded: give --trace or --locality")
     for path, what in ((out, "result"), (timeline, "timeline")):
         check_output(path, force, what)
     localities = tuple(name for one in prompts for name in (PROMPTS if one == "prompts" else (one,)))
@@ -102,6 +110,7 @@ def command(
         modelling=replace(BEFORE if before else TODAY, trees=TREES if trees else ()),
     )  # fmt: skip
     check_names(grid)
+    check_cases(grid)
     counts = (len(grid.systems), "systems"), (len(grid.models), "models"), (len(grid.prompts), "prompt sets"), \
         (len(batch), "batch sizes")  # fmt: skip
     with progress_bar("simulating " + " x ".join(f"{count} {what}" for count, what in counts), None) as bar:

@@ -16,7 +16,7 @@ from elmoe.processors import processors
 from elmoe.schema.drafters import Drafters, load_drafters
 from elmoe.schema.hardware import Hardware
 from elmoe.sim.modelling import TODAY, Modelling
-from elmoe.sim.rivals import Setting
+from elmoe.sim.rivals import Setting, is_ours
 from elmoe.sim.routing import check_routing, facts_of, localities_of
 from elmoe.sim.rows import row_of, static_watts
 from elmoe.sim.simulate import Simulation
@@ -116,6 +116,17 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def check_cases(grid: Grid) -> None:
+    """HardwareError where no system runs any of the forms: there would be no row."""
+    if not any(True for hardware in grid.systems for _ in cases_of(grid, hardware)):
+        choice = grid.setting.rival_drafts
+        drafts = "" if choice == "all" else f" with rivals' drafts '{choice}'"
+        raise HardwareError(
+            f"none of the systems runs {' or '.join(grid.forms)}{drafts}",
+            "elastic and planned need slices of experts in a fast memory, as ELMoE-3D has them; every system runs ar",
+        )
+
+
 def check_names(grid: Grid) -> None:
     """HardwareError where two things of a kind have one name: their rows could not be told apart."""
     odds = [item.label for item in grid.odds]
@@ -139,15 +150,13 @@ def _run_packed(group: tuple[Sequence[Grid], str, str]) -> list[list[dict[str, A
     return [[row for rows in batches_of_group(grid, model, prompts, replay) for row in rows] for grid in grids]
 
 
-def run_group(grid: Grid, model_name: str, prompts: str) -> list[dict[str, Any]]:
-    """Rows of one model and prompt set; what does not fit becomes a row with ``error``."""
-    return [row for rows in batches_of_group(grid, model_name, prompts) for row in rows]
-
-
 def batches_of_group(
     grid: Grid, model_name: str, prompts: str, replay: RoutingReplay | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """The same, batch size by batch size. ``replay``: of the group's facts, if other grids share them."""
+    """Rows of one model and prompt set, batch size by batch size; what does not fit becomes a row with ``error``.
+
+    :param replay: of the group's facts, if other grids share them.
+    """
     model = load_model(model_name)
     replay = replay or RoutingReplay(facts_of(model, prompts, grid.trace, grid.batch_routing))
     facts = replay.facts
@@ -159,7 +168,7 @@ def batches_of_group(
         reference = simulation.price(machines[0], "ar", batch)
         watts = static_watts(reference, share.low, share.value, share.high)
         for machine in machines:
-            for form, odds in _cases(grid, machine):
+            for form, odds in cases_of(grid, machine.hardware):
                 labels = {
                     "system": machine.hardware.name, "form": form, "model": model.name, "prompts": prompts, "batch": batch,
                     "acceptance": None if odds is None else odds.label, "locality": facts.source,
@@ -179,16 +188,15 @@ def batches_of_group(
         yield rows
 
 
-def _cases(grid: Grid, machine: Machine) -> Iterator[tuple[FormName, Odds | TableOdds | None]]:
+def cases_of(grid: Grid, hardware: Hardware) -> Iterator[tuple[FormName, Odds | TableOdds | None]]:
     """Forms that a system can run, with the acceptances to run them at."""
     for form in grid.forms:
-        if not grid.setting.drafts_with(machine.hardware, form):
+        if not grid.setting.drafts_with(hardware, form):
             continue
         if form == "ar":
             yield form, None
         elif form in ("elastic", "bit_axis", "planned"):
-            features = machine.hardware.features
-            if features.expert_cache and features.bit_slices:
+            if is_ours(hardware):
                 yield from ((form, odds) for odds in grid.odds)
         else:
             yield form, rival_odds(form, grid.drafters)

@@ -6,7 +6,6 @@ Each is switched alone. :data:`BEFORE` is the simulator of version 0.1, bit for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -122,13 +121,6 @@ STEPS: list[Step] = [
     Step("token trees", {"trees": TREES}, "the paper (second-hand); simulated only, the engine drafts chains"),
 ]  # fmt: skip
 """Changes from ``BEFORE`` on, in the order in which a waterfall adds them; the last one leads beyond ``TODAY``."""
-
-
-def sequence_of_steps(start: Modelling = BEFORE, steps: list[Step] | None = None) -> Iterator[tuple[str, Modelling]]:
-    """(name, modelling) with one step more each."""
-    for step in STEPS if steps is None else steps:
-        start = step.of(start)
-        yield step.name, start
 
 
 def without_windows(model: ModelSizes) -> ModelSizes:

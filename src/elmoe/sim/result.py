@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from elmoe.files import json_text, write_whole
 from elmoe.schema.constants import Constant
 from elmoe.schema.provenance import constants
 from elmoe.sim.grid import Grid
+from elmoe.sim.modelling import Modelling
 from elmoe.sim.rows import check_row
 from elmoe.systems.forms import Odds, TableOdds
 from elmoe.trace.acceptance import load_acceptance
@@ -50,7 +51,8 @@ class SimulationResult:
             | {
                 "systems": [hardware.name for hardware in grid.systems], "models": list(grid.models),
                 "prompts": list(grid.prompts), "batches": list(grid.batches), "forms": list(grid.forms),
-                "batch_routing": grid.batch_routing,
+                "batch_routing": grid.batch_routing, "modelling": _modelling(grid.modelling),
+                **({} if grid.trace is None else {"trace": str(grid.trace)}),
                 "acceptances": [{"label": odds.label, "status": odds.status} for odds in grid.odds],
                 "context": grid.context, "draft_lengths": list(grid.lengths or grid.modelling.lengths), "steps": grid.steps,
                 "reference": grid.systems[0].name, **grid.setting.labels,
@@ -68,6 +70,12 @@ class SimulationResult:
     def as_dict(self) -> dict[str, Any]:
         """For ``--json`` and files."""
         return {"version": RESULT_VERSION, "label": LABEL, "conditions": self.conditions, "rows": self.rows}
+
+
+def _modelling(modelling: Modelling) -> dict[str, Any]:
+    """As JSON gives it back."""
+    trees = [asdict(tree) for tree in modelling.trees]
+    return asdict(modelling) | {"lengths": list(modelling.lengths), "trees": trees}
 
 
 def _stated(item: Constant) -> dict[str, str]:

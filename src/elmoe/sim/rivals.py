@@ -76,10 +76,12 @@ def is_ours(hardware: Hardware) -> bool:
 
 
 def with_expert_cache(hardware: Hardware, cache: ExpertCache | None) -> Hardware:
-    """A rival with a fast memory that keeps so much of the experts; any other system, or with None, as it is."""
+    """A rival with a fast memory that keeps so many experts, whole ones; any other system, or with None, as it is."""
     if cache is None or hardware.fast is None or is_ours(hardware):
         return hardware
-    features = msgspec.structs.replace(hardware.features, expert_cache=cache != "none", refill=cache == "lru")
+    features = msgspec.structs.replace(
+        hardware.features, expert_cache=cache != "none", refill=cache == "lru", bit_slices=False
+    )
     return msgspec.structs.replace(hardware, features=features)
 
 

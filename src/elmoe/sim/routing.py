@@ -21,13 +21,17 @@ SEQUENCES, PROMPT, POSITIONS, SEED = 16, 64, 320, 0
 
 
 def own_locality(model: ModelSizes) -> Locality | None:
-    """The preset fitted to what was published of this model, by its name; None if there is none of its experts and top-k."""
-    path = PRESETS / f"{model.name}.json"
+    """The preset fitted to what was published of this model, by its name; None if there is none of its experts and top-k.
+
+    A folder such as ``Qwen3-30B-A3B``, or ``Qwen/Qwen3-30B-A3B`` of the Hugging Face cache, is that model as the preset is.
+    """
+    name = model.name.rpartition("/")[2].lower()
+    path = PRESETS / f"{name}.json"
     if path.parent != PRESETS or not os.path.isfile(path):
         return None
     found, spec = load_locality(path), model.spec
     shape = found.shape
-    if shape is None or found.model != model.name or (shape.experts, shape.top_k) != (spec.experts, spec.top_k):
+    if shape is None or found.model != name or (shape.experts, shape.top_k) != (spec.experts, spec.top_k):
         return None
     return found
 
@@ -65,14 +69,14 @@ def facts_of(
 
     :param prompts: ``model`` for the model's own, else the name or file of a locality, such as a prompt set.
     """
-    if trace is not None:
-        return read_facts(trace)
     spec = model.spec
     if not spec.moe_layers:
         raise ModelError(
             f"model '{model.name}' has no layer with experts",
             "the simulator replays the routing of Mixture-of-Experts models; it does not price dense ones",
         )
+    if trace is not None:
+        return read_facts(trace)
     locality = own_locality(model) if prompts == OWN_LOCALITY else load_locality(prompts)
     if locality is None:
         raise TraceError(f"nothing published of the routing of '{model.name}' is known", f"take one of {', '.join(PROMPTS)}")

@@ -114,6 +114,7 @@ class Simulation:
     def _best(
         self, machine: Machine, form: FormName, batch: int, acceptance: Acceptance | None, lengths: tuple[int, ...] | None
     ) -> Priced:
+        self.replay.check_batch(batch)
         self._check_fits(machine, form, batch)
         if form == "ar":
             return self._priced(machine, form, batch, Draft(), None)
@@ -124,6 +125,8 @@ class Simulation:
         if lengths is None and form == "elastic":
             drafts += [(Draft(tree.depth, tree), acceptance) for tree in self.modelling.trees]
         drafts += [(Draft(shape.levels, other=shape), odds) for shape, odds in rival_shapes(form, self.drafters)]
+        longest = self.replay.longest_draft(batch)  # a short trace has no step of the longest drafts
+        drafts = [one for one in drafts if one[0].length <= longest] or drafts
         candidates = [self._priced(machine, form, batch, draft, odds) for draft, odds in drafts]
         return max(candidates, key=lambda priced: priced.tokens / priced.seconds)
 

@@ -8,24 +8,27 @@ from elmoe.chrome_trace import Span, write_chrome_trace
 from elmoe.hw.cost import Cost
 from elmoe.hw.machine import Machine
 from elmoe.models.load import load_model
-from elmoe.sim.grid import Grid
+from elmoe.sim.grid import Grid, cases_of, check_cases
 from elmoe.sim.routing import facts_of, localities_of
 from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import RoutingReplay
-from elmoe.systems.forms import rival_odds
 
 STEPS = 8
 
 
 def write_timeline(grid: Grid, path: Path) -> None:
-    """The first steps of the grid's last system and form at its largest batch; within a pass a resource's busy time is drawn
-    from the pass's start, since a pass sums over layers."""
-    hardware, form, batch = grid.systems[-1], grid.forms[-1], grid.batches[-1]
+    """The first steps of the last system of the grid that runs any of its forms, in the last of these, at the last batch
+    size; within a pass a resource's busy time is drawn from the pass's start, since a pass sums over layers.
+
+    :raises HardwareError: no system runs any of the forms.
+    """
+    check_cases(grid)
+    hardware, form, odds = [(system, *case) for system in grid.systems for case in cases_of(grid, system)][-1]
+    batch = grid.batches[-1]
     model = load_model(grid.models[0])
     prompts = grid.prompts[0] if grid.trace else localities_of(grid.models[0], grid.prompts)[0]
     replay = RoutingReplay(facts_of(model, prompts, grid.trace, grid.batch_routing))
     simulation = Simulation(model, replay, grid.drafters, grid.context, grid.steps, grid.modelling)
-    odds = grid.odds[-1] if form in ("elastic", "planned") else None if form == "ar" else rival_odds(form, grid.drafters)
     priced = simulation.price(Machine(hardware), form, batch, odds, grid.lengths)
     spans: list[Span] = []
     now = 0.0

@@ -116,6 +116,19 @@ class RoutingReplay:
             self._workloads[key] = self.run(plan, acceptance)
         return self._workloads[key]
 
+    def check_batch(self, batch: int) -> None:
+        """TraceError if the facts hold fewer sequences."""
+        held = len(self.facts.prompts)
+        if batch > held:
+            raise TraceError(
+                f"the routing has {held} sequences, the batch is {batch}",
+                "use a smaller batch, or --trace with more sequences",
+            )
+
+    def longest_draft(self, batch: int) -> int:
+        """Tokens that the first step of ``batch`` sequences can draft before the facts of one of them end."""
+        return int((self.facts.lengths[:batch] - self.facts.prompts[:batch]).min())
+
     def popularity(self, batch: int) -> NDArray[np.float64]:
         """(experts,) how probably a token uses a layer's hottest, second hottest ... expert, as the engine knows it when the
         prompts of ``batch`` sequences are computed (``policy.planner.popularity``)."""
@@ -143,8 +156,7 @@ class Serving:
 
     def __init__(self, replay: RoutingReplay, plan: Plan, acceptance: Acceptance | None, start: int = 0) -> None:
         facts, batch = replay.facts, plan.batch
-        if batch > len(facts.prompts):
-            raise TraceError(f"the trace holds {len(facts.prompts)} sequences, the batch is {batch}", "use a smaller batch")
+        replay.check_batch(batch)
         if plan.draft != "none" and (acceptance is None or plan.draft_length < 1):
             raise TraceError("drafts need an acceptance and a draft length of 1 or more")
         self._replay, self._plan, self._acceptance, self._facts = replay, plan, acceptance, facts
