@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from elmoe.errors import BudgetError
 from elmoe.hw.cost import Cost
 from elmoe.hw.machine import Machine
 from elmoe.models.load import load_model
@@ -18,14 +19,14 @@ from elmoe.policy.planner import popularity
 from elmoe.policy.residency import ResidencyParameters
 from elmoe.schema.constants import Capacity
 from elmoe.schema.drafters import load_drafters
-from elmoe.sim.modelling import BEFORE, STEPS, TODAY, TREES, Modelling, without_windows
-from elmoe.sim.simulate import Draft, Priced, Simulation
-from elmoe.sim.splitting import ExpectedPasses
+from elmoe.sim.modelling import BEFORE, STEPS, TODAY, TREES, Draft, Modelling, without_windows
+from elmoe.sim.simulate import Priced, Simulation
+from elmoe.sim.splitting import ExpectedPasses, _restricted
 from elmoe.sim.trees import TreeShape
 from elmoe.sim.workload import Plan, RoutingReplay, TierPlan
 from elmoe.systems.elmoe3d import FORESIGHT, read_ahead, streamed
 from elmoe.systems.forms import Odds
-from elmoe.systems.operations import operations
+from elmoe.systems.operations import operations, resample
 from tests.physics.machines import EVERYTHING, MODEL, facts, hardware, known, memory
 
 REPLAY = RoutingReplay(facts())
@@ -170,6 +171,36 @@ def test_expected_passes_are_those_of_popular_experts():
     draft = expected.draft(3)
     np.testing.assert_allclose(draft.active[1, 0], 2)  # both residents, always
     np.testing.assert_allclose(draft.active[0, 0], touched.sum())
+    assert target.tokens.tolist() == [3.0] * 3 and target.attended.tolist() == [3 * 64.0] * 3
+    assert target.cached.tolist() == [3 * 64.0] * 3 and target.sequences.tolist() == [3.0] * 3
+    np.testing.assert_allclose(target.pairs, np.full((3, 1), 3 * 2.0))
+    each = 3 * use[touched > 0] / touched[touched > 0]  # tokens of an expert that has any: below the 16 rows of a block
+    np.testing.assert_allclose(target.blocks[:, 0], (touched[touched > 0] * np.ceil(each / 16)).sum())
+    few = ExpectedPasses(use, plans, np.array([0]), 3, 64, 1).target(3, 0)
+    np.testing.assert_allclose(few.blocks[:, 0], (touched[touched > 0] * np.ceil(each)).sum())
+
+
+def test_a_token_uses_its_experts_once_each_however_few_it_may_use():
+    for use, top_k in (([0.9, 0.5, 0.1], 2.0), ([0.9, 0.05, 0.05], 2.0), ([0.5, 0.5], 2.0), ([0.25] * 4, 1.0)):
+        found = _restricted(np.array(use), top_k)
+        assert found.max() <= 1 and found.sum() == pytest.approx(top_k, abs=1e-8)
+        assert (np.diff(found) <= 1e-12).all()
+
+
+def test_drafts_say_what_they_are():
+    assert Draft().words is None and Draft(3).words == "chain of 3"
+    assert Draft(4, TreeShape(4, 4, 12)).words == "tree of up to 13 in 4 levels"
+    assert TODAY.lengths == (1, 2, 4, 8, 12, 16) and BEFORE.lengths == (1, 2, 4, 8)
+
+
+def test_stretches_of_layers_are_means():
+    assert resample([1.0, 2.0, 3.0, 4.0], 2).tolist() == [1.5, 3.5] and resample([5.0, 5.0], 4).tolist() == [5.0] * 4
+    assert resample([1.0, 4.0], 4).tolist() == [1.0, 1.0, 4.0, 4.0]
+
+
+def test_the_planner_needs_a_memory_that_can_draft():
+    with pytest.raises(BudgetError, match="below the minimum"):
+        price(TODAY, "planned", capacity=1e5)
 
 
 def test_reads_ahead_are_bounded_by_time_room_and_what_is_missing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -227,6 +228,7 @@ def test_a_drafter_with_a_cache_reads_and_stores_its_keys_and_values():
     assert draft_model_bytes("eagle", model, PUBLISHED, 100) == pytest.approx(head + 100 * own)
     assert eagle[0].traffic["main"].sum() == pytest.approx(head)  # the vocabulary head of its own, not the target's
     passes = dense_passes(np.full(2, 32.0), 16, 1024)
+    assert passes.active.shape == (2, 0) and passes.sequences.tolist() == [16.0] * 2
     assert passes.attended.tolist() == [32 * 1024.0] * 2 and passes.cached.tolist() == [16 * 1024.0] * 2
 
 
@@ -325,4 +327,7 @@ def test_the_progress_of_grids_on_several_processes_ends_at_the_whole():
     names, seen = ("xpu", "hb_xpu"), []
     grid = Grid(Setting().systems(names), ("qwen3-30b-a3b",), ("mt_bench", "gsm8k"), (1,), ("ar",), steps=2)
     rows = run_grids([grid, grid], lambda done, total: seen.append((done, total)), workers=2)
+    twice = replace(grid, forms=("ar", "ar"))
+    with pytest.raises(HardwareError, match="two forms have the name 'ar'"):
+        run_grids([grid, twice], workers=1)
     assert seen == [(1, 2), (2, 2)] and rows[0] == rows[1] and len(rows[0]) == 4
