@@ -166,3 +166,21 @@ def test_the_log_is_newest_first_and_wrapped():
     dates = [line[2:12] for line in lines if line.startswith("- ")]
     assert len(dates) > 90 and dates == sorted(dates, reverse=True)
     assert max(map(len, lines)) <= 125
+
+
+def test_cited_commits_are_in_the_history():
+    """History may be rewritten before it is published; what documents cite must be there afterwards."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("no whole history is here")
+    cited = set()
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for told in re.findall(
+            r"\bcommits? ([0-9a-f]{7}\b(?:,? (?:and )?[0-9a-f]{7}\b)*)", " ".join(path.read_text().split())
+        ):
+            cited |= set(re.findall(r"[0-9a-f]{7}", told))
+    assert len(cited) > 5
+    assert not [one for one in cited if git("merge-base", "--is-ancestor", one, "HEAD").returncode]
