@@ -327,6 +327,8 @@ def test_the_progress_of_grids_on_several_processes_ends_at_the_whole():
     names, seen = ("xpu", "hb_xpu"), []
     grid = Grid(Setting().systems(names), ("qwen3-30b-a3b",), ("mt_bench", "gsm8k"), (1,), ("ar",), steps=2)
     rows = run_grids([grid, grid], lambda done, total: seen.append((done, total)), workers=2)
+    alone: list[tuple[int, int]] = []
+    assert run_grids([grid, grid], lambda done, total: alone.append((done, total)), workers=1) == rows and alone == seen
     twice = replace(grid, forms=("ar", "ar"))
     with pytest.raises(HardwareError, match="two forms have the name 'ar'"):
         run_grids([grid, twice], workers=1)
