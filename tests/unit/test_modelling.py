@@ -22,7 +22,7 @@ from elmoe.schema.drafters import load_drafters
 from elmoe.sim.modelling import BEFORE, STEPS, TODAY, TREES, Draft, Modelling, without_windows
 from elmoe.sim.simulate import Priced, Simulation
 from elmoe.sim.splitting import ExpectedPasses, _restricted
-from elmoe.sim.trees import TreeShape
+from elmoe.sim.trees import TreeShape, tree_of
 from elmoe.sim.workload import Plan, RoutingReplay, TierPlan
 from elmoe.systems.elmoe3d import FORESIGHT, read_ahead, streamed
 from elmoe.systems.forms import Odds
@@ -185,6 +185,18 @@ def test_a_token_uses_its_experts_once_each_however_few_it_may_use():
         found = _restricted(np.array(use), top_k)
         assert found.max() <= 1 and found.sum() == pytest.approx(top_k, abs=1e-8)
         assert (np.diff(found) <= 1e-12).all()
+
+
+def test_a_split_expects_all_tokens_of_drafts_to_be_verified(monkeypatch):
+    """Drafts of 4 at batch 4: 20 tokens, of which the drafts computed 16; a tree of 12: 52 and as many as it expands."""
+    asked: list[tuple[int, int]] = []
+    whole = ExpectedPasses.target
+    monkeypatch.setattr(ExpectedPasses, "target", lambda self, *told: asked.append(told) or whole(self, *told))
+    price(TODAY, lengths=(4,))
+    tree = TreeShape(4, 4, 12)
+    price(replace(TODAY, lengths=(), trees=(tree,)))
+    expanded = sum(tree_of(tree, (0.8,) * 4).expanded)
+    assert asked == [(4 + 4 * 4, 4 * 4), (4 + 4 * 12, 4 * expanded)]
 
 
 def test_drafts_say_what_they_are():

@@ -49,6 +49,7 @@ def test_lru_hits_of_one_sequence_equal_an_independent_cache(count):
 
 def test_counts_without_a_tier_are_those_of_the_facts():
     workload = RoutingReplay(FACTS).run(Plan(4, steps=10))
+    assert (workload.target.attended == 1024 * workload.target.tokens).all()  # the paper's context, unless said otherwise
     assert workload.committed.tolist() == [4] * 10
     for step in range(10):
         rows = [FACTS.chosen[s, FACTS.prompts[s] - 1 + step] for s in range(4)]

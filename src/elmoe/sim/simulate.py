@@ -164,7 +164,7 @@ class Simulation:
         if drafting is None:
             cost = self._other_network(machine, form, batch, draft.shape, steps)
             return cost, target_cost(machine, self.model, target, rows)
-        each = draft_cost(form, machine, self.model, self.drafters, drafting, drafting.tokens, embedding_rows=rows)
+        each = draft_cost(form, machine, self.model, self.drafters, drafting, drafting.tokens, batch, self.context, rows)
         cost = _per_step(each, steps)
         if not self.reads_ahead(machine, form):
             return cost, target_cost(machine, self.model, target, rows)

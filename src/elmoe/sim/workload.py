@@ -208,9 +208,6 @@ class Serving:
             ranked = facts.ranked[sequences, positions]
             self._named |= experts_used(ranked[..., : facts.top_k], facts.experts)
             self.rows.draft(tier.masked(ranked, facts.top_k), tier.resident)
-        elif self._plan.draft == "natural":
-            chosen = self._chosen[:, depth] if self._tree is None else facts.chosen[sequences, positions]
-            self.rows.draft(chosen, None if tier is None else tier.resident)
 
     def draft_all(self) -> None:
         """All draft passes of the step; those of chains at once."""

@@ -83,7 +83,7 @@ def draft_model_bytes(form: FormName, model: ModelSizes, drafters: Drafters, pos
 
 def draft_cost(
     form: FormName, machine: Machine, model: ModelSizes, drafters: Drafters, passes: Passes | None, tokens: Array,
-    sequences: int = 1, context: int = 0, embedding_rows: bool = False,
+    sequences: int, context: int, embedding_rows: bool = False,
 ) -> Cost:  # fmt: skip
     """(passes,) cost of draft passes of so many ``tokens`` each; ``passes`` where the target's experts draft.
 
