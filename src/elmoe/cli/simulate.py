@@ -111,9 +111,8 @@ def command(
     )  # fmt: skip
     check_names(grid)
     check_cases(grid)
-    counts = (len(grid.systems), "systems"), (len(grid.models), "models"), (len(grid.prompts), "prompt sets"), \
-        (len(batch), "batch sizes")  # fmt: skip
-    with progress_bar("simulating " + " x ".join(f"{count} {what}" for count, what in counts), None) as bar:
+    told = f"simulating {len(grid.systems)} systems x {len(grid.models)} models x {len(batch)} batch sizes"
+    with progress_bar(told, None) as bar:
         rows = run_grid(grid, lambda done, total: bar(done, total))
     result = SimulationResult.of(
         grid, rows, shlex.join(["elmoe", *sys.argv[1:]]), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -34,6 +34,18 @@ DATA_SETS = ((157, 67), (783, 209), (1886, 97), (1971, 17))
 UTILISATION = {1: 0.71, 4: 0.45, 16: 0.52}
 """Of in-die NMP with units of 1 GHz, by batch size, in H2-LLM's artifact (dse/nmp_evaluator.py)."""
 
+PACKAGE, PACKAGE_NEAR, PACKAGES = 76.8e9, 614.4e9, 2
+"""Bytes/s of a package of LPDDR5X-PIM outside and beside its banks; how many are assumed (Samsung, Hot Chips 2026)."""
+SAMSUNG_TOKENS, SAMSUNG_PLAIN, SAMSUNG_WITH, SAMSUNG_SECONDS = 320, 27.0, 81.3, 12.3
+"""Positions of Samsung's run of Llama-3.1-8B; tokens/s without and with the chip's units; seconds with the prompt, without
+them (the same)."""
+H100_PRODUCTS, H100_BANDWIDTH, H100_CAPACITY = 989.4e12, 3352e9, 160e9
+"""Operations/s with FP16, bytes/s and, of two, bytes of an H100, as in Duplex's simulator."""
+SPECFORGE_PLAIN = 222.47
+"""Tokens/s of plain decoding on two H100 (SpecForge issue 339)."""
+SMALL_ACCEPTED, SMALL_DRAFT, RTX_3060 = 526 / 730, 5, 360e9
+"""Accepted drafted tokens, drafted tokens of a step, and the card's bytes/s (llama.cpp issue 5877; NVIDIA)."""
+
 
 @dataclass(frozen=True)
 class RivalCheck(Check):
@@ -105,28 +117,28 @@ def _pim_energy() -> float:
 
 
 def _pim_llama() -> tuple[float, float]:
-    """Seconds of a token, (read by the processor, beside the banks), of products alone: two packages of 76.8 GB/s."""
+    """Seconds of a token, (read by the processor, beside the banks), of products alone."""
     model, seconds = _llama_8b("table4"), []
     for name in ("xpu", "xpu_pim_published"):
         preset = load_hardware(name)
-        main = msgspec.structs.replace(preset.main, bandwidth=_known(Bandwidth, 2 * 76.8e9))
+        main = msgspec.structs.replace(preset.main, bandwidth=_known(Bandwidth, PACKAGES * PACKAGE))
         near = preset.near
         if near is not None:
-            near = msgspec.structs.replace(near, bandwidth=_known(Bandwidth, 2 * 614.4e9))
-        seconds.append(_decode(Machine(msgspec.structs.replace(preset, main=main, near=near)), model, 1, 0, 320))
+            near = msgspec.structs.replace(near, bandwidth=_known(Bandwidth, PACKAGES * PACKAGE_NEAR))
+        seconds.append(_decode(Machine(msgspec.structs.replace(preset, main=main, near=near)), model, 1, 0, SAMSUNG_TOKENS))
     return seconds[0], seconds[1]
 
 
 def _pim_llama_rate() -> float:
-    """Tokens per second without the chip's units, with the fixed time of the host that its 81.3 tokens/s leave."""
+    """Tokens per second without the chip's units, with the fixed time of the host that the rate with them leaves."""
     bare, near = _pim_llama()
-    return 1 / (bare + (1 / 81.3 - near))
+    return 1 / (bare + (1 / SAMSUNG_WITH - near))
 
 
 def _pim_llama_latency() -> float:
     """With the prompt's time as the published latency without units leaves it."""
-    prompt = 12.3 - 320 / 27.0
-    return (prompt + 320 / _pim_llama_rate()) / (prompt + 320 / 81.3)
+    prompt = SAMSUNG_SECONDS - SAMSUNG_TOKENS / SAMSUNG_PLAIN
+    return (prompt + SAMSUNG_TOKENS / _pim_llama_rate()) / (prompt + SAMSUNG_TOKENS / SAMSUNG_WITH)
 
 
 # Logic-PIM of Duplex.
@@ -140,12 +152,14 @@ def _duplex(near: bool) -> Machine:
     """An H100 as in Duplex's simulator, with or without the logic dies under its memory."""
     logic = load_hardware("xpu_logicpim_published")
     processor = Processor(
-        throughput=_known(Throughput, 989.4e12), mac_energy=logic.compute.mac_energy,
+        throughput=_known(Throughput, H100_PRODUCTS), mac_energy=logic.compute.mac_energy,
     )  # fmt: skip
-    main = msgspec.structs.replace(logic.main, bandwidth=_known(Bandwidth, 3352e9), capacity=_known(Capacity, 160e9))
+    main = msgspec.structs.replace(
+        logic.main, bandwidth=_known(Bandwidth, H100_BANDWIDTH), capacity=_known(Capacity, H100_CAPACITY)
+    )
     assert logic.near is not None
     times = logic.near.bandwidth.value / logic.main.bandwidth.value
-    place = msgspec.structs.replace(logic.near, bandwidth=_known(Bandwidth, 3352e9 * times)) if near else None
+    place = msgspec.structs.replace(logic.near, bandwidth=_known(Bandwidth, H100_BANDWIDTH * times)) if near else None
     return Machine(msgspec.structs.replace(logic, main=main, compute=processor, near=place))
 
 
@@ -217,12 +231,14 @@ def _qwen() -> tuple[ModelSizes, RoutingReplay]:
 
 @cache
 def _two_h100() -> Hardware:
-    """Two H100 with a fixed time per layer that gives SpecForge's 222.47 tokens/s of plain decoding."""
+    """Two H100 with a fixed time per layer that gives SpecForge's rate of plain decoding."""
     bare = load_hardware("rtx_pro_6000")
-    main = msgspec.structs.replace(bare.main, bandwidth=_known(Bandwidth, 2 * 3352e9), capacity=_known(Capacity, 160e9))
+    main = msgspec.structs.replace(
+        bare.main, bandwidth=_known(Bandwidth, 2 * H100_BANDWIDTH), capacity=_known(Capacity, H100_CAPACITY)
+    )
     hardware = msgspec.structs.replace(bare, main=main, layer_overhead=None)
     plain = _priced(hardware, "ar", None)
-    left = 1 / 222.47 - plain.seconds / plain.tokens
+    left = 1 / SPECFORGE_PLAIN - plain.seconds / plain.tokens
     return msgspec.structs.replace(hardware, layer_overhead=_known(Seconds, left / len(_qwen()[0].layers)))
 
 
@@ -251,12 +267,12 @@ def _eagle_speed(tokens: int) -> float:
 def _small_model_speed() -> float:
     """Drafts and verification of a dense model by closed passes, on a machine with the bandwidth of an RTX 3060."""
     bare = load_hardware("rtx_pro_6000")
-    main = msgspec.structs.replace(bare.main, bandwidth=_known(Bandwidth, 360e9))
+    main = msgspec.structs.replace(bare.main, bandwidth=_known(Bandwidth, RTX_3060))
     machine = Machine(msgspec.structs.replace(bare, main=main, layer_overhead=None))
     large, small = _llama_8b("nested8"), _llama(16, 2048, 8192, 32, 64, True, "nested8")
-    plain, verified = (_pass(machine, large, tokens, 0, 512, 1) for tokens in (1, 6))
-    drafted = 5 * _pass(machine, small, 1, 0, 512, 1)
-    return (1 + 526 / 730 * 5) * plain / (drafted + verified)
+    plain, verified = (_pass(machine, large, tokens, 0, 512, 1) for tokens in (1, 1 + SMALL_DRAFT))
+    drafted = SMALL_DRAFT * _pass(machine, small, 1, 0, 512, 1)
+    return (1 + SMALL_ACCEPTED * SMALL_DRAFT) * plain / (drafted + verified)
 
 
 PREDICTIONS: dict[str, Callable[[], float]] = {
