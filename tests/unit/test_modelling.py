@@ -199,6 +199,12 @@ def test_a_split_expects_all_tokens_of_drafts_to_be_verified(monkeypatch):
     assert asked == [(4 + 4 * 4, 4 * 4), (4 + 4 * 12, 4 * expanded)]
 
 
+def test_slices_of_all_experts_can_draft_with_a_split_by_rate():
+    every, few = (price(TODAY, "bit_axis", capacity=capacity) for capacity in (1e9, 24e6))
+    assert every.workload.draft is not None and every.tokens / every.seconds > few.tokens / few.seconds
+    assert every.workload.draft.msb_hits.sum() > few.workload.draft.msb_hits.sum()
+
+
 def test_drafts_say_what_they_are():
     assert Draft().words is None and Draft(3).words == "chain of 3"
     assert Draft(4, TreeShape(4, 4, 12)).words == "tree of up to 13 in 4 levels"

@@ -265,6 +265,8 @@ class Simulation:
             if DRAFTS[form] == "resident":
                 drafted = batch * sum(tree.expanded)
                 passes = interleaved([expected.draft(batch * count) for count in tree.expanded])
+            elif DRAFTS[form] == "natural":
+                passes = interleaved([expected.target(batch, 0)] * draft.length)
         room = np.array([capacity - one.bytes + sizes.staging for one in candidates], np.float64)
         drafting, target = self.costs(machine, form, expected.target(tokens, drafted), passes, batch, draft, room)
         seconds = target.latency if drafting is None else drafting.latency + target.latency
