@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -41,17 +42,42 @@ def with_arguments(base: T, given: Mapping[str, Any], what: str) -> T:
 def check_types(values: Any, what: str) -> None:
     """RequestError naming the first field of a dataclass whose value is not of its type. NumPy's numbers become Python's."""
     for name, hint in get_type_hints(type(values)).items():
-        value = getattr(values, name)
-        if isinstance(value, np.generic):
-            value = value.item()
+        given = getattr(values, name)
+        value = without_numpy(given)
+        if value is not given:
             object.__setattr__(values, name, value)  # the dataclass may be frozen
+        told = f"expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}"
         if _plain(value):
             try:
                 msgspec.convert(value, hint)
+                continue
             except msgspec.ValidationError as error:
-                told, choices = str(error).replace("`", ""), list(_choices(hint))
-                hint_text = f"use {', '.join(map(str, choices))}" if choices else told[:1].lower() + told[1:]
-                raise RequestError(f"the {what} {name} is {short(repr(value), 60)}", hint_text) from None
+                told = str(error).replace("`", "")
+        elif _is_instance(value, hint):
+            continue
+        choices = list(_choices(hint))
+        hint_text = f"use {', '.join(map(str, choices))}" if choices else told[:1].lower() + told[1:]
+        raise RequestError(f"the {what} {name} is {short(repr(value), 60)}", hint_text)
+
+
+def without_numpy(value: Any) -> Any:
+    """Numbers of NumPy, also within lists, tuples and dictionaries, as Python's; anything else as it is."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict) and any(isinstance(one, np.generic) for pair in value.items() for one in pair):
+        return {without_numpy(key): without_numpy(one) for key, one in value.items()}
+    if type(value) in (list, tuple) and any(isinstance(one, np.generic) for one in value):
+        return type(value)(map(without_numpy, value))
+    return value
+
+
+def _is_instance(value: Any, hint: Any) -> bool:
+    """Whether an object that is no plain data is of a class that is asked for."""
+    if hint is Any:
+        return True
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    classes = [get_origin(kind) or kind for kind in kinds]
+    return any(isinstance(kind, type) and isinstance(value, kind) for kind in classes)
 
 
 def _choices(hint: Any) -> Iterator[Any]:
@@ -64,5 +90,5 @@ def _choices(hint: Any) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value is plain data; an object of a class of its own is left to whoever uses it."""
+    """Whether a value is plain data."""
     return value is None or isinstance(value, (str, int, float, list, tuple, dict, bytes))

@@ -11,7 +11,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args, overload
 from weakref import WeakValueDictionary
 
-from elmoe.arguments import check_types, refuse_unknown, with_arguments
+import numpy as np
+
+from elmoe.arguments import check_types, refuse_unknown, with_arguments, without_numpy
 from elmoe.bitslice import Backend
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
@@ -80,6 +82,7 @@ def load(
     for name, allowed, value in (("backend", BackendName, backend), ("reader", Reader, reader)):
         if value not in get_args(allowed):
             raise RequestError(f"the option {name} is {short(repr(value), 60)}", f"use {', '.join(get_args(allowed))}")
+    threads = without_numpy(threads)
     if threads is not None and (type(threads) is not int or not 1 <= threads <= 64):
         raise RequestError(f"the option threads is {short(repr(threads), 60)}", "use 1 to 64, or None for all processors")
     parsed = {name: QUANTITIES[name](value) if name in QUANTITIES and isinstance(value, str) else value
@@ -390,7 +393,7 @@ class Model:
 
 
 def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _wrong_prompt(prompt: object) -> RequestError:

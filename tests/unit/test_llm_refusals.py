@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import traceback
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -167,3 +168,45 @@ def test_numbers_of_numpy_are_numbers():
     assert {type(value) for value in (taken.temperature, taken.top_k, taken.top_p)} == {float, int}
     with pytest.raises(RequestError, match="the sampling parameter max_tokens"):
         elmoe.SamplingParams(max_tokens=np.float32(2.5))
+
+
+def test_numbers_of_numpy_are_numbers_in_containers_and_prompts(model):
+    taken = elmoe.SamplingParams(logit_bias={np.int64(5): np.float32(1)})
+    assert taken.logit_bias == {5: 1.0} and {type(one) for pair in taken.logit_bias.items() for one in pair} == {int, float}
+    ids = [int(one) for one in model.encode(WHALE)]
+    texts = [model.generate(one, max_tokens=2, temperature=0).text for one in (list(map(np.int64, ids)), ids)]
+    assert texts[0] == texts[1]
+    assert "the option threads is 65" in told(elmoe.load, "demo", threads=np.int64(65))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"max_tokens": np.array([5])}, {"max_tokens": np.longdouble(2.5)}, {"max_tokens": Fraction(5, 2)},
+     {"top_k": np.array(1)}, {"temperature": np.complex64(1)}, {"ignore_eos": np.datetime64("2020-01-01")}, {"seed": np.array([1, 2])},
+     {"json_object": np.array(["a"])}, {"stop": np.array([1])}, {"logit_bias": np.array(1)}],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_plain_data_is_refused_by_name(model, given):
+    (name,) = given
+    assert f"the sampling parameter {name} is " in told(lambda: elmoe.SamplingParams(**given))
+    assert f"the sampling parameter {name} is " in told(model.generate, WHALE, **given) and idle(model)
+
+
+@pytest.mark.parametrize("name", ["mode", "split", "draft_bits", "fast_memory", "batch", "draft_length", "draft_rescale"])
+def test_options_that_are_no_plain_data_are_refused_by_name(name):
+    for value in (np.array(2), np.array([2]), np.longdouble(1), np.datetime64("2020-01-01")):
+        assert f"the option {name} is " in told(elmoe.load, "demo", **{name: value})
+    assert "the option residency is " in told(elmoe.load, "demo", residency=np.array(1))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_model_serves_on_after_a_request_that_could_not_be_taken_in(error, monkeypatch):
+    from elmoe.engine import decoder
+
+    with elmoe.load("demo", batch=2) as model:
+        before = model.generate(WHALE, max_tokens=5).text
+        with monkeypatch.context() as patched:
+            patched.setattr(decoder, "tables_of", lambda *_: (_ for _ in ()).throw(error))
+            with pytest.raises(error):
+                model.generate("The sea " * 40, max_tokens=900)
+        assert idle(model) and model.generate(WHALE, max_tokens=5).text == before

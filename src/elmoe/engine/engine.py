@@ -78,9 +78,9 @@ class Engine:
 
         :raises RequestError: it cannot be served. :raises BudgetError: it needs more of the KV cache than there is.
         """
-        number = self.scheduler.add(request)
-        self.decoder.reserve_positions(self.fitting.positions(request))
-        return number
+        self.scheduler.check(request)
+        self.decoder.reserve_positions(self.fitting.positions(request))  # before it is taken in: memory may be short
+        return self.scheduler.add(request)
 
     def abort(self, request: int) -> None:
         """End a request; the next step reports what it wrote. RequestError if it is not being served."""

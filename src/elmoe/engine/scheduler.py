@@ -73,15 +73,15 @@ class Scheduler:
         assert not self.waiting and not self.running
         self._next_index = 0
 
-    def add(self, request: Request) -> int:
-        """Take a request in; returns its id.
+    def check(self, request: Request) -> None:
+        """Refuse what cannot be served.
 
-        :raises RequestError: it cannot be served. :raises BudgetError: it needs more pages than there are.
+        :raises RequestError: it asks for what cannot be. :raises BudgetError: it needs more pages than there are.
         """
         request.check(self._spec.vocabulary, self._spec.max_positions)
         if (request.stop or request.text) and self._text is None:
             raise RequestError("stop strings and text need a tokenizer to decode with")
-        limit = min(len(request.prompt) + request.max_tokens, self._spec.max_positions)
+        limit = self._limit(request)
         pages = self._cache.layout.pages(limit, self.chunk)
         if pages > self._cache.pages:
             held, needed = self._cache.pages * self._cache.page_bytes, pages * self._cache.page_bytes
@@ -89,7 +89,15 @@ class Scheduler:
                 f"{limit} positions need {format_bytes(needed)} of KV cache, its ceiling is {format_bytes(held)}",
                 "raise --kv-memory or --fast-memory, or ask for fewer tokens",
             )
+
+    def _limit(self, request: Request) -> int:
+        """Positions that it may come to."""
+        return min(len(request.prompt) + request.max_tokens, self._spec.max_positions)
+
+    def add(self, request: Request) -> int:
+        """Take in a request that was checked, all of it or nothing; returns its id."""
         number, self._next_request = self._next_request, self._next_request + 1
+        limit, taken = self._limit(request), list[Sequence]()
         leader: Sequence | None = None
         for choice in range(request.copies):
             wanted = self._text is not None and (request.stop or request.text)
@@ -97,7 +105,8 @@ class Scheduler:
             sequence = Sequence(number, choice, self._next_index, request, limit, list(request.prompt), text, leader)
             self._next_index += 1
             leader = leader or sequence
-            self.waiting.append(sequence)
+            taken.append(sequence)
+        self.waiting.extend(taken)
         return number
 
     def abort(self, request: int) -> None:
