@@ -57,8 +57,8 @@ def read_bytes(path: str | Path, error: type[ElmoeError], limit: int, what: str,
 
 
 def read_text(path: str | Path, error: type[ElmoeError], limit: int, what: str, hint: str | None = None) -> str:
-    """A file of UTF-8 text; see :func:`read_bytes`."""
-    return text_of(read_bytes(path, error, limit, what, hint), str(path), error, hint)
+    """A file of UTF-8 text; see :func:`read_bytes`. ``hint``: where it is none."""
+    return text_of(read_bytes(path, error, limit, what), str(path), error, hint)
 
 
 def text_of(raw: bytes, where: str, error: type[ElmoeError], hint: str | None = None) -> str:

@@ -81,6 +81,10 @@ def test_the_demo_compares_what_it_measured():
     assert demo._compared({"plain": 50.0, "cache": 100.0, "elastic": 200.0}) == (
         "Here elastic was the fastest: 4.0x plain and 2.0x cache."
     )
+    assert (
+        demo._compared({"plain": 50.0, "cache": 110.0, "elastic": 100.0})
+        == "Here cache and elastic were about equally fast."
+    )
     assert demo._compared({"plain": 300.0, "cache": 200.0, "elastic": 100.0}).startswith("Here plain was the fastest: 1.5x")
 
 
@@ -238,3 +242,8 @@ def test_texts_stand_side_by_side_where_there_is_room(monkeypatch, capsys):
     print_texts(("A ", "B "), texts, 96)
     lines = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines() if line.strip()]
     assert lines == [["plain", "elastic"], ["A", "one", "two"] * 2, ["B", "three"] * 2]
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal():
+    ran = run("generate", "\x1b[31mred", "--prompt", "x")
+    assert ran.returncode == 1 and b"\x1b" not in ran.stderr and b"\\x1b[31mred" in ran.stderr

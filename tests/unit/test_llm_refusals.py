@@ -182,7 +182,8 @@ def test_numbers_of_numpy_are_numbers_in_containers_and_prompts(model):
 @pytest.mark.parametrize(
     "given",
     [{"max_tokens": np.array([5])}, {"max_tokens": np.longdouble(2.5)}, {"max_tokens": Fraction(5, 2)},
-     {"top_k": np.array(1)}, {"temperature": np.complex64(1)}, {"ignore_eos": np.datetime64("2020-01-01")}, {"seed": np.array([1, 2])},
+     {"top_k": np.array(1)}, {"temperature": np.complex64(1)}, {"ignore_eos": np.datetime64("2020-01-01")},
+     {"seed": np.array([1, 2])},
      {"json_object": np.array(["a"])}, {"stop": np.array([1])}, {"logit_bias": np.array(1)}],
     ids=repr,
 )  # fmt: skip

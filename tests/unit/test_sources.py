@@ -83,6 +83,8 @@ def test_what_is_given_in_place_of_a_store_is_said(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF\3\0\0\0")
     (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
     (tmp_path / "text").write_text("x")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "b.gguf").write_bytes(b"GGUF")
     demo = resolve_store("demo")
     shutil.copy(demo / "manifest.json", tmp_path / "manifest.json")
     cases = {
@@ -91,11 +93,16 @@ def test_what_is_given_in_place_of_a_store_is_said(tmp_path):
         tmp_path / "manifest.json": ("is a file of a store", "the directory it is in"),
         demo / "dense.bin": ("is a file of a store", "the directory it is in"),
         tmp_path / "pointer": ("is a Git LFS pointer", "git lfs pull"),
-        tmp_path / "text": ("is a file, but no GGUF file, not the directory of a store", "give a GGUF file"),
+        tmp_path / "text": ("is a file of another kind, not the directory of a store", "give a GGUF file"),
         source: ("is a checkpoint, not a store", "elmoe convert CHECKPOINT STORE"),
         tmp_path / "none": ("there is no file or folder", "demo"),
         Path("x" * 300): ("there is no file or folder", "demo"),
         Path("a\0b"): ("there is no file or folder", "demo"),
+        "": ("the name of the store is empty", "demo"),
+        "llama3:8": ("there is no file or folder", "give a GGUF file"),
+        "http://localhost:8000": ("there is no file or folder", "elmoe chat http://localhost:8000"),
+        "models/x.gguf": ("there is no file or folder", "give a GGUF file"),
+        tmp_path / "files": ("is a folder of GGUF files", "files/b.gguf"),
         "127.0.0.1:8080": ("there is no file or folder", "elmoe chat http://127.0.0.1:8080"),
         "owner/model-7b": ("there is no file or folder", "fetch it first"),
     }

@@ -34,6 +34,8 @@ REPEATS = 2
 DISK, DISK_TOKENS = 0.1e9, 24
 """Bytes per second and tokens of the run whose experts are on a throttled disk."""
 MODES = ("plain", "cache", "elastic")
+ABOUT_EQUAL = 1.25
+"""Ratio of rates of so short runs below which no mode is called the fastest."""
 IN_MEMORY = """The whole model (32 MB) is in memory, so no read can be saved, and drafts are additional work.
 Bytes from the slow tier are what a disk would have to read with this budget. MSB slices are the upper
 4 bits of an expert's weights, LSB slices the lower 4; drafts use MSB slices in memory alone, and this
@@ -165,7 +167,9 @@ def _talk(context: click.Context, threads: int | None, as_json: bool) -> None:
 
 def _compared(rates: dict[str, float]) -> str:
     """How fast the modes were, in words."""
-    fastest = max(rates, key=lambda mode: rates[mode])
+    fastest, second, *_ = sorted(rates, key=lambda mode: -rates[mode])
+    if rates[fastest] < ABOUT_EQUAL * rates[second]:
+        return f"Here {fastest} and {second} were about equally fast."
     others = " and ".join(f"{rates[fastest] / rate:.1f}x {mode}" for mode, rate in rates.items() if mode != fastest)
     return f"Here {fastest} was the fastest: {others}."
 

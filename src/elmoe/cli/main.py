@@ -104,10 +104,12 @@ def _accept_any_text() -> None:
 
 
 def _end(message: str, hint: str | None, status: int = 1) -> NoReturn:
+    from elmoe.terminal import shown
+
     with suppress(OSError, ValueError):
-        click.echo(message, err=True)
+        click.echo(shown(message), err=True)
         if hint:
-            click.echo(f"hint: {hint}", err=True)
+            click.echo(f"hint: {shown(hint)}", err=True)
     sys.exit(status)
 
 

@@ -13,7 +13,7 @@ import click
 
 from elmoe.cli.common import IntegerList, force_option, json_option, print_json
 from elmoe.sim.paper import EXPERT_CACHES, MODELS, OWN_LOCALITY, PROMPTS, RIVAL_DRAFTS, RIVAL_SETS, SYSTEMS
-from elmoe.terminal import number, print_table, progress_bar, size, small_number
+from elmoe.terminal import number, print_table, progress_bar, shown, size, small_number
 
 
 @click.command()
@@ -207,7 +207,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         )  # fmt: skip
         _show_costs(mine, model, batches[-1])
     for line in _words(rows):
-        click.echo(line)
+        click.echo(shown(line))
     errors = sorted({f"{row['system']}, {row['model']}: {row['error']}" for row in rows if "error" in row})
     for error in errors:
-        click.echo(f"left out: {error}", err=True)
+        click.echo(shown(f"left out: {error}"), err=True)

@@ -19,6 +19,8 @@ def read_prompts(path: Path) -> list[str]:
     from elmoe.errors import RequestError
     from elmoe.untrusted import read_text
 
+    if path.suffix == ".jsonl":
+        raise RequestError(f"'{path.name}' holds JSON lines", "write one prompt per line, as plain text, in a .txt file")
     text = read_text(path, RequestError, PROMPTS_LIMIT, "prompt file", "convert it, for example with iconv -t utf-8")
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:

@@ -16,6 +16,7 @@ from elmoe.chat import choose_template, special_tokens_of, templates_of
 from elmoe.convert.file_reading import SourceFile, read_json
 from elmoe.convert.identity import SMALL_FILES
 from elmoe.errors import ConvertError
+from elmoe.models import family_of
 from elmoe.tokenizer import TOKENIZER_LIMIT
 from elmoe.untrusted import load_object, read_bytes, short
 
@@ -156,6 +157,7 @@ class Checkpoint:
             raise ConvertError(f"there is no folder '{short(folder)}'", "give a Hugging Face folder with config.json")
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json")
+        family_of(self.config)  # told first: weights may be downloaded later
         self._block = _fp8_block(self.config.get("quantization_config"))
         if os.path.exists(folder / "model.safetensors.index.json"):
             index = read_json(folder / "model.safetensors.index.json").get("weight_map")

@@ -31,6 +31,7 @@ from elmoe.report.systems import (
     summary_table,
     system_words,
 )  # fmt: skip
+from elmoe.sim.paper import MODELS
 
 
 def overview(
@@ -73,6 +74,12 @@ def _overview(rows: list[dict[str, Any]], conditions: dict[str, Any], command: s
         words.append(
             f"Other conditions: the paper's means are over batch {PAPER_BATCHES[0]} to {PAPER_BATCHES[1]}, this result has "
             f"{min(batches)} to {max(batches)}."
+        )
+    others = sorted({c.model for c in comparisons} ^ set(MODELS))
+    if others:
+        words.append(
+            f"Other models: the paper's means are over {', '.join(MODELS)}, this result has "
+            f"{', '.join(dict.fromkeys(c.model for c in comparisons))}."
         )
     if missing:
         words.append(f"The claims over the best prior system are not judged: the result lacks {', '.join(missing)}.")
