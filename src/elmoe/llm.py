@@ -244,7 +244,8 @@ class Model:
 
         template = self.reader.chat_template()
         if template is None:
-            raise RequestError(f"'{self.path.name}' has no chat template", "give a plain prompt")
+            hint = "give a plain prompt: elmoe generate STORE --prompt TEXT"
+            raise RequestError(f"'{self.path.name}' has no chat template", hint)
         return render(template, messages, self.reader.special_tokens, tools, **template_variables)
 
     @overload

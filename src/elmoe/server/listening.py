@@ -173,7 +173,8 @@ def serve(app: FastAPI, listener: socket.socket, certificate: Path | None = None
     )  # fmt: skip
     server = Server(config)
     url = f"{scheme}://{shown}:{port}"
-    service.started = partial(log.info, "listening", extra={"facts": {"url": url, "try": f"elmoe chat {url}"}})
+    chat = f"elmoe chat {url}" if service.model.reader.chat_template() is not None else None
+    service.started = partial(log.info, "listening", extra={"facts": {"url": url, "try": chat}})
     asyncio.run(server.serve([listener]))
     if not service.engine.stop(STOP_SECONDS):
         log.error("the step under way does not end")
