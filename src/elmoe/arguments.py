@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -12,7 +11,7 @@ import msgspec
 import numpy as np
 
 from elmoe.errors import RequestError
-from elmoe.untrusted import short
+from elmoe.untrusted import nearest, short
 
 T = TypeVar("T")
 
@@ -22,11 +21,8 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
     names = list(known)
     for name in given:
         if name not in names:
-            near = get_close_matches(name, names, 1, 0.5)
-            raise RequestError(
-                f"there is no {what} '{short(name, 60)}'",
-                f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}",
-            )
+            hint = nearest(name, names, f"there are {', '.join(names)}")
+            raise RequestError(f"there is no {what} '{short(name, 60)}'", hint)
 
 
 def with_arguments(base: T, given: Mapping[str, Any], what: str) -> T:

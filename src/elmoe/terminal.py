@@ -78,6 +78,11 @@ def percent(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f} %"
 
 
+def counted(count: int, what: str) -> str:
+    """``1 model``, ``2 models``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('ch') else 's'}"
+
+
 def number(value: float | None, digits: int = 2) -> str | None:
     """A fixed number of digits."""
     return None if value is None else f"{value:.{digits}f}"

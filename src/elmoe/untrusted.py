@@ -11,8 +11,9 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -39,6 +40,16 @@ def short(text: object, most: int = _SHOWN) -> str:
     line = "".join(char if char.isprintable() else " " for char in line)
     line = " ".join(line.split())
     return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def nearest(name: object, names: Iterable[str], hint: str) -> str:
+    """What may have been meant by a name that is not among ``names``; without anything near, ``hint``."""
+    wanted, known = str(name)[:100].lower(), list(names)
+    first = wanted.split(",", 1)[0].strip()
+    if first != wanted and first in known:
+        return f"one name at a time: repeat the option for each of them, '{first}' first"
+    near = [one for one in known if wanted and one.startswith(wanted)] or get_close_matches(wanted, known, 2, 0.5)
+    return f"did you mean {' or '.join(repr(one) for one in near[:4])}?" if near else hint
 
 
 def read_bytes(path: str | Path, error: type[ElmoeError], limit: int, what: str, hint: str | None = None) -> bytes:
@@ -182,7 +193,8 @@ class Described:
         except (ElmoeError, ValueError, OverflowError, TypeError, RecursionError) as reason:
             found, unknown = re.search(r" - at `(\$[^`]*)`$", str(reason)), _UNKNOWN.match(str(reason))
             path = found.group(1) if found else "$"
-            line = f"{path}.{unknown.group(1)}" if unknown else path
+            key = f"{path}.{unknown.group(1) if unknown else str(reason).split(' ', 1)[0]}"
+            line = key if unknown or key in self.lines else path  # what is wrong often begins with its key
             raise error(f"{self.at(line)}: {short(reason, 600)}", hint) from reason
 
 

@@ -292,3 +292,8 @@ def test_a_chat_has_a_system_message_and_messages_of_its_own(tmp_path):
     other = elmoe_json(*common, "--prompts", str(tmp_path / "chats.jsonl"))
     assert one["token_ids"] == other["token_ids"] != elmoe_json(*common, "--prompt", "Who?", "--chat")["token_ids"]
     assert one["prompt"] == other["prompt"] == "Who?"
+
+
+def test_without_a_verb_the_help_is_shown_as_help():
+    done = subprocess.run([sys.executable, "-m", "elmoe.cli.main"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("Usage: ") and "hint" not in done.stderr

@@ -41,6 +41,7 @@ def short_trace(tmp_path_factory) -> str:
     ("arguments", "message"),
     [
         (("--before", "--trees"), "--before or --trees"),
+        (("--before", "--form", "planned"), "--before or --form planned"),
         (("--trace", __file__, "--locality", "mt_bench"), "--trace or --locality"),
         (("--trace", __file__, "--prompts", "model"), "--trace or --locality"),
     ],
@@ -48,6 +49,30 @@ def short_trace(tmp_path_factory) -> str:
 def test_options_that_contradict_each_other_are_refused(arguments, message):
     with pytest.raises(click.UsageError, match=message):
         run(*SMALL, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "hint"),
+    [
+        ("--model", "qwen3-30b", "did you mean 'qwen3-30b-a3b'?"),
+        ("--model", "Qwen3-30B-A3B", "did you mean 'qwen3-30b-a3b'?"),
+        ("--hardware", "elmoe3d-8gb", "did you mean 'elmoe3d_8gb'"),
+        ("--hardware", "xpu,elmoe3d_8gb", "repeat the option for each of them, 'xpu' first"),
+        ("--hardware", "?", "a YAML file, or one of ddr5_nvme"),
+        ("--locality", "mtbench", "did you mean 'mt_bench'?"),
+        ("--locality", "?", "or take a preset: alpaca"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_with_the_nearest(option, name, hint):
+    with pytest.raises(ElmoeError, match=r"there is no (model|hardware|locality)") as caught:
+        run("simulate", option, name)
+    assert hint in caught.value.hint
+
+
+def test_what_does_not_fit_is_told_with_its_forms():
+    told = run("simulate", "--model", "glm-4.5-air", "--hardware", "dgx_spark", "--hardware", "xpu", "--batch", "1").stderr
+    lines = [line for line in told.splitlines() if line.startswith("left out: xpu, glm-4.5-air, ")]
+    assert "ar: 'glm-4.5-air' needs 106.0 GiB at batch 1" in lines[0] and len(lines) == len(set(lines))
 
 
 @pytest.mark.parametrize(

@@ -129,3 +129,12 @@ def test_an_unknown_key_is_named_with_its_line(tmp_path):
     path.write_text(described_text("phi-3.5-moe") + "foo: 1\n")
     with pytest.raises(ModelError, match=rf"line {len(path.read_text().splitlines())}: .* unknown field `foo`"):
         load_model(path)
+
+
+def test_what_is_wrong_with_a_value_is_named_with_its_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    lines = described_text("phi-3.5-moe").splitlines()
+    place = next(index for index, line in enumerate(lines) if line.startswith("layers:"))
+    path.write_text("\n".join([*lines[:place], "layers: 0", *lines[place + 1 :]]))
+    with pytest.raises(ModelError, match=rf"line {place + 1}: layers is 0"):
+        load_model(path)

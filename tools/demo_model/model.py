@@ -169,7 +169,7 @@ class Gather(torch.autograd.Function):
 class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of the tied output layer; gradients are made in the forward pass, a chunk of rows at a time."""
 
-    CHUNK = 512
+    CHUNK = 128
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from elmoe.cli.common import (
     seed_type,
     serving_options,
 )
+from elmoe.terminal import counted
 from elmoe.units import format_bytes
 
 if TYPE_CHECKING:
@@ -155,14 +156,13 @@ def _tell(model: Model, mode: str, ends: str) -> None:
     from elmoe.store import peak_memory
 
     used, statistics = model.engine.options.mode, model.engine.statistics
-    facts = statistics.as_dict()
-    rate = facts["tokens_per_second"]
+    rate, judged = statistics.as_dict()["tokens_per_second"], statistics.accepted + statistics.rejected
     if used != mode:
         click.echo(f"mode {used} in place of {mode}: this model has no experts to cache or to draft with", err=True)
     click.echo(
-        f"[{used}; {model.tier}] {statistics.committed} tokens"
+        f"[{used}; {model.tier}] {counted(statistics.committed, 'token')}"
         + (f", {rate:.0f} tokens/s" if isinstance(rate, float) else "")
-        + (f", {facts['acceptance_rate']:.1%} of drafted tokens accepted" if facts["acceptance_rate"] is not None else "")
+        + (f", {statistics.accepted} of {judged} draft tokens accepted" if judged else "")
         + f", peak memory {format_bytes(peak_memory())}; ended by: {ends}",
         err=True,
     )

@@ -78,6 +78,9 @@ def main() -> None:
         _end(f"error: {error}", error.hint)
     except click.Abort:
         _end("interrupted", None, INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         told = error.format_message().rstrip(".").replace("a valid integer range", "a whole number")
         context = error.ctx if isinstance(error, click.UsageError) else None

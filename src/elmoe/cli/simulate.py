@@ -13,7 +13,7 @@ import click
 
 from elmoe.cli.common import IntegerList, force_option, json_option, print_json
 from elmoe.sim.paper import EXPERT_CACHES, MODELS, OWN_LOCALITY, PROMPTS, RIVAL_DRAFTS, RIVAL_SETS, SYSTEMS
-from elmoe.terminal import number, print_table, progress_bar, shown, size, small_number
+from elmoe.terminal import counted, number, print_table, progress_bar, shown, size, small_number
 
 
 @click.command()
@@ -97,6 +97,8 @@ def command(
         raise click.BadParameter("batch sizes start at 1", param_hint="--batch")
     if before and trees:
         raise click.UsageError("version 0.1 had no token trees: give --before or --trees")
+    if before and "planned" in forms:
+        raise click.UsageError("version 0.1 was priced without the engine's planner: give --before or --form planned")
     if trace and click.get_current_context().get_parameter_source("prompts") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("a trace is replayed as it was recorded: give --trace or --locality")
     for path, what in ((out, "result"), (timeline, "timeline")):
@@ -111,7 +113,8 @@ def command(
     )  # fmt: skip
     check_names(grid)
     check_cases(grid)
-    told = f"simulating {len(grid.systems)} systems x {len(grid.models)} models x {len(batch)} batch sizes"
+    sizes = ((grid.systems, "system"), (grid.models, "model"), (batch, "batch size"))
+    told = "simulating " + " x ".join(counted(len(items), what) for items, what in sizes)
     with progress_bar(told, None) as bar:
         rows = run_grid(grid, lambda done, total: bar(done, total))
     result = SimulationResult.of(
@@ -208,6 +211,17 @@ def _show(rows: list[dict[str, Any]]) -> None:
         _show_costs(mine, model, batches[-1])
     for line in _words(rows):
         click.echo(shown(line))
-    errors = sorted({f"{row['system']}, {row['model']}: {row['error']}" for row in rows if "error" in row})
-    for error in errors:
-        click.echo(shown(f"left out: {error}"), err=True)
+    for line in _left_out(rows):
+        click.echo(shown(line), err=True)
+
+
+def _left_out(rows: list[dict[str, Any]]) -> list[str]:
+    """What was not simulated, and why: a line for all forms of one reason."""
+    forms: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if "error" in row:
+            forms.setdefault((row["system"], row["model"], row["error"]), []).append(row["form"])
+    return [
+        f"left out: {system}, {model}, {' and '.join(dict.fromkeys(mine))}: {error}"
+        for (system, model, error), mine in forms.items()
+    ]

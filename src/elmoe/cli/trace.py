@@ -12,7 +12,7 @@ from elmoe.cli.common import Serving, force_option, json_option, print_json, see
 from elmoe.cli.suggesting import SuggestingGroup
 from elmoe.cli.trace_facts import fit, import_, synthesise
 from elmoe.cli.trace_profile import profile, read_prompts
-from elmoe.terminal import percent, print_table, progress_bar
+from elmoe.terminal import counted, percent, print_table, progress_bar
 
 SUMMARY_WORDS = {
     "rows": "rows by phase",
@@ -86,7 +86,9 @@ def record(
     if as_json:
         print_json({"trace": str(out), "statistics": facts})
     else:
-        click.echo(f"wrote {out}: {statistics.committed} tokens, acceptance {percent(statistics.acceptance_rate)}")
+        click.echo(
+            f"wrote {out}: {counted(statistics.committed, 'token')}, acceptance {percent(statistics.acceptance_rate)}"
+        )
 
 
 @command.command("show")

@@ -16,7 +16,7 @@ from elmoe.models.described import SUFFIXES, described_names, described_text, mo
 from elmoe.models.sizes import ModelSizes
 from elmoe.models.spec import ModelSpec
 from elmoe.models.tensors import DEFAULT, FLOATS
-from elmoe.untrusted import MAX_YAML_BYTES, load_object, read_bytes, read_text, short
+from elmoe.untrusted import MAX_YAML_BYTES, load_object, nearest, read_bytes, read_text, short
 
 _LARGEST_CONFIG, _LARGEST_MANIFEST = 1 << 20, 32 << 20
 
@@ -53,9 +53,8 @@ def load_model(name_or_path: str | Path) -> ModelSizes:
     if str(name_or_path) in described_names():
         return model_of_description(described_text(str(name_or_path)), f"{name_or_path}.yaml")
     path = Path(str(files("elmoe.presets") / "demo")) if str(name_or_path) == "demo" else Path(name_or_path)
-    hint = (
-        f"a config.json, a description, a checkpoint, a store, or one of {', '.join((*model_names(), *described_names()))}"
-    )
+    names = (*model_names(), *described_names())
+    hint = f"a config.json, a description, a checkpoint, a store, or one of {', '.join(names)}"
     try:
         if path.is_dir() and (path / "manifest.json").is_file():
             return _model_of_store(path)
@@ -64,7 +63,7 @@ def load_model(name_or_path: str | Path) -> ModelSizes:
     except (OSError, ValueError):  # a name that is too long, or holds a NUL
         found = False
     if not found:
-        raise ModelError(f"there is no model '{short(name_or_path)}'", hint)
+        raise ModelError(f"there is no model '{short(name_or_path)}'", nearest(name_or_path, (*names, "demo"), hint))
     if path.suffix in SUFFIXES:
         return model_of_description(read_text(path, ModelError, MAX_YAML_BYTES, "description of a model", hint), str(path))
     config = _object(read_bytes(path, ModelError, _LARGEST_CONFIG, "model's config.json", hint), str(path))

@@ -28,7 +28,7 @@ from elmoe.schema.constants import (
     load_described,
 )  # fmt: skip
 from elmoe.schema.provenance import mark_changes
-from elmoe.untrusted import MAX_YAML_BYTES, read_text, short
+from elmoe.untrusted import MAX_YAML_BYTES, nearest, read_text, short
 
 
 class Refresh(Struct, frozen=True, kw_only=True):
@@ -228,7 +228,8 @@ def _read(name_or_path: str | Path) -> tuple[str, str]:
         return preset_text(str(name_or_path)), f"{name_or_path}.yaml"
     from elmoe.schema.rivals import variant_names
 
-    hint = f"a YAML file, or one of {', '.join((*preset_names(), *variant_names()))}"
+    names = (*preset_names(), *variant_names())
+    hint = f"a YAML file, or one of {', '.join(names)}"
     if not os.path.exists(name_or_path):  # which is False of a name that is too long
-        raise HardwareError(f"there is no hardware '{short(name_or_path)}'", hint)
+        raise HardwareError(f"there is no hardware '{short(name_or_path)}'", nearest(name_or_path, names, hint))
     return read_text(name_or_path, HardwareError, MAX_YAML_BYTES, "hardware description", hint), str(name_or_path)

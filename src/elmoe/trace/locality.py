@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from elmoe.errors import TraceError
 from elmoe.files import whole_file
 from elmoe.trace.facts import RoutingFacts
-from elmoe.untrusted import decode_json, read_bytes, short
+from elmoe.untrusted import decode_json, nearest, read_bytes, short
 
 LOCALITY_VERSION = 2
 """Version 2 has agreement, model and the sources of statistics; files of version 1 are read."""
@@ -120,9 +120,9 @@ def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str, lim
     preset = presets / f"{name_or_path}.json"
     path = preset if preset.parent == presets and os.path.isfile(preset) else Path(name_or_path)
     if not os.path.lexists(path):
-        names = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
-        hint += f", or take a preset: {names}" if names else ""
-        raise TraceError(f"there is no {kind} '{short(name_or_path)}'", hint)
+        names = sorted(file.stem for file in presets.glob("*.json"))
+        hint += f", or take a preset: {', '.join(names)}" if names else ""
+        raise TraceError(f"there is no {kind} '{short(name_or_path)}'", nearest(name_or_path, names, hint))
     return path, read_bytes(path, TraceError, limit, kind, hint)
 
 
