@@ -41,7 +41,6 @@ def short_trace(tmp_path_factory) -> str:
     ("arguments", "message"),
     [
         (("--before", "--trees"), "--before or --trees"),
-        (("--before", "--form", "planned"), "--before or --form planned"),
         (("--trace", __file__, "--locality", "mt_bench"), "--trace or --locality"),
         (("--trace", __file__, "--prompts", "model"), "--trace or --locality"),
     ],

@@ -97,8 +97,6 @@ def command(
         raise click.BadParameter("batch sizes start at 1", param_hint="--batch")
     if before and trees:
         raise click.UsageError("version 0.1 had no token trees: give --before or --trees")
-    if before and "planned" in forms:
-        raise click.UsageError("version 0.1 was priced without the engine's planner: give --before or --form planned")
     if trace and click.get_current_context().get_parameter_source("prompts") is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("a trace is replayed as it was recorded: give --trace or --locality")
     for path, what in ((out, "result"), (timeline, "timeline")):

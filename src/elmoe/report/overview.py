@@ -20,6 +20,7 @@ from elmoe.report.headline import (
 )
 from elmoe.report.section import Figure, Section, Table, labelled
 from elmoe.report.systems import (
+    acceptance_words,
     all_rows,
     best_forms,
     changed_words,
@@ -255,5 +256,5 @@ def _speed_figure(rows: list[dict[str, Any]], reference: str) -> Figure:
         group = best_forms(rows, name)
         values = [[row["speedup"] for row in group if row["batch"] == batch] for batch in batches]
         series[name] = [fmean(some) if some else None for some in values]
-    title = f"Speed of every system in its fastest form, over plain {reference}"
+    title = f"Speed of every system in its fastest form, over plain {reference}{acceptance_words(rows)}"
     return bars(title, [f"batch {b}" for b in batches], series, f"x plain {reference}", logarithmic=True)

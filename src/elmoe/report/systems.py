@@ -30,6 +30,12 @@ def best_forms(rows: Sequence[Row], system: str) -> list[Row]:
     return list(best.values())
 
 
+def acceptance_words(rows: Sequence[Row]) -> str:
+    """At which acceptance a system's fastest form is taken, where elastic drafts were simulated at several."""
+    odds = dict.fromkeys(row["acceptance"] for row in simulated(rows) if row["form"] in ("elastic", "bit_axis", "planned"))
+    return f", elastic drafts at the fastest of the acceptances {', '.join(odds)}" if len(odds) > 1 else ""
+
+
 def names_of(rows: Sequence[Row]) -> list[str]:
     """Systems that were simulated, in the order of the result."""
     return list(dict.fromkeys(row["system"] for row in simulated(rows)))
@@ -67,7 +73,8 @@ def system_words(rows: Sequence[Row], reference: str) -> str:
             f"{name}: {speed:.2f}x the speed and {energy:.2f}x the tokens per joule of plain {reference}; the fastest in "
             f"{first} of {len(fastest)} conditions."
         )
-    return "\n".join(lines)
+    told = acceptance_words(rows).removeprefix(", ")
+    return "\n".join([*lines, *([f"Each system in its fastest form, {told}."] if told and lines else [])])
 
 
 def summary_table(rows: Sequence[Row], reference: str) -> Table:
@@ -84,8 +91,9 @@ def summary_table(rows: Sequence[Row], reference: str) -> Table:
                 ", ".join(dict.fromkeys(busiest(row)[0] for row in group)),
             )
         )  # fmt: skip
+    title = f"Systems in their fastest form, over plain {reference}: means over models and prompts"
     return Table(
-        title=f"Systems in their fastest form, over plain {reference}: means over models and prompts",
+        title=title + acceptance_words(rows),
         status=f"simulated; forms by what drafts: {explain_forms(row['form'] for row in rows)}",
         columns=("system", *(f"speed, batch {b}" for b in batches), "speed, mean", "tokens/J, mean", "fastest forms",
                  "busiest unit"),
