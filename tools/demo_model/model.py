@@ -2,7 +2,7 @@
 
 What makes it fast there: matrix products in bf16 where the processor has them (master weights stay float32); tokens are
 sorted by expert, and each expert is one product that writes into a slice of one output; permutations go backward as
-permutations, not as scatter-adds; the loss is taken in chunks that fit a cache.
+permutations, not as scatter-adds; the loss is taken in chunks that fit a cache; elementwise operations are compiled.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -195,18 +196,36 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(grad_x.dtype), None
 
 
+compiled = partial(torch.compile, dynamic=True)
+
+
+@compiled
+def normalised(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * weight
+
+
+@compiled
+def rotated(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Heads normalised, then turned by their position."""
+    x = x.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * weight
+    first, second = x.chunk(2, -1)
+    return x * cosine + torch.cat((-second, first), -1) * sine
+
+
+@compiled
+def gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 class Norm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, EPSILON)
-
-
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cosine + torch.cat((-second, first), -1) * sine
+        return normalised(x, self.weight)
 
 
 class Block(nn.Module):
@@ -228,10 +247,10 @@ class Block(nn.Module):
         h = self.attention_norm(x).to(s.dtype)
         weight = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(s.dtype)
         sizes = s.heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim
-        q, k, v = (part.view(batch, length, -1, s.head_dim).float() for part in F.linear(h, weight).split(sizes, -1))
-        q = rotate(self.q_norm(q), cosine, sine).transpose(1, 2)
-        k = rotate(self.k_norm(k), cosine, sine)
-        k, v = (part.repeat_interleave(s.heads // s.kv_heads, 2).transpose(1, 2) for part in (k, v))
+        q, k, v = (part.view(batch, length, -1, s.head_dim) for part in F.linear(h, weight).split(sizes, -1))
+        q = rotated(q, self.q_norm.weight, cosine, sine).transpose(1, 2)
+        k = rotated(k, self.k_norm.weight, cosine, sine)
+        k, v = (part.repeat_interleave(s.heads // s.kv_heads, 2).transpose(1, 2) for part in (k, v.float()))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, -1)
         return F.linear(y.to(s.dtype), self.o.weight.to(s.dtype)).float()
 
@@ -245,8 +264,8 @@ class Block(nn.Module):
         weights = weights / weights.sum(-1, keepdim=True)
         routes = Routes.of(ids, s.experts)
         h = Spread.apply(normed.to(s.dtype), routes)
-        gate, up = GroupedProduct.apply(h, self.gate_up.to(s.dtype), routes.sizes).chunk(2, -1)
-        y = GroupedProduct.apply(F.silu(gate) * up, self.down.to(s.dtype), routes.sizes)
+        h = gated(GroupedProduct.apply(h, self.gate_up.to(s.dtype), routes.sizes))
+        y = GroupedProduct.apply(h, self.down.to(s.dtype), routes.sizes)
         y = Gather.apply(y, routes).view(-1, s.top_k, s.hidden)
         out = (weights.to(s.dtype)[:, None, :] @ y).view_as(x).float()
         balance = s.experts * (probabilities.mean(0) * (routes.counts.float() / ids.numel())).sum()

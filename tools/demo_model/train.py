@@ -55,14 +55,14 @@ MATRICES = "gate_up", "down", ".q.weight", ".k.weight", ".v.weight", ".o.weight"
 @torch.no_grad()
 def orthogonal(matrices: Tensor) -> Tensor:
     """Singular values to about one, for a stack of matrices."""
-    x = matrices.to(product_dtype())
+    x = matrices.to(product_dtype()).view(-1, *matrices.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT.contiguous() if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for a, b, c in ITERATIONS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
 
 
 def muon(name: str, parameter: Tensor, gradient: Tensor, state: list[Tensor], rate: float) -> None:
