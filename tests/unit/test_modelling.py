@@ -20,6 +20,7 @@ from elmoe.policy.residency import ResidencyParameters
 from elmoe.schema.constants import Capacity
 from elmoe.schema.drafters import load_drafters
 from elmoe.sim.modelling import BEFORE, STEPS, TODAY, TREES, Draft, Modelling, without_windows
+from elmoe.sim.planned import JUDGED, PlannedRun
 from elmoe.sim.simulate import Priced, Simulation
 from elmoe.sim.splitting import ExpectedPasses, _restricted
 from elmoe.sim.trees import TreeShape, tree_of
@@ -294,3 +295,16 @@ def test_the_planner_drafts_where_that_pays_and_leaves_it_where_not():
         )
         for name, busy in planned.whole.busy.items():
             assert (busy <= planned.whole.latency * (1 + 1e-12)).all(), name
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.6])
+def test_the_planner_begins_with_the_acceptance_that_it_has_judged(chance):
+    """Experts of unequal popularity: residents cover more of the routing than their share."""
+    odds = Odds(f"{chance}", chance, "assumed")
+    run = PlannedRun(simulation(replace(TODAY, split="msb_first")), small_fast(), 1, odds)
+    run._judge()
+    counts = REPLAY.prompt_counts(1)
+    assert counts.max() > 2 * counts.mean()
+    run._planner.plan(1, run._sizes, run._capacity, counts)
+    seen = np.mean(REPLAY.luck.ravel()[-JUDGED:] < chance)
+    assert run._planner.acceptance.expected(run._planner._covered) == pytest.approx(seen, abs=0.15)  # a prior of 4 rejections

@@ -78,9 +78,9 @@ class PlannedRun:
         return self._run(self._simulation.steps, 0)
 
     def _judge(self) -> None:
-        """Let the planner know how often drafts were accepted."""
+        """Let the planner know how often drafts were accepted, by residents that cover what popular experts cover."""
         planner, sizes, replay = self._planner, self._sizes, self._simulation.replay
-        slots = planner.plan(self._batch, sizes, self._capacity, np.zeros((self._simulation.sampled, sizes.experts))).slots
+        slots = planner.plan(self._batch, sizes, self._capacity, replay.prompt_counts(self._batch)).slots
         assert slots is not None
         chance = self._acceptance(float(np.mean(slots.msb)) / sizes.experts, 1)
         for luck in replay.luck.ravel()[-JUDGED:].tolist():

@@ -95,7 +95,7 @@ class RoutingReplay:
         self.luck = np.random.Generator(np.random.PCG64(seed)).random(facts.ranked.shape[:2])
         self.prices: dict[Any, Any] = {}
         self._workloads: dict[tuple[Plan, Acceptance | None], Workload] = {}
-        self._popularity: dict[int, NDArray[np.float64]] = {}
+        self._counts: dict[int, NDArray[np.float64]] = {}
 
     def run(self, plan: Plan, acceptance: Acceptance | None = None) -> Workload:
         """Serve the first ``batch`` sequences from their prompts on, until one of them ends or ``steps`` are done.
@@ -132,12 +132,16 @@ class RoutingReplay:
     def popularity(self, batch: int) -> NDArray[np.float64]:
         """(experts,) how probably a token uses a layer's hottest, second hottest ... expert, as the engine knows it when the
         prompts of ``batch`` sequences are computed (``policy.planner.popularity``)."""
-        if batch not in self._popularity:
+        return popularity(self.prompt_counts(batch), self.facts.top_k)
+
+    def prompt_counts(self, batch: int) -> NDArray[np.float64]:
+        """(layers, experts) uses in the prompts of ``batch`` sequences, decayed as the engine decays them."""
+        if batch not in self._counts:
             residency = Residency(self.layers, self.experts, ResidencyParameters())
             for chunk in self.prompt_chunks(batch):
                 residency.learn(chunk.transpose(1, 0, 2).astype(np.int32))
-            self._popularity[batch] = popularity(residency.popularity, self.facts.top_k)
-        return self._popularity[batch]
+            self._counts[batch] = residency.popularity
+        return self._counts[batch]
 
     def prompt_chunks(self, batch: int) -> Iterator[NDArray]:
         """(tokens, layers, k) routings of the prompts but for their last tokens, in the engine's least chunks."""
