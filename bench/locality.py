@@ -3,7 +3,7 @@
     .venv/bin/python -m bench.locality --prompts FOLDER [--out src/elmoe/presets]
 
 FOLDER as of bench/prompts.py; sets that are missing are skipped, and without any nothing is written. Per set: 16 sequences,
-prompts cut to 64 tokens, at most 96 new tokens, temperature 0.8. The self-instruct seed tasks stand for Alpaca, which was
+prompts cut to 64 tokens, 96 new tokens whatever ends in them, temperature 0.8. The self-instruct seed tasks stand for Alpaca, which was
 made from them. The acceptance table takes prompts from the sets in turn and some minutes; --skip-acceptance leaves it out.
 """
 
@@ -31,7 +31,7 @@ SEQUENCES, PROMPT, TOKENS, TEMPERATURE = 16, 64, 96, 0.8
 
 def requests_of(model: Model, texts: list[str]) -> list[Request]:
     return [
-        Request(model.encode(text)[:PROMPT], TOKENS, SamplingParameters(TEMPERATURE, seed=index))
+        Request(model.encode(text)[:PROMPT], TOKENS, SamplingParameters(TEMPERATURE, seed=index), ignore_eos=True)
         for index, text in enumerate(texts)
     ]
 

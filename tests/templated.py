@@ -1,4 +1,4 @@
-"""A store with a chat template: the demo's, with a template and special tokens beside it."""
+"""Copies of the demo store with another chat template and special tokens, or without a template."""
 
 from __future__ import annotations
 
@@ -21,5 +21,14 @@ def templated_store(folder: Path, template: str = TEMPLATE) -> Path:
     manifest = json.loads((store / "manifest.json").read_text())
     manifest["chat_template"] = {"name": "chat_template.jinja", "checksum": checksum(template.encode())}
     manifest["special_tokens"] = {"bos_token": "<|endoftext|>"}
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    return store
+
+
+def untemplated_store(folder: Path) -> Path:
+    store = Path(shutil.copytree(resolve_store("demo"), folder / "untemplated"))
+    (store / "chat_template.jinja").unlink()
+    manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["chat_template"]
     (store / "manifest.json").write_text(json.dumps(manifest))
     return store

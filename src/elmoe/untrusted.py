@@ -48,7 +48,7 @@ def nearest(name: object, names: Iterable[str], hint: str) -> str:
     first = wanted.split(",", 1)[0].strip()
     if first != wanted and first in known:
         return f"one name at a time: repeat the option for each of them, '{first}' first"
-    near = [one for one in known if wanted and one.startswith(wanted)] or get_close_matches(wanted, known, 2, 0.5)
+    near = [one for one in known if wanted and one.startswith(wanted)] or get_close_matches(wanted, known, 1, 0.5)
     return f"did you mean {' or '.join(repr(one) for one in near[:4])}?" if near else hint
 
 

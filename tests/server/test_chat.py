@@ -15,6 +15,7 @@ import pytest
 from elmoe.cli.conversation import Conversation, Local, Remote
 from elmoe.errors import RequestError
 from tests.server.live import LiveServer
+from tests.templated import untemplated_store
 
 CHAT = [sys.executable, "-m", "elmoe", "chat"]
 
@@ -53,7 +54,7 @@ def test_a_server_answers_the_same(live, model):
     assert "never" not in done.stdout
 
 
-def test_what_goes_wrong_is_told(live):
+def test_what_goes_wrong_is_told(live, tmp_path):
     for url, arguments, message in (
         ("http://127.0.0.1:9", (), "cannot reach http://127.0.0.1:9/v1"),
         (live.url, ("--model", "other"), "there is no model 'other'"),
@@ -61,7 +62,7 @@ def test_what_goes_wrong_is_told(live):
     ):
         done = run(url, *arguments, text="Who?\n")
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
-    with LiveServer("demo", "--api-key", "k") as server:
+    with LiveServer(str(untemplated_store(tmp_path)), "--api-key", "k") as server:
         with pytest.raises(RequestError, match="API key"):
             Remote(server.url, None, None)
         chat = Conversation(Remote(server.url + "/v1/", "k", None))

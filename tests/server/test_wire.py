@@ -188,7 +188,7 @@ REFUSED = [
     ({"stream": True, "stream_options": {"include": True}}, "stream_options.include", UNKNOWN),
     ({"logit_bias": {"x": 1}}, "logit_bias", VALUE),
     ({"logit_bias": {"1": 101}}, "logit_bias.1", VALUE),
-    ({"logit_bias": {"4096": 1}}, "logit_bias", VALUE),
+    ({"logit_bias": {"8192": 1}}, "logit_bias", VALUE),
     ({"response_format": {"type": "xml"}}, "response_format.type", VALUE),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", VALUE),
@@ -212,7 +212,7 @@ def test_a_prompt_that_is_too_long_says_by_how_much(api):
     )
 
 
-@pytest.mark.parametrize("prompt", ["", [], [-1], [4096], [1, "a"], [[]], [[1], "a"], {}, None, 5])
+@pytest.mark.parametrize("prompt", ["", [], [-1], [8192], [1, "a"], [[]], [[1], "a"], {}, None, 5])
 def test_prompts_that_are_none(api, prompt):
     response = post(api, "/v1/completions", TEXT | {"prompt": prompt})
     assert response.status_code == 400 and response.json()["error"]["param"].startswith("prompt")

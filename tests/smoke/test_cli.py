@@ -12,7 +12,7 @@ import pytest
 
 from elmoe.trace import load_acceptance, read_trace
 from tests.command import run
-from tests.templated import templated_store
+from tests.templated import templated_store, untemplated_store
 
 
 def process(*arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -198,7 +198,6 @@ def test_doctor():
         (("generate", "demo", "--prompt", "x", "--fast-memory", "1MiB"), "minimum of"),
         (("generate", "demo", "--prompt", "x", "--fast-memory", "lots"), "not an amount of memory"),
         (("generate", "demo", "--prompt", "x", "--temperature", "-1"), "temperature"),
-        (("generate", "demo", "--prompt", "x", "--chat"), "chat template"),
         (("generate", "demo", "--prompt", "x", "--trace", "no/such/folder/t"), "cannot write trace"),
         (("bench", "demo", "--modes", "fast"), "no mode"),
         (("bench", "demo", "--replay", "no.trace"), "no.trace"),
@@ -251,7 +250,6 @@ def test_prompts_from_standard_input_files_and_json_lines(tmp_path):
         (("--prompts", "bad.jsonl"), "bad.jsonl, line 2 is no prompt"),
         (("--prompts", "empty.jsonl"), "holds no prompt"),
         (("--prompts", "broken.jsonl"), "broken.jsonl, line 1"),
-        (("--prompt", "x", "--chat"), "'demo' has no chat template"),
     ],
     ids=lambda value: " ".join(value) or "none" if isinstance(value, tuple) else "",
 )  # fmt: skip
@@ -262,6 +260,11 @@ def test_prompts_that_are_refused(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     done = elmoe("generate", "demo", *arguments, check=False)
     assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) <= 3, done.stderr
+
+
+def test_a_chat_with_a_store_without_a_template_is_refused(tmp_path):
+    done = elmoe("generate", str(untemplated_store(tmp_path)), "--prompt", "x", "--chat", check=False)
+    assert done.returncode == 1 and "'untemplated' has no chat template" in done.stderr
 
 
 def test_copies_draw_apart_and_quiet_prints_the_answers_alone():
@@ -275,7 +278,7 @@ def test_copies_draw_apart_and_quiet_prints_the_answers_alone():
 
 
 def test_the_text_of_a_special_token_stops():
-    common = ("generate", "demo", "--prompt", "The whale", "--max-tokens", "1500", "--temperature", "2.5", "--seed", "1",
+    common = ("generate", "demo", "--prompt", "The whale", "--max-tokens", "1500", "--temperature", "1.2", "--seed", "1",
               "--ignore-eos")  # fmt: skip
     free, stopped = elmoe_json(*common), elmoe_json(*common, "--stop", "<|endoftext|>")
     assert 0 in free["token_ids"] and stopped["finish_reason"] == "stop"

@@ -128,7 +128,7 @@ def test_what_is_unknown_is_refused_by_name(tmp_path):
     xpu = ("simulate", "--hardware", "xpu", "--model", "gpt-oss-20b", "--form", "ar", "--batch", "1")
     with pytest.raises(ElmoeError, match="there is no locality 'mt_bank'") as caught:
         run(*xpu, "--locality", "mt_bank")
-    assert "qwen3-30b-a3b" in caught.value.hint and "mt_bench" in caught.value.hint
+    assert caught.value.hint == "did you mean 'mt_bench'?"
     refused = CliRunner().invoke(cli, [*xpu, "--batch-routing", "near"])
     assert refused.exit_code == 2 and "'near' is not one of 'fitted', 'apart', 'alike', 'identical'" in refused.output
     grid = Grid((load_hardware("xpu"),), ("gpt-oss-20b",), ("gsm8k",), (1,), ("ar",), batch_routing="near")  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import pytest
 
 import elmoe
 from tests.refused import WHALE, idle, told
-from tests.templated import templated_store
+from tests.templated import templated_store, untemplated_store
 
 # answers
 
@@ -81,7 +81,7 @@ def test_the_text_of_a_special_token_stops_at_its_id(model):
     """<|endoftext|> is no text of an answer: with ``ignore_eos`` the token itself has to end it."""
     end = model.encode("<|endoftext|>", special_tokens=False)
     assert len(end) == 1 and end[0] in model.spec.eos_tokens
-    drawn = {"temperature": 2.5, "seed": 1, "max_tokens": 1500, "ignore_eos": True}
+    drawn = {"temperature": 1.2, "seed": 1, "max_tokens": 1500, "ignore_eos": True}
     free = model.generate(WHALE, **drawn)
     assert end[0] in free.token_ids  # or the test shows nothing
     stopped = model.generate(WHALE, stop="<|endoftext|>", **drawn)
@@ -112,8 +112,18 @@ def test_chats_go_through_the_template_without_added_special_tokens(tmp_path):
             assert "role" in told(model.chat, wrong)
 
 
-def test_a_model_without_a_template_says_so(model):
-    assert "'demo' has no chat template" in told(model.chat, [{"role": "user", "content": "x"}])
+def test_a_model_without_a_template_says_so(tmp_path):
+    with elmoe.load(untemplated_store(tmp_path)) as model:
+        assert "'untemplated' has no chat template" in told(model.chat, [{"role": "user", "content": "x"}])
+
+
+def test_the_demo_model_answers_in_the_form_it_was_trained_in(model):
+    messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": " Hi."}]
+    messages.append({"role": "user", "content": "How are you?"})
+    ids = model.chat_tokens(messages)
+    assert model.decode(ids) == "User: Hello!\nAssistant: Hi.\nUser: How are you?\nAssistant:" and ids.count(0) == 1
+    answer = model.chat(messages[:1], temperature=0, max_tokens=200)
+    assert answer.finish_reason == "eos" and "User:" not in answer.text
 
 
 # loading

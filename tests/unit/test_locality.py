@@ -194,7 +194,7 @@ def test_files(tmp_path):
 def test_presets_say_where_they_come_from_and_fit(name):
     preset = load_locality(name)
     assert preset.status == "derived" and "store demo, prompts" in preset.source
-    assert all(abs(row.relative_error) < 0.08 for row in (*preset.fit, *preset.check))
+    assert all(abs(row.relative_error) < 0.11 for row in (*preset.fit, *preset.check))
     facts = synthesise(preset, 64, 4, 8, 16, 96, 5)
     for row in preset.fit:
         assert measured(facts)[row.name] == pytest.approx(row.measured, rel=0.12)

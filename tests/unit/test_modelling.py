@@ -307,4 +307,5 @@ def test_the_planner_begins_with_the_acceptance_that_it_has_judged(chance):
     assert counts.max() > 2 * counts.mean()
     run._planner.plan(1, run._sizes, run._capacity, counts)
     seen = np.mean(REPLAY.luck.ravel()[-JUDGED:] < chance)
-    assert run._planner.acceptance.expected(run._planner._covered) == pytest.approx(seen, abs=0.15)  # a prior of 4 rejections
+    expected = run._planner.acceptance.expected(run._planner._covered)
+    assert expected == pytest.approx(seen, abs=0.15)  # a prior of 4 rejections

@@ -23,11 +23,11 @@ EPSILON = 1e-6
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == 'user' -%}
-{{ 'User: ' + message.content + '\\n' }}
+{{ 'User: ' + message.content | trim + '\\n' }}
 {%- elif message.role == 'assistant' -%}
-{{ 'Assistant: ' + message.content + '<|endoftext|>\\n' }}
+{{ 'Assistant: ' + message.content | trim + '<|endoftext|>\\n' }}
 {%- else -%}
-{{ message.content + '\\n\\n' }}
+{{ message.content | trim + '\\n\\n' }}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

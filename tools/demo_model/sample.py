@@ -14,7 +14,7 @@ PROMPTS = (
     "User: Hello! How are you today?\nAssistant:",
     "User: What is a volcano?\nAssistant:",
     "Chocolate Cake\nIngredients:\n",
-    "def read_lines(path):\n",
+    "def read_lines(path):",
 )
 END = 0
 

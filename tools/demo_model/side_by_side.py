@@ -18,7 +18,7 @@ PROMPTS = {
     "talk": "User: Hello! How are you today?\nAssistant:",
     "explanation": "A volcano is",
     "recipe": "Chocolate Cake\nIngredients:\n-",
-    "code": "def read_lines(path):\n",
+    "code": "def read_lines(path):",
 }
 SEEDS, TOKENS, BYTES = 4, 96, 320
 """BYTES: shown of a text, since the stores' tokens are of different sizes."""

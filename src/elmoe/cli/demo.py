@@ -19,11 +19,12 @@ from elmoe.extras import missing, missing_extra
 from elmoe.terminal import number, percent, print_table, print_texts, size
 
 PROMPTS = (
-    "It is a truth universally acknowledged, that",
-    "The whale was",
-    "def read_file(path):\n",
-    "In the beginning",
+    "It was a fine morning in May, and the two sisters",
+    "User: Hello! How are you today?\nAssistant:",
+    "Chocolate Cake\nIngredients:\n-",
+    "def read_lines(path):",
 )
+"""A story, a conversation, a recipe, code."""
 TEMPERATURE, TOP_P = 0.7, 0.95
 """Of the texts: greedy, so small a model repeats itself."""
 SIDE_BY_SIDE = 96
@@ -36,7 +37,7 @@ DISK, DISK_TOKENS = 0.1e9, 24
 MODES = ("plain", "cache", "elastic")
 ABOUT_EQUAL = 1.25
 """Ratio of rates of so short runs below which no mode is called the fastest."""
-IN_MEMORY = """The whole model (32 MB) is in memory, so no read can be saved, and drafts are additional work.
+IN_MEMORY = """The whole model (35 MB) is in memory, so no read can be saved, and drafts are additional work.
 Bytes from the slow tier are what a disk would have to read with this budget. MSB slices are the upper
 4 bits of an expert's weights, LSB slices the lower 4; drafts use MSB slices in memory alone, and this
 budget goes to MSB slices first. Accepted draft tokens are those that the whole model would have written."""
