@@ -19,12 +19,12 @@ from elmoe.extras import missing, missing_extra
 from elmoe.terminal import number, percent, print_table, print_texts, size
 
 PROMPTS = (
-    "It was a fine morning in May, and the two sisters",
+    "Mr. Darcy looked at",
     "User: Hello! How are you today?\nAssistant:",
-    "Chocolate Cake\nIngredients:\n-",
-    "def read_lines(path):",
+    "The President of the United States",
+    "class Reader:\n    def __init__(self, path):",
 )
-"""A story, a conversation, a recipe, code."""
+"""A story, a conversation, a speech, code."""
 TEMPERATURE, TOP_P = 0.7, 0.95
 """Of the texts: greedy, so small a model repeats itself."""
 SIDE_BY_SIDE = 96
