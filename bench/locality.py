@@ -3,9 +3,9 @@
     .venv/bin/python -m bench.locality --prompts FOLDER [--out src/elmoe/presets]
 
 FOLDER as of bench/prompts.py; sets that are missing are skipped, and without any nothing is written. Per set: 16 sequences,
-prompts cut to 64 tokens, 96 new tokens whatever ends in them, temperature 0.8. The self-instruct seed tasks stand for Alpaca,
-which was made from them. The acceptance table takes prompts from the sets in turn and some minutes; --skip-acceptance leaves
-it out.
+prompts cut to 64 tokens, 96 new tokens whatever ends in them, temperature 0.8. The self-instruct seed tasks stand for
+Alpaca, which was made from them. The acceptance table takes prompts from the sets in turn and some minutes;
+--skip-acceptance leaves it out.
 """
 
 from __future__ import annotations

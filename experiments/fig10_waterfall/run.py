@@ -8,7 +8,7 @@ One row takes the mode and the draft length that the engine's planner chooses as
 afterwards.
 
 Grid: 4 models x 1 prompt set x 3 batch sizes x 6 systems x all forms, once for each step alone and in sequence; `--all`:
-all batch sizes. Cost: about 80 seconds on 2 cores.
+all batch sizes. Cost: about 90 seconds on 2 cores.
 """
 
 from __future__ import annotations

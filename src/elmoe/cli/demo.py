@@ -44,8 +44,9 @@ budget goes to MSB slices first. Accepted draft tokens are those that the whole 
 ON_DISK = """Half of the experts' bytes are on a slow disk now. plain reads each expert that it needs, cache keeps the
 experts used most in memory, elastic drafts with those too and chooses the draft length as it runs."""
 PROJECTION = """xpu has plain DRAM alone; hb_xpu and elmoe3d_8gb add 8 GB of faster DRAM, bonded to the processor.
-ar: plain decoding. elastic: drafts by the experts in the faster DRAM."""
-NEXT = """  elmoe generate demo --prompt "The whale"
+ar: plain decoding. elastic: drafts by the experts in the faster DRAM: the more texts at once, the more they save,
+because a batch needs most experts of a pass, and one pass judges several tokens of each text."""
+NEXT = """  elmoe generate demo --prompt "The whale" --temperature 0.7 --seed 1
   elmoe demo --chat                                     # a small public model that answers
   elmoe generate model.gguf --chat --prompt "Hello"     # your own model: a GGUF file or a Hugging Face folder
   elmoe doctor"""
@@ -200,10 +201,11 @@ def _project(report: Path | None) -> list[dict[str, Any]]:
     """Rows of Qwen3-30B-A3B on the paper's hardware at the acceptance measured on the demo model."""
     from elmoe.schema.hardware import load_hardware
     from elmoe.sim.grid import Grid, run_grid
+    from elmoe.sim.paper import OWN_LOCALITY
     from elmoe.sim.result import odds_of
 
     systems = tuple(load_hardware(name) for name in ("xpu", "hb_xpu", "elmoe3d_8gb"))
-    grid = Grid(systems, ("qwen3-30b-a3b",), ("mt_bench",), (1, 4, 16), ("ar", "elastic"), (odds_of("demo"),))
+    grid = Grid(systems, ("qwen3-30b-a3b",), (OWN_LOCALITY,), (1, 4, 16), ("ar", "elastic"), (odds_of("demo"),))
     rows = run_grid(grid)
     if report is not None:
         from elmoe.report.overview import overview
@@ -218,7 +220,7 @@ def _show(rows: list[dict[str, Any]], report: Path | None) -> None:
     rates = {(row["system"], row["form"], row["batch"]): row["speedup"] for row in rows}
     batches = sorted({row["batch"] for row in rows})
     print_table(
-        "Qwen3-30B-A3B on described hardware, x the plain xPU: simulated, locality and acceptance of the demo model",
+        "Qwen3-30B-A3B on described hardware, x the plain xPU: simulated, drafts accepted as on the demo model",
         ("system, form", *(f"batch {batch}" for batch in batches)),
         [(", ".join(case), *(number(rates[*case, batch]) for batch in batches)) for case in cases],
     )

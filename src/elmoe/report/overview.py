@@ -136,9 +136,7 @@ def _against_paper(by_label: dict[str, dict[str, tuple[float, float]]], judged: 
         mean, most = PAPER[name]
         for label, ratios in by_label.items():
             ours = ratios[name]
-            rows.append(
-                (name, label, mean, ours[0], f"{ours[0] / mean - 1:+.0%}", most, ours[1], f"{ours[1] / most - 1:+.0%}")
-            )
+            rows.append((name, label, mean, ours[0], _change(ours[0], mean), most, ours[1], _change(ours[1], most)))
     return Table(
         title="Paper v this simulator", status="paper: published, maxima second-hand; the rest simulated",
         columns=("ratio", "acceptance", "paper, mean", "simulated", "difference", "paper, max", "simulated", "difference"),
@@ -229,6 +227,12 @@ def _priors(comparisons: list[Comparison]) -> Table:
         columns=("batch", "system, form", "conditions"),
         rows=tuple((batch, name, count) for (batch, name), count in sorted(counts.items())),
     )  # fmt: skip
+
+
+def _change(value: float, base: float) -> str:
+    """``+3%``, ``0%``."""
+    told = f"{value / base - 1:+.0%}"
+    return "0%" if told in ("+0%", "-0%") else told
 
 
 def _headline_figures(comparisons: list[Comparison], only_xpu: bool) -> list[Figure]:
