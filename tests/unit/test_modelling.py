@@ -309,3 +309,26 @@ def test_the_planner_begins_with_the_acceptance_that_it_has_judged(chance):
     seen = np.mean(REPLAY.luck.ravel()[-JUDGED:] < chance)
     expected = run._planner.acceptance.expected(run._planner._covered)
     assert expected == pytest.approx(seen, abs=0.15)  # a prior of 4 rejections
+
+
+def test_the_planner_decides_before_every_step_since_deciding_takes_no_simulated_time(monkeypatch):
+    run, choices = PlannedRun(simulation(TODAY), small_fast(), 2, ODDS), []
+    choose = run._planner._choose
+    monkeypatch.setattr(run._planner, "_choose", lambda *given: (choices.append(given), choose(*given)))
+    workload, _, _ = run._run(8, 0)
+    assert workload.steps == 8 and len(choices) >= 8
+
+
+def test_a_split_by_rate_expects_passes_of_all_tokens_that_are_verified_and_drafted(monkeypatch):
+    seen, target = [], ExpectedPasses.target
+    monkeypatch.setattr(
+        ExpectedPasses,
+        "target",
+        lambda self, tokens, drafted: (seen.append((tokens, drafted)), target(self, tokens, drafted))[1],
+    )
+    simulation(TODAY)._tier(small_fast(), "elastic", 3, Draft(2), ODDS)
+    assert seen == [(3 + 3 * 2, 3 * 2)]
+
+
+def test_a_plan_attends_to_the_paper_s_1024_positions_unless_told():
+    assert set(REPLAY.run(Plan(2)).target.attended.tolist()) == {2 * 1024.0}
