@@ -119,7 +119,9 @@ def command(
         if trace_path is not None:
             from elmoe.trace import TraceRecorder
 
-            recorder = TraceRecorder(trace_path, model.reader.spec, {"mode": mode, "store": model.path.name})
+            recorder = TraceRecorder(
+                trace_path, model.reader.spec, {"mode": mode, "store": model.path.name, "ignore_eos": ignore_eos}
+            )
         timeline = None
         if timeline_path is not None:
             from elmoe.engine.observe import Timeline

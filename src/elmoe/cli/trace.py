@@ -74,6 +74,7 @@ def record(
         run = {
             "store": str(store), "mode": "elastic", "commit_limit": options.commit_limit, "temperature": temperature,
             "seed": seed, "fast_memory": options.fast_memory, "draft_length": options.draft_length,
+            "ignore_eos": every_position,
         }  # fmt: skip
         with (
             progress_bar("tokens", len(requests) * max_tokens) as bar,

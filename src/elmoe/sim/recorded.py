@@ -143,6 +143,8 @@ def _kept_rows(trace: Trace) -> NDArray[np.bool_]:
     """Rows of target passes that stay: prompts, and in a verification all up to the first disagreement or the end."""
     phase, draft, target = trace.column("phase"), trace.column("draft"), trace.column("target")
     sequence, eos = trace.column("sequence"), set(trace.header.model.eos_tokens)
+    if trace.header.run.get("ignore_eos"):
+        eos = set()
     limit = trace.header.run.get("commit_limit")
     kept = phase == "prefill"
     last_step = {int(s): int(step) for s, step in zip(sequence, trace.column("step"), strict=True)}
