@@ -84,7 +84,7 @@ def main() -> None:
                 engine, path = Engine(reader, kernels, options), Path(folder) / "run.trace"
                 ranks, watch = Ranks(engine), engine._passes.watch
                 engine._passes.watch = lambda observers, ranks=ranks, watch=watch: watch([*observers, ranks])
-                with TraceRecorder(path, reader.spec, {}, all_ranks=True) as recorder:
+                with TraceRecorder(path, reader.spec, {"ignore_eos": True}, all_ranks=True) as recorder:
                     engine.generate(requests, recorder=recorder)
                 sizes = engine.fitting.sizes(requests)
                 verify = predict(read_trace(path), engine.fitting.slots(sizes), sizes, options.residency).phases["verify"]

@@ -20,9 +20,9 @@ from elmoe.hw.efficiency import efficiency_of_refresh
 from elmoe.hw.machine import Machine
 from elmoe.llm import load
 from elmoe.measure.calibrate import calibrate, hardware_of
+from elmoe.measure.slots import slots_by_step
 from elmoe.models.sizes import ModelSizes
 from elmoe.models.spec import ModelSpec
-from elmoe.policy.budget import SlotPlan
 from elmoe.report.section import Section, Table
 from elmoe.schema.hardware import Hardware, load_hardware
 from elmoe.schema.validation import Streaming, load_validation
@@ -135,7 +135,7 @@ def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ..
                     for seed, ids in enumerate(prompts[:batch])
                 ]
                 engine = Engine(direct, kernels, options)
-                slots = _slots_by_step(engine)
+                slots = slots_by_step(engine)
                 path = Path(folder) / "run.trace"
                 with TraceRecorder(path, direct.spec, {"ignore_eos": True}, all_ranks=True) as recorder:
                     _, statistics = engine.generate(requests, recorder=recorder)
@@ -160,21 +160,6 @@ def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ..
                 value = median(measured)
                 times.append((name, batch, steps, value * 1e3, seconds * 1e3, seconds / value - 1))
     return counts, times
-
-
-def _slots_by_step(engine: Engine) -> dict[int, SlotPlan]:
-    """Filled as the engine plans: sequences that end leave bytes of their keys to slices."""
-    slots: dict[int, SlotPlan] = {}
-    planned = engine._manager.plan
-
-    def plan(sequences: int) -> Any:
-        found = planned(sequences)
-        if found.slots is not None:
-            slots[engine._passes.step] = found.slots
-        return found
-
-    engine._manager.plan = plan  # type: ignore[method-assign]
-    return slots
 
 
 def _throttle(memory: Any, prompts: list[Any]) -> float:

@@ -275,7 +275,7 @@ class Model:
         prompts, single = self._prompts(prompt)
         requests = self._requests(prompts, params, sampling)
         collectors = [Collector(request) for request in requests]
-        with self._recorder(trace) as recorder, closing(self._stepper.serve(requests, recorder)) as outputs:
+        with self._recorder(trace, requests) as recorder, closing(self._stepper.serve(requests, recorder)) as outputs:
             for index, output in outputs:
                 collectors[index].take(output)
         answers = [collector.generation() for collector in collectors]
@@ -339,8 +339,10 @@ class Model:
                 if not ticket.ready:
                     await asyncio.to_thread(self._stepper.step, ticket, wait=True)
 
-    def _recorder(self, path: str | Path | None) -> AbstractContextManager[TraceRecorder | None]:
-        """Writes a trace to ``path``, if there is one."""
+    def _recorder(
+        self, path: str | Path | None, requests: Sequence[Request]
+    ) -> AbstractContextManager[TraceRecorder | None]:  # fmt: skip
+        """Writes a trace of the requests to ``path``, if there is one."""
         if path is None:
             return nullcontext()
         if not isinstance(path, (str, Path)):
@@ -352,6 +354,7 @@ class Model:
         run = {
             "store": self.path.name, "mode": options.mode, "commit_limit": options.commit_limit,
             "fast_memory": options.fast_memory, "draft_length": options.draft_length,
+            "ignore_eos": any(request.ignore_eos for request in requests),
         }  # fmt: skip
         return TraceRecorder(path, self.spec, run, options.all_ranks)
 

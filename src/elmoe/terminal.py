@@ -80,7 +80,7 @@ def percent(value: float | None) -> str | None:
 
 def counted(count: int, what: str) -> str:
     """``1 model``, ``2 models``."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('ch') else 's'}"
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def number(value: float | None, digits: int = 2) -> str | None:

@@ -15,11 +15,11 @@ from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.request import Request
 from elmoe.llm import load
+from elmoe.measure.slots import slots_by_step
 from elmoe.models import spec_of_config
 from elmoe.models.load import load_model
-from elmoe.policy.budget import SlotPlan
 from elmoe.policy.residency import ResidencyParameters
-from elmoe.sim.recorded import Counts, predict
+from elmoe.sim.recorded import Counts, _kept_rows, predict
 from elmoe.store import open_direct, open_store
 from elmoe.store.synthetic import synthesize
 from elmoe.trace import TraceRecorder, read_trace
@@ -157,17 +157,9 @@ def test_reads_ahead_and_splits_by_rate_are_predicted_exactly(tmp_path, name, sh
     options = EngineOptions(
         mode="elastic", fast_memory=share, batch=2, draft_length=3, all_ranks=True, split="auto", prefetch=True
     )
-    slots: dict[int, SlotPlan] = {}
     with open_direct(store) as reader:
         engine = Engine(reader, kernels, options)
-        planned = engine._manager.plan
-
-        def plan(sequences: int):
-            found = planned(sequences)
-            slots[engine._passes.step] = found.slots
-            return found
-
-        engine._manager.plan = plan
+        slots = slots_by_step(engine)
         with TraceRecorder(tmp_path / "run.trace", reader.spec, {}, all_ranks=True) as recorder:
             _, statistics = engine.generate(long_requests(3, 60), recorder=recorder)
         sizes = engine.fitting.sizes(long_requests(3, 60))
@@ -177,3 +169,23 @@ def test_reads_ahead_and_splits_by_rate_are_predicted_exactly(tmp_path, name, sh
     foreseen = sum(counts.foreseen for counts in predicted.values())
     assert foreseen == statistics.foreseen_hits > 0
     assert foreseen <= predicted["verify"].msb_misses + predicted["verify"].lsb_misses
+
+
+def test_slices_that_sequences_make_room_for_as_they_end_are_predicted_exactly(tmp_path):
+    """Of an enforced budget; the sequences go on behind end tokens, as the trace says."""
+    with load("demo") as model:
+        ids = [model.encode(text) for text in PROMPTS * 3]
+    asked = [Request(i, 16 + 4 * n, SamplingParameters(0.8, seed=600 + n), ignore_eos=True) for n, i in enumerate(ids)]
+    options = EngineOptions(mode="elastic", fast_memory=0.5, split="msb_first", batch=15, draft_length=4, all_ranks=True)
+    with open_direct("demo") as reader:
+        engine = Engine(reader, kernels, options)
+        slots = slots_by_step(engine)
+        with TraceRecorder(tmp_path / "run.trace", reader.spec, {"ignore_eos": True}, all_ranks=True) as recorder:
+            _, statistics = engine.generate(asked, recorder=recorder)
+        sizes = engine.fitting.sizes(asked)
+    trace = read_trace(tmp_path / "run.trace")
+    assert len(set(slots.values())) > 1
+    assert_exact((options, sizes, slots, statistics, trace))
+    kept = _kept_rows(trace).sum()
+    trace.header.run["ignore_eos"] = False
+    assert kept > _kept_rows(trace).sum()  # an end token within a last verification

@@ -71,7 +71,7 @@ def test_a_name_that_is_none_is_refused_with_the_nearest(option, name, hint):
 def test_what_does_not_fit_is_told_with_its_forms():
     told = run("simulate", "--model", "glm-4.5-air", "--hardware", "dgx_spark", "--hardware", "xpu", "--batch", "1").stderr
     lines = [line for line in told.splitlines() if line.startswith("left out: xpu, glm-4.5-air, ")]
-    assert "ar: 'glm-4.5-air' needs 106.0 GiB at batch 1" in lines[0] and len(lines) == len(set(lines))
+    assert "ar: 'glm-4.5-air' needs 106.0 GiB at batch 1" in lines[0]
 
 
 @pytest.mark.parametrize(
