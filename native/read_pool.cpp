@@ -21,11 +21,17 @@ ReadPool::ReadPool(int threads) {
 }
 
 ReadPool::~ReadPool() {
+    if (forked()) {
+        new std::vector<std::thread>(std::move(threads_));
+        (void)submitted_.release();
+        (void)completed_.release();
+        return;
+    }
     {
         std::lock_guard lock(mutex_);
         stopping_ = true;
     }
-    submitted_.notify_all();
+    submitted_->notify_all();
     for (auto& thread : threads_) thread.join();
 }
 
@@ -39,18 +45,19 @@ uint64_t ReadPool::submit(int file, uint64_t offset, uint64_t bytes, uint64_t de
         if (outstanding_++ == 0) busy_since_ = submitted;
         queue_.push(Request{priority, ticket, file, offset, bytes, destination, submitted});
     }
-    submitted_.notify_one();
+    submitted_->notify_one();
     return ticket;
 }
 
 std::vector<ReadFailure> ReadPool::wait(const std::vector<uint64_t>& tickets) {
     std::vector<ReadFailure> failures;
+    if (forked()) return failures;
     std::unique_lock lock(mutex_);
     for (uint64_t ticket : tickets) {
         auto found = states_.find(ticket);
         if (found == states_.end()) continue;
         State& state = found->second;  // a reference stays valid when others submit; an iterator would not
-        completed_.wait(lock, [&] { return state.complete; });
+        completed_->wait(lock, [&] { return state.complete; });
         if (state.error) failures.push_back({ticket, state.error});
         states_.erase(ticket);
     }
@@ -131,7 +138,7 @@ int ReadPool::read(const Request& request, int injected) {
 void ReadPool::work() {
     std::unique_lock lock(mutex_);
     for (;;) {
-        submitted_.wait(lock, [&] { return stopping_ || !queue_.empty(); });
+        submitted_->wait(lock, [&] { return stopping_ || !queue_.empty(); });
         if (queue_.empty()) return;  // stopping, and nothing is left to complete
         Request request = queue_.top();
         queue_.pop();
@@ -152,7 +159,7 @@ void ReadPool::work() {
         if (found != states_.end()) found->second = State{true, error};
         if (--outstanding_ == 0) busy_ += finished - busy_since_;
         if (recording_) events_.push_back({request.submitted, started, finished, request.bytes, request.priority});
-        completed_.notify_all();
+        completed_->notify_all();
     }
 }
 

@@ -13,10 +13,12 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <queue>
 #include <random>
 #include <thread>
+#include <unistd.h>
 #include <unordered_map>
 #include <vector>
 
@@ -81,8 +83,14 @@ class ReadPool {
     void work();
     int read(const Request& request, int injected);
 
+    // Of a child of fork, which has the pool without its threads: nothing is waited for, and a condition variable that they
+    // waited on cannot be destroyed, so it stays.
+    bool forked() const { return getpid() != process_; }
+
+    const pid_t process_ = getpid();
     std::mutex mutex_;
-    std::condition_variable submitted_, completed_;
+    std::unique_ptr<std::condition_variable> submitted_ = std::make_unique<std::condition_variable>(),
+                                             completed_ = std::make_unique<std::condition_variable>();
     std::priority_queue<Request> queue_;
     std::unordered_map<uint64_t, State> states_;
     std::vector<std::thread> threads_;

@@ -257,3 +257,22 @@ def test_a_forked_process_is_told_to_load_the_model_itself():
         assert process.exitcode == 0 and len(told_here) == 3
         assert all("loaded by another process" in message and "spawn" in hint for message, hint in told_here)
         assert text + "".join(piece.text for piece in stream) == model.generate(WHALE, max_tokens=5).text
+
+
+def test_a_forked_process_lets_go_of_threads_that_it_does_not_have():
+    """Reading threads wait on a condition variable, which a child can neither signal nor destroy."""
+    kept = [elmoe.load("demo", fast_memory=0.5, reader="direct")]
+    kept[0].generate(WHALE, max_tokens=4)
+
+    def end():
+        kept.clear()
+        gc.collect()
+
+    child = multiprocessing.get_context("fork").Process(target=end)
+    child.start()
+    child.join(30)
+    ended = child.exitcode
+    child.kill()
+    assert ended == 0
+    assert kept[0].generate(WHALE, max_tokens=4).text
+    kept[0].close()
