@@ -93,15 +93,16 @@ def run_grids(
         return rows
     pool = ProcessPoolExecutor(min(workers or processors(), len(groups)), initializer=_ignore_interrupts)
     try:
-        for index, result in enumerate(pool.map(_run_packed, groups)):
-            for mine, found in zip(rows, result, strict=True):
+        futures = [pool.submit(_run_packed, group) for group in groups]  # not map, which cancels what it leaves
+        for index, future in enumerate(futures):
+            for mine, found in zip(rows, future.result(), strict=True):
                 mine += found
             if progress is not None:
                 progress(index + 1, len(groups))
     except BaseException:  # Ctrl-C too: what runs is not waited for
         for process in list(pool._processes.values()):
             process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False)
         raise
     pool.shutdown()
     return rows
