@@ -47,7 +47,9 @@ def nearest(name: object, names: Iterable[str], hint: str) -> str:
     wanted, known = str(name)[:100].lower(), list(names)
     first = wanted.split(",", 1)[0].strip()
     if first != wanted and first in known:
-        return f"one name at a time: repeat the option for each of them, '{first}' first"
+        return f"give one name at a time, '{first}' first"
+    if wanted in known:
+        return f"did you mean '{wanted}'?"
     near = [one for one in known if wanted and one.startswith(wanted)] or get_close_matches(wanted, known, 1, 0.5)
     return f"did you mean {' or '.join(repr(one) for one in near[:4])}?" if near else hint
 

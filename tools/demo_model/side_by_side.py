@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
 import elmoe
@@ -39,12 +40,14 @@ def cut(text: str) -> str:
     """The beginning of a text, ended at a blank."""
     if len(text.encode()) <= BYTES:
         return text
-    return text.encode()[:BYTES].decode(errors="ignore").rsplit(maxsplit=1)[0] + " ..."
+    begin = text.encode()[:BYTES].decode(errors="ignore")
+    return "".join(begin.rsplit(maxsplit=1)[:1]) + " ..."
 
 
 def block(title: str, text: str) -> str:
     """A text as it is, whatever is in it."""
-    return f"**{title}**\n\n~~~text\n{text}\n~~~\n"
+    fence = "~" * max(3, 1 + max(map(len, re.findall("~+", text)), default=0))
+    return f"**{title}**\n\n{fence}text\n{text}\n{fence}\n"
 
 
 def main() -> None:

@@ -45,7 +45,8 @@ ON_DISK = """Half of the experts' bytes are on a slow disk now. plain reads each
 experts used most in memory, elastic drafts with those too and chooses the draft length as it runs."""
 PROJECTION = """xpu has plain DRAM alone; hb_xpu and elmoe3d_8gb add 8 GB of faster DRAM, bonded to the processor.
 ar: plain decoding. elastic: drafts by the experts in the faster DRAM. They pay where many texts are served at once:
-their passes need most experts anyhow, and then judge several tokens of each text."""
+their passes need most experts anyhow, and then judge several tokens of each text. How often they are accepted is
+as measured on the demo model: the less, the fewer experts fit in the faster DRAM."""
 NEXT = """  elmoe generate demo --prompt "The whale" --temperature 0.7 --seed 1
   elmoe demo --chat                                     # a small public model that answers
   elmoe generate model.gguf --chat --prompt "Hello"     # your own model: a GGUF file or a Hugging Face folder
