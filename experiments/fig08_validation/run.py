@@ -1,11 +1,12 @@
 """The simulator against measurements: a GPU kernel, a box, DRAM simulation, and this machine's own engine.
 
-The engine part runs the demo model here: hits and bytes must agree exactly; times are predicted from constants measured
-beforehand in plain decoding from memory, and compared with runs over a slow tier throttled to the paper's ratio.
+The engine part runs the demo model here: hits and bytes must agree exactly; times are predicted from constants measured in
+plain decoding from memory, in turns with the runs over a slow tier throttled to the paper's ratio.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -29,7 +30,7 @@ from elmoe.schema.validation import Streaming, load_validation
 from elmoe.sim.recorded import Counts, Prediction, predict
 from elmoe.sim.rival_checks import RivalCheck, rival_checks
 from elmoe.sim.validation import Check, box_checks, fused_moe_checks, preset_box_checks
-from elmoe.store import open_direct, open_store
+from elmoe.store import DirectReader, open_direct, open_store
 from elmoe.systems.forms import cost_of
 from elmoe.systems.operations import operations
 from elmoe.trace import TraceRecorder, read_trace
@@ -38,6 +39,7 @@ from experiments.common import Scope, mean, study
 PROMPTS = ("The history of the city", "def add(a, b):", "Q: How many apples", "Once upon a time") * 4
 COUNTED = ("tokens", "msb_hits", "msb_misses", "lsb_hits", "lsb_misses", "fast_bytes", "slow_bytes")
 RIVAL_ERROR = 0.15
+ROUNDS = 7
 RATIO = 16
 """Reading a batch-1 step's expert bytes takes so many times that step from memory: the paper's ratio of bandwidths."""
 
@@ -116,14 +118,23 @@ def _dram() -> Table:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Condition:
+    """A run whose counts were predicted."""
+
+    name: str
+    options: EngineOptions
+    requests: list[Request]
+    predicted: Prediction
+
+
 def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
     """(count rows, time rows) of runs on the demo model."""
-    counts, times = [], []
     with load("demo", threads=2) as model:
         prompts = [model.encode(text) for text in PROMPTS]
     with TemporaryDirectory() as folder, open_store("demo") as memory, open_direct("demo") as direct:
         bandwidth = _throttle(memory, prompts)
-        hardware = hardware_of(calibrate(direct, bandwidth), 1 << 30, 1 << 40)
+        counts, conditions = [], []
         for batch in scope.batches:
             for mode, length in (("cache", None), ("elastic", 4)):
                 options = EngineOptions(
@@ -134,32 +145,59 @@ def engine_rows(scope: Scope) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ..
                     Request(ids, 32, SamplingParameters(0.8, seed=seed), ignore_eos=True)
                     for seed, ids in enumerate(prompts[:batch])
                 ]
-                engine = Engine(direct, kernels, options)
-                slots = slots_by_step(engine)
-                path = Path(folder) / "run.trace"
-                with TraceRecorder(path, direct.spec, {"ignore_eos": True}, all_ranks=True) as recorder:
-                    _, statistics = engine.generate(requests, recorder=recorder)
-                sizes = engine.fitting.sizes(requests)
-                predicted = predict(read_trace(path), slots, sizes, options.residency)
-                name = f"{mode}, batch {batch}"
-                for phase, counters in statistics.phases.items():
-                    mine = predicted.phases.get(phase, Counts())
-                    if counters.steps:
-                        same = all(getattr(mine, field) == getattr(counters, field) for field in COUNTED)
-                        counts.append(
-                            (name, phase, counters.msb_hits, mine.msb_hits, counters.slow_bytes, mine.slow_bytes,
-                             "yes" if same else "NO")
-                        )  # fmt: skip
-                # Times from a run without a recorder, which costs something itself.
-                measured = []
-                for _ in range(3):
-                    _, statistics = Engine(direct, kernels, options).generate(requests)
-                    measured.append(statistics.decode_seconds / statistics.committed)
-                seconds = priced(predicted, direct.spec, hardware) / statistics.committed
-                steps = statistics.phases["plain"].steps + statistics.phases["verify"].steps
-                value = median(measured)
-                times.append((name, batch, steps, value * 1e3, seconds * 1e3, seconds / value - 1))
-    return counts, times
+                condition, rows = _counted(f"{mode}, batch {batch}", direct, options, requests, Path(folder) / "run.trace")
+                conditions.append(condition)
+                counts += rows
+        return counts, _timed(direct, bandwidth, conditions)
+
+
+def _counted(
+    name: str, direct: DirectReader, options: EngineOptions, requests: list[Request], path: Path
+) -> tuple[Condition, list[tuple[Any, ...]]]:
+    """A recorded run beside what its trace predicts, by phase."""
+    engine = Engine(direct, kernels, options)
+    slots = slots_by_step(engine)
+    with TraceRecorder(path, direct.spec, {"ignore_eos": True}, all_ranks=True) as recorder:
+        _, statistics = engine.generate(requests, recorder=recorder)
+    predicted = predict(read_trace(path), slots, engine.fitting.sizes(requests), options.residency)
+    rows: list[tuple[Any, ...]] = []
+    for phase, counters in statistics.phases.items():
+        mine = predicted.phases.get(phase, Counts())
+        if counters.steps:
+            same = all(getattr(mine, field) == getattr(counters, field) for field in COUNTED)
+            rows.append(
+                (
+                    name,
+                    phase,
+                    counters.msb_hits,
+                    mine.msb_hits,
+                    counters.slow_bytes,
+                    mine.slow_bytes,
+                    "yes" if same else "NO",
+                )
+            )
+    return Condition(name, options, requests, predicted), rows
+
+
+def _timed(direct: DirectReader, bandwidth: float, conditions: list[Condition]) -> list[tuple[Any, ...]]:
+    """Milliseconds per token beside the prediction. Machines whose speed varies: each round measures the constants anew,
+    its runs are compared with these, and rows are medians over the rounds. The runs have no recorder, which costs
+    something itself."""
+    found: list[list[tuple[float, float]]] = [[] for _ in conditions]
+    steps = [0] * len(conditions)
+    for _ in range(ROUNDS):
+        hardware = hardware_of(calibrate(direct, bandwidth), 1 << 30, 1 << 40)
+        for index, condition in enumerate(conditions):
+            _, statistics = Engine(direct, kernels, condition.options).generate(condition.requests)
+            seconds = priced(condition.predicted, direct.spec, hardware) / statistics.committed
+            found[index].append((statistics.decode_seconds / statistics.committed, seconds))
+            steps[index] = statistics.phases["plain"].steps + statistics.phases["verify"].steps
+    rows: list[tuple[Any, ...]] = []
+    for condition, count, pairs in zip(conditions, steps, found, strict=True):
+        measured, predicted = (median(values) * 1e3 for values in zip(*pairs, strict=True))
+        error = median(second / first - 1 for first, second in pairs)
+        rows.append((condition.name, condition.options.batch, count, measured, predicted, error))
+    return rows
 
 
 def _throttle(memory: Any, prompts: list[Any]) -> float:
