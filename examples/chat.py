@@ -8,8 +8,8 @@ import sys
 import elmoe
 
 store = sys.argv[1] if len(sys.argv) > 1 else "demo"
-question = sys.argv[2] if len(sys.argv) > 2 else "What is gravity?"
-messages = [{"role": "system", "content": "Answer in one sentence."}, {"role": "user", "content": question}]
+question = sys.argv[2] if len(sys.argv) > 2 else "What do you like to do?"
+messages = [{"role": "user", "content": question}]
 
 with elmoe.load(store) as model:
     answer = ""

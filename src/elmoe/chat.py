@@ -34,6 +34,45 @@ CONFIG_LIMIT = 32 << 20
 """Largest tokenizer_config.json: some list every added token."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Variables of a template that name special tokens, as in tokenizer_config.json."""
+ROLES = ("system", "user", "assistant")
+"""Roles that every template is given."""
+WRITES_ROLES = re.compile(r"""(?:\{\{-?|\+|~)\s*\w+(?:\.role|\[['"]role['"]\])""")
+MESSAGE = '{"role": "user", "content": "..."}'
+
+
+def plain_messages(messages: Any, template: str | None = None) -> list[dict[str, Any]]:
+    """Messages as templates know them: the parts of a content joined, ``developer`` as ``system``, other keys as they are.
+
+    :param template: where it is given, it must know roles other than the usual three.
+    :raises RequestError: names the message that has no role or text.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RequestError("the messages are not a list of mappings", f"give [{MESSAGE}]")
+    return [_plain(message, f"message {index}", template) for index, message in enumerate(messages)]
+
+
+def _plain(message: Any, where: str, template: str | None) -> dict[str, Any]:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str):
+        raise RequestError(f"{where} is no mapping with a role", f"give {MESSAGE}")
+    role = "system" if role == "developer" else role
+    if template is not None and role not in ROLES and not _knows(template, role):
+        raise RequestError(f"{where} has the role '{short(role, 40)}', which the chat template does not know", "use another")
+    content = message.get("content")
+    if isinstance(content, list) and all(_is_text(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise RequestError(f"{where} has no text as its content", f"give {MESSAGE}")
+    return {**message, "role": role, "content": content}
+
+
+def _knows(template: str, role: str) -> bool:
+    """Whether a template names a role, or writes the names of roles out."""
+    return bool(re.search(f"""['"]{re.escape(role[:40])}['"]""", template) or WRITES_ROLES.search(template))
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
 def render(

@@ -235,18 +235,13 @@ class Model:
         :raises RequestError: the model has no template, or the template refuses the messages.
         """
         self._stepper.check_open()
-        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise RequestError("the messages are not a list of mappings", 'give [{"role": "user", "content": "..."}]')
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise RequestError(f"message {index} is no mapping with a role", 'give {"role": "user", "content": "..."}')
-        from elmoe.chat import render  # here, because loading it delays a first token that needs no template
+        from elmoe.chat import plain_messages, render  # here, because loading it delays a first token that needs no template
 
         template = self.reader.chat_template()
         if template is None:
             hint = "give a plain prompt: elmoe generate STORE --prompt TEXT"
             raise RequestError(f"'{self.path.name}' has no chat template", hint)
-        return render(template, messages, self.reader.special_tokens, tools, **template_variables)
+        return render(template, plain_messages(messages, template), self.reader.special_tokens, tools, **template_variables)
 
     @overload
     def generate(

@@ -50,6 +50,8 @@ def nearest(name: object, names: Iterable[str], hint: str) -> str:
         return f"give one name at a time, '{first}' first"
     if wanted in known:
         return f"did you mean '{wanted}'?"
+    if "/" in wanted or wanted.endswith((".yaml", ".yml", ".json")):  # a file that is not there
+        return hint
     near = [one for one in known if wanted and one.startswith(wanted)] or get_close_matches(wanted, known, 1, 0.5)
     return f"did you mean {' or '.join(repr(one) for one in near[:4])}?" if near else hint
 

@@ -244,6 +244,8 @@ def test_prompts_from_standard_input_files_and_json_lines(tmp_path):
     ("arguments", "words"),
     [
         ((), "there is no prompt"),
+        (("--store", "The whale"), "there is no file or folder 'The whale'"),
+        (("--store", "dmeo"), "did you mean 'demo'?"),
         (("--prompt", "-", "--prompt", "-"), "standard input is given as two prompts"),
         (("--prompt", "@nowhere.txt"), "nowhere.txt"),
         (("--prompt", "x", "--system", "y"), "--system needs --chat"),
@@ -258,7 +260,8 @@ def test_prompts_that_are_refused(tmp_path, monkeypatch, arguments, words):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt"\n')
     monkeypatch.chdir(tmp_path)
-    done = elmoe("generate", "demo", *arguments, check=False)
+    named = arguments[:1] == ("--store",)
+    done = elmoe("generate", *(arguments[1:] if named else ("demo", *arguments)), check=False)
     assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) <= 3, done.stderr
 
 

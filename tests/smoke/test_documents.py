@@ -159,7 +159,7 @@ def test_python_snippets_run_as_written(document, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         exec(compile(text, document, "exec"), {})
-    assert len(shown.getvalue()) > 20
+    assert len(shown.getvalue()) > 15
 
 
 def test_make_targets_that_are_shown_exist():

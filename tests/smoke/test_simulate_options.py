@@ -59,8 +59,11 @@ def test_options_that_contradict_each_other_are_refused(arguments, message):
         ("--hardware", "XPU", "did you mean 'xpu'?"),
         ("--hardware", "xpu,elmoe3d_8gb", "give one name at a time, 'xpu' first"),
         ("--hardware", "?", "a YAML file, or one of ddr5_nvme"),
+        ("--hardware", "xpu.yml", "a YAML file, or one of ddr5_nvme"),
         ("--locality", "mtbench", "did you mean 'mt_bench'?"),
-        ("--locality", "?", "or take a preset: alpaca"),
+        ("--locality", "promts", "did you mean 'prompts'?"),
+        ("--locality", "", "or take a preset: model, prompts, alpaca"),
+        ("--locality", "?", "or take a preset: model, prompts, alpaca"),
     ],
 )
 def test_a_name_that_is_none_is_refused_with_the_nearest(option, name, hint):

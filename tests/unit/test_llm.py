@@ -112,6 +112,20 @@ def test_chats_go_through_the_template_without_added_special_tokens(tmp_path):
             assert "role" in told(model.chat, wrong)
 
 
+def test_messages_are_what_the_server_takes_or_refused(tmp_path):
+    with elmoe.load(templated_store(tmp_path)) as model:
+        text = model.chat_prompt([{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"text": "short."}]}])
+        assert text.endswith("system: Be short.\nassistant:")
+        for content in (None, 3, ["x"], [{"type": "image_url", "image_url": {"url": "x"}}]):
+            assert "message 0 has no text as its content" in told(model.chat, [{"role": "user", "content": content}])
+        assert "wizard: x" in model.chat_prompt([{"role": "wizard", "content": "x"}])  # the template writes any role
+
+
+def test_a_role_that_the_template_does_not_know_is_refused(model):
+    wrong = told(model.chat, [{"role": "user", "content": "x"}, {"role": "wizard", "content": "x"}])
+    assert "message 1 has the role 'wizard', which the chat template does not know" in wrong
+
+
 def test_a_model_without_a_template_says_so(tmp_path):
     with elmoe.load(untemplated_store(tmp_path)) as model:
         assert "'untemplated' has no chat template" in told(model.chat, [{"role": "user", "content": "x"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -93,13 +94,15 @@ def command(
     from elmoe.cli.prompts import collect_prompts
     from elmoe.engine.request import Request, numbered
     from elmoe.files import check_output
-    from elmoe.store import peak_memory
+    from elmoe.store import peak_memory, resolve_store
     from elmoe.tokenizer import split_stops
 
     if trace_path is not None:
         import elmoe.trace  # noqa: F401 - what it needs is told before a model is converted
     check_output(trace_path, force, "trace")
     check_output(timeline_path, force, "timeline")
+    if not os.path.exists(store):
+        resolve_store(store)  # a prompt given in its place is told as such, before a prompt is missed
     prompts = collect_prompts(prompt, prompts_path, chat, system)
     options = serving.options(mode, batch or min(len(prompts) * copies, 16))
     with serving.load(store, options) as model:

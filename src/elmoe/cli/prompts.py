@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elmoe.chat import plain_messages
 from elmoe.errors import RequestError
 from elmoe.untrusted import load_json, read_text, short, text_of
 
@@ -76,8 +77,8 @@ def _json_lines(path: Path, chat: bool, system: str | None) -> list[PromptLine]:
         prompt, messages = fields.get("prompt"), fields.get("messages")
         if isinstance(prompt, str):
             result.append(_line(prompt, chat, system))
-        elif isinstance(messages, list) and messages and all(_is_message(item) for item in messages):
-            result.append(PromptLine(messages[-1]["content"], messages))
+        elif messages is not None:
+            result.append(_conversation(messages, where))
         else:
             raise RequestError(f"{where} is no prompt", SHAPE)
     if not result:
@@ -85,5 +86,9 @@ def _json_lines(path: Path, chat: bool, system: str | None) -> list[PromptLine]:
     return result
 
 
-def _is_message(item: Any) -> bool:
-    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
+def _conversation(messages: Any, where: str) -> PromptLine:
+    try:
+        plain = plain_messages(messages)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}", error.hint) from None
+    return PromptLine(plain[-1]["content"] or "", plain)

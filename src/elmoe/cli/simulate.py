@@ -14,6 +14,7 @@ import click
 from elmoe.cli.common import IntegerList, force_option, json_option, print_json
 from elmoe.sim.paper import EXPERT_CACHES, MODELS, OWN_LOCALITY, PROMPTS, RIVAL_DRAFTS, RIVAL_SETS, SYSTEMS
 from elmoe.terminal import counted, number, print_table, progress_bar, shown, size, small_number
+from elmoe.untrusted import nearest, short
 
 
 @click.command()
@@ -143,7 +144,8 @@ def _preset_text(name: str) -> str:
             return text(name)
     models = ", ".join((*model_names(), *described_names()))
     known = f"hardware: {', '.join(systems)}; models: {models}"
-    raise click.BadParameter(f"there is no preset '{name}'. {known}", param_hint="--show-preset")
+    mend = nearest(name, (*systems, *model_names(), *described_names()), known)
+    raise click.BadParameter(f"there is no preset '{short(name)}': {mend}", param_hint="--show-preset")
 
 
 def _show_costs(rows: list[dict[str, Any]], model: str, batch: int) -> None:

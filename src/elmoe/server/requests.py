@@ -83,7 +83,7 @@ class Translator:
         for name in variables or {}:
             if name in RESERVED or not name.isidentifier():
                 raise ApiError(400, f"the variable '{name[:60]}' cannot be set", "chat_template_kwargs", "invalid_value")
-        plain = [_plain(message) for message in messages]
+        plain = [message.model_dump(exclude_none=True) for message in messages]
         try:
             text = self._model.chat_prompt(plain, **dict(variables or {}))
         except RequestError as error:
@@ -162,15 +162,6 @@ def _longest(engine: Engine) -> int:
     stretches = range(PAGE_POSITIONS, most + PAGE_POSITIONS, PAGE_POSITIONS)
     held = bisect_right(stretches, engine.cache.pages, key=lambda positions: layout.pages(positions, engine.scheduler.chunk))
     return min(most, held * PAGE_POSITIONS)
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as templates know it."""
-    content = message.content
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    role = "system" if message.role == "developer" else message.role
-    further = {"name": message.name, "reasoning_content": message.reasoning_content}
-    return {"role": role, "content": text} | {name: value for name, value in further.items() if value is not None}
 
 
 def _format(body: SamplingBody) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def _kept_rows(trace: Trace) -> NDArray[np.bool_]:
     """Rows of target passes that stay: prompts, and in a verification all up to the first disagreement or the end."""
     phase, draft, target = trace.column("phase"), trace.column("draft"), trace.column("target")
     sequence, eos = trace.column("sequence"), set(trace.header.model.eos_tokens)
-    if trace.header.run.get("ignore_eos"):
+    if trace.header.run.get("ignore_eos") is True:
         eos = set()
     limit = trace.header.run.get("commit_limit")
     kept = phase == "prefill"

@@ -59,7 +59,7 @@ def check_routing(prompts: Sequence[str], batch_routing: str, trace: Path | None
         return
     for name in prompts:
         if name != OWN_LOCALITY:
-            load_locality(name)
+            load_locality(name, (OWN_LOCALITY, "prompts"))
 
 
 def facts_of(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elmoe.errors import StoreError
 from elmoe.store.format import MAGIC, MANIFEST
-from elmoe.untrusted import short
+from elmoe.untrusted import nearest, short
 
 DEMO = Path(__file__).resolve().parent.parent / "presets" / "demo"
 GIVE_STORE = "give a GGUF file, a Hugging Face folder, a folder that `elmoe convert` wrote, or `demo`"
@@ -44,7 +44,7 @@ def _mend_of_missing(name: str) -> str:
         return f"the address of a server begins with http://: elmoe chat http://{name}"
     if re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.gguf)", name, re.ASCII) and not os.path.isdir(name.split("/")[0]):
         return "no model is downloaded: fetch it first, then give its GGUF file or its folder"
-    return GIVE_STORE
+    return nearest(name, ("demo",), GIVE_STORE)
 
 
 def _kind_of_file(path: Path) -> tuple[str, str]:

@@ -101,12 +101,14 @@ def save_locality(locality: Locality, path: str | Path) -> None:
     write_json(path, msgspec.json.format(msgspec.json.encode(locality), indent=1))
 
 
-def load_locality(name_or_path: str | Path) -> Locality:
+def load_locality(name_or_path: str | Path, further: tuple[str, ...] = ()) -> Locality:
     """A file of ``elmoe trace fit``, or a preset by its name: a prompt set such as ``mt_bench``, or a model.
 
+    :param further: other names that the caller knows, for the hint.
     :raises TraceError: there is none, or it is no locality.
     """
-    path, raw = read_json(name_or_path, PRESETS, "locality", "write one with `elmoe trace fit`")
+    hint = "write one with `elmoe trace fit`"
+    path, raw = read_json(name_or_path, PRESETS, "locality", hint, further=further)
     locality = decode_json(raw, str(path), Locality, TraceError, "no locality", "write it anew with `elmoe trace fit`")
     if not 1 <= locality.version <= LOCALITY_VERSION:
         raise TraceError(
@@ -115,12 +117,15 @@ def load_locality(name_or_path: str | Path) -> Locality:
     return locality
 
 
-def read_json(name_or_path: str | Path, presets: Path, kind: str, hint: str, limit: int = FILE_LIMIT) -> tuple[Path, bytes]:
-    """The bytes of a preset, if one has this name, or else of a file; TraceError without one or above ``limit`` bytes."""
+def read_json(
+    name_or_path: str | Path, presets: Path, kind: str, hint: str, limit: int = FILE_LIMIT, further: tuple[str, ...] = ()
+) -> tuple[Path, bytes]:  # fmt: skip
+    """The bytes of a preset, if one has this name, or else of a file; TraceError without one or above ``limit`` bytes.
+    ``further``: names that are neither, but may be meant."""
     preset = presets / f"{name_or_path}.json"
     path = preset if preset.parent == presets and os.path.isfile(preset) else Path(name_or_path)
-    if not os.path.lexists(path):
-        names = sorted(file.stem for file in presets.glob("*.json"))
+    if not str(name_or_path) or not os.path.lexists(path):
+        names = [*further, *sorted(file.stem for file in presets.glob("*.json"))]
         hint += f", or take a preset: {', '.join(names)}" if names else ""
         raise TraceError(f"there is no {kind} '{short(name_or_path)}'", nearest(name_or_path, names, hint))
     return path, read_bytes(path, TraceError, limit, kind, hint)
