@@ -31,7 +31,7 @@ MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 20_000
 """Most values of a YAML file, each use of an alias counted anew."""
 _SHOWN = 200
-_UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`(?: - at `|$)")
 
 
 def short(text: object, most: int = _SHOWN) -> str:

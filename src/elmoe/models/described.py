@@ -6,6 +6,7 @@ layers, latent attention) must not be forced into it: a model with latent attent
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 
 import msgspec
@@ -17,6 +18,9 @@ from elmoe.untrusted import MAX_YAML_BYTES, load_yaml
 
 FAMILY = "described"
 SUFFIXES = (".yaml", ".yml")
+PARTS = re.compile(r"\b(?:model|attention|router|experts|dense)\.(\w+)")
+KEYS = {"experts.width": "expert_width", "dense.width": "dense_width"}
+"""Names that a specification has for keys of a description, where not only the part before the point differs."""
 HINT = "copy a description: `elmoe simulate --show-preset phi-3.5-moe`"
 
 
@@ -109,10 +113,12 @@ def model_of_description(text: str, where: str) -> ModelSizes:
     """The model of a YAML (or JSON) text; ModelError names ``where``, the line and the key."""
     if len(text) > MAX_YAML_BYTES:
         raise ModelError(f"'{where}' has more than {MAX_YAML_BYTES} bytes", HINT)
-    found = load_yaml(text, where, ModelError, HINT).convert(Description, ModelError, HINT)
+    described = load_yaml(text, where, ModelError, HINT)
+    found = described.convert(Description, ModelError, HINT)
     try:
         spec = found.spec()
     except ModelError as error:
-        raise ModelError(f"'{where}': {error}", error.hint or HINT) from error
+        told = PARTS.sub(lambda part: KEYS.get(part[0], part[1]), str(error))
+        raise ModelError(f"{described.at(f'$.{told.split()[0]}')}: {told}", error.hint or HINT) from error
     formats = {"experts": found.precision, "matrices": found.dense_precision}
     return ModelSizes(spec=spec, name=found.name, source=found.source, formats=formats)
