@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 import elmoe
@@ -181,3 +184,21 @@ def test_a_refused_batch_takes_nothing_from_the_next(tmp_path):
         with pytest.raises(elmoe.ElmoeError):
             model.generate(["Hi", "Hi", "Hello " * 200], max_tokens=30)
         assert model.generate(["Hi", "Yes"], max_tokens=30)[0].token_ids == alone
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"fast_memory": 0.5}, {"fast_memory": 0.5, "reader": "direct", "prefix_cache": True}]
+)
+def test_the_memory_of_a_model_goes_with_its_last_reference(options):
+    """Not with the next run of the collector of cycles: gigabytes would wait for it, beside those of the next model."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = elmoe.load("demo", **options)
+        model.generate(WHALE, max_tokens=4)
+        next(iter(model.stream(WHALE, max_tokens=9)))
+        kept = [weakref.ref(one) for one in (model, model.engine, model.engine.tier, model.engine.cache, model.reader)]
+        del model
+        assert [one() for one in kept] == [None] * len(kept)
+    finally:
+        gc.enable()

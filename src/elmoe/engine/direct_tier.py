@@ -53,7 +53,6 @@ class DirectTier(ExpertTier):
             [[offset for _, offset in row] for row in extents], list(self._addresses),
             RESERVE,
         )  # fmt: skip
-        self._feed = SlicesFeed(self._slices, self._begin)
         self._counted = 0, 0
 
     def _address_tables(self, reader: WeightReader) -> AddressTables:
@@ -61,7 +60,9 @@ class DirectTier(ExpertTier):
 
     def feed(self, draft: bool) -> ExpertFeed | None:
         """See ``ExpertSource``: a draft uses what is resident; a target pass's slices come and go."""
-        return None if draft else self._feed
+        if draft:
+            return None
+        return SlicesFeed(self._slices, self._begin)  # not kept: a cycle, and the memory would not go
 
     def note(self, routings: Routings, draft: bool) -> None:
         """See ``ExpertTier.note``; a draft's natural routing tells what verification will need: reads are planned, and those
