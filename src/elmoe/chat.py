@@ -47,7 +47,7 @@ def plain_messages(messages: Any, template: str | None = None) -> list[dict[str,
     :raises RequestError: names the message that has no role or text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RequestError("the messages are not a list of mappings", f"give [{MESSAGE}]")
+        raise RequestError("the messages are no list of mappings with roles, or an empty one", f"give [{MESSAGE}]")
     return [_plain(message, f"message {index}", template) for index, message in enumerate(messages)]
 
 
@@ -59,9 +59,10 @@ def _plain(message: Any, where: str, template: str | None) -> dict[str, Any]:
     if template is not None and role not in ROLES and not _knows(template, role):
         raise RequestError(f"{where} has the role '{short(role, 40)}', which the chat template does not know", "use another")
     content = message.get("content")
-    if isinstance(content, list) and all(_is_text(part) for part in content):
+    if isinstance(content, (list, tuple)) and all(_is_text(part) for part in content):
         content = "".join(part["text"] for part in content)
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+    calls = role == "assistant" and isinstance(message.get("tool_calls"), list) and message["tool_calls"]
+    if not isinstance(content, str) and not (content is None and calls):
         raise RequestError(f"{where} has no text as its content", f"give {MESSAGE}")
     return {**message, "role": role, "content": content}
 
@@ -257,5 +258,12 @@ def _send(process: subprocess.Popen[bytes], request: bytes) -> None:
         raise RequestError(f"the chat template cannot be rendered: {error.strerror}", "give a plain prompt") from None
 
 
+def _forget_worker() -> None:
+    """A child of fork begins anew: the process is its parent's, and the lock may be held by a thread that it lacks."""
+    global _worker
+    _worker = _Worker()
+
+
 _worker = _Worker()
-atexit.register(_worker.stop)
+atexit.register(lambda: _worker.stop())
+os.register_at_fork(after_in_child=_forget_worker)

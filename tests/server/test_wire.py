@@ -157,6 +157,7 @@ def test_what_is_served(api, model):
 
 UNKNOWN, VALUE = "unknown_parameter", "invalid_value"
 PART = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
+CALLS = {"role": "assistant", "content": "x", "tool_calls": []}
 REFUSED = [
     ({"modl": "x"}, "modl", UNKNOWN),
     ({"model": "other"}, "model", "model_not_found"),
@@ -167,6 +168,7 @@ REFUSED = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "unsupported_value"),
     ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
     ({"messages": [{"role": "user", "content": 1}]}, "messages.0.content", VALUE),
+    ({"messages": [CALLS]}, "messages.0.tool_calls", "unsupported_parameter"),
     ({"messages": PART}, "messages.0.content.0.type", "unsupported_value"),
     ({"messages": [{"role": "user", "content": "sea " * 2000}]}, "messages", "context_length_exceeded"),
     ({"tools": []}, "tools", "unsupported_parameter"),
@@ -202,6 +204,14 @@ def test_a_wrong_field_is_named(api, change, param, code):
     error = ErrorBody.model_validate(response.json()).error
     assert response.status_code == (404 if code == "model_not_found" else 400) and error.type.endswith("_error")
     assert (error.param, error.code) == (param, code), error.message
+
+
+def test_an_answer_can_be_sent_back_as_clients_keep_it(api):
+    kept = {"role": "assistant", "content": "Hi.", "refusal": None, "tool_calls": None, "function_call": None, "audio": None}
+    turns = [{"role": "user", "content": "Hello!"}, kept, {"role": "user", "content": "And?"}]
+    bare = [turns[0], {"role": "assistant", "content": "Hi."}, turns[2]]
+    answers = [post(api, "/v1/chat/completions", CHAT | {"messages": one, "seed": 1}).json() for one in (turns, bare)]
+    assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"] == answers[1]["usage"]
 
 
 def test_a_prompt_that_is_too_long_says_by_how_much(api):

@@ -235,6 +235,10 @@ def test_prompts_from_standard_input_files_and_json_lines(tmp_path):
     plain = elmoe_json(*common, "--prompt", "The whale")
     read = elmoe(*common, "--prompt", "-", "--json", stdin="The whale\n")
     rows = [plain, json.loads(read.stdout), elmoe_json(*common, "--prompt", f"@{tmp_path / 'prompt.txt'}")]
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "Hello!"}]}')
+    alike = (("--prompts", str(tmp_path / "chat.jsonl")), ("--prompt", "Hello!"))
+    chats = [elmoe_json(*common, "--chat", "--system", "You sing.", *words) for words in alike]
+    assert chats[0]["token_ids"] == chats[1]["token_ids"]
     assert [row["prompt"] for row in rows] == ["The whale"] * 3 and len({row["text"] for row in rows}) == 1
     many = elmoe_json(*common, "--prompt", "@@home", "--prompts", str(tmp_path / "prompts.jsonl"))["results"]
     assert [row["prompt"] for row in many] == ["@home", "The sea", "The whale"] and many[2]["text"] == plain["text"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import multiprocessing
 import os
 
 import pytest
@@ -103,6 +104,17 @@ def test_the_process_that_renders_stays_and_is_replaced_when_it_dies():
     os.kill(process.pid, 9)
     process.wait()
     assert render("z", MESSAGES) == "z"
+
+
+def test_a_child_of_fork_renders_while_its_parent_does():
+    """The lock is held when the process forks, by a thread that the child does not have."""
+    with chat._worker._lock:
+        child = multiprocessing.get_context("fork").Process(target=lambda: render("x", MESSAGES))
+        child.start()
+        child.join(30)
+        ended = child.exitcode
+        child.kill()
+    assert ended == 0 and render("y", MESSAGES) == "y"
 
 
 def test_messages_that_are_no_json_are_refused():

@@ -120,7 +120,10 @@ def test_messages_are_what_the_server_takes_or_refused(tmp_path):
         text = model.chat_prompt([{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"text": "short."}]}])
         assert text.endswith("system: Be short.\nassistant:")
         for content in (None, 3, ["x"], [{"type": "image_url", "image_url": {"url": "x"}}]):
-            assert "message 0 has no text as its content" in told(model.chat, [{"role": "user", "content": content}])
+            for calls in ({}, {"tool_calls": [{"id": "1"}]}):  # which only an assistant has
+                message = {"role": "user", "content": content, **calls}
+                assert "message 0 has no text as its content" in told(model.chat, [message])
+        assert "message 0 has no text" in told(model.chat, [{"role": "assistant", "content": None, "tool_calls": 5}])
         assert "wizard: x" in model.chat_prompt([{"role": "wizard", "content": "x"}])  # the template writes any role
 
 

@@ -78,7 +78,7 @@ def _json_lines(path: Path, chat: bool, system: str | None) -> list[PromptLine]:
         if isinstance(prompt, str):
             result.append(_line(prompt, chat, system))
         elif messages is not None:
-            result.append(_conversation(messages, where))
+            result.append(_conversation(messages, where, system))
         else:
             raise RequestError(f"{where} is no prompt", SHAPE)
     if not result:
@@ -86,9 +86,13 @@ def _json_lines(path: Path, chat: bool, system: str | None) -> list[PromptLine]:
     return result
 
 
-def _conversation(messages: Any, where: str) -> PromptLine:
+def _conversation(messages: Any, where: str, system: str | None) -> PromptLine:
     try:
         plain = plain_messages(messages)
     except RequestError as error:
         raise RequestError(f"{where}: {error}", error.hint) from None
+    if system is not None:
+        if plain[0]["role"] == "system":
+            raise RequestError(f"{where} has a system message of its own", "give it without --system")
+        plain.insert(0, {"role": "system", "content": system})
     return PromptLine(plain[-1]["content"] or "", plain)

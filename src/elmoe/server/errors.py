@@ -76,6 +76,8 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, f"there is no parameter '{name}'", short(param, _SHOWN), "unknown_parameter")
     if error["type"] == "missing":
         return ApiError(400, f"{param or 'the body'} is missing", param, "missing_required_parameter")
+    if error["type"] == "none_required" and place[-1] in COMING:
+        return not_yet(place[-1], short(param, _SHOWN))
     told = str(error["msg"]).removeprefix("Value error, ")
     told = told[:1].lower() + told[1:]
     value = error.get("input")

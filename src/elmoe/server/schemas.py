@@ -100,6 +100,10 @@ class Message(Body):
     content: str | list[TextPart]
     name: str | None = Field(None, description="Handed to the chat template.")
     reasoning_content: str | None = Field(None, description="Handed to the chat template.")
+    refusal: None = Field(None, description="Null, as in an answer that is sent back.")
+    tool_calls: None = Field(None, description="Null, as in an answer that is sent back.")
+    function_call: None = Field(None, description="Null, as in an answer that is sent back.")
+    audio: None = Field(None, description="Null, as in an answer that is sent back.")
 
 
 class ChatBody(SamplingBody):
