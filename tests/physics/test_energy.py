@@ -17,7 +17,8 @@ from elmoe.hw.cost import Cost
 from elmoe.hw.machine import Machine, Multiply
 from elmoe.schema.constants import Bandwidth, EnergyPerBit, EnergyPerOperation, OperationsPerByte, Ratio, Throughput
 from elmoe.schema.drafters import load_drafters
-from elmoe.schema.hardware import Features, Hardware, NearMemory, Processor
+from elmoe.schema.hardware import Features, Hardware, NearMemory, Processor, load_hardware
+from elmoe.sim.grid import Grid, run_grid
 from elmoe.sim.rows import row_of, static_watts
 from elmoe.sim.simulate import Simulation
 from elmoe.sim.workload import RoutingReplay
@@ -216,6 +217,14 @@ def test_static_power_is_a_share_of_the_reference_and_the_same_watts_everywhere(
     row = row_of(priced, machine, {"batch": 4}, watts)
     expected = (float(priced.whole.joules.sum()) + watts["high"] * priced.seconds) / priced.tokens
     assert row["joules_per_token"]["high"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_order_of_systems_moves_no_joule():
+    """The static power of all is that of the plain xPU, wherever it stands."""
+    pair = [load_hardware(name) for name in ("xpu", "elmoe3d_8gb")]
+    grids = [Grid(tuple(systems), ("olmoe-1b-7b",), ("gsm8k",), (1,), ("ar",), steps=2) for systems in (pair, pair[::-1])]
+    first, second = ({row["system"]: row["joules_per_token"] for row in run_grid(grid, workers=1)} for grid in grids)
+    assert first == second and len(first) == 2
 
 
 def changed(name: str) -> Hardware:

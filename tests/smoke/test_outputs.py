@@ -164,9 +164,14 @@ def session_seconds(leader):
     return found
 
 
-def interrupted(*arguments, begun):
-    """Exit code, output and seconds of processor time to the end of a run that gets Ctrl-C as from a terminal, once
-    ``begun``, which is given the process id and standard output so far, says so."""
+def control_c(process):
+    """As from a terminal: all processes of the session are told."""
+    os.killpg(process, signal.SIGINT)
+
+
+def interrupted(*arguments, begun, end=control_c):
+    """Exit code, output and seconds of processor time to the end of a run that is ended once ``begun``, which is given the
+    process id and standard output so far, says so."""
     process = subprocess.Popen(
         [sys.executable, "-m", "elmoe", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -183,7 +188,7 @@ def interrupted(*arguments, begun):
     while not begun(process.pid, seen[process.stdout]):
         assert process.poll() is None, seen
         look()
-    os.killpg(process.pid, signal.SIGINT)
+    end(process.pid)
     before = sum(taken.values())
     until = time.monotonic() + 300
     while look():  # workers are told to end, not waited for
@@ -201,14 +206,20 @@ def test_ctrl_c_ends_quickly_with_130_and_the_text_so_far():
     assert code == 130 and seconds < 10 and out.startswith("The whale 0") and "The whale 9" in out  # those begun
 
 
-def test_ctrl_c_ends_a_simulation_with_its_workers():
+def workers_compute(leader, _):
     """All systems, models and prompts take minutes; a worker that has computed for a while is past its start."""
+    return any(seconds > 0.2 for process, seconds in session_seconds(leader).items() if process != leader)
 
-    def working(leader, _):
-        return any(seconds > 0.2 for process, seconds in session_seconds(leader).items() if process != leader)
 
-    code, _, seconds = interrupted("simulate", begun=working)
+def test_ctrl_c_ends_a_simulation_with_its_workers():
+    code, _, seconds = interrupted("simulate", begun=workers_compute)
     assert code == 130 and seconds < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_where_their_parent_alone_is_ended(number):
+    code, _, seconds = interrupted("simulate", begun=workers_compute, end=lambda process: os.kill(process, number))
+    assert code == -number and seconds < 10
 
 
 @pytest.mark.parametrize("arguments", [("inspect", "demo", "--json"), ("--help",), ("simulate", "--show-preset", "xpu")])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from elmoe.sim.modelling import TODAY, Modelling
 from elmoe.sim.rivals import Setting, is_ours
 from elmoe.sim.routing import check_routing, facts_of, localities_of
 from elmoe.sim.rows import row_of, static_watts
-from elmoe.sim.simulate import Simulation
+from elmoe.sim.simulate import Priced, Simulation
 from elmoe.sim.workload import RoutingReplay
 from elmoe.systems.forms import FORMS, FormName, Odds, TableOdds, rival_odds
 from elmoe.trace.batches import BatchRouting
@@ -27,6 +29,9 @@ from elmoe.untrusted import short
 
 PAPER_ODDS = tuple(Odds(f"{value:g}", value, "published range") for value in (0.33, 0.6, 0.91))
 """The paper's range of Elastic-SD acceptance, and between."""
+
+SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def run_grids(
                 if progress is not None:
                     progress(done, steps)
         return rows
-    pool = ProcessPoolExecutor(min(workers or processors(), len(groups)), initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(min(workers or processors(), len(groups)), initializer=_serve_parent)
     try:
         futures = [pool.submit(_run_packed, group) for group in groups]  # not map, which cancels what it leaves
         for index, future in enumerate(futures):
@@ -112,9 +117,10 @@ def _routing(grid: Grid) -> tuple[Any, ...]:
     return grid.models, grid.prompts, grid.trace, grid.batch_routing
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole process group; the parent ends its workers."""
+def _serve_parent() -> None:
+    """Of a worker: Ctrl-C reaches the whole process group, and the parent ends its workers; Linux, where it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def check_cases(grid: Grid) -> None:
@@ -165,9 +171,8 @@ def batches_of_group(
     machines = [Machine(hardware) for hardware in grid.systems]
     for batch in grid.batches:
         rows = []
-        share = grid.systems[0].static_share
         reference = simulation.price(machines[0], "ar", batch)
-        watts = static_watts(reference, share.low, share.value, share.high)
+        watts = _static_watts(simulation, machines, reference, batch)
         for machine in machines:
             for form, odds in cases_of(grid, machine.hardware):
                 labels = {
@@ -187,6 +192,16 @@ def batches_of_group(
                 }
                 rows.append(row)
         yield rows
+
+
+def _static_watts(simulation: Simulation, machines: list[Machine], reference: Priced, batch: int) -> dict[str, float]:
+    """Of all systems: a share of what the plain xPU draws, or the first system where there is none, or too small a one."""
+    drawn, share = reference, machines[0].hardware.static_share
+    for machine in machines[1:]:
+        if machine.hardware.name == "xpu":
+            with suppress(BudgetError, HardwareError):
+                drawn, share = simulation.price(machine, "ar", batch), machine.hardware.static_share
+    return static_watts(drawn, share.low, share.value, share.high)
 
 
 def cases_of(grid: Grid, hardware: Hardware) -> Iterator[tuple[FormName, Odds | TableOdds | None]]:
