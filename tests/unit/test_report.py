@@ -11,6 +11,7 @@ import pytest
 
 from elmoe.errors import HardwareError
 from elmoe.report.figures import bars, tornado
+from elmoe.report.headline import Comparison, summary, verdict
 from elmoe.report.overview import overview
 from elmoe.report.page import write_page
 from elmoe.report.section import read_section
@@ -78,7 +79,8 @@ def test_an_own_system_has_its_summary(result):
 
 def test_claims_are_judged_only_about_systems_in_the_result(result):
     verdict = overview(result.rows, result.conditions, "x").verdict
-    assert "speed over xPU: the claim" in verdict and "over best prior: the claim" not in verdict
+    assert re.search(r"speed over xPU: \d+\.\d\dx at 0.6; the paper's claim of 6.6x is NOT JUDGED", verdict)
+    assert "over best prior:" not in verdict
     assert "the paper's means are over batch 1 to 16, this result has 1 to 4" in verdict
     assert "not judged: the result lacks xpu_pim, xpu_logicpim, xpu_nmp, hb_xpu" in verdict
     own = overview(without(result, "elmoe3d_8gb"), result.conditions, "x")
@@ -179,3 +181,17 @@ def test_means_leave_out_rows_that_were_not_simulated(result):
     key = (row["system"], row["form"], row["acceptance"]), row["batch"]
     assert averaged([row, left_out])[key] == (row["tokens_per_second"], row["speedup"])
     assert not averaged([left_out])
+
+
+@pytest.mark.parametrize(("rate", "told"), [
+    (7.0, "HOLDS at every acceptance (7.00x at 0.6); 1 of 2 conditions reach it at 0.6."),
+    (5.0, "DOES NOT HOLD (5.00x at 0.6); it falls short by a factor of 1.32 at best, "
+     "and 0 of 2 conditions reach it at 0.6."),
+])  # fmt: skip
+def test_a_verdict_says_how_many_conditions_reach_the_claim(rate, told):
+    shares = dict.fromkeys(("low", "middle", "high"), 1.0)
+    comparisons = [
+        Comparison("m", "p", batch, "0.6", "ar", "xpu, ar", {}, rate + off, 1.0, shares, shares)
+        for batch, off in ((1, 1.0), (2, -1.0))
+    ]
+    assert verdict("speed over xPU", summary(comparisons), comparisons) == f"speed over xPU: the claim of 6.6x {told}"

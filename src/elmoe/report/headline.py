@@ -131,19 +131,35 @@ def missing_rivals(rows: Iterable[dict[str, Any]]) -> list[str]:
 def verdict(name: str, by_label: dict[str, dict[str, tuple[float, float]]], comparisons: list[Comparison]) -> str:
     """Whether a mean that the paper claims holds, holds if drafts are accepted often enough, or does not hold here.
 
-    Where it does not hold: by which factor it falls short, and in how many of the conditions the ratio is reached.
+    With it, in how many of the conditions the ratio is reached, and where it does not hold, by which factor it falls short.
     """
     claimed = PAPER[name][0]
     reached = [label for label, ratios in by_label.items() if round(ratios[name][0], 2) >= claimed]  # as it is shown
-    means = ", ".join(f"{ratios[name][0]:.2f}x at {label}" for label, ratios in by_label.items())
+    means = _means(name, by_label)
+
+    def count(label: str) -> str:
+        values = _ratios([one for one in comparisons if one.acceptance == label])[name]
+        return f"{sum(round(value, 2) >= claimed for value in values)} of {len(values)} conditions reach it at {label}"
+
     if len(reached) == len(by_label):
-        return f"{name}: the claim of {claimed}x HOLDS at every acceptance ({means})."
+        return f"{name}: the claim of {claimed}x HOLDS at every acceptance ({means}); {count(reached[0])}."
     if reached:
-        return f"{name}: the claim of {claimed}x HOLDS IF acceptance is {' or '.join(reached)} ({means})."
+        return (
+            f"{name}: the claim of {claimed}x HOLDS IF acceptance is {' or '.join(reached)} ({means}); {count(reached[0])}."
+        )
     best = max(by_label, key=lambda label: by_label[label][name][0])
-    values = _ratios([one for one in comparisons if one.acceptance == best])[name]
-    count = sum(value >= claimed for value in values)
     return (
         f"{name}: the claim of {claimed}x DOES NOT HOLD ({means}); it falls short by a factor of "
-        f"{claimed / by_label[best][name][0]:.2f} at best, and {count} of {len(values)} conditions reach it at {best}."
+        f"{claimed / by_label[best][name][0]:.2f} at best, and {count(best)}."
     )
+
+
+def unjudged(name: str, by_label: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """The means of a result of other models than the paper's, beside its claim."""
+    return (
+        f"{name}: {_means(name, by_label)}; the paper's claim of {PAPER[name][0]}x is NOT JUDGED, it is over other models."
+    )
+
+
+def _means(name: str, by_label: dict[str, dict[str, tuple[float, float]]]) -> str:
+    return ", ".join(f"{ratios[name][0]:.2f}x at {label}" for label, ratios in by_label.items())

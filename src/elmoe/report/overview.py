@@ -16,6 +16,7 @@ from elmoe.report.headline import (
     missing_rivals,
     setting_words,
     summary,
+    unjudged,
     verdict,
 )
 from elmoe.report.section import Figure, Section, Table, labelled
@@ -69,14 +70,14 @@ def _overview(rows: list[dict[str, Any]], conditions: dict[str, Any], command: s
         )  # fmt: skip
     by_label, missing = summary(comparisons), missing_rivals(rows)
     judged = [name for name in PAPER if not missing or "prior" not in name]
-    words = [verdict(name, by_label, comparisons) for name in judged]
+    others = sorted({c.model for c in comparisons} ^ set(MODELS))
+    words = [unjudged(name, by_label) if others else verdict(name, by_label, comparisons) for name in judged]
     batches = [c.batch for c in comparisons]
     if (min(batches), max(batches)) != PAPER_BATCHES:
         words.append(
             f"Other conditions: the paper's means are over batch {PAPER_BATCHES[0]} to {PAPER_BATCHES[1]}, this result has "
             f"{min(batches)} to {max(batches)}."
         )
-    others = sorted({c.model for c in comparisons} ^ set(MODELS))
     if others:
         words.append(
             f"Other models: the paper's means are over {', '.join(MODELS)}, this result has "
