@@ -19,7 +19,7 @@ with TemporaryDirectory() as folder:
 grid = Grid(
     systems,
     models=("qwen3-30b-a3b",),
-    prompts=("mt_bench",),  # how local the routing is: measured on this prompt set
+    prompts=("model",),  # how local the routing is: as published of this model
     batches=(1, 8),
     forms=("ar", "elastic"),  # plain decoding, and elastic self-speculative decoding
     odds=(odds_of("demo"),),  # acceptance of drafts: as measured on the demo model

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from elmoe.files import check_output
 from elmoe.report.headline import setting_words
 from elmoe.report.section import Section, labelled, write_section
 from elmoe.schema.hardware import Hardware
@@ -61,10 +62,11 @@ def study(
     locality the routing has, how much the sequences of a batch agree, and the rivals that it compares with; ``--all`` where
     it usually covers less than everything. ``labels``: its tables name their rivals themselves."""
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--quick", action="store_true", help="one model, one prompt set, batch 1 and 8")
+    parser.add_argument("--quick", action="store_true", help="one model, batch 1 and 8")
     parser.add_argument("--out", type=Path, default=FOLDER / f"{name}.json", help="section for `elmoe report`")
     scope = _options(parser, options, usual)
     arguments = parser.parse_args()
+    check_output(arguments.out, force=True, what="section", folders=True)
     chosen = scope(arguments)
     section = run(chosen)
     if "rivals" in options and not labels:

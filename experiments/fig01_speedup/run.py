@@ -1,6 +1,6 @@
 """Speed-up and energy by batch size against every system: the paper's headline.
 
-Grid: 4 models x 4 prompt sets x 5 batch sizes x 7 systems x all forms, and ELMoE-3D as the engine's planner decides.
+Grid: 4 models with their own localities, 5 batch sizes, 7 systems, all forms, and ELMoE-3D as the engine's planner decides.
 Cost: about two minutes on 2 cores.
 """
 

@@ -44,7 +44,7 @@ def short(text: object, most: int = _SHOWN) -> str:
 
 def nearest(name: object, names: Iterable[str], hint: str) -> str:
     """What may have been meant by a name that is not among ``names``; without anything near, ``hint``."""
-    wanted, known = str(name)[:100].lower(), list(names)
+    wanted, known = str(name)[:100].lower().strip(), list(names)
     first = wanted.split(",", 1)[0].strip()
     if first != wanted and first in known:
         return f"give one name at a time, '{first}' first"
@@ -52,7 +52,7 @@ def nearest(name: object, names: Iterable[str], hint: str) -> str:
         return f"did you mean '{wanted}'?"
     if "/" in wanted or wanted.endswith((".yaml", ".yml", ".json")):  # a file that is not there
         return hint
-    near = [one for one in known if wanted and one.startswith(wanted)] or get_close_matches(wanted, known, 1, 0.5)
+    near = [one for one in known if wanted and one.startswith(wanted)] or get_close_matches(wanted, known, 1, 0.6)
     return f"did you mean {' or '.join(repr(one) for one in near[:4])}?" if near else hint
 
 

@@ -58,6 +58,7 @@ def test_options_that_contradict_each_other_are_refused(arguments, message):
         ("--hardware", "elmoe3d-8gb", "did you mean 'elmoe3d_8gb'"),
         ("--hardware", "XPU", "did you mean 'xpu'?"),
         ("--hardware", "xpu,elmoe3d_8gb", "give one name at a time, 'xpu' first"),
+        ("--hardware", "xpu ", "did you mean 'xpu'?"),
         ("--hardware", "?", "a YAML file, or one of ddr5_nvme"),
         ("--hardware", "xpu.yml", "a YAML file, or one of ddr5_nvme"),
         ("--locality", "mtbench", "did you mean 'mt_bench'?"),

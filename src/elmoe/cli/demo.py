@@ -172,7 +172,7 @@ def _compared(rates: dict[str, float]) -> str:
     """How fast the modes were, in words."""
     fastest, second, *_ = sorted(rates, key=lambda mode: -rates[mode])
     if rates[fastest] < ABOUT_EQUAL * rates[second]:
-        return f"Here {fastest} and {second} were about equally fast."
+        return f"Here {fastest} and {second} were about equally fast, within {ABOUT_EQUAL - 1:.0%}."
     others = " and ".join(f"{rates[fastest] / rate:.1f}x {mode}" for mode, rate in rates.items() if mode != fastest)
     return f"Here {fastest} was the fastest: {others}."
 

@@ -102,6 +102,8 @@ def command(
         raise click.UsageError("a trace is replayed as it was recorded: give --trace or --locality")
     for path, what in ((out, "result"), (timeline, "timeline")):
         check_output(path, force, what)
+    if out is not None and out == timeline:
+        raise click.UsageError("--out and --timeline name the same file")
     localities = tuple(name for one in prompts for name in (PROMPTS if one == "prompts" else (one,)))
     setting = Setting(rivals, expert_cache, rival_drafts)
     grid = Grid(

@@ -18,8 +18,8 @@ from elmoe.untrusted import MAX_YAML_BYTES, load_yaml
 
 FAMILY = "described"
 SUFFIXES = (".yaml", ".yml")
-PARTS = re.compile(r"\b(?:model|attention|router|experts|dense)\.(\w+)")
-KEYS = {"experts.width": "expert_width", "dense.width": "dense_width"}
+PARTS = re.compile(r"\b(?:model|attention|router|experts|dense|feed_forward)\.(\w+)")
+KEYS = {"experts.width": "expert_width", "feed_forward.width": "dense_width"}
 """Names that a specification has for keys of a description, where not only the part before the point differs."""
 HINT = "copy a description: `elmoe simulate --show-preset phi-3.5-moe`"
 
@@ -72,15 +72,21 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             if getattr(self, name) not in BITS:
                 raise ModelError(f"{name} is '{getattr(self, name)[:40]}', allowed is {', '.join(BITS)}")
 
+    def _global_attention(self) -> GroupedAttention:
+        try:
+            return GroupedAttention(
+                heads=self.heads, kv_heads=self.global_kv_heads or self.kv_heads,
+                head_dim=self.global_head_dim or self.head_dim, rope=None,
+            )  # fmt: skip
+        except ModelError as error:
+            raise ModelError(re.sub(r"attention\.(kv_heads|head_dim)", r"attention.global_\1", str(error))) from error
+
     def spec(self) -> ModelSpec:
         """The layers; ModelError for sizes that are out of bounds or contradict each other."""
         near = GroupedAttention(
             heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, rope=None, window=self.window
         )
-        far = GroupedAttention(
-            heads=self.heads, kv_heads=self.global_kv_heads or self.kv_heads,
-            head_dim=self.global_head_dim or self.head_dim, rope=None,
-        )  # fmt: skip
+        far = self._global_attention() if self.global_every else near
         moe = Moe(
             router=Router(experts=self.experts, top_k=self.top_k), width=self.expert_width, shared_width=self.shared_width
         )

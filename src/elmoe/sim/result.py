@@ -29,6 +29,8 @@ def odds_of(text: str) -> Odds | TableOdds:
     try:
         value = float(text)
     except ValueError:
+        if "," in text:
+            raise HardwareError(f"the acceptance '{short(text, 60)}' is several", "repeat --acceptance for each") from None
         return TableOdds(Path(text).stem, load_acceptance(text))
     if not 0 <= value < 1:
         raise HardwareError(f"the acceptance {short(text, 60)} is no probability below 1", "give for example 0.6, or `demo`")

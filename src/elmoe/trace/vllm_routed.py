@@ -128,6 +128,10 @@ def _npz(path: Path) -> Iterator[tuple[str, Pair]]:
             raise TraceError(f"'{short(path)}' holds more than {8 * MAX_IDS} bytes", "use fewer or shorter sequences")
     with np.load(path, allow_pickle=False) as arrays:
         endings = [name.removeprefix(GENERATED) for name in arrays.files if name.startswith(GENERATED)]
+        alone = {name.removeprefix(PROMPT) for name in arrays.files if name.startswith(PROMPT)} - set(endings)
+        if alone:
+            name = PROMPT + min(alone)
+            raise TraceError(f"'{short(path)}': {short(name)} has no {GENERATED} of the same ending", "name both alike")
         for ending in sorted(endings, key=lambda ending: (len(ending), ending)):
             before = arrays[PROMPT + ending] if PROMPT + ending in arrays.files else None
             yield GENERATED + ending, (before, arrays[GENERATED + ending])
@@ -159,8 +163,18 @@ def _response(name: str, line: bytes) -> Iterator[Pair]:
         yield (None if before is None else _nested(name, before)), _nested(name, one[GENERATED])
 
 
+def _has_boolean(value: Any) -> bool:
+    """Anywhere in lists of at most three levels; NumPy would take it for 0 or 1."""
+    level = [value]
+    for _ in range(3):
+        level = [item for one in level if isinstance(one, list) for item in one]
+    return any(isinstance(item, bool) for item in level)
+
+
 def _nested(name: str, value: Any) -> NDArray[np.integer]:
     try:
+        if _has_boolean(value):
+            raise TraceError(f"{name}: true or false among the ids", "ids of experts are whole numbers")
         found = np.array(value)
     except (ValueError, OverflowError):
         raise TraceError(f"{name}: lists of different lengths", "each token has all layers, each layer top_k ids") from None
