@@ -152,6 +152,6 @@ def test_the_description_of_the_documents_is_simulated(tmp_path):
 
 
 def test_localities_are_refused_before_a_study_starts():
-    check_routing(("mt_bench", OWN_LOCALITY), "fitted", None)
+    check_routing(("mt_bench", OWN_LOCALITY), "fitted", None, (1,))
     with pytest.raises(ElmoeError, match="there is no locality 'mt_bank'"):
-        check_routing(("mt_bench", "mt_bank"), "fitted", None)
+        check_routing(("mt_bench", "mt_bank"), "fitted", None, (1,))

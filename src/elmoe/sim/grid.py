@@ -77,7 +77,7 @@ def run_grids(
         check_names(each)
         if _routing(each) != _routing(grid):
             raise HardwareError("grids that run together have the same models, prompts, trace and batch routing")
-    check_routing(grid.prompts, grid.batch_routing, grid.trace)
+    check_routing(grid.prompts, grid.batch_routing, grid.trace, grid.batches)
     localities = {model: grid.prompts if grid.trace else localities_of(model, grid.prompts) for model in grid.models}
     groups = [(grids, model, prompts) for model in grid.models for prompts in localities[model]]
     rows: list[list[dict[str, Any]]] = [[] for _ in grids]

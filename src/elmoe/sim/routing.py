@@ -11,7 +11,7 @@ from elmoe.models.load import load_model
 from elmoe.models.sizes import ModelSizes
 from elmoe.sim.paper import OWN_LOCALITY, PROMPTS
 from elmoe.trace.batches import BATCH_ROUTINGS, BatchRouting, routed_together
-from elmoe.trace.facts import RoutingFacts, read_facts
+from elmoe.trace.facts import RoutingFacts, check_sequences, read_facts
 from elmoe.trace.locality import PRESETS, Locality, load_locality
 from elmoe.trace.synthesis import synthesise
 
@@ -45,11 +45,11 @@ def localities_of(model_name: str, prompts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def check_routing(prompts: Sequence[str], batch_routing: str, trace: Path | None) -> None:
+def check_routing(prompts: Sequence[str], batch_routing: str, trace: Path | None, batches: Sequence[int]) -> None:
     """Refuse by name what :func:`facts_of` could not make, before a study starts.
 
-    :raises TraceError: there is no such locality, or it is none. :raises HardwareError: no such batch routing, or one for a
-        trace, whose sequences are as they were recorded.
+    :raises TraceError: there is no such locality, or it is none, or a batch has more sequences. :raises HardwareError: no such
+        batch routing, or one for a trace, whose sequences are as they were recorded.
     """
     if batch_routing not in BATCH_ROUTINGS:
         raise HardwareError(f"there is no batch routing '{batch_routing}'", f"take one of {', '.join(BATCH_ROUTINGS)}")
@@ -57,6 +57,7 @@ def check_routing(prompts: Sequence[str], batch_routing: str, trace: Path | None
         if batch_routing != "fitted":
             raise HardwareError("a trace is replayed as it was recorded", "--batch-routing is for synthetic routing")
         return
+    check_sequences(SEQUENCES, max(batches))
     for name in prompts:
         if name != OWN_LOCALITY:
             load_locality(name, (OWN_LOCALITY, "prompts"))

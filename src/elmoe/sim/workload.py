@@ -18,7 +18,7 @@ from elmoe.policy.planner import popularity
 from elmoe.policy.residency import Residency, ResidencyParameters, ResidentSet
 from elmoe.sim.trees import Tree, TreeShape, accepted_depth, tree_of
 from elmoe.systems.passes import Passes
-from elmoe.trace.facts import RoutingFacts
+from elmoe.trace.facts import RoutingFacts, check_sequences
 from elmoe.trace.residents import ReplayedResidents, best_residents, expert_counts, experts_used
 
 ACCEPTANCE_SEED = 20260414
@@ -118,12 +118,7 @@ class RoutingReplay:
 
     def check_batch(self, batch: int) -> None:
         """TraceError if the facts hold fewer sequences."""
-        held = len(self.facts.prompts)
-        if batch > held:
-            raise TraceError(
-                f"the routing has {held} sequences, the batch is {batch}",
-                "use a smaller batch, or --trace with more sequences",
-            )
+        check_sequences(len(self.facts.prompts), batch)
 
     def longest_draft(self, batch: int) -> int:
         """Tokens that the first step of ``batch`` sequences can draft before the facts of one of them end."""

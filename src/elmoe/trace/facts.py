@@ -105,6 +105,14 @@ class FactsHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lengths: tuple[int, ...]
 
 
+def check_sequences(held: int, batch: int) -> None:
+    """TraceError if so many sequences make no batch of this size."""
+    if batch > held:
+        raise TraceError(
+            f"the routing has {held} sequences, the batch is {batch}", "use a smaller batch, or --trace with more sequences"
+        )
+
+
 def facts_of_trace(trace: Trace) -> RoutingFacts:
     """The rows of a recording that stay, prompts included; shorter sequences are padded.
 
