@@ -48,8 +48,8 @@ def localities_of(model_name: str, prompts: Sequence[str]) -> tuple[str, ...]:
 def check_routing(prompts: Sequence[str], batch_routing: str, trace: Path | None, batches: Sequence[int]) -> None:
     """Refuse by name what :func:`facts_of` could not make, before a study starts.
 
-    :raises TraceError: there is no such locality, or it is none, or a batch has more sequences. :raises HardwareError: no such
-        batch routing, or one for a trace, whose sequences are as they were recorded.
+    :raises TraceError: there is no such locality, or it is none, or a batch has more sequences.
+    :raises HardwareError: no such batch routing, or one for a trace, whose sequences are as they were recorded.
     """
     if batch_routing not in BATCH_ROUTINGS:
         raise HardwareError(f"there is no batch routing '{batch_routing}'", f"take one of {', '.join(BATCH_ROUTINGS)}")
