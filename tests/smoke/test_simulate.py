@@ -83,7 +83,7 @@ def test_results_become_a_page(tmp_path):
     run("simulate", *SMALL, *systems, "--out", str(out), "--timeline", str(timeline), "--json")
     result = run("report", str(out), "--out", str(page), "--json")
     section = json.loads(result.stdout)["sections"][0]
-    assert "speed over xPU: the claim of 6.6x" in section["verdict"]
+    assert "the paper's claim of 6.6x is NOT JUDGED, it is over other models" in section["verdict"]
     html = page.read_text()
     assert "Paper v this simulator" in html and "Plotly.newPlot" in html
     events = json.loads(timeline.read_text())["traceEvents"]
