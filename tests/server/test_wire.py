@@ -360,6 +360,9 @@ def test_the_description_names_all_routes_and_fields(api):
     assert {"temperature", "messages", "response_format"} <= set(
         description["components"]["schemas"]["ChatBody"]["properties"]
     )
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        kinds = description["paths"][path]["post"]["responses"]["200"]["content"]
+        assert kinds.keys() == {"application/json", "text/event-stream"} and "$ref" in kinds["application/json"]["schema"]
 
 
 def test_a_model_is_named_as_it_was_given(tmp_path):

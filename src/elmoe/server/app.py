@@ -153,7 +153,8 @@ def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _READ, _WRITTEN = _responses(401), _responses(400, 401, 408, 413, 415, 429)
-_SERVED = _WRITTEN | _responses(404, 500, 504)
+_EVENTS = {"description": "The answer, or its events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_SERVED = _WRITTEN | _responses(404, 500, 504) | {200: _EVENTS}
 
 
 def create_app(model: Model, settings: Settings) -> FastAPI:
