@@ -153,7 +153,7 @@ def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _READ, _WRITTEN = _responses(401), _responses(400, 401, 408, 413, 415, 429)
-_EVENTS = {"description": "The answer, or its events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_EVENTS = {"description": "The answer, or its events.", "content": {"text/event-stream": {}}}
 _SERVED = _WRITTEN | _responses(404, 500, 504) | {200: _EVENTS}
 
 
