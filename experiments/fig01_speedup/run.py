@@ -1,7 +1,7 @@
 """Speed-up and energy by batch size against every system: the paper's headline.
 
 Grid: 4 models with their own localities, 5 batch sizes, 7 systems, all forms, and ELMoE-3D as the engine's planner decides.
-Cost: about two minutes on 2 cores.
+Cost: about 40 seconds on 2 cores.
 """
 
 from __future__ import annotations

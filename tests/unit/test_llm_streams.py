@@ -119,17 +119,19 @@ def test_asynchronous_streams_and_their_cancellation(model):
         await anext(stream)
         await stream.aclose()
         task = asyncio.create_task(model.agenerate(WHALE, max_tokens=1500, ignore_eos=True))
-        other = asyncio.create_task(model.agenerate("The sea", max_tokens=20))
+        other = asyncio.create_task(model.agenerate("The sea", max_tokens=300, ignore_eos=True))
         running = model.engine.scheduler.running
         while not other.done() and (len(running) < 2 or not all(one.output for one in running)):
-            await asyncio.sleep(0)  # until both write
+            await asyncio.sleep(0)
+        assert len(running) == 2 and not task.done() and not other.done()  # both write
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         return text, (await other).text
 
     text, other = asyncio.run(run())
-    assert text == model.generate(WHALE, max_tokens=12).text and other == model.generate("The sea", max_tokens=20).text
+    assert text == model.generate(WHALE, max_tokens=12).text
+    assert other == model.generate("The sea", max_tokens=300, ignore_eos=True).text
     assert idle(model)
 
 

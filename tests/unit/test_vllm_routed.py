@@ -98,7 +98,7 @@ def written(tmp_path, name, content):
         ("a.npz", {"prompt_routed_experts": ids(2, 3), "routed_experts": ids(2)}, r"the prompt has layers.* \(3, 3\)"),
         ("a.npz", {"routed_experts_0": ids(2, 3), "routed_experts_1": ids(2)}, "different layers"),
         ("a.npz", {"prompt_routed_experts": ids(2), "routed_experts_0": ids(2)}, "prompt_routed_experts has no"),
-        ("a.json", b'{"routed_experts": [[[2, true]], [[0, 2]]]}', "true or false among the ids"),
+        ("a.json", b'{"routed_experts": [[[2, true]], [[0, 2]]]}', "not whole numbers.* got `bool`"),
         ("a.json", b"[1]", "is no object"),
         ("a.json", b'{"choices": [{"text": "x"}]}', "has no routed_experts"),
         ("a.json", b'{"routed_experts": [[[1, 2]], [[1]]]}', "lists of different lengths|not whole numbers"),

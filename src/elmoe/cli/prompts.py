@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elmoe.chat import plain_messages
 from elmoe.errors import RequestError
 from elmoe.untrusted import load_json, read_text, short, text_of
 
@@ -87,6 +86,8 @@ def _json_lines(path: Path, chat: bool, system: str | None) -> list[PromptLine]:
 
 
 def _conversation(messages: Any, where: str, system: str | None) -> PromptLine:
+    from elmoe.chat import plain_messages  # here, because loading it delays a first token that needs no template
+
     try:
         plain = plain_messages(messages)
     except RequestError as error:

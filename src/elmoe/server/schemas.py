@@ -93,6 +93,9 @@ class TextPart(Body):
     text: str
 
 
+SENT_BACK = "Null, as in an answer that is sent back."
+
+
 class Message(Body):
     """One message of a chat. ``developer`` is taken as ``system``, the name that templates know."""
 
@@ -100,10 +103,10 @@ class Message(Body):
     content: str | list[TextPart]
     name: str | None = Field(None, description="Handed to the chat template.")
     reasoning_content: str | None = Field(None, description="Handed to the chat template.")
-    refusal: None = Field(None, description="Null, as in an answer that is sent back.")
-    tool_calls: None = Field(None, description="Null, as in an answer that is sent back.")
-    function_call: None = Field(None, description="Null, as in an answer that is sent back.")
-    audio: None = Field(None, description="Null, as in an answer that is sent back.")
+    refusal: None = Field(None, description=SENT_BACK)
+    tool_calls: None = Field(None, description=SENT_BACK)
+    function_call: None = Field(None, description=SENT_BACK)
+    audio: None = Field(None, description=SENT_BACK)
 
 
 class ChatBody(SamplingBody):

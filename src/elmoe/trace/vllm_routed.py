@@ -163,19 +163,14 @@ def _response(name: str, line: bytes) -> Iterator[Pair]:
         yield (None if before is None else _nested(name, before)), _nested(name, one[GENERATED])
 
 
-def _has_boolean(value: Any) -> bool:
-    """Anywhere in lists of at most three levels; NumPy would take it for 0 or 1."""
-    level = [value]
-    for _ in range(3):
-        level = [item for one in level if isinstance(one, list) for item in one]
-    return any(isinstance(item, bool) for item in level)
-
-
 def _nested(name: str, value: Any) -> NDArray[np.integer]:
     try:
-        if _has_boolean(value):
-            raise TraceError(f"{name}: true or false among the ids", "ids of experts are whole numbers")
-        found = np.array(value)
+        ids = msgspec.convert(value, list[list[list[int]]])  # which NumPy would not say of true and false
+    except msgspec.ValidationError as error:
+        told = f"{name}: not whole numbers (tokens, layers, top_k): {short(error)}"
+        raise TraceError(told, "each token has all layers, each layer top_k ids") from None
+    try:
+        found = np.array(ids)
     except (ValueError, OverflowError):
         raise TraceError(f"{name}: lists of different lengths", "each token has all layers, each layer top_k ids") from None
     return _array(name, found)
