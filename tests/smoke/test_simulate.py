@@ -186,3 +186,9 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     with pytest.raises(HardwareError, match="cannot write"):
         write_whole(tmp_path / "taken", b"content")  # the rename meets a folder
     assert [item.name for item in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_grid_from_python_is_checked_as_the_command_is():
+    twice = (load_hardware("xpu"),) * 2
+    with pytest.raises(HardwareError, match="two systems have the name 'xpu'"):
+        run_grid(Grid(twice, ("olmoe-1b-7b",), ("gsm8k",), (1,), ("ar",), steps=2), workers=1)
