@@ -24,7 +24,7 @@ from elmoe.models.load import load_model
 from elmoe.store import open_store
 from elmoe.terminal import print_table
 
-PROBE, PROBES = 2 << 30, 3
+PROBE, PROBES, REPEATS = 2 << 30, 3, 3
 BATCHES = "1,4"
 
 
@@ -43,12 +43,11 @@ def decode_bytes(store: Path, row: dict[str, Any]) -> float:
     return dense + (decode["slow_bytes"] + decode["fast_bytes"]) / decode["steps"]
 
 
-def rows_of(store: Path, budget: int | None, tokens: int) -> list[dict[str, Any]]:
+def rows_of(store: Path, budget: int | None, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """Rows of `elmoe bench`, in memory or within a budget."""
     where = [] if budget is None else ["--fast-memory", str(budget), "--reader", "direct"]
-    told = elmoe(
-        "bench", str(store), "--modes", "plain,elastic", "--batch", BATCHES, "--max-tokens", str(tokens), "--json", *where
-    )
+    runs = "--max-tokens", str(tokens), "--repeats", str(repeats)
+    told = elmoe("bench", str(store), "--modes", "plain,elastic", "--batch", BATCHES, *runs, "--json", *where)
     rows: list[dict[str, Any]] = json.loads(told)["rows"]
     return rows
 
@@ -58,7 +57,7 @@ def bandwidth_of_memory() -> float:
     return median(memory_bandwidth(PROBE, 2) for _ in range(PROBES))
 
 
-def measured(config: Path, layers: int | None, folder: Path, tokens: int) -> list[dict[str, Any]]:
+def measured(config: Path, layers: int | None, folder: Path, tokens: int, half_repeats: int) -> list[dict[str, Any]]:
     """All rows of one model."""
     store = folder / f"{config.stem}-{layers or 'all'}"
     few = [] if layers is None else ["--layers", str(layers)]
@@ -70,7 +69,7 @@ def measured(config: Path, layers: int | None, folder: Path, tokens: int) -> lis
         found = []
         for budget in (None, size // 2):
             before = bandwidth_of_memory()
-            rows = rows_of(store, budget, tokens)
+            rows = rows_of(store, budget, tokens, REPEATS if budget is None else half_repeats)
             bandwidth = max(before, bandwidth_of_memory())
             for row in rows:
                 share, decode = None, row["phases"]["plain"]
@@ -91,13 +90,14 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", metavar="CONFIG[:LAYERS]")
     parser.add_argument("--folder", type=Path, default=Path("build/shapes"))
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--half-repeats", type=int, default=REPEATS, help="runs of a row within the budget (default: %(default)s)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for given in arguments.configs:
         name, _, layers = given.partition(":")
-        rows += measured(Path(name), int(layers) if layers else None, arguments.folder, arguments.tokens)
+        rows += measured(Path(name), int(layers) if layers else None, arguments.folder, arguments.tokens, arguments.half_repeats)
         print(json.dumps(rows[-8:]), file=sys.stderr, flush=True)
     if arguments.json:
         print(json.dumps({"rows": rows}, indent=1))
