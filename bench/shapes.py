@@ -90,14 +90,18 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", metavar="CONFIG[:LAYERS]")
     parser.add_argument("--folder", type=Path, default=Path("build/shapes"))
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--half-repeats", type=int, default=REPEATS, help="runs of a row within the budget (default: %(default)s)")
+    parser.add_argument(
+        "--half-repeats", type=int, default=REPEATS, help="runs of a row within the budget (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for given in arguments.configs:
         name, _, layers = given.partition(":")
-        rows += measured(Path(name), int(layers) if layers else None, arguments.folder, arguments.tokens, arguments.half_repeats)
+        rows += measured(
+            Path(name), int(layers) if layers else None, arguments.folder, arguments.tokens, arguments.half_repeats
+        )
         print(json.dumps(rows[-8:]), file=sys.stderr, flush=True)
     if arguments.json:
         print(json.dumps({"rows": rows}, indent=1))
