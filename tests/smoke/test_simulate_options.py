@@ -79,6 +79,21 @@ def test_what_does_not_fit_is_told_with_its_forms():
     assert "ar: 'glm-4.5-air' needs 106.0 GiB at batch 1" in lines[0]
 
 
+def test_a_first_system_that_is_too_small_for_a_model_leaves_that_model_out():
+    case = ("simulate", "--hardware", "xpu", "--hardware", "dgx_spark", "--batch", "1", "--form", "ar")
+    done = run(*case, "--model", "glm-4.5-air", "--model", "qwen3-30b-a3b")
+    lines = done.stderr.splitlines()
+    assert "qwen3-30b-a3b: tokens/s" in done.stdout and "glm-4.5-air: tokens/s" not in done.stdout
+    for system in ("xpu", "dgx_spark"):
+        (line,) = [line for line in lines if line.startswith(f"left out: {system}, glm-4.5-air, ar: ")]
+        assert "'glm-4.5-air' needs 106.0 GiB at batch 1, 'xpu' has" in line and line.endswith(
+            "every system is compared to it"
+        )
+    with pytest.raises(ElmoeError, match="'glm-4.5-air' needs 106.0 GiB") as caught:
+        run(*case, "--model", "glm-4.5-air")
+    assert "smaller model" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -85,7 +85,7 @@ def command(
 ) -> None:  # fmt: skip
     """Simulate models on described hardware: tokens/s, joules and bytes per token, and the busiest unit."""
     from elmoe.files import check_output
-    from elmoe.sim.grid import PAPER_ODDS, Grid, check_cases, check_names, run_grid
+    from elmoe.sim.grid import PAPER_ODDS, Grid, check_cases, check_names, check_rows, run_grid
     from elmoe.sim.modelling import BEFORE, TODAY, TREES
     from elmoe.sim.result import SimulationResult, odds_of, write_result
     from elmoe.sim.rivals import Setting
@@ -118,6 +118,7 @@ def command(
     told = "simulating " + " x ".join(counted(len(items), what) for items, what in sizes)
     with progress_bar(told, None) as bar:
         rows = run_grid(grid, lambda done, total: bar(done, total))
+    check_rows(rows)
     result = SimulationResult.of(
         grid, rows, shlex.join(["elmoe", *sys.argv[1:]]), datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     )
@@ -196,7 +197,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     """A table per model: mean over prompts."""
     from elmoe.sim.result import averaged
 
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows if "error" not in row))
     for model in models:
         mine = [row for row in rows if row["model"] == model]
         batches = sorted({row["batch"] for row in mine})

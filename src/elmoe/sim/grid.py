@@ -134,6 +134,12 @@ def check_cases(grid: Grid) -> None:
         )
 
 
+def check_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """HardwareError where nothing of a grid fits its system."""
+    if all("error" in row for row in rows):
+        raise HardwareError(rows[0]["error"], "choose a smaller model, smaller batches or larger memories")
+
+
 def check_names(grid: Grid) -> None:
     """HardwareError where two things of a kind have one name: their rows could not be told apart."""
     odds = [item.label for item in grid.odds]
@@ -160,7 +166,8 @@ def _run_packed(group: tuple[Sequence[Grid], str, str]) -> list[list[dict[str, A
 def batches_of_group(
     grid: Grid, model_name: str, prompts: str, replay: RoutingReplay | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows of one model and prompt set, batch size by batch size; what does not fit becomes a row with ``error``.
+    """Rows of one model and prompt set, batch size by batch size; what does not fit becomes a row with ``error``, and so do
+    all systems where the first one, the reference, is too small.
 
     :param replay: of the group's facts, if other grids share them.
     """
@@ -171,14 +178,17 @@ def batches_of_group(
     machines = [Machine(hardware) for hardware in grid.systems]
     for batch in grid.batches:
         rows = []
-        reference = simulation.price(machines[0], "ar", batch)
-        watts = _static_watts(simulation, machines, reference, batch)
+        reference, lacking = _reference(simulation, machines[0], batch)
+        watts = {} if reference is None else _static_watts(simulation, machines, reference, batch)
         for machine in machines:
             for form, odds in cases_of(grid, machine.hardware):
                 labels = {
                     "system": machine.hardware.name, "form": form, "model": model.name, "prompts": prompts, "batch": batch,
                     "acceptance": None if odds is None else odds.label, "locality": facts.source,
                 } | grid.setting.labels  # fmt: skip
+                if reference is None:
+                    rows.append(labels | {"error": lacking})
+                    continue
                 try:
                     priced = simulation.price(machine, form, batch, odds, grid.lengths)
                 except (BudgetError, HardwareError) as error:
@@ -192,6 +202,14 @@ def batches_of_group(
                 }
                 rows.append(row)
         yield rows
+
+
+def _reference(simulation: Simulation, machine: Machine, batch: int) -> tuple[Priced | None, str]:
+    """Plain decoding of the first system, which all are compared to; None and why where the model does not fit it."""
+    try:
+        return simulation.price(machine, "ar", batch), ""
+    except (BudgetError, HardwareError) as error:
+        return None, f"{error}, and every system is compared to it"
 
 
 def _static_watts(simulation: Simulation, machines: list[Machine], reference: Priced, batch: int) -> dict[str, float]:
