@@ -206,6 +206,21 @@ def test_ctrl_c_ends_quickly_with_130_and_the_text_so_far():
     assert code == 130 and seconds < 10 and out.startswith("The whale 0") and "The whale 9" in out  # those begun
 
 
+def test_ctrl_c_while_the_command_line_is_loaded_is_no_traceback():
+    code = """
+import sys
+class Interrupting:
+    def find_spec(self, name, path, target=None):
+        if name == "elmoe.cli.main":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+from elmoe.__main__ import main
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")
+
+
 def workers_compute(leader, _):
     """All systems, models and prompts take minutes; a worker that has computed for a while is past its start."""
     return any(seconds > 0.2 for process, seconds in session_seconds(leader).items() if process != leader)

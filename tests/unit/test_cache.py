@@ -403,6 +403,7 @@ def test_python_and_the_command_line_take_files(tmp_path, monkeypatch, capfd):
         call("cache", "remove", "nothing")
     assert call("cache", "remove", "model.gguf")["removed"] == [str(source)]
     assert call("cache", "list")["rows"] == []
+    assert "stores: 0 models; a GGUF file" in run.invoke(cli, ["cache", "list"]).stdout
     assert len(call("cache", "list", "--store-dir", str(tmp_path / "other"))["rows"]) == 1
     assert len(call("cache", "remove", "--all", "--store-dir", str(tmp_path / "other"))["removed"]) == 1
 

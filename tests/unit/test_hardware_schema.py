@@ -159,6 +159,9 @@ def change(path: str, value: object, name: str = "elmoe3d_8gb") -> str:
         ("features.bit_slices", "yes, please", "$.features.bit_slices", "Expected `bool`"),
         ("static_share", {"value": "100 %", "source": "here", "status": "assumed"}, "", "below 100 %"),
         ("name", 8, "$.name", "Expected `str`"),
+        ("name", " ", "", "'name' must have 1 to 64 printable characters"),
+        ("name", "x" * 65, "", "'name' must have 1 to 64 printable characters"),
+        ("name", "two\nlines", "", "'name' must have 1 to 64 printable characters"),
     ],
 )
 def test_bad_input_names_file_path_and_mend(tmp_path, path, value, where, what):
@@ -226,6 +229,9 @@ def test_a_description_that_is_written_loads_as_the_same(tmp_path, name):
 CHOICES = ("main", "fast", "faster", "processor", "both", "same", "twice")
 BOUNDS = st.lists(st.floats(1e-30, 1e30), min_size=3, max_size=3).map(sorted)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+NAMES = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=64).filter(
+    lambda name: bool(name.strip()) and name.isprintable()
+)
 
 
 def changed(data: object, draw: st.DataObject) -> object:
@@ -234,14 +240,15 @@ def changed(data: object, draw: st.DataObject) -> object:
         low, value, high = draw.draw(BOUNDS)
         return type(data)(value, draw.draw(TEXTS), draw.draw(st.sampled_from(["measured", "assumed"])), low, high)
     if isinstance(data, msgspec.Struct):
-        return msgspec.structs.replace(data, **{name: changed(getattr(data, name), draw) for name in data.__struct_fields__})
+        names = [name for name in data.__struct_fields__ if name != "name"]
+        return msgspec.structs.replace(data, **{name: changed(getattr(data, name), draw) for name in names})
     return draw.draw(TEXTS) if isinstance(data, str) and data not in CHOICES else data
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.data(), st.sampled_from((*preset_names(), *variant_names())))
 def test_any_description_survives_writing_and_loading(draw, name):
-    hardware = changed(load_hardware(name), draw)
+    hardware = msgspec.structs.replace(changed(load_hardware(name), draw), name=draw.draw(NAMES))
     assert load_described(described_text(hardware), "written", Hardware) == hardware
 
 

@@ -24,7 +24,7 @@ def command() -> None:
 def list_command(store_dir: Path | None, as_json: bool) -> None:
     """List the cache: sources, sizes, and whether they are whole."""
     from elmoe.convert.cache import default_folder, entries
-    from elmoe.terminal import print_table, size
+    from elmoe.terminal import counted, print_table, shown, size
 
     found = list(entries(store_dir))
     if as_json:
@@ -37,8 +37,12 @@ def list_command(store_dir: Path | None, as_json: bool) -> None:
         ]  # fmt: skip
         print_json({"folder": str(store_dir or default_folder()), "rows": rows})
         return
+    title = f"{store_dir or default_folder()}: {counted(len(found), 'model')}"
+    if not found:
+        click.echo(shown(f"{title}; a GGUF file or a Hugging Face folder is kept here once it was used"))
+        return
     print_table(
-        f"{store_dir or default_folder()}: {len(found)} model{'s' if len(found) != 1 else ''}",
+        title,
         ("source", "size", "converted"),
         [(one.entry.path, size(one.bytes), one.entry.made if one.whole else "not finished") for one in found],
     )

@@ -30,6 +30,9 @@ from elmoe.schema.constants import (
 from elmoe.schema.provenance import mark_changes
 from elmoe.untrusted import MAX_YAML_BYTES, nearest, read_text, short
 
+LONGEST_NAME = 64
+"""Characters of a machine's name, which is a column of tables."""
+
 
 class Refresh(Struct, frozen=True, kw_only=True):
     """All-bank refresh: each ``interval`` (tREFI) a rank is busy for ``duration`` (tRFCab) and must close its rows before
@@ -166,6 +169,8 @@ class Hardware(Struct, frozen=True, kw_only=True):
     features: Features = Features()
 
     def __post_init__(self) -> None:
+        if not (self.name.strip() and self.name.isprintable() and len(self.name) <= LONGEST_NAME):
+            raise ValueError(f"'name' must have 1 to {LONGEST_NAME} printable characters")
         if self.static_share.value >= 1:
             raise ValueError("'static_share' must be below 100 %")
         if self.fast is None and any(msgspec.structs.astuple(self.features)):
