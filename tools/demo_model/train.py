@@ -1,8 +1,8 @@
-"""Train the demo model, for as long as one likes. usage: train.py WORK [--from FOLDER], later train.py WORK --decay
-MILLION_TOKENS
+"""Train the demo model, for as long as one likes. usage: train.py WORK [--from FOLDER] [--rate RATE], later
+train.py WORK --decay MILLION_TOKENS
 
 --from begins with the weights of another checkpoint of this shape; where its tokenizer differs, the embedding of a token is
-the mean of those of the old tokens that spell it.
+the mean of those of the old tokens that spell it. Where its rate has been zero, a lower peak is kinder: --rate 1e-3.
 
 The rate is constant after a warm-up, so training may stop at any time. The last phase, --decay, takes it to zero over so
 many tokens from the newest state on; the state before it is kept as WORK/stable.pt. WORK/checkpoint is in Hugging Face form.
@@ -47,7 +47,7 @@ ITERATIONS = (
     (2.8366, -3.0525, 1.2012),
 )  # fmt: skip
 """Coefficients of the Newton-Schulz steps."""
-LOG_STEPS, SAVE_SECONDS, EVALUATE_SECONDS, EVALUATED = 20, 300, 1800, 48
+LOG_STEPS, SAVE_SECONDS, EVALUATE_SECONDS, EVALUATED = 20, 300, 900, 48
 """EVALUATED: windows of an evaluation."""
 MATRICES = "gate_up", "down", ".q.weight", ".k.weight", ".v.weight", ".o.weight"
 
@@ -122,7 +122,7 @@ class Data:
 class Trainer:
     """What all workers share: weights, every worker's gradients, the optimizers' states, counters."""
 
-    def __init__(self, work: Path, workers: int, device: str, begin: Path | None = None) -> None:
+    def __init__(self, work: Path, workers: int, device: str, begin: Path | None = None, peak: float = RATE) -> None:
         torch.manual_seed(0)
         self.work, self.workers, self.device, self.data = work, workers, device, Data(work, device)
         self.model = Model(Shape()).to(device).share_memory()
@@ -135,6 +135,7 @@ class Trainer:
             {name: torch.zeros_like(p).share_memory_() for name, p in self.named.items()} for _ in range(workers)
         ]
         self.numbers = dict(tokens=0, steps=0, seconds=0.0, cpu_seconds=0.0, decay_from=0, decay_tokens=0)
+        self.peak = peak
         self.sums, self.norms = torch.zeros(workers, 3).share_memory_(), torch.zeros(workers).share_memory_()
         context = multiprocessing.get_context("fork")
         self.barrier, self.next, self.stopping = context.Barrier(workers), context.Value("q", 0), context.Value("b", 0)
@@ -182,14 +183,15 @@ class Trainer:
     def start_decay(self, tokens: int) -> None:
         """Decay over so many tokens from here on, unless a decay is under way."""
         if not self.numbers["decay_tokens"]:
-            shutil.copyfile(self.work / "state.pt", self.work / "stable.pt")
+            if (self.work / "state.pt").exists():
+                shutil.copyfile(self.work / "state.pt", self.work / "stable.pt")
             self.numbers |= dict(decay_from=self.numbers["tokens"], decay_tokens=tokens)
 
     def rate(self) -> float:
         """Peak rate after the warm-up, linear to zero in the last phase."""
         n = self.numbers
         left = 1 - (n["tokens"] - n["decay_from"]) / n["decay_tokens"] if n["decay_tokens"] else 1
-        return RATE * min(1, (n["steps"] + 1) / WARM_UP) * max(0, left)
+        return self.peak * min(1, (n["steps"] + 1) / WARM_UP) * max(0, left)
 
     def finished(self) -> bool:
         n = self.numbers
@@ -317,10 +319,12 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--from", dest="begin", type=Path, metavar="FOLDER", help="a checkpoint to begin with")
     parser.add_argument("--workers", type=int, default=2, help="processes, on a CPU (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=RATE, help="its peak (default: %(default)s)")
     parser.add_argument("--decay", type=float, metavar="MILLION_TOKENS", help="begin the last phase")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
-    trainer = Trainer(arguments.work, 1 if cuda else arguments.workers, "cuda" if cuda else "cpu", arguments.begin)
+    workers, device = (1, "cuda") if cuda else (arguments.workers, "cpu")
+    trainer = Trainer(arguments.work, workers, device, arguments.begin, arguments.rate)
     if arguments.decay:
         trainer.start_decay(int(arguments.decay * 1e6))
     others = [
