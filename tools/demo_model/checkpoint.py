@@ -1,7 +1,7 @@
 """A store of the demo model's family as a Hugging Face folder of dequantised weights, to train on from. usage:
 checkpoint.py STORE FOLDER
 
-Run in the repository's root with the environment of its tests: `PYTHONPATH=. .venv/bin/python tools/demo_model/checkpoint.py`.
+Run in the repository's root with the environment of its tests and `PYTHONPATH=.`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def main() -> None:
         assert isinstance(attention, GroupedAttention) and isinstance(experts, Moe)
         config = dict(
             vocab_size=spec.vocabulary, hidden_size=spec.hidden, num_hidden_layers=len(spec.layers),
-            num_experts=experts.router.experts, num_experts_per_tok=experts.router.top_k, moe_intermediate_size=experts.width,
+            num_experts=experts.router.experts, num_experts_per_tok=experts.router.top_k,
+            moe_intermediate_size=experts.width,
             num_attention_heads=attention.heads, num_key_value_heads=attention.kv_heads, head_dim=attention.head_dim,
             rope_theta=attention.rope.theta,
         )  # fmt: skip
