@@ -230,9 +230,9 @@ def test_nan_weights_name_the_tensor(tmp_path, name):
     weights = random_weights(tiny_config())
     weights[name].reshape(-1)[5] = np.nan
     source = write_checkpoint(tmp_path / "source", tiny_config(), weights)
-    with pytest.raises((NumericsError, ConvertError), match=name):
+    with pytest.raises(NumericsError, match=name):
         convert_checkpoint(source, tmp_path / "store")
-    assert not (tmp_path / "store").exists()
+    assert not list(tmp_path.glob("store*"))  # nor a part, from which nothing could go on
 
 
 def test_an_existing_target_and_a_full_disk(tmp_path, monkeypatch):

@@ -238,7 +238,44 @@ REFUSED = [
     ("gpt-oss-20b", {"head_dim": "absent"}, "there is no 'head_dim'"),
     ("qwen2.5-coder-7b", {"layer_types": ["sliding_attention"] * 28}, "'use_sliding_window' is not true"),
     ("qwen2.5-coder-7b", {"use_sliding_window": True, "max_window_layers": 20}, "there is no 'sliding_window'"),
+    ("mixtral-8x7b", {"scoring_func": "sigmoid"}, "'scoring_func' is 'sigmoid', which the family mixtral does not have"),
+    ("mixtral-8x7b", {"norm_topk_prob": False}, "'norm_topk_prob' is False, which the family mixtral does not have"),
+    ("mixtral-8x7b", {"norm_topk_prob": 1}, "'norm_topk_prob' is 1"),
+    ("mixtral-8x7b", {"routed_scaling_factor": 2.5}, "'routed_scaling_factor' is 2.5"),
+    ("mixtral-8x7b", {"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is 30.0"),
+    ("mixtral-8x7b", {"position_embedding_type": "alibi"}, "'position_embedding_type' is 'alibi'"),
+    ("olmoe-1b-7b", {"logits_scaling": 8}, "'logits_scaling' is 8"),
+    ("qwen3-30b-a3b", {"layer_types": ["sliding_attention"] * 48}, "'layer_types' is ['sliding_attention'"),
+    ("qwen3-30b-a3b", {"num_local_experts": 64}, "'num_experts' 128 and 'num_local_experts' 64 disagree"),
+    ("gpt-oss-20b", {"num_experts": 16}, "'num_experts' 16 and 'num_local_experts' 32 disagree"),
+    ("deepseek-v2-lite", {"rope_scaling": {"type": "yarn", "factor": 40, "mscale": "x"}}, "'mscale' is 'x'"),
+    ("deepseek-v2-lite", {"rope_scaling": {"type": "yarn", "factor": 40, "mscale": False}}, "'mscale' is False"),
+    ("deepseek-v2-lite", {"rope_scaling": {"type": "yarn", "factor": 40, "mscale_all_dim": -3}}, "'mscale_all_dim' is -3"),
 ]
+
+
+def test_a_dense_qwen3_has_no_windows():
+    """transformers has no ``sliding_window`` there unless ``use_sliding_window``, and fails on a layer that names one."""
+    dense = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "sliding_window": 64}
+    assert spec_of_config(config("qwen2.5-coder-7b", **dense)).family == "qwen3"
+    with pytest.raises(ModelError, match="'layer_types' is"):
+        spec_of_config(config("qwen2.5-coder-7b", **dense, layer_types=["sliding_attention"] * 28))
+
+
+@pytest.mark.parametrize("value", [0, 0.0, None])
+def test_no_mscale_is_that_of_yarn_itself(value):
+    scaling = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+    names = ("mscale", "mscale_all_dim")
+    assert spec("deepseek-v2-lite", rope_scaling=scaling | dict.fromkeys(names, value)) == spec(
+        "deepseek-v2-lite", rope_scaling=scaling
+    )
+
+
+@pytest.mark.parametrize(
+    "neutral", [{"scoring_func": "softmax"}, {"routed_scaling_factor": 1.0}, {"layer_types": ["full_attention"] * 32}]
+)
+def test_words_of_other_families_may_say_what_is_so(neutral):
+    assert spec("mixtral-8x7b", **neutral) == spec("mixtral-8x7b")
 
 
 @pytest.mark.parametrize(("name", "changes", "named"), REFUSED)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from elmoe.cli.main import cli
 from elmoe.convert import convert_checkpoint
 from elmoe.errors import ConvertError, StoreError
 from elmoe.store import open_store, resolve_store
@@ -72,10 +74,44 @@ def test_tensors_that_the_model_does_not_have_are_refused_by_name(tmp_path, name
 
 
 def test_tensors_that_are_constants_or_tied_are_left_out_and_told(tmp_path):
-    config = tiny_config()
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32), "lm_head.weight": np.ones((300, 48))}
-    source = write_checkpoint(tmp_path / "source", config, random_weights(config) | extra)
+    weights = random_weights(tiny_config())
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    extra = head | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    source = write_checkpoint(tmp_path / "source", tiny_config(), weights | extra)
     assert set(convert_checkpoint(source, tmp_path / "store")) == set(extra)
+    told = CliRunner().invoke(cli, ["convert", str(source), str(tmp_path / "again")], catch_exceptions=False)
+    assert "left out, since the model runs without them: lm_head.weight, model.layers.0.self_attn.rotary" in told.stderr
+
+
+def test_a_head_that_differs_from_tied_embeddings_is_refused(tmp_path, monkeypatch):
+    """transformers takes such a head, and does not tie."""
+    monkeypatch.setattr("elmoe.convert.source.TIED_ROWS", 128)
+    weights = random_weights(tiny_config())
+    head = weights["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    source = write_checkpoint(tmp_path / "source", tiny_config(), weights | {"lm_head.weight": head})
+    with pytest.raises(ConvertError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'") as caught:
+        convert_checkpoint(source, tmp_path / "store")
+    assert "set it to false" in caught.value.hint and not list(tmp_path.glob("store*"))
+    untied = tiny_config(tie_word_embeddings=False)
+    convert_checkpoint(write_checkpoint(tmp_path / "untied", untied, weights | {"lm_head.weight": head}), tmp_path / "store")
+
+
+def test_layers_that_predict_further_tokens_are_of_families_that_have_them(tmp_path):
+    """Elsewhere the key would drop real layers where their number is too small."""
+    weights = random_weights(tiny_config())
+    fewer = tiny_config(num_hidden_layers=2, num_nextn_predict_layers=1)
+    source = write_checkpoint(tmp_path / "source", fewer, weights)
+    with pytest.raises(ConvertError, match=r"tensors that a qwen3_moe model does not have: 'model\.layers\.2"):
+        convert_checkpoint(source, tmp_path / "store")
+
+
+def test_weights_that_are_not_safetensors_are_told_apart_from_missing_ones(tmp_path):
+    source = write_checkpoint(tmp_path / "source", tiny_config())
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(ConvertError, match=r"weights in pytorch_model.bin") as caught:
+        convert_checkpoint(source, tmp_path / "store")
+    assert "save_pretrained" in caught.value.hint
 
 
 def test_what_is_given_in_place_of_a_store_is_said(tmp_path):

@@ -34,16 +34,17 @@ def command(source: Path, store: Path, tokenizer: Path | None, formats: tuple[st
     the error. If a conversion was interrupted, the same command continues it.
     """
     from elmoe.convert import convert_checkpoint
+    from elmoe.convert.convert import left_out_lines
     from elmoe.convert.losses import FormatChoice
     from elmoe.files import check_new_folder
 
     check_new_folder(store, "store")
     choice, lines = FormatChoice.parse(formats) if formats else None, list[str]()
     with progress_bar("tensors and experts", None) as bar:
-        convert_checkpoint(source, store, lambda done, total: bar(done, total), tokenizer, choice, lines.extend)
+        left_out = convert_checkpoint(source, store, lambda done, total: bar(done, total), tokenizer, choice, lines.extend)
     if as_json:
-        print_json({"store": str(store), "formats": lines})
+        print_json({"store": str(store), "formats": lines, "left_out": list(left_out)})
     else:
-        for line in lines:
+        for line in (*left_out_lines(left_out), *lines):
             click.echo(line, err=True)
         click.echo(f"wrote {store}; look at it with: elmoe inspect {store}")

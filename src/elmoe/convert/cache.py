@@ -127,7 +127,7 @@ def naming_mend(model: str | Path, store: str | Path) -> Iterator[None]:
 
 def _convert(source: Path, store: Path, found: Identity, old: Cached | None, telling: Telling) -> Path:
     """Convert a source into its store in the cache, after saying why and what it takes."""
-    from elmoe.convert.convert import convert_source
+    from elmoe.convert.convert import convert_source, left_out_lines
     from elmoe.convert.source import open_source
     from elmoe.store.reader import MemoryReader
 
@@ -162,7 +162,7 @@ def _convert(source: Path, store: Path, found: Identity, old: Cached | None, tel
     if old is not None and old.entry.name != store.name:  # of the source as it was; what stays of it is only disk
         for left in (old.store, old.store.with_name(old.store.name + ".partial")):
             shutil.rmtree(left, ignore_errors=True)
-    for line in model.losses.lines():
+    for line in (*left_out_lines(model.left_out), *model.losses.lines()):
         telling.line(line)
     return store
 

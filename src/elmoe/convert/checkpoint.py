@@ -143,7 +143,7 @@ def _fp8_block(quantization: Any) -> tuple[int, int] | None:
     sound = isinstance(block, list) and len(block) == 2 and all(type(side) is int and 0 < side <= 1 << 20 for side in block)
     if not sound or quantization.get("quant_method") != "fp8":
         raise ConvertError(
-            "config.json: this 'quantization_config' is not supported",
+            f"config.json: this 'quantization_config' is not supported: {short(quantization)}",
             "supported: 'mxfp4', 'fp8' with a weight_block_size; or give the checkpoint in BF16 or FP16",
         )
     return block[0], block[1]
@@ -162,13 +162,19 @@ class Checkpoint:
         if os.path.exists(folder / "model.safetensors.index.json"):
             index = read_json(folder / "model.safetensors.index.json").get("weight_map")
             if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
-                raise ConvertError("'model.safetensors.index.json' has no weight_map")
+                raise ConvertError("'model.safetensors.index.json' has no weight_map", "download it anew")
             names = sorted(set(index.values()))
             for name in names:
-                if Path(name).name != name:
-                    raise ConvertError(f"'model.safetensors.index.json' names '{short(name)}' outside the folder")
+                if Path(name).name != name or name in ("", ".."):
+                    told = f"'model.safetensors.index.json' names '{short(name)}' outside the folder"
+                    raise ConvertError(told, "download it anew")
         else:
             index, names = None, ["model.safetensors"]
+            if not os.path.exists(folder / names[0]) and os.path.exists(folder / "pytorch_model.bin"):
+                raise ConvertError(
+                    f"'{short(folder.name)}' has its weights in pytorch_model.bin, which may run code when it is read",
+                    "take the model's safetensors, or write them with transformers: save_pretrained",
+                )
         self.shards = [Shard(folder / name) for name in names]
         by_name = {shard.name: shard for shard in self.shards}
         if index is None:

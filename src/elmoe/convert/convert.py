@@ -14,6 +14,9 @@ from elmoe.store import StoreWriter
 from elmoe.store.writer import Progress
 from elmoe.tokenizer import load_tokenizer
 
+SHOWN = 4
+"""Names of tensors in a line."""
+
 
 def convert_checkpoint(
     source: str | Path,
@@ -29,7 +32,7 @@ def convert_checkpoint(
     :param tokenizer: a tokenizer.json in place of the one a GGUF file describes.
     :param choice: formats of the store; None takes what holds a type exactly, or comes nearest.
     :param told: takes a line for each type of the source, its format and the error in dB of what was converted now.
-    :returns: names of tensors that were left out because they do not matter.
+    :returns: names of tensors that were left out: those of layers that predict further tokens, and constants.
     :raises ConvertError: the checkpoint is incomplete or not supported, or the store cannot be written.
     :raises NumericsError: a weight is NaN or infinite; the message names the tensor.
     """
@@ -39,6 +42,14 @@ def convert_checkpoint(
     if told is not None:
         told(model.losses.lines())
     return model.left_out
+
+
+def left_out_lines(names: tuple[str, ...]) -> list[str]:
+    """A line that names tensors that are not converted, none where all are."""
+    if not names:
+        return []
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return [f"left out, since the model runs without them: {', '.join(map(printable, names[:SHOWN]))}{more}"]
 
 
 def convert_source(model: Source, store: Path, progress: Progress | None = None, written: Progress | None = None) -> None:

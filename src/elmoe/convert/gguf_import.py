@@ -21,7 +21,7 @@ from elmoe.convert.head_rows import rows_of_neighbours
 from elmoe.convert.latent_rows import KEYS, ROLES, FusedRows
 from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.convert.source import PIECE, refuse_leftovers, told_apart
-from elmoe.errors import ConvertError
+from elmoe.errors import ConvertError, NumericsError
 from elmoe.kernels.packing import quantized
 from elmoe.models import FAMILIES
 from elmoe.models.formats import Format, joined_formats
@@ -117,7 +117,7 @@ class GgufSource:
         for part in self._parts(tensor):
             values = self._file.floats(part.name).reshape(part.shape)
             if not np.isfinite(values).all():
-                raise ConvertError(f"tensor '{part.name}' holds NaN or infinite values", "download the file anew")
+                raise NumericsError(f"tensor '{part.name}' holds NaN or infinite values", "download the file anew")
             if part.head_dim:
                 values = values[rows_of_neighbours(np.arange(len(values)), part.head_dim)]
             found.append(values)

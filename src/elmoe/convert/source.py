@@ -20,7 +20,7 @@ from elmoe.convert.identity import is_source
 from elmoe.convert.latent_rows import KEYS, ROLES, FusedRows
 from elmoe.convert.losses import FormatChoice, Losses
 from elmoe.convert.stacked import Stacked, stacked_names, stacked_shapes
-from elmoe.errors import ConvertError, ModelError
+from elmoe.errors import ConvertError, ModelError, NumericsError
 from elmoe.kernels.packing import quantized
 from elmoe.models import family_of, spec_of_config
 from elmoe.models.config import Config
@@ -37,6 +37,8 @@ PIECE = 4 << 20
 """Weights that are quantised at a time."""
 HARMLESS = ("rotary_emb.inv_freq", "masked_bias")
 """Ends of the names of tensors that hold constants, which a spec implies."""
+TIED_ROWS = 8192
+"""Rows of a head that are compared with the embedding table at a time."""
 
 
 class Source(Weights, Protocol):
@@ -123,13 +125,31 @@ class CheckpointSource:
             expected |= shapes.keys()
         expected |= self._checkpoint.scale_names({name for name in expected if not name.endswith((BLOCKS, SCALES))})
         tied = {self._names["head"]} if spec.tied_embeddings else set()
+        for name in tied & self._checkpoint.names():
+            self._check_tied(name)
         others = sorted(self._checkpoint.names() - expected)
         further = self._further_layers()
         self.left_out = tuple(name for name in others if name.endswith(HARMLESS) or name in tied or name.startswith(further))
         refuse_leftovers([name for name in others if name not in self.left_out], spec.family)
 
+    def _check_tied(self, head: str) -> None:
+        """ConvertError unless a head beside tied embeddings equals them; transformers would take the head."""
+        table, (rows, columns) = self._names["embedding"], (self.spec.vocabulary, self.spec.hidden)
+        self._checkpoint.check(head, (rows, columns))
+        for first in range(0, rows, TIED_ROWS):
+            last = min(first + TIED_ROWS, rows)
+            one, other = (self._checkpoint.rows([name], first, last) for name in (head, table))
+            if not np.array_equal(one, other, equal_nan=True):
+                raise ConvertError(
+                    f"'{head}' differs from '{table}', and config.json says 'tie_word_embeddings'",
+                    "set it to false if the head is the model's own, as transformers takes it, or remove the head",
+                )
+
     def _further_layers(self) -> tuple[str, ...]:
         """What names of tensors begin with that predict further tokens: layers behind those of the model."""
+        gguf = family_of(self._checkpoint.config).gguf
+        if gguf is None or gguf.further is None:  # a family without such layers
+            return ()
         config, layers = Config(self._checkpoint.config), len(self.spec.layers)
         count = config.integer("num_nextn_predict_layers", default=0, least=0, most=16)
         return tuple(f"model.layers.{layer}." for layer in range(layers, layers + count))
@@ -141,7 +161,7 @@ class CheckpointSource:
         if self._fused and role in ALTERNATING:
             values = values[:, ALTERNATING[role] :: 2]
         if not np.isfinite(values).all():
-            raise ConvertError(f"tensor '{self._parts(tensor)[0]}' holds NaN or infinite values", "download it anew")
+            raise NumericsError(f"tensor '{self._parts(tensor)[0]}' holds NaN or infinite values", "download it anew")
         return values
 
     def matrix(self, tensor: Tensor, first: int, last: int, format: Format) -> QuantizedMatrix:

@@ -69,8 +69,11 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
 def spec_of_config(config: dict[str, Any], where: str = "config.json") -> ModelSpec:
     """The spec of a Hugging Face configuration; ModelError names ``where`` and a value that is not supported."""
     family = family_of(config, where)
+    read = Config(config, where)
     try:
-        return family.read_config(Config(config, where))
+        spec = family.read_config(read)
+        read.check_elsewhere(family.name)
+        return spec
     except ModelError as error:
         message = str(error)
         raise ModelError(message if message.startswith(where) else f"{where}: {message}", error.hint) from None

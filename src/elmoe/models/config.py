@@ -9,15 +9,61 @@ from elmoe.errors import ModelError
 from elmoe.models.spec import MOST, LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 
 _LARGEST = 1 << 31
+ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "attention_multiplier": (), "attn_logit_softcapping": (), "clip_qkv": (), "embedding_multiplier": (1,),
+    "final_logit_softcapping": (), "logits_scaling": (1,), "n_group": (0, 1), "norm_topk_prob": (True,),
+    "position_embedding_type": ("rope",), "residual_multiplier": (1,), "routed_scaling_factor": (1,),
+    "scoring_func": ("softmax",), "topk_group": (0, 1), "use_sliding_window": (False,),
+}  # fmt: skip
+"""Keys that change what some families compute though no tensor tells, and the values by which nothing changes."""
+EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"
+"""One number under three names, as transformers takes them."""
 Scaling = LinearScaling | Llama3Scaling | LongRopeScaling | YarnScaling | None
+
+
+class _Asked(dict[str, Any]):
+    """Values that remember which keys somebody asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.keys_asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of any dictionary."""
+        self.keys_asked.add(key)
+        return super().get(key, default)
 
 
 class Config:
     """One configuration; null means absent, as in transformers. ``where`` names it in errors."""
 
     def __init__(self, values: dict[str, Any], where: str = "config.json") -> None:
-        self.values = {key: value for key, value in values.items() if value is not None}
+        self.values = _Asked({key: value for key, value in values.items() if value is not None})
         self.where = where
+
+    def check_elsewhere(self, family: str) -> None:
+        """Refuse what means something in other families and was not asked for here, and experts that are counted twice."""
+        values = dict(self.values)
+        counts = {key: values[key] for key in EXPERTS if key in values}
+        if len(set(map(repr, counts.values()))) > 1:
+            told = " and ".join(f"'{key}' {_shown(value)}" for key, value in counts.items())
+            self.fail(f"{told} disagree", "they are names of one number: leave one out")
+        left = {key: value for key, value in values.items() if key not in self.values.keys_asked}
+        for key in sorted(left.keys() & ELSEWHERE.keys()):
+            value = left[key]
+            if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in ELSEWHERE[key]):
+                self.fail(f"'{key}' is {_shown(value)}, which the family {family} does not have", "leave it out")
+        kinds = left.get("layer_types", [])
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            self.fail(f"'layer_types' is {_shown(kinds)}, which the family {family} does not have", "leave it out")
 
     def fail(self, what: str, hint: str | None = None) -> NoReturn:
         """Raise ModelError about this configuration."""
@@ -66,6 +112,11 @@ class Config:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
             self.fail(f"'{key}' is {_shown(value)}, expected a positive number")
         return float(value)
+
+    def _unless_zero(self, key: str) -> float:
+        """A positive number, or 0, which is the same as none."""
+        value = self.values.get(key, 0)
+        return 0.0 if value == 0 and not isinstance(value, bool) else self.number(key)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -136,7 +187,8 @@ class Config:
         if len(set(thetas)) > 1:
             self.fail(f"'rope_theta' has several values: {', '.join(f'{theta:g}' for theta in dict.fromkeys(thetas))}")
         if len(scalings) > 1 and scalings[0][1] != scalings[1][1]:
-            self.fail("'rope_scaling' and 'rope_parameters' disagree")
+            both = ", ".join(_shown(self.values[key]) for key, _ in scalings)
+            self.fail(f"'rope_scaling' and 'rope_parameters' disagree: {both}", "leave one out")
         fraction = fractions[0] if fractions else partial or 1.0
         if len(set(fractions)) > 1 or fraction > 1 or (partial is None and fraction != 1):
             found = ", ".join(f"{one:g}" for one in dict.fromkeys(fractions))
@@ -188,11 +240,11 @@ class Config:
         def magnitude(mscale: float) -> float:
             return 1.0 if factor <= 1 else 0.1 * mscale * log(factor) + 1.0
 
-        all_dim = self.number("mscale_all_dim", 1.0) if self.values.get("mscale_all_dim") else 0.0
+        mscale, all_dim = self._unless_zero("mscale"), self._unless_zero("mscale_all_dim")
         if self.has("attention_factor"):
             attention = self.number("attention_factor")
-        elif self.values.get("mscale") and all_dim:
-            attention = magnitude(self.number("mscale")) / magnitude(all_dim)
+        elif mscale and all_dim:
+            attention = magnitude(mscale) / magnitude(all_dim)
         else:
             attention = magnitude(1.0)
         return YarnScaling(

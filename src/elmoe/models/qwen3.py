@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from elmoe.models.common import GROUPED_KEYS, GROUPED_REQUIRED, grouped_attention, grouped_fixed, grouped_metadata, model
 from elmoe.models.config import Config
 from elmoe.models.family import Family, GgufFamily
@@ -18,11 +16,8 @@ def read_config(config: Config) -> ModelSpec:
     layers, bias = config.layers(), config.flag("attention_bias", False)
     attention = grouped_attention(config, query_key_norm="head", query_key_value_bias=bias, output_bias=bias)
     dense = Dense(width=config.integer("intermediate_size"))
-    specs = (
-        LayerSpec(attention=msgspec.structs.replace(attention, window=window), feed_forward=dense)
-        for window in config.windows(layers, ["full_attention"] * layers)
-    )
-    return model(config, FAMILY.name, specs, epsilon=1e-6, positions=32768)
+    layer = LayerSpec(attention=attention, feed_forward=dense)
+    return model(config, FAMILY.name, [layer] * layers, epsilon=1e-6, positions=32768)
 
 
 FAMILY = Family(

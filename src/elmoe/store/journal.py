@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -152,6 +153,10 @@ class Journal:
         with suppress(OSError):
             os.unlink(self.partial / JOURNAL)
             self.partial.rmdir()
+
+    def remove(self) -> None:
+        """Remove the folder with all that is finished."""
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def finish(self) -> None:
         """Give the folder the name of the store. The journal goes after that: a folder without one cannot be resumed."""

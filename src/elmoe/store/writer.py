@@ -114,6 +114,8 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, NumericsError):  # a weight of the source: another attempt would stop there too
+            self._journal.remove()
         self._journal.close()
 
     @property
