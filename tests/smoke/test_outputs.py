@@ -11,6 +11,8 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -219,6 +221,8 @@ main()
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"elmoe": "elmoe.__main__:main"}
 
 
 def workers_compute(leader, _):

@@ -20,8 +20,8 @@ from elmoe.store import open_store
 
 def main() -> None:
     store, folder = map(Path, sys.argv[1:])
-    folder.mkdir()
     with open_store(store) as reader:
+        folder.mkdir()
         spec = reader.spec
         attention, experts = spec.layers[0].attention, spec.layers[0].feed_forward
         assert isinstance(attention, GroupedAttention) and isinstance(experts, Moe)

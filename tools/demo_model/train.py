@@ -134,8 +134,7 @@ class Trainer:
         self.gradients = [
             {name: torch.zeros_like(p).share_memory_() for name, p in self.named.items()} for _ in range(workers)
         ]
-        self.numbers = dict(tokens=0, steps=0, seconds=0.0, cpu_seconds=0.0, decay_from=0, decay_tokens=0)
-        self.peak = peak
+        self.numbers = dict(tokens=0, steps=0, seconds=0.0, cpu_seconds=0.0, decay_from=0, decay_tokens=0, peak=peak)
         self.sums, self.norms = torch.zeros(workers, 3).share_memory_(), torch.zeros(workers).share_memory_()
         context = multiprocessing.get_context("fork")
         self.barrier, self.next, self.stopping = context.Barrier(workers), context.Value("q", 0), context.Value("b", 0)
@@ -191,7 +190,7 @@ class Trainer:
         """Peak rate after the warm-up, linear to zero in the last phase."""
         n = self.numbers
         left = 1 - (n["tokens"] - n["decay_from"]) / n["decay_tokens"] if n["decay_tokens"] else 1
-        return self.peak * min(1, (n["steps"] + 1) / WARM_UP) * max(0, left)
+        return n["peak"] * min(1, (n["steps"] + 1) / WARM_UP) * max(0, left)
 
     def finished(self) -> bool:
         n = self.numbers
@@ -319,7 +318,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--from", dest="begin", type=Path, metavar="FOLDER", help="a checkpoint to begin with")
     parser.add_argument("--workers", type=int, default=2, help="processes, on a CPU (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=RATE, help="its peak (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=RATE, help="its peak, of a new training (default: %(default)s)")
     parser.add_argument("--decay", type=float, metavar="MILLION_TOKENS", help="begin the last phase")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()

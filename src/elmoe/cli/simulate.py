@@ -199,7 +199,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
     models = list(dict.fromkeys(row["model"] for row in rows if "error" not in row))
     for model in models:
-        mine = [row for row in rows if row["model"] == model]
+        mine = [row for row in rows if row["model"] == model and "error" not in row]
         batches = sorted({row["batch"] for row in mine})
         table = averaged(mine)
         print_table(
@@ -212,7 +212,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
             ],
         )  # fmt: skip
         _show_costs(mine, model, batches[-1])
-    for line in _words(rows):
+    for line in _words([row for row in rows if "error" not in row]):
         click.echo(shown(line))
     for line in _left_out(rows):
         click.echo(shown(line), err=True)
