@@ -29,6 +29,8 @@ from tests.gguf_files import export, random_parts, values, wide_config, write_gg
         ({"metadata": {"expert_used_count": 7}}, r"qwen3moe\.expert_used_count"),
         ({"metadata": {"expert_shared_count": 1}}, "expert_shared_count"),
         ({"metadata": {"attention.value_length": 32}}, "value_length"),
+        ({"metadata": {"final_logit_softcapping": 30.0}}, r"qwen3moe\.final_logit_softcapping' is 30\.0"),
+        ({"metadata": {"logit_scale": 8.0}}, r"qwen3moe\.logit_scale' is 8\.0"),
         ({"metadata": {"block_count": 4_000_000_000}}, "block_count"),
         ({"metadata": {"block_count": 4}}, r"blk\.3\."),
         ({"metadata": {"embedding_length": 96}}, "token_embd.weight.*shape"),

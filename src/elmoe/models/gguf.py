@@ -15,6 +15,8 @@ from elmoe.untrusted import short
 
 IGNORED = ("rope.scaling.finetuned", "attention.sliding_window", "attention.causal")
 """Metadata keys that change nothing in the architectures here, as in llama.cpp: windows that only others use."""
+ELSEWHERE = "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "embedding_scale", "residual_scale"
+"""Metadata keys that change what some architectures compute; 0 and 1 change nothing."""
 
 
 def gguf_family(metadata: Mapping[str, Any], families: Iterable[Family]) -> tuple[Family, GgufFamily]:
@@ -82,6 +84,8 @@ def spec_of_metadata(
         _, _, rest = key.partition(f"{gguf.architecture}.")
         if rest.startswith(("rope.", "attention.")) and rest not in known:
             raise ModelError(f"metadata '{key}' is not supported", "it changes what attention computes")
+        if rest in ELSEWHERE and rest not in known and metadata[key] not in (0, 1):
+            raise ModelError(f"metadata '{key}' is {metadata[key]!r}", f"the family {family.name} does not have it")
     for key, allowed in gguf.fixed(spec).items():
         value = metadata.get(f"{gguf.architecture}.{key}", allowed[0])
         if value not in allowed:
