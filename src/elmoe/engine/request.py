@@ -56,7 +56,10 @@ class Request:
                 "shorten the prompt",
             )
         if not all(0 <= token < vocabulary for token in self.prompt):
-            raise RequestError(f"the prompt has a token id outside 0..{vocabulary - 1}")
+            raise RequestError(
+                f"the prompt has a token id outside 0..{vocabulary - 1}",
+                "its tokenizer is of another model, or has tokens of its own",
+            )
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens}", "ask for at least 1")
         check_within("copies", self.copies, 1, MOST_COPIES)
