@@ -285,7 +285,7 @@ def test_copies_draw_apart_and_quiet_prints_the_answers_alone():
 
 
 def test_the_text_of_a_special_token_stops():
-    common = ("generate", "demo", "--prompt", "The whale", "--max-tokens", "1500", "--temperature", "1.2", "--seed", "1",
+    common = ("generate", "demo", "--prompt", "The whale", "--max-tokens", "1500", "--temperature", "1.2", "--seed", "2",
               "--ignore-eos")  # fmt: skip
     free, stopped = elmoe_json(*common), elmoe_json(*common, "--stop", "<|endoftext|>")
     assert 0 in free["token_ids"] and stopped["finish_reason"] == "stop"

@@ -23,7 +23,7 @@ PROMPTS = {
 }
 SEEDS, TOKENS, BYTES = 4, 96, 320
 """BYTES: shown of a text, since the stores' tokens are of different sizes."""
-SAMPLING = dict(temperature=0.7, top_p=0.95)
+SAMPLING = dict(temperature=0.7, top_p=0.95, repetition_penalty=1.1)
 
 
 def texts_of(store: Path) -> list[str]:

@@ -25,8 +25,8 @@ PROMPTS = (
     "class Reader:\n    def __init__(self, path):",
 )
 """A story, a conversation, a speech, code."""
-TEMPERATURE, TOP_P = 0.7, 0.95
-"""Of the texts: greedy, so small a model repeats itself."""
+TEMPERATURE, TOP_P, PENALTY = 0.7, 0.95, 1.1
+"""Of the texts: greedy, or without a penalty for repetitions, so small a model repeats itself."""
 SIDE_BY_SIDE = 96
 """Columns of a terminal that shows the texts of plain and elastic decoding beside each other."""
 
@@ -102,7 +102,7 @@ def command(
     if absent is not None and report is not None:
         raise absent
     with load("demo", EngineOptions(fast_memory=fast_memory), reader="memory", threads=threads) as model:
-        sampling = SamplingParameters(TEMPERATURE, top_p=TOP_P, seed=1)
+        sampling = SamplingParameters(TEMPERATURE, top_p=TOP_P, repetition_penalty=PENALTY, seed=1)
         requests = [Request(model.encode(prompt), max_tokens, sampling, ignore_eos=True) for prompt in PROMPTS]
         options = EngineOptions(
             fast_memory=fast_memory, draft_length=draft_length, batch=len(PROMPTS), keep_kv_digest=True
