@@ -175,7 +175,7 @@ def test_slices_that_sequences_make_room_for_as_they_end_are_predicted_exactly(t
     """Of an enforced budget; the sequences go on behind end tokens, as the trace says."""
     with load("demo") as model:
         ids = [model.encode(text) for text in PROMPTS * 3]
-    asked = [Request(i, 16 + 4 * n, SamplingParameters(0.8, seed=600 + n), ignore_eos=True) for n, i in enumerate(ids)]
+    asked = [Request(i, 16 + 4 * n, SamplingParameters(0.8, seed=900 + n), ignore_eos=True) for n, i in enumerate(ids)]
     options = EngineOptions(mode="elastic", fast_memory=0.5, split="msb_first", batch=15, draft_length=4, all_ranks=True)
     with open_direct("demo") as reader:
         engine = Engine(reader, kernels, options)

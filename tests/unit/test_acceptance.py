@@ -147,7 +147,7 @@ def test_counts_of_a_recording(tmp_path):
 def test_a_profile_of_the_demo_model():
     """More resident experts, more acceptance; 8 bits and every expert that was ever used: nearly all."""
     with load("demo", EngineOptions(batch=2)) as model:
-        requests = [Request(model.encode(text), 10, ignore_eos=True) for text in ("The whale", "In the morning")]
+        requests = [Request(model.encode(text), 24, ignore_eos=True) for text in ("The whale", "In the morning")]
         rows = profile_acceptance(model, requests, depth=3)
     assert {row.bits for row in rows} == {4, 8} and len(rows[0].judged) == 3
     assert [row.share for row in rows[:3]] == pytest.approx([4 / 64, 0.25, 0.5], abs=0.1)
