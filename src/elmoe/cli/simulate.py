@@ -195,11 +195,12 @@ def _routing(row: dict[str, Any]) -> tuple[str, str]:
 
 def _show(rows: list[dict[str, Any]]) -> None:
     """A table per model: mean over prompts."""
+    from elmoe.report.systems import simulated
     from elmoe.sim.result import averaged
 
-    models = list(dict.fromkeys(row["model"] for row in rows if "error" not in row))
-    for model in models:
-        mine = [row for row in rows if row["model"] == model and "error" not in row]
+    found = simulated(rows)
+    for model in dict.fromkeys(row["model"] for row in found):
+        mine = [row for row in found if row["model"] == model]
         batches = sorted({row["batch"] for row in mine})
         table = averaged(mine)
         print_table(
@@ -212,7 +213,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
             ],
         )  # fmt: skip
         _show_costs(mine, model, batches[-1])
-    for line in _words([row for row in rows if "error" not in row]):
+    for line in _words(found):
         click.echo(shown(line))
     for line in _left_out(rows):
         click.echo(shown(line), err=True)
