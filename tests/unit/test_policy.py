@@ -40,7 +40,10 @@ def test_the_two_corners():
 
 def test_a_budget_below_the_minimum_names_it():
     assert plan_slots(SIZES.minimum, SIZES).msb == (2, 2, 2)
-    with pytest.raises(BudgetError, match=re.escape(f"below the minimum of {format_bytes(SIZES.minimum)} ")) as error:
+    with pytest.raises(BudgetError, match=re.escape(f"below the minimum of {format_bytes(SIZES.minimum)} ")):
+        plan_slots(SIZES.minimum // 2, SIZES)
+    told = f"budget of {SIZES.minimum - 1:,} bytes is below the minimum of {SIZES.minimum:,} bytes "  # which round alike
+    with pytest.raises(BudgetError, match=re.escape(told)) as error:
         plan_slots(SIZES.minimum - 1, SIZES)
     assert "MiB" in (error.value.hint or "")
 

@@ -220,12 +220,12 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 def _left_out(rows: list[dict[str, Any]]) -> list[str]:
-    """What was not simulated, and why: a line for all forms of one reason."""
-    forms: dict[tuple[str, str, str], list[str]] = {}
+    """What was not simulated, and why: a line for all forms of one batch size and reason."""
+    forms: dict[tuple[str, str, int, str], list[str]] = {}
     for row in rows:
         if "error" in row:
-            forms.setdefault((row["system"], row["model"], row["error"]), []).append(row["form"])
+            forms.setdefault((row["system"], row["model"], row["batch"], row["error"]), []).append(row["form"])
     return [
-        f"left out: {system}, {model}, {' and '.join(dict.fromkeys(mine))}: {error}"
-        for (system, model, error), mine in forms.items()
+        f"left out: {system}, {model}, batch {batch}, {' and '.join(dict.fromkeys(mine))}: {error}"
+        for (system, model, batch, error), mine in forms.items()
     ]

@@ -110,7 +110,7 @@ class Config:
         if value is None:
             self.fail(f"there is no '{key}'")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
-            self.fail(f"'{key}' is {_shown(value)}, expected a positive number")
+            self.fail(f"'{key}' is {_shown(value)}, expected a number above 0 and below 1e12")
         return float(value)
 
     def _unless_zero(self, key: str) -> float:

@@ -88,8 +88,11 @@ def check_budget(budget: int, sizes: FastTierSizes, minimum: int) -> None:
     if budget < minimum:
         less = "" if budget < sizes.dense else ", or shorter prompts, fewer --max-tokens or a smaller --batch"
         slices = f" + top-{sizes.top_k} MSB slices per layer" if minimum > sizes.fixed else ""
+        given, needed = format_bytes(budget), format_bytes(minimum)
+        if given == needed:  # as rounded
+            given, needed = f"{budget:,} bytes", f"{minimum:,} bytes"
         raise BudgetError(
-            f"the fast-memory budget of {format_bytes(budget)} is below the minimum of {format_bytes(minimum)} "
+            f"the fast-memory budget of {given} is below the minimum of {needed} "
             f"(dense parts {format_bytes(sizes.dense)} + KV cache {format_bytes(sizes.kv)} + staging "
             f"{format_bytes(sizes.staging)}{slices})",
             f"give at least --fast-memory {-(-minimum // 2**20)}MiB{less}",

@@ -137,7 +137,9 @@ def check_cases(grid: Grid) -> None:
 def check_rows(rows: Sequence[dict[str, Any]]) -> None:
     """HardwareError where nothing of a grid fits its system."""
     if all("error" in row for row in rows):
-        raise HardwareError(rows[0]["error"], "choose a smaller model, smaller batches or larger memories")
+        raise HardwareError(
+            rows[0]["error"], "choose a smaller model, smaller batches, a shorter --context or larger memories"
+        )
 
 
 def check_names(grid: Grid) -> None:
@@ -187,7 +189,8 @@ def batches_of_group(
                     "acceptance": None if odds is None else odds.label, "locality": facts.source,
                 } | grid.setting.labels  # fmt: skip
                 if reference is None:
-                    rows.append(labels | {"error": lacking})
+                    others = "" if machine is machines[0] else ", and every system is compared to it"
+                    rows.append(labels | {"error": lacking + others})
                     continue
                 try:
                     priced = simulation.price(machine, form, batch, odds, grid.lengths)
@@ -209,7 +212,7 @@ def _reference(simulation: Simulation, machine: Machine, batch: int) -> tuple[Pr
     try:
         return simulation.price(machine, "ar", batch), ""
     except (BudgetError, HardwareError) as error:
-        return None, f"{error}, and every system is compared to it"
+        return None, str(error)
 
 
 def _static_watts(simulation: Simulation, machines: list[Machine], reference: Priced, batch: int) -> dict[str, float]:
