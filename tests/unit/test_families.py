@@ -282,7 +282,29 @@ def test_words_of_other_families_may_say_what_is_so(neutral):
 def test_what_contradicts_itself_or_cannot_be_said_is_refused_by_name(name, changes, named):
     with pytest.raises(ModelError) as caught:
         spec_of_config(config(name, **changes), "there/config.json")
-    assert "there/config.json" in str(caught.value) and named in str(caught.value)
+    assert "there/config.json" in str(caught.value) and named in str(caught.value) and caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "keys"),
+    [
+        ("mixtral-8x7b", {"vocab_size": 10**9}, ["vocab_size"]),
+        ("mixtral-8x7b", {"head_dim": 7}, ["head_dim"]),
+        ("mixtral-8x7b", {"rms_norm_eps": 2}, ["rms_norm_eps"]),
+        ("deepseek-v3", {"n_group": 7}, ["n_group", "topk_group", "n_routed_experts"]),
+        ("deepseek-v3", {"qk_rope_head_dim": 63}, ["qk_rope_head_dim"]),
+        ("glm-4.5-air", {"head_dim": 128, "partial_rotary_factor": 0.01}, ["head_dim", "partial_rotary_factor"]),
+        ("granite-3.1-8b", {"residual_multiplier": 1e-9}, ["residual_multiplier"]),
+    ],
+)
+def test_the_hint_names_the_keys_that_gave_a_value_of_the_spec(name, changes, keys):
+    with pytest.raises(ModelError) as caught:
+        spec_of_config(config(name, **changes))
+    assert re.findall("'([^']*)'", caught.value.hint) == keys
+
+
+def test_gpt_oss_without_a_rope_scaling_has_that_of_the_published_models():
+    assert spec("gpt-oss-20b", rope_scaling=None, rope_parameters=None) == spec("gpt-oss-20b")
 
 
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "gpt-oss-20b", "qwen2.5-coder-7b"])

@@ -43,6 +43,10 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     :raises ModelError: it is not known, and the message lists those that are; or the two disagree.
     """
     names, kind = config.get("architectures"), config.get("model_type")
+    if names is not None and not isinstance(names, list):
+        raise ModelError(
+            f"{where}: 'architectures' is {str(names)[:80]!r}, not a list", 'it looks like ["MixtralForCausalLM"]'
+        )
     if isinstance(names, list) and names:
         found = [family for family in FAMILIES.values() if names[0] in family.architectures]
         if not found:
@@ -76,4 +80,5 @@ def spec_of_config(config: dict[str, Any], where: str = "config.json") -> ModelS
         return spec
     except ModelError as error:
         message = str(error)
-        raise ModelError(message if message.startswith(where) else f"{where}: {message}", error.hint) from None
+        told = message if message.startswith(where) else f"{where}: {message}"
+        raise ModelError(told, error.hint or read.hint(message)) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NoReturn
 
 from elmoe.errors import ModelError
@@ -18,6 +18,25 @@ ELSEWHERE: dict[str, tuple[Any, ...]] = {
 """Keys that change what some families compute though no tensor tells, and the values by which nothing changes."""
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"
 """One number under three names, as transformers takes them."""
+PUBLISHED = "compare it with the config.json that the model was published with"
+KEYS_OF = {
+    "model.vocabulary": ("vocab_size",), "model.hidden": ("hidden_size",),
+    "model.max_positions": ("max_position_embeddings",), "norm_epsilon": ("rms_norm_eps",),
+    "attention.heads": ("num_attention_heads",), "attention.kv_heads": ("num_key_value_heads",),
+    "attention.head_dim": ("head_dim",), "attention.window": ("sliding_window",), "attention.latent_rank": ("kv_lora_rank",),
+    "attention.query_rank": ("q_lora_rank",), "attention.plain_dim": ("qk_nope_head_dim",),
+    "attention.value_dim": ("v_head_dim",), "attention.score_scale": ("attention_multiplier",),
+    "rope.dimensions": ("head_dim", "qk_rope_head_dim", "partial_rotary_factor"),
+    "rope.theta": ("rope_theta",), "router.experts": EXPERTS,
+    "router.scaling": ("routed_scaling_factor",), "router keeps": ("n_group", "topk_group", *EXPERTS),
+    "router chooses": ("n_group", "topk_group", "num_experts_per_tok", *EXPERTS),
+    "experts.width": ("moe_intermediate_size", "intermediate_size"),
+    "experts.shared_width": ("shared_expert_intermediate_size", "shared_intermediate_size", "n_shared_experts"),
+    "feed_forward.width": ("intermediate_size",), "activation": ("swiglu_limit",),
+    "multipliers.embedding": ("embedding_multiplier",), "multipliers.residual": ("residual_multiplier",),
+    "multipliers.logits": ("logits_scaling",),
+}  # fmt: skip
+"""What begins a message about a spec, and the keys that gave the value."""
 Scaling = LinearScaling | Llama3Scaling | LongRopeScaling | YarnScaling | None
 
 
@@ -43,11 +62,12 @@ class _Asked(dict[str, Any]):
 
 
 class Config:
-    """One configuration; null means absent, as in transformers. ``where`` names it in errors."""
+    """One configuration; null means absent, as in transformers. ``where`` names it in errors, ``advice`` is the hint of
+    those that have none of their own."""
 
-    def __init__(self, values: dict[str, Any], where: str = "config.json") -> None:
+    def __init__(self, values: dict[str, Any], where: str = "config.json", advice: str = PUBLISHED) -> None:
         self.values = _Asked({key: value for key, value in values.items() if value is not None})
-        self.where = where
+        self.where, self.advice = where, advice
 
     def check_elsewhere(self, family: str) -> None:
         """Refuse what means something in other families and was not asked for here, and experts that are counted twice."""
@@ -67,7 +87,24 @@ class Config:
 
     def fail(self, what: str, hint: str | None = None) -> NoReturn:
         """Raise ModelError about this configuration."""
-        raise ModelError(f"{self.where}: {what}", hint)
+        raise ModelError(f"{self.where}: {what}", hint or self.advice)
+
+    def hint(self, message: str, written: Container[str] | None = None) -> str:
+        """Where to mend what a spec says of its own fields: the keys of this configuration that gave the value.
+
+        :param written: keys that the file holds; None is those that are here.
+        """
+        about = max((about for about in KEYS_OF if message.startswith(about)), key=len, default=None)
+        keys = (
+            [f"'{key}'" for key in KEYS_OF[about] if key in (self.values if written is None else written)] if about else []
+        )
+        return f"{', '.join(keys)} {'say' if len(keys) > 1 else 'says'} so" if keys else self.advice
+
+    def defaulted(self, **values: Any) -> Config:
+        """The same configuration with ``values`` where a key is absent; what is asked of either counts as asked of both."""
+        result = Config(values | dict(self.values), self.where, self.advice)
+        result.values.keys_asked = self.values.keys_asked
+        return result
 
     def has(self, key: str) -> bool:
         """Whether a key is there and not null."""
@@ -177,7 +214,7 @@ class Config:
                 self.fail(f"'{key}' is {_shown(values)}, expected an object", "supported: rope_type 'default'")
             if any(isinstance(value, dict) for value in values.values()):
                 self.fail(f"'{key}' differs by the kind of layer, which is not supported: {_shown(values)}")
-            inner = Config(values, f"{self.where}: {key}")
+            inner = Config(values, f"{self.where}: {key}", self.advice)
             if inner.has("rope_theta"):
                 thetas.append(inner.number("rope_theta"))
             if inner.has("partial_rotary_factor"):

@@ -13,6 +13,7 @@ from elmoe.models.spec import MOST, ModelSpec
 from elmoe.models.tensors import Part
 from elmoe.untrusted import short
 
+DAMAGED = "the file is damaged, or of a model that is not supported"
 IGNORED = ("rope.scaling.finetuned", "attention.sliding_window", "attention.causal")
 """Metadata keys that change nothing in the architectures here, as in llama.cpp: windows that only others use."""
 ELSEWHERE = "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "embedding_scale", "residual_scale"
@@ -66,19 +67,20 @@ def spec_of_metadata(
             raise ModelError(f"tensor '{router.format(layer=0)}' is missing", "the file has no layer with experts")
     config["tie_word_embeddings"] = not has(gguf.names["head"])
     config |= {key: has(gguf.names[role].format(layer=0)) for key, role in gguf.flags.items()}
+    plain = Config(config, "metadata", DAMAGED)
     try:
-        plain = Config(config, "metadata")
         rotary, theta = _rotary_dim(plain), plain.number("rope_theta", 10000.0)
         scaling = scaling_config(
             metadata, gguf.architecture, lambda: values(FACTORS) if has(FACTORS) else None, rotary, theta
         ) or {"rope_type": "default"}  # fmt: skip
         config["rope_scaling"] = (config.get("rope_scaling", {}) if scaling["rope_type"] == "yarn" else {}) | scaling
-        spec = family.read_config(Config(config, "metadata"))
+        spec = family.read_config(Config(config, "metadata", DAMAGED))
     except ModelError as error:
-        message = str(error)
+        message, hint = str(error), error.hint or plain.hint(str(error), config.keys() & gguf.keys.keys())
         for ours, theirs in gguf.keys.items():
-            message = message.replace(f"'{ours}'", f"'{gguf.architecture}.{theirs}'")
-        raise ModelError(message, error.hint or "the file is damaged, or of a model that is not supported") from error
+            told = f"'{gguf.architecture}.{theirs}'"
+            message, hint = message.replace(f"'{ours}'", told), hint.replace(f"'{ours}'", told)
+        raise ModelError(message, hint) from error
     known = {*gguf.keys.values(), *gguf.fixed(spec), *IGNORED, *KEYS}
     for key in metadata:
         _, _, rest = key.partition(f"{gguf.architecture}.")

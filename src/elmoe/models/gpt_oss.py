@@ -34,7 +34,7 @@ def read_config(config: Config) -> ModelSpec:
     """The spec of a configuration; ModelError names any value that is not supported."""
     config.must_be("hidden_act", "silu")
     if not config.has("rope_scaling") and not config.has("rope_parameters"):
-        config = Config(config.values | {"rope_scaling": _SCALING}, config.where)
+        config = config.defaulted(rope_scaling=_SCALING)
     experts, top_k = choice(config, "num_local_experts", "num_experts")
     if config.integer("experts_per_token", default=top_k) != top_k:
         config.fail("'num_experts_per_tok' and 'experts_per_token' disagree")
