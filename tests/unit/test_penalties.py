@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import elmoe
 from elmoe import bitslice, kernels
 from elmoe.bitslice import History, SamplingParameters
+from elmoe.cli.generate import command as generate
+from elmoe.cli.main import cli
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
 from elmoe.engine.passes import Row
-from elmoe.engine.request import Request
+from elmoe.engine.request import RANGES, Request
 from elmoe.engine.sequence import Proposal
 from elmoe.errors import RequestError
 from tests.tiny import TinyReader, tiny_spec
@@ -152,6 +156,13 @@ def test_branches_of_a_tree_count_their_own_tokens():
 def test_values_out_of_range_are_named(changes, named):
     with pytest.raises(RequestError, match=named):
         Engine(READER, kernels, PLAIN).add(Request((1,), sampling=SamplingParameters(**changes)))
+
+
+def test_the_command_line_has_the_engines_ranges_and_refuses_before_it_opens_a_model():
+    ranges = {option.name: option.type for option in generate.params if isinstance(option.type, click.FloatRange)}
+    assert {name: (kind.min or 0, kind.max) for name, kind in ranges.items()} == RANGES | {"top_p": (0, 1)}
+    done = CliRunner().invoke(cli, ["generate", "no-such-model", "--prompt", "a", "--temperature", "-1"])
+    assert done.exit_code == 2 and "'--temperature': -1.0 is not in the range 0<=x<=100" in done.output
 
 
 def test_the_python_api_takes_them(model):

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import IntegerList, Serving, json_option, print_json, seed_type, serving_options
+from elmoe.cli.common import IntegerList, Serving, json_option, print_json, seed_type, serving_options, temperature_type
 from elmoe.terminal import number, percent, print_table, progress_bar, size
 
 WORDS = """acceptance: share of draft tokens that the model took. MSB hits: share of upper bits (MSB slices) found in memory.
@@ -22,7 +22,7 @@ outside of kernels and reads. identical: the same tokens in every row."""
 @click.option("--prompt-tokens", type=click.IntRange(1), default=32, show_default=True, help="Random tokens of a prompt.")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of an answer.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs per row; medians are shown.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--temperature", type=temperature_type, default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--seed", type=seed_type, default=0, show_default=True, help="Of random prompts and of sampling.")
 @click.option("--replay", "traces", multiple=True, type=click.Path(exists=True, dir_okay=False),
               help="Take prompts, tokens, routing and acceptance from a trace of `elmoe trace record --every-position`; may "

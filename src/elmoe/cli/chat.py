@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from elmoe.cli.common import PromptText, Serving, json_option, seed_type, serving_options
+from elmoe.cli.common import PromptText, Serving, json_option, seed_type, serving_options, temperature_type
 from elmoe.errors import ElmoeError
 from elmoe.terminal import shown
 
@@ -37,7 +37,7 @@ COMMANDS = {
 @click.option("--mode", type=click.Choice(["plain", "cache", "elastic"]), default="elastic", show_default=True,
               help="plain: no drafts, nothing is kept in memory. cache: the experts used most are kept. elastic: these also "
               "draft.")  # fmt: skip
-@click.option("--temperature", type=float, default=0.7, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=temperature_type, default=0.7, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=seed_type, help="Same messages, same answers [default: drawn for each answer].")
 @click.option("--max-tokens", type=click.IntRange(1, 1 << 24), default=1024, show_default=True,
               help="Tokens of an answer at most.")  # fmt: skip

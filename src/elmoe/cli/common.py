@@ -82,6 +82,8 @@ class IntegerList(click.ParamType):
 
 force_option = click.option("--force", is_flag=True, help="Replace output files that exist.")
 seed_type = click.IntRange(0, (1 << 63) - 1)
+temperature_type = click.FloatRange(0, 100)
+penalty_type = click.FloatRange(-2, 2)
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 store_dir_option = click.option(
     "--store-dir", type=click.Path(file_okay=False, path_type=Path),

@@ -19,9 +19,11 @@ from elmoe.cli.common import (
     Serving,
     force_option,
     json_option,
+    penalty_type,
     print_json,
     seed_type,
     serving_options,
+    temperature_type,
 )
 from elmoe.terminal import counted
 from elmoe.units import format_bytes
@@ -51,18 +53,18 @@ ENDED = {"eos": "the model", "stop": "a stop string", "length": "--max-tokens"}
 @click.option("--max-tokens", type=click.IntRange(1, 1 << 24), default=128, show_default=True,
               help="Tokens of an answer at most.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(1, 64), help="Sequences served at once [default: all prompts, up to 16].")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--temperature", type=temperature_type, default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--top-k", type=click.IntRange(0, 1 << 24), default=0, show_default=True,
               help="Sample among the k most likely tokens; 0 is off.")  # fmt: skip
-@click.option("--top-p", type=float, default=1.0, show_default=True,
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
               help="Sample among the most likely tokens that have this probability together; 1 is off.")  # fmt: skip
-@click.option("--min-p", type=float, default=0.0, show_default=True,
+@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
               help="Sample among tokens with this share of the highest probability; 0 is off.")  # fmt: skip
-@click.option("--presence-penalty", type=float, default=0.0, show_default=True,
-              help="Lower the logits of tokens that the answer holds, -2 to 2.")  # fmt: skip
-@click.option("--frequency-penalty", type=float, default=0.0, show_default=True,
-              help="Lower them as often as the answer holds the token, -2 to 2.")  # fmt: skip
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True,
+@click.option("--presence-penalty", type=penalty_type, default=0.0, show_default=True,
+              help="Lower the logits of tokens that the answer holds.")  # fmt: skip
+@click.option("--frequency-penalty", type=penalty_type, default=0.0, show_default=True,
+              help="Lower them as often as the answer holds the token.")  # fmt: skip
+@click.option("--repetition-penalty", type=click.FloatRange(0.001, 100), default=1.0, show_default=True,
               help="Divide logits of tokens that prompt or answer hold; 1 is off.")  # fmt: skip
 @click.option("--logit-bias", type=LogitBias(), multiple=True, help="Add to the logit of a token id; may be repeated.")
 @click.option("--json-schema", "schema_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),

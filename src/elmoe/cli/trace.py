@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import Serving, force_option, json_option, print_json, seed_type, serving_options
+from elmoe.cli.common import Serving, force_option, json_option, print_json, seed_type, serving_options, temperature_type
 from elmoe.cli.suggesting import SuggestingGroup
 from elmoe.cli.trace_facts import fit, import_, synthesise
 from elmoe.cli.trace_profile import profile, read_prompts
@@ -37,7 +37,7 @@ def command() -> None:
               help="Text file, one prompt per line.")  # fmt: skip
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts after this many tokens.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens of an answer at most.")
-@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the most likely token.")
+@click.option("--temperature", type=temperature_type, default=0.8, show_default=True, help="0 takes the most likely token.")
 @click.option("--seed", type=seed_type, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
 @click.option("--batch", type=click.IntRange(1, 64), default=8, show_default=True, help="Sequences served at once.")
 @click.option("--every-position", is_flag=True,

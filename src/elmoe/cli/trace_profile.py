@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import backend_option, force_option, json_option, print_json, seed_type, threads_option
+from elmoe.cli.common import (
+    backend_option,
+    force_option,
+    json_option,
+    print_json,
+    seed_type,
+    temperature_type,
+    threads_option,
+)
 from elmoe.terminal import percent, print_table, progress_bar
 
 PROMPTS_LIMIT = 1 << 30
@@ -35,7 +43,7 @@ def read_prompts(path: Path) -> list[str]:
               help="Text file, one prompt per line.")  # fmt: skip
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Cut prompts after this many tokens.")
 @click.option("--max-tokens", type=click.IntRange(2), default=96, show_default=True, help="Tokens of an answer at most.")
-@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the most likely token.")
+@click.option("--temperature", type=temperature_type, default=0.8, show_default=True, help="0 takes the most likely token.")
 @click.option("--seed", type=seed_type, default=0, show_default=True, help="Prompt n is sampled with seed + n.")
 @click.option("--batch", type=click.IntRange(1, 64), default=16, show_default=True, help="Sequences served at once.")
 @click.option("--depth", type=click.IntRange(1, 64), default=16, show_default=True, help="Tokens per draft.")
