@@ -91,6 +91,15 @@ def test_gguf_and_back(tmp_path, config):
         assert one.spec == other.spec
 
 
+@CONFIGS
+def test_a_gguf_file_without_the_width_of_heads_divides_the_hidden_size_as_llama_cpp_does(tmp_path, config):
+    """transformers gives Qwen3 128 where a config.json has none."""
+    with open_store(store(tmp_path, config | {"head_dim": 16, "num_attention_heads": 6})) as reader:
+        export_store(reader, tmp_path / "model.gguf")
+        without = tuple(f"{config['model_type']}.attention.{key}_length" for key in ("key", "value"))
+        assert open_source(rewritten(tmp_path / "model.gguf", tmp_path / "other.gguf", without=without)).spec == reader.spec
+
+
 def test_rows_of_heads_are_permuted_as_llama_cpp_has_them(tmp_path):
     """convert_hf_to_gguf.py: reshape to (heads, 2, half, columns), swap the middle axes."""
     weights = random_weights(LLAMA)

@@ -303,6 +303,10 @@ def test_the_hint_names_the_keys_that_gave_a_value_of_the_spec(name, changes, ke
     assert re.findall("'([^']*)'", caught.value.hint) == keys
 
 
+def test_a_dense_qwen3_has_heads_of_128_where_none_are_given_as_in_transformers():
+    assert spec("qwen3-0.6b", head_dim=None) == spec("qwen3-0.6b")
+
+
 def test_gpt_oss_without_a_rope_scaling_has_that_of_the_published_models():
     assert spec("gpt-oss-20b", rope_scaling=None, rope_parameters=None) == spec("gpt-oss-20b")
 

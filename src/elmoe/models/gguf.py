@@ -70,6 +70,8 @@ def spec_of_metadata(
     plain = Config(config, "metadata", DAMAGED)
     try:
         rotary, theta = _rotary_dim(plain), plain.number("rope_theta", 10000.0)
+        if "head_dim" in gguf.keys:
+            config.setdefault("head_dim", rotary)  # as llama.cpp takes it; a family may have another default elsewhere
         scaling = scaling_config(
             metadata, gguf.architecture, lambda: values(FACTORS) if has(FACTORS) else None, rotary, theta
         ) or {"rope_type": "default"}  # fmt: skip

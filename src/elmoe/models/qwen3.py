@@ -11,6 +11,7 @@ from elmoe.models.spec import Dense, LayerSpec, ModelSpec
 
 def read_config(config: Config) -> ModelSpec:
     """The spec of a configuration; ModelError names any value that is not supported."""
+    config = config.defaulted(head_dim=128)  # as in transformers, whatever the hidden size
     config.must_be("hidden_act", "silu")
     config.must_be("use_sliding_window", False)
     layers, bias = config.layers(), config.flag("attention_bias", False)
