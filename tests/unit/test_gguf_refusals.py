@@ -17,6 +17,8 @@ from elmoe.errors import ConvertError, ElmoeError
 from tests.checkpoints import write_checkpoint
 from tests.gguf_files import export, random_parts, values, wide_config, write_gguf
 
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+
 
 @pytest.mark.parametrize(
     "changes,message",
@@ -113,6 +115,8 @@ def test_what_gguf_cannot_say_is_refused(tmp_path):
         ({"norm_topk_prob": False}, "norm_topk_prob"),
         ({"hidden_size": 48}, r"token_embd.weight.*48 columns"),
         ({"moe_intermediate_size": 40}, r"ffn_down_exps.*40 columns"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "the rope scaling 'yarn' with 'truncate' false cannot"),
+        ({"rope_scaling": YARN | {"attention_factor": 2.0}}, "attention factor of 2 cannot"),
     ]
     for index, (changes, message) in enumerate(cases):
         store = tmp_path / f"store{index}"

@@ -161,7 +161,9 @@ class CheckpointSource:
         if self._fused and role in ALTERNATING:
             values = values[:, ALTERNATING[role] :: 2]
         if not np.isfinite(values).all():
-            raise NumericsError(f"tensor '{self._parts(tensor)[0]}' holds NaN or infinite values", "download it anew")
+            raise NumericsError(
+                f"tensor '{', '.join(self._parts(tensor))}' holds NaN or infinite values", "download it anew"
+            )
         return values
 
     def matrix(self, tensor: Tensor, first: int, last: int, format: Format) -> QuantizedMatrix:

@@ -111,7 +111,9 @@ def scaling_metadata(
             "rope.scaling.yarn_beta_fast": float(scaling.beta_fast),
             "rope.scaling.yarn_beta_slow": float(scaling.beta_slow),
         }  # fmt: skip
-    raise ModelError(f"the rope scaling {scaling} cannot be written as GGUF")
+    kind = scaling.__struct_config__.tag
+    ramp = f" with 'truncate' {str(scaling.truncate).lower()}" if isinstance(scaling, YarnScaling) else ""
+    raise ModelError(f"the rope scaling '{kind}'{ramp} cannot be written as GGUF")
 
 
 def factors_of(rope: Rope | None) -> list[float] | None:
