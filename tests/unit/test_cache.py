@@ -376,6 +376,10 @@ def test_damaged_files_are_named_and_leave_nothing(tmp_path):
         with pytest.raises(ElmoeError, match=message) as caught:
             stored(path, tmp_path / "cache", Told().telling)
         assert caught.value.hint
+    folder = folder_of(LLAMA, tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConvertError, match=r"tokenizer\.json"):
+        stored(folder, tmp_path / "cache", Told().telling)
     assert not (tmp_path / "cache").exists()
 
 

@@ -127,12 +127,13 @@ def naming_mend(model: str | Path, store: str | Path) -> Iterator[None]:
 
 def _convert(source: Path, store: Path, found: Identity, old: Cached | None, telling: Telling) -> Path:
     """Convert a source into its store in the cache, after saying why and what it takes."""
-    from elmoe.convert.convert import convert_source, left_out_lines
+    from elmoe.convert.convert import convert_source, left_out_lines, texts_of
     from elmoe.convert.source import open_source
     from elmoe.store.reader import MemoryReader
 
     model, place = open_source(source), store.parent
     model.check()
+    texts_of(model)  # what cannot be used is told before the cache has anything of it
     _say(source, place, model, old, found, telling)
     hint = "choose another folder with --store-dir"
     try:

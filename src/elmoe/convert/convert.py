@@ -54,12 +54,18 @@ def left_out_lines(names: tuple[str, ...]) -> list[str]:
 
 def convert_source(model: Source, store: Path, progress: Progress | None = None, written: Progress | None = None) -> None:
     """Convert an open source that was checked. ``written`` takes (bytes of the store, all of them)."""
-    tokenizer_json, template, special_tokens = model.tokenizer(), model.chat_template(), model.special_tokens()
-    load_tokenizer(tokenizer_json, "tokenizer.json", ConvertError)
-    if template is not None:
-        check_template(template, ConvertError)
+    texts = texts_of(model)
     with StoreWriter(
         store, model.spec, f"converted from {printable(model.name)}", model.fingerprint, model.formats
     ) as writer:
         writer.write(model, progress, written)
-        writer.finish(tokenizer_json, template, special_tokens)
+        writer.finish(*texts)
+
+
+def texts_of(model: Source) -> tuple[bytes, str | None, dict[str, str]]:
+    """The tokenizer.json, chat template and special tokens of a source; ConvertError where one cannot be used."""
+    tokenizer, template, special_tokens = model.tokenizer(), model.chat_template(), model.special_tokens()
+    load_tokenizer(tokenizer, "tokenizer.json", ConvertError)
+    if template is not None:
+        check_template(template, ConvertError)
+    return tokenizer, template, special_tokens
