@@ -58,7 +58,7 @@ def test_what_goes_wrong_is_told(live, tmp_path):
     for url, arguments, message in (
         ("http://127.0.0.1:9", (), "cannot reach http://127.0.0.1:9/v1"),
         (live.url, ("--model", "other"), "there is no model 'other'"),
-        (live.url, ("--temperature", "-1"), "temperature is -1"),
+        (live.url, ("--temperature", "0.0005"), "temperature is 0.0005"),
     ):
         done = run(url, *arguments, text="Who?\n")
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
