@@ -60,6 +60,14 @@ def _glm4_moe(**values: Any) -> dict[str, Any]:
     } | values)  # fmt: skip
 
 
+def _dots1(**values: Any) -> dict[str, Any]:
+    return _family("Dots1ForCausalLM", "dots1", **{
+        "intermediate_size": 96, "moe_intermediate_size": 32, "num_key_value_heads": 4, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "scoring_func": "noaux_tc",
+    } | values)  # fmt: skip
+
+
 def _latent(architecture: str, kind: str, **values: Any) -> dict[str, Any]:
     return _family(architecture, kind, **{
         "intermediate_size": 96, "moe_intermediate_size": 32, "num_key_value_heads": 4, "n_routed_experts": 8,
@@ -117,6 +125,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4_moe": _glm4_moe(),
     "glm4_moe_options": _glm4_moe(
         n_shared_experts=2, routed_scaling_factor=1.8, use_qk_norm=True, attention_bias=False, norm_topk_prob=False),
+    "dots1": _dots1(),
+    "dots1_groups": _dots1(
+        n_group=4, topk_group=2, n_shared_experts=1, norm_topk_prob=False, routed_scaling_factor=1.0, head_dim=32,
+        first_k_dense_replace=2, rope_scaling=LINEAR),
+    "dots1_windows": _dots1(
+        sliding_window=40, max_window_layers=1, num_hidden_layers=4, first_k_dense_replace=0, attention_bias=True,
+        num_key_value_heads=2, tie_word_embeddings=True, n_group=2, rope_scaling=YARN),
     "gpt_oss": _gpt_oss(),
     "gpt_oss_options": _gpt_oss(
         attention_bias=False, swiglu_limit=1.5, swiglu_alpha=1.2, head_dim=32, num_experts_per_tok=4,

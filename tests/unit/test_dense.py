@@ -167,7 +167,7 @@ def test_a_gguf_architecture_is_not_a_family():
     assert gguf_family({"general.architecture": "llama", "llama.expert_count": 8}, families)[0].name == "mixtral"
     with pytest.raises(ModelError, match="'granitehybrid' is not supported") as caught:
         gguf_family({"general.architecture": "granitehybrid"}, families)
-    known = "deepseek2, glm4moe, gpt-oss, granite, granitemoe, llama, olmoe, qwen2, qwen2moe, qwen3, qwen3moe"
+    known = "deepseek2, dots1, glm4moe, gpt-oss, granite, granitemoe, llama, olmoe, qwen2, qwen2moe, qwen3, qwen3moe"
     assert caught.value.hint == f"supported: {known}"
 
 

@@ -39,6 +39,7 @@ NOT_IN_GGUF = {
     "olmoe_normalized": "norm_topk_prob is true",
     "qwen2_moe_dense_layers": "the layers differ",
     "qwen2_windows": "the layers differ",
+    "dots1_windows": "4 heads of queries share 2",
     "gpt_oss_options": "not every second layer",
     "qwen2_moe_windows": "the layers differ",
     "mixtral_window": "a window of 70 positions",

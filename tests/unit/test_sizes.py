@@ -32,6 +32,7 @@ PUBLISHED = {
     "gpt-oss-120b": (116.8e9, 5.13e9, 1),
     "olmoe-1b-7b": (6.92e9, 1.3e9, 2),
     "mixtral-8x7b": (46.7e9, 12.9e9, 2),
+    "dots.llm1": (142.8e9, 14e9, 2),
     "glm-4.5-air": (106e9, 12e9, 0),
     "glm-4.7-flash": (30e9, 3e9, 0),
     "qwen2.5-coder-7b": (7.61e9, 7.61e9, 2),

@@ -10,6 +10,7 @@ from typing import Any
 from elmoe.errors import ModelError
 from elmoe.models import (
     deepseek_v2,
+    dots1,
     glm4_moe,
     glm4_moe_lite,
     gpt_oss,
@@ -29,8 +30,8 @@ from elmoe.models.spec import ModelSpec
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        deepseek_v2.FAMILY, deepseek_v2.V3, deepseek_v2.KIMI_K2, glm4_moe.FAMILY, glm4_moe_lite.FAMILY, gpt_oss.FAMILY,
-        granite.FAMILY, granite.SHARED, granite.DENSE, llama.FAMILY, mixtral.FAMILY, olmoe.FAMILY, qwen2.FAMILY,
+        deepseek_v2.FAMILY, deepseek_v2.V3, deepseek_v2.KIMI_K2, dots1.FAMILY, glm4_moe.FAMILY, glm4_moe_lite.FAMILY,
+        gpt_oss.FAMILY, granite.FAMILY, granite.SHARED, granite.DENSE, llama.FAMILY, mixtral.FAMILY, olmoe.FAMILY, qwen2.FAMILY,
         qwen2_moe.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY,
     )
 }  # fmt: skip

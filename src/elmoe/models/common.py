@@ -131,12 +131,14 @@ def experts_with_shared(config: Config, router: Router, shared: int) -> Moe:
     return Moe(router=router, width=width, shared_width=width * config.integer("n_shared_experts", default=shared, least=0))
 
 
-def sigmoid_router(config: Config, normalize: bool, groups: int, kept: int, scaling: float) -> Router:
+def sigmoid_router(
+    config: Config, normalize: bool, groups: int, kept: int, scaling: float, words: tuple[str, ...] = ("sigmoid",)
+) -> Router:
     """DeepSeek-V3's router, which GLM shares: sigmoid scores, a bias for the choice only, groups by their best two.
 
-    The parameters are the family's values where the keys are absent.
+    The parameters are the family's values where the keys are absent; ``words``: what ``scoring_func`` calls it.
     """
-    config.must_be("scoring_func", "sigmoid")
+    config.must_be("scoring_func", *words)
     config.must_be("topk_method", "noaux_tc")
     experts, top_k = choice(config, "n_routed_experts", "num_local_experts", "num_experts")
     return Router(
@@ -216,6 +218,23 @@ def check_normalize(moe: Moe, normalize: bool) -> None:
             f"the model {rule} the weights of the chosen experts (norm_topk_prob is {str(not normalize).lower()})",
             f"the architecture {'always' if normalize else 'never'} does: this model cannot be written as GGUF",
         )
+
+
+def routed_metadata(spec: ModelSpec, architecture: str) -> dict[str, int | float | str]:
+    """GGUF's metadata of a model with grouped-query attention, :func:`sigmoid_router` and dense first layers; ModelError where
+    layers differ otherwise."""
+    first, dense = spec.moe_layers[0], spec.layers[0].feed_forward
+    moe = spec.moe(first)
+    if spec.dense_layers != tuple(range(first)) or len(set(spec.layers)) > 2 or moe.shared_width % moe.width:
+        raise ModelError(
+            "its dense layers are not the first ones, or layers differ otherwise", f"{architecture} cannot say that"
+        )
+    return attention_metadata(spec) | {
+        "feed_forward_length": dense.width if isinstance(dense, Dense) else moe.width,
+        "expert_feed_forward_length": moe.width, "expert_count": spec.experts, "expert_used_count": spec.top_k,
+        "expert_shared_count": moe.shared_width // moe.width, "leading_dense_block_count": first,
+        "expert_weights_scale": moe.router.scaling, "expert_weights_norm": moe.router.normalize, "expert_gating_func": 2,
+    }  # fmt: skip
 
 
 def experts_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:

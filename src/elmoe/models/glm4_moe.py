@@ -3,25 +3,24 @@ rotated, DeepSeek-V3's router."""
 
 from __future__ import annotations
 
-from elmoe.errors import ModelError
 from elmoe.models.common import (
     GROUPED_KEYS,
     GROUPED_REQUIRED,
     ROUTED_KEYS,
     ROUTED_REQUIRED,
     attention_fixed,
-    attention_metadata,
     experts_with_shared,
     feed_forwards,
     grouped_attention,
     model,
+    routed_metadata,
     sigmoid_router,
     sparse_layers,
 )
 from elmoe.models.config import Config
 from elmoe.models.family import Family, GgufFamily
 from elmoe.models.names import EXPERTS, EXPERTS_GGUF, GROUPED, GROUPED_GGUF
-from elmoe.models.spec import Dense, LayerSpec, ModelSpec
+from elmoe.models.spec import LayerSpec, ModelSpec
 
 
 def read_config(config: Config) -> ModelSpec:
@@ -35,19 +34,6 @@ def read_config(config: Config) -> ModelSpec:
     ffns = feed_forwards(config, sparse_layers(config, config.layers()), moe)
     layers = (LayerSpec(attention=attention, feed_forward=ffn) for ffn in ffns)
     return model(config, FAMILY.name, layers, epsilon=1e-5, positions=131072)
-
-
-def _gguf_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
-    first, dense = spec.moe_layers[0], spec.layers[0].feed_forward
-    moe = spec.moe(first)
-    if spec.dense_layers != tuple(range(first)) or len(set(spec.layers)) > 2 or moe.shared_width % moe.width:
-        raise ModelError("its dense layers are not the first ones, or layers differ otherwise", "glm4moe cannot say that")
-    return attention_metadata(spec) | {
-        "feed_forward_length": dense.width if isinstance(dense, Dense) else moe.width,
-        "expert_feed_forward_length": moe.width, "expert_count": spec.experts, "expert_used_count": spec.top_k,
-        "expert_shared_count": moe.shared_width // moe.width, "leading_dense_block_count": first,
-        "expert_weights_scale": moe.router.scaling, "expert_weights_norm": moe.router.normalize, "expert_gating_func": 2,
-    }  # fmt: skip
 
 
 def _gguf_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
@@ -74,7 +60,7 @@ FAMILY = Family(
         | EXPERTS_GGUF
         | {"ffn_norm": "blk.{layer}.post_attention_norm.weight", "selection_bias": "blk.{layer}.exp_probs_b.bias"}
         | {f"shared_{part}": f"blk.{{layer}}.ffn_{part}_shexp.weight" for part in _PARTS},
-        metadata=_gguf_metadata,
+        metadata=lambda spec: routed_metadata(spec, "glm4moe"),
         fixed=_gguf_fixed,
     ),
 )
