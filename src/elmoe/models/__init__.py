@@ -31,8 +31,8 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         deepseek_v2.FAMILY, deepseek_v2.V3, deepseek_v2.KIMI_K2, dots1.FAMILY, glm4_moe.FAMILY, glm4_moe_lite.FAMILY,
-        gpt_oss.FAMILY, granite.FAMILY, granite.SHARED, granite.DENSE, llama.FAMILY, mixtral.FAMILY, olmoe.FAMILY, qwen2.FAMILY,
-        qwen2_moe.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY,
+        gpt_oss.FAMILY, granite.FAMILY, granite.SHARED, granite.DENSE, llama.FAMILY, mixtral.FAMILY, olmoe.FAMILY,
+        qwen2.FAMILY, qwen2_moe.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY,
     )
 }  # fmt: skip
 """Families by ``model_type``."""

@@ -221,8 +221,8 @@ def check_normalize(moe: Moe, normalize: bool) -> None:
 
 
 def routed_metadata(spec: ModelSpec, architecture: str) -> dict[str, int | float | str]:
-    """GGUF's metadata of a model with grouped-query attention, :func:`sigmoid_router` and dense first layers; ModelError where
-    layers differ otherwise."""
+    """GGUF's metadata of a model with grouped-query attention, :func:`sigmoid_router` and dense first layers, but for groups
+    of experts; ModelError where layers differ otherwise."""
     first, dense = spec.moe_layers[0], spec.layers[0].feed_forward
     moe = spec.moe(first)
     if spec.dense_layers != tuple(range(first)) or len(set(spec.layers)) > 2 or moe.shared_width % moe.width:

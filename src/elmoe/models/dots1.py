@@ -39,7 +39,9 @@ def read_config(config: Config) -> ModelSpec:
     moe = Moe(router=router, width=width, shared_width=width * config.integer("n_shared_experts"))
     ffns = feed_forwards(config, sparse_layers(config.defaulted(first_k_dense_replace=0), layers), moe)
     first = config.integer("max_window_layers", default=62, least=0)
-    windows = config.windows(layers, ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)])
+    windows = config.windows(
+        layers, ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    )
     specs = (
         LayerSpec(attention=msgspec.structs.replace(attention, window=window), feed_forward=ffn)
         for window, ffn in zip(windows, ffns, strict=True)
@@ -84,9 +86,7 @@ FAMILY = Family(
     | {f"shared_{part}": f"{_MLP}shared_experts.{part}_proj.weight" for part in _PARTS},
     gguf=GgufFamily(
         architecture="dots1",
-        keys=GROUPED_KEYS
-        | ROUTED_KEYS
-        | {"n_group": "expert_group_count", "topk_group": "expert_group_used_count"},
+        keys=GROUPED_KEYS | ROUTED_KEYS | {"n_group": "expert_group_count", "topk_group": "expert_group_used_count"},
         required=(
             *GROUPED_REQUIRED,
             "n_routed_experts",
