@@ -84,7 +84,13 @@ def test_deepseek_v2_chooses_by_softmax_and_keeps_no_groups_when_greedy():
 
 @pytest.mark.parametrize(
     ("name", "groups", "kept", "scaling"),
-    [("deepseek-v3", 8, 4, 2.5), ("kimi-k2", 1, 1, 2.827), ("glm-4.7-flash", 1, 1, 1.8), ("glm-4.5-air", 1, 1, 1.0)],
+    [
+        ("deepseek-v3", 8, 4, 2.5),
+        ("kimi-k2", 1, 1, 2.827),
+        ("glm-4.7-flash", 1, 1, 1.8),
+        ("glm-4.5-air", 1, 1, 1.0),
+        ("dots.llm1", 1, 1, 2.5),
+    ],
 )
 def test_deepseek_v3_and_its_heirs_bias_the_choice_alone(name, groups, kept, scaling):
     model = spec(name)
@@ -113,6 +119,15 @@ def test_glm_rotates_half_of_a_head_in_either_spelling():
     attention = spec("glm-4.5-air", **changes, rope_parameters=newer, use_qk_norm=True).layers[0].attention
     assert (attention.rope.dimensions, attention.rope.theta, attention.query_key_norm) == (32, 1e6, "head")
     assert spec("glm-4.5-air", partial_rotary_factor="absent").layers[0].attention.rope.dimensions == 64
+
+
+def test_dots_calls_its_router_noaux_tc_and_has_no_windows_by_default():
+    model = spec("dots.llm1")
+    assert model.dense_layers == (0,) and {layer.attention.window for layer in model.layers} == {None}
+    assert model.layers[0].attention.query_key_norm == "head" and model.moe(1).shared_width == 2 * 1408
+    assert spec("dots.llm1", scoring_func="sigmoid") == spec("dots.llm1", scoring_func="absent") == model
+    with pytest.raises(ModelError, match="'scoring_func' is 'noaux_tc'"):
+        spec("glm-4.5-air", scoring_func="noaux_tc")
 
 
 def test_gpt_oss_alternates_windows_and_has_sinks_and_biases():

@@ -38,7 +38,7 @@ MODELS = CONFIGS | {
 """Of every family, with all options that the engine runs."""
 WINDOWED = {
     f"{name} in {window}": CONFIGS[name] | {"sliding_window": window}
-    for name in ("mixtral_window", "qwen2_windows", "qwen2_moe_windows", "gpt_oss", "gpt_oss_options")
+    for name in ("mixtral_window", "qwen2_windows", "qwen2_moe_windows", "dots1_windows", "gpt_oss", "gpt_oss_options")
     for window in (1, 3, 16, 64, 65)
 }
 """Windows shorter than a draft, of a block of keys and of a page, and one longer; all are shorter than most prompts."""
