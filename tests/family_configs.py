@@ -125,6 +125,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4_moe": _glm4_moe(),
     "glm4_moe_options": _glm4_moe(
         n_shared_experts=2, routed_scaling_factor=1.8, use_qk_norm=True, attention_bias=False, norm_topk_prob=False),
+    "glm4_moe_groups": _glm4_moe(n_group=4, topk_group=2),
     "dots1": _dots1(),
     "dots1_groups": _dots1(
         n_group=4, topk_group=2, n_shared_experts=1, norm_topk_prob=False, routed_scaling_factor=1.0, head_dim=32,

@@ -32,6 +32,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
         ({"metadata": {"expert_shared_count": 1}}, "expert_shared_count"),
         ({"metadata": {"attention.value_length": 32}}, "value_length"),
         ({"metadata": {"final_logit_softcapping": 30.0}}, r"qwen3moe\.final_logit_softcapping' is 30\.0"),
+        ({"metadata": {"expert_group_count": 2}}, r"qwen3moe\.expert_group_count' is 2"),
         ({"metadata": {"logit_scale": 8.0}}, r"qwen3moe\.logit_scale' is 8\.0"),
         ({"metadata": {"block_count": 4_000_000_000}}, "block_count"),
         ({"metadata": {"block_count": 4}}, r"blk\.3\."),

@@ -89,13 +89,6 @@ def test_gguf_and_back(tmp_path, name):
         assert one.spec == other.spec
 
 
-def test_groups_are_not_left_out_of_a_file_of_glm(tmp_path):
-    config = CONFIGS["glm4_moe"] | {"n_group": 4, "topk_group": 2}
-    convert_checkpoint(write_checkpoint(tmp_path / "source", config), tmp_path / "store")
-    with open_store(tmp_path / "store") as reader, pytest.raises(ConvertError, match="chosen by groups"):
-        export_store(reader, tmp_path / "model.gguf")
-
-
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe_windows", "olmoe", "deepseek_v2_groups", "deepseek_v3"])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_the_simulator_predicts_hits_and_bytes(tmp_path, name, share):

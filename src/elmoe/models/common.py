@@ -46,6 +46,8 @@ ROUTED_KEYS = {
     "first_k_dense_replace": "leading_dense_block_count",
     "routed_scaling_factor": "expert_weights_scale",
     "norm_topk_prob": "expert_weights_norm",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
 }
 """Those of DeepSeek's descendants, whose first layers are dense."""
 ROUTED_REQUIRED = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace")
@@ -221,8 +223,8 @@ def check_normalize(moe: Moe, normalize: bool) -> None:
 
 
 def routed_metadata(spec: ModelSpec, architecture: str) -> dict[str, int | float | str]:
-    """GGUF's metadata of a model with grouped-query attention, :func:`sigmoid_router` and dense first layers, but for groups
-    of experts; ModelError where layers differ otherwise."""
+    """GGUF's metadata of a model with grouped-query attention, :func:`sigmoid_router` and dense first layers; ModelError
+    where layers differ otherwise."""
     first, dense = spec.moe_layers[0], spec.layers[0].feed_forward
     moe = spec.moe(first)
     if spec.dense_layers != tuple(range(first)) or len(set(spec.layers)) > 2 or moe.shared_width % moe.width:
@@ -234,6 +236,7 @@ def routed_metadata(spec: ModelSpec, architecture: str) -> dict[str, int | float
         "expert_feed_forward_length": moe.width, "expert_count": spec.experts, "expert_used_count": spec.top_k,
         "expert_shared_count": moe.shared_width // moe.width, "leading_dense_block_count": first,
         "expert_weights_scale": moe.router.scaling, "expert_weights_norm": moe.router.normalize, "expert_gating_func": 2,
+        "expert_group_count": moe.router.groups, "expert_group_used_count": moe.router.kept_groups,
     }  # fmt: skip
 
 

@@ -152,8 +152,6 @@ def deepseek2(recognise: Callable[[Mapping[str, Any]], bool]) -> GgufFamily:
             "kv_lora_rank": "attention.kv_lora_rank",
             "q_lora_rank": "attention.q_lora_rank",
             "qk_rope_head_dim": "rope.dimension_count",
-            "n_group": "expert_group_count",
-            "topk_group": "expert_group_used_count",
             "yarn_log_multiplier": "rope.scaling.yarn_log_multiplier",
         },
         required=(

@@ -52,7 +52,7 @@ def read_config(config: Config) -> ModelSpec:
 def _gguf_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
     """ModelError too where llama.cpp could not load the file: keys and values are as wide as queries, without biases, and
     the output head is a tensor of its own."""
-    attention, router = spec.layers[0].attention, spec.moe(spec.moe_layers[0]).router
+    attention = spec.layers[0].attention
     assert isinstance(attention, GroupedAttention)
     reasons = {
         f"{attention.heads} heads of queries share {attention.kv_heads} of keys and values":
@@ -64,9 +64,7 @@ def _gguf_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
     for reason, holds in reasons.items():
         if holds:
             raise ModelError(reason, "the architecture 'dots1' cannot say that: this model cannot be written as GGUF")
-    return routed_metadata(spec, "dots1") | {
-        "expert_group_count": router.groups, "expert_group_used_count": router.kept_groups
-    }  # fmt: skip
+    return routed_metadata(spec, "dots1")
 
 
 def _gguf_config(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -86,7 +84,7 @@ FAMILY = Family(
     | {f"shared_{part}": f"{_MLP}shared_experts.{part}_proj.weight" for part in _PARTS},
     gguf=GgufFamily(
         architecture="dots1",
-        keys=GROUPED_KEYS | ROUTED_KEYS | {"n_group": "expert_group_count", "topk_group": "expert_group_used_count"},
+        keys=GROUPED_KEYS | ROUTED_KEYS,
         required=(
             *GROUPED_REQUIRED,
             "n_routed_experts",

@@ -16,7 +16,10 @@ from elmoe.untrusted import short
 DAMAGED = "the file is damaged, or of a model that is not supported"
 IGNORED = ("rope.scaling.finetuned", "attention.sliding_window", "attention.causal")
 """Metadata keys that change nothing in the architectures here, as in llama.cpp: windows that only others use."""
-ELSEWHERE = "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "embedding_scale", "residual_scale"
+ELSEWHERE = (
+    "final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "embedding_scale", "residual_scale",
+    "expert_group_count",
+)  # fmt: skip
 """Metadata keys that change what some architectures compute; 0 and 1 change nothing."""
 
 

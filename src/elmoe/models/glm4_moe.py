@@ -3,7 +3,6 @@ rotated, DeepSeek-V3's router."""
 
 from __future__ import annotations
 
-from elmoe.errors import ModelError
 from elmoe.models.common import (
     GROUPED_KEYS,
     GROUPED_REQUIRED,
@@ -37,14 +36,8 @@ def read_config(config: Config) -> ModelSpec:
     return model(config, FAMILY.name, layers, epsilon=1e-5, positions=131072)
 
 
-def _gguf_metadata(spec: ModelSpec) -> dict[str, int | float | str]:
-    if spec.moe(spec.moe_layers[0]).router.groups > 1:
-        raise ModelError("experts are chosen by groups (n_group)", "glm4moe has none: this model cannot be written as GGUF")
-    return routed_metadata(spec, "glm4moe")
-
-
 def _gguf_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
-    return attention_fixed(spec) | {"expert_gating_func": (2, 0), "expert_group_count": (1, 0)}
+    return attention_fixed(spec) | {"expert_gating_func": (2, 0)}
 
 
 _PARTS = ("gate", "up", "down")
@@ -67,7 +60,7 @@ FAMILY = Family(
         | EXPERTS_GGUF
         | {"ffn_norm": "blk.{layer}.post_attention_norm.weight", "selection_bias": "blk.{layer}.exp_probs_b.bias"}
         | {f"shared_{part}": f"blk.{{layer}}.ffn_{part}_shexp.weight" for part in _PARTS},
-        metadata=_gguf_metadata,
+        metadata=lambda spec: routed_metadata(spec, "glm4moe"),
         fixed=_gguf_fixed,
     ),
 )
