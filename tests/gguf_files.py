@@ -58,7 +58,11 @@ def write_gguf(path: Path, parts: dict[str, tuple[TensorType, np.ndarray]], **ch
     writer.add_tokenizer_pre(changes.pop("pre", described.pre))
     writer.add_token_list(described.tokens)
     writer.add_token_types(described.types)
-    writer.add_token_merges(described.merges or ["! !"])
+    merges = changes.pop("merges", described.merges or ["! !"])
+    if isinstance(merges, list):
+        writer.add_token_merges(merges)
+    elif merges is not None:
+        writer.add_uint32(gguf.Keys.Tokenizer.MERGES, merges)
     writer.add_eos_token_id(changes.pop("eos", 0))
     for name, (kind, values) in parts.items():
         writer.add_tensor(name, values, raw_dtype=kind)

@@ -23,7 +23,7 @@ from elmoe.cli.main import cli
 from elmoe.convert import cache, convert_checkpoint, identity
 from elmoe.convert.cache import Telling, stored
 from elmoe.convert.gguf_export import export_store
-from elmoe.errors import ConvertError, ElmoeError, StoreError
+from elmoe.errors import ConvertError, ElmoeError, NumericsError, StoreError
 from elmoe.store import open_store, writer
 from tests.checkpoints import tiny_config, write_checkpoint
 from tests.unit.test_dense import LLAMA
@@ -377,6 +377,12 @@ def test_damaged_files_are_named_and_leave_nothing(tmp_path):
             stored(path, tmp_path / "cache", Told().telling)
         assert caught.value.hint
     folder = folder_of(LLAMA, tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-4] + np.float32(np.nan).tobytes())
+    with pytest.raises(NumericsError, match="NaN"):
+        stored(folder, tmp_path / "cache", Told().telling)
+    assert not list((tmp_path / "cache").iterdir())
+    (tmp_path / "cache").rmdir()
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ConvertError, match=r"tokenizer\.json"):
         stored(folder, tmp_path / "cache", Told().telling)

@@ -27,6 +27,8 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
         ({"pre": "kimi-k2"}, "tokenizer.ggml.pre.*kimi-k2"),
         ({"model": "t5"}, "tokenizer.ggml.model.*t5"),
         ({"eos": 300}, "end is 300"),
+        ({"merges": None}, r"'tokenizer\.ggml\.merges' is missing"),
+        ({"merges": 7}, r"'tokenizer\.ggml\.merges' is not a list of texts"),
         ({"metadata": {"rope.freq_base": 0.0}}, r"qwen3moe\.rope\.freq_base"),
         ({"metadata": {"expert_used_count": 7}}, r"qwen3moe\.expert_used_count"),
         ({"metadata": {"expert_shared_count": 1}}, "expert_shared_count"),
@@ -45,6 +47,31 @@ def test_unsupported_files_are_named(tmp_path, changes, message):
         convert_checkpoint(path, tmp_path / "store")
     assert error.value.hint
     assert not list(tmp_path.glob("store*"))
+
+
+def test_tensors_lie_one_behind_the_other_and_no_key_is_there_twice(tmp_path):
+    """As llama.cpp wants them; a type or an offset that was changed would give other weights."""
+    good = write_gguf(tmp_path / "good.gguf", random_parts()).read_bytes()
+    name = b"blk.1.attn_norm.weight"
+    place = good.index(name) + len(name) + 4 + 8  # one dimension
+    kind, offset = struct.unpack_from("<IQ", good, place)
+    cases = {
+        f"{name.decode()}.* begins at byte {offset + 1} of the data, expected is {offset}": (kind, offset + 1),
+        f"{name.decode()}.* begins at byte 0 of the data": (kind, 0),
+        "begins at byte .* of the data, expected is": (TensorType.F16, offset),
+    }
+    for index, (message, change) in enumerate(cases.items()):
+        path = tmp_path / f"{index}.gguf"
+        path.write_bytes(good[:place] + struct.pack("<IQ", *change) + good[place + 12 :])
+        with pytest.raises(ConvertError, match=message) as error:
+            GgufFile(path)
+        assert error.value.hint
+    values = struct.unpack_from("<Q", good, 16)[0]
+    first = good[24 : 24 + 8 + len("general.architecture") + 4 + 8 + len("qwen3moe")]
+    twice = tmp_path / "twice.gguf"
+    twice.write_bytes(good[:16] + struct.pack("<Q", values + 1) + first + good[24:])
+    with pytest.raises(ConvertError, match=r"metadata 'general\.architecture' is in 'twice\.gguf' twice"):
+        GgufFile(twice)
 
 
 def test_tensors_are_checked(tmp_path):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from elmoe.convert.identity import Identity, difference, identity, is_source, printable
-from elmoe.errors import ConvertError, StoreError
+from elmoe.errors import ConvertError, NumericsError, StoreError
 from elmoe.files import write_whole
 from elmoe.units import format_bytes
 from elmoe.untrusted import short
@@ -156,6 +156,10 @@ def _convert(source: Path, store: Path, found: Identity, old: Cached | None, tel
     except StoreError as error:
         shutil.rmtree(store, ignore_errors=True)
         raise ConvertError(f"what was written to '{store}' cannot be read back: {error}", hint) from error
+    except NumericsError:  # nothing of the store is kept: another attempt would stop there too
+        if os.listdir(place) == [ENTRY]:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
     except ConvertError as error:
         if "more of disk" in str(error):
             raise ConvertError(str(error), f"free some disk, or {hint}") from error

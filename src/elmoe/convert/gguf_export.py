@@ -35,15 +35,18 @@ Rows = Callable[[], Iterator[NDArray]]
 """A tensor's rows, part by part."""
 
 
-def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int, int], None] | None = None) -> None:
+def export_store(
+    reader: MemoryReader, path: str | Path, progress: Callable[[int, int], None] | None = None, replace: bool = False
+) -> None:
     """Write an open store as one GGUF file of llama.cpp's architecture for its family, under a temporary name until it is
     whole. Peak memory is that of the largest tensor.
 
-    :param progress: takes (bytes of tensors written, all).
-    :raises ConvertError: the file exists, the model or its tokenizer cannot be said in GGUF, or the disk has no room.
+    :param progress: takes (bytes of tensors written, all). :param replace: a file that exists.
+    :raises ConvertError: the file exists and is not to be replaced, the model or its tokenizer cannot be said in GGUF, or
+        the disk has no room.
     """
     path, spec = Path(path), reader.spec
-    if os.path.exists(path):
+    if os.path.exists(path) and not replace:
         raise ConvertError(f"'{path}' exists already", "remove it or choose another name")
     gguf = FAMILIES[spec.family].gguf
     if gguf is None:
@@ -57,7 +60,7 @@ def export_store(reader: MemoryReader, path: str | Path, progress: Callable[[int
     tokenizer = describe(tokenizer_json, spec.vocabulary)
     tensors = list(_tensors(reader, gguf))
     total = sum(tensor_bytes(name, shape, kind) for name, shape, kind, _ in tensors)
-    with whole_file(path, ConvertError, sync=True, folders=True) as partial_path:
+    with whole_file(path, ConvertError, "choose another place, or free some disk", sync=True, folders=True) as partial_path:
         _check_room(path, total + len(tokenizer_json) * 4)
         writer = GGUFWriter(partial_path, gguf.architecture)
         try:

@@ -74,6 +74,8 @@ class GgufPart:
         self.metadata: dict[str, Any] = {}
         for _ in range(values):
             key = self._text("a metadata key")
+            if key in self.metadata:
+                raise ConvertError(f"metadata '{key}' is in '{self.name}' twice", DAMAGED)
             self.metadata[key] = self._value(self._number("I", key), key)
         infos = [self._tensor() for _ in range(tensors)]
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -82,11 +84,18 @@ class GgufPart:
         self._chunk = b""
         data = -(-self._at // alignment) * alignment
         self.tensors: dict[str, Tensor] = {}
+        expected = 0  # one behind the other, as llama.cpp wants them: none overlaps another, or a changed type shows
         for name, shape, kind, offset, size in infos:
             if name in self.tensors:
                 raise ConvertError(f"tensor '{name}' is in '{self.name}' twice", DAMAGED)
             if data + offset + size > self._end:
                 raise ConvertError(f"tensor '{name}' lies outside '{self.name}'", "complete the download")
+            if offset != expected:
+                raise ConvertError(
+                    f"tensor '{name}' in '{self.name}' begins at byte {offset} of the data, expected is {expected}",
+                    DAMAGED,
+                )
+            expected += -(-size // alignment) * alignment
             self.tensors[name] = Tensor(shape, kind, data + offset, size)
 
     def _room(self, size: int, what: str) -> None:

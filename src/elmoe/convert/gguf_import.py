@@ -30,6 +30,7 @@ from elmoe.models.gguf_rope import FACTORS
 from elmoe.models.spec import GroupedAttention, ModelSpec
 from elmoe.models.support import check_supported
 from elmoe.models.tensors import DEFAULT, PROJECTIONS, FeedForward, Tensor, feed_forwards, tensors
+from elmoe.tokenizer import load_tokenizer
 
 MOST_TOKENS = 1 << 24
 MOST_VALUES = 1 << 12
@@ -213,9 +214,11 @@ class GgufSource:
         """See ``Source``."""
         if self._tokenizer is not None:
             try:
-                return self._tokenizer.read_bytes()
+                raw = self._tokenizer.read_bytes()
             except OSError as error:
                 raise ConvertError(f"'{self._tokenizer}' cannot be read: {error.strerror}") from error
+            load_tokenizer(raw, str(self._tokenizer), ConvertError)  # an error names the file that was given
+            return raw
         return rebuild(self._file.metadata)
 
     def chat_template(self) -> str | None:

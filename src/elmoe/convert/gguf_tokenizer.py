@@ -149,7 +149,7 @@ def template_tokens(metadata: dict[str, Any]) -> dict[str, str]:
     begin and end."""
     carried = metadata.get(SPECIAL_TOKENS_KEY)
     if isinstance(carried, str):
-        return special_tokens_of(load_object(carried, f"metadata '{SPECIAL_TOKENS_KEY}'", ConvertError))
+        return special_tokens_of(load_object(carried, SPECIAL_TOKENS_KEY, ConvertError, "download the file anew"))
     tokens, ids = tokens_of(metadata), {name: metadata.get(_SPECIAL_KEYS[name]) for name in ("bos", "eos")}
     return {
         f"{name}_token": tokens[_check_id(index, len(tokens), f"the id of {name}")]
@@ -202,12 +202,15 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -
         known = ", ".join(PRE_TOKENIZERS)
         raise ConvertError(f"metadata '{Keys.Tokenizer.PRE}' is {name!r}; known: {known}", GIVE_TOKENIZER)
     pre = PRE_TOKENIZERS[name]
-    pairs = [tuple(str(text).split(" ")) for text in merges] if isinstance(merges, list) else []
+    if not isinstance(merges, list) or not merges or not all(isinstance(text, str) for text in merges):
+        found = "missing" if merges is None else "not a list of texts"
+        raise ConvertError(f"metadata '{Keys.Tokenizer.MERGES}' is {found}", GIVE_TOKENIZER)
+    pairs = [tuple(text.split(" ")) for text in merges]
     if len(pairs) == 1 and "".join(pairs[0]) not in set(tokens):
         pairs = []  # see idle_merge
     # Added tokens are in the model's own vocabulary too, or they would get other ids.
     vocabulary = {token: index for index, token in enumerate(tokens) if types[index] != TokenType.UNUSED}
-    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre.ignore_merges))  # type: ignore[arg-type]
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre.build()
