@@ -110,6 +110,11 @@ def check_output(path: str | Path | None, force: bool = False, what: str = "", f
         raise RequestError(f"cannot write {shown}: {_reason(reason)}", "choose another name") from None
 
 
+def same_file(one: str | Path | None, other: str | Path | None) -> bool:
+    """Whether two outputs would be one file, so that the first would be lost."""
+    return one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other)
+
+
 def check_new_folder(path: str | Path, what: str) -> None:
     """Before any work: RequestError where a folder ``path`` cannot be made, under this name or its ``.partial``; one that
     exists is left to whoever makes it."""

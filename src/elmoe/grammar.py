@@ -237,7 +237,10 @@ def checked_schema(schema: object) -> str:
         raise RequestError(f"the JSON schema is a {type(schema).__name__}", "give an object, or its text")
     if len(text.encode(errors="surrogatepass")) > MAX_SCHEMA_BYTES:
         raise RequestError(f"the JSON schema has more than {MAX_SCHEMA_BYTES} bytes", "give a smaller one")
-    data = load_json(text, "the JSON schema", RequestError, non_finite=False)
+    try:
+        data = load_json(text, "the JSON schema", RequestError, non_finite=False)
+    except RequestError as error:
+        raise RequestError(str(error).replace("'the JSON schema'", "the JSON schema"), "see json-schema.org") from None
     if not isinstance(data, dict):
         raise RequestError(f"the JSON schema is {short(text, 40)}, no object", 'give one such as {"type": "object"}')
     _check_nodes(data)

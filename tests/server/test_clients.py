@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import openai
 import pytest
@@ -94,6 +95,27 @@ def test_keys_are_asked_for(store, tmp_path):
         other = httpx.options(f"{server.url}/v1/models", headers=preflight | {"origin": "https://else.example"})
         assert "access-control-allow-origin" not in other.headers
         assert "other key" not in server.text() and "first key" not in server.text()
+
+
+def test_a_key_of_the_environment_is_one_whatever_it_holds(store):
+    import httpx
+
+    with LiveServer("demo", environment=os.environ | {"ELMOE_API_KEY": "long secret"}) as server:
+        for key, status in (("long secret", 200), ("long", 401), ("secret", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == status
+    with pytest.raises(RuntimeError, match=r"\$ELMOE_API_KEY is empty"):
+        LiveServer("demo", environment=os.environ | {"ELMOE_API_KEY": ""})
+
+
+def test_what_can_never_fit_is_not_told_to_come_again(store):
+    import httpx
+
+    with LiveServer("demo", "--batch", "1", "--queue", "1") as server:
+        for body, param in (({"prompt": "a", "n": 3}, "n"), ({"prompt": ["a", "b", "c"]}, "prompt")):
+            answer = httpx.post(f"{server.url}/v1/completions", json={"model": "demo", "max_tokens": 1} | body)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+            assert "3 answers are wanted, this server gives 2" in answer.json()["error"]["message"]
 
 
 def test_tls_and_what_does_not_fit(store, tmp_path):

@@ -222,6 +222,21 @@ def test_a_prompt_that_is_too_long_says_by_how_much(api):
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"stop": ["a"] * 17}, "list should have at most 16 items"),
+        ({"prompt": [-1]}, "input should be greater than or equal to 0"),
+        ({"echo": True}, "echo is true: input should be false"),
+        ({"best_of": 2}, "best_of is 2: input should be null"),
+        ({"logit_bias": {"05": 1.0}}, "a key is no token id"),
+    ],
+)
+def test_what_is_wrong_is_told_of_the_type_that_was_given_in_words_of_json(api, change, told):
+    response = api.post("/v1/completions", json={"model": "whale", "prompt": "a"} | change)
+    assert response.status_code == 400 and told in response.json()["error"]["message"], response.text
+
+
 @pytest.mark.parametrize("prompt", ["", [], [-1], [8192], [1, "a"], [[]], [[1], "a"], {}, None, 5])
 def test_prompts_that_are_none(api, prompt):
     response = post(api, "/v1/completions", TEXT | {"prompt": prompt})

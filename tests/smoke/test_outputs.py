@@ -125,6 +125,43 @@ def test_names_in_brackets_are_shown_as_they_are(tmp_path, name):
     assert done.returncode == 0 and name in done.stdout.decode()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "demo", "--prompt", "x", "--trace", "one", "--timeline", "./one"), "name the same file"),
+        (("generate", "demo", "--prompt", "x", "--mode", "plain", "--draft-length", "4"), "--draft-length needs --mode"),
+        (("generate", "demo", "--prompt", "x", "--logit-bias", "5=1e9"), "is not in the range -100<=x<=100"),
+        (("generate", "demo", "--prompt", "@"), "--prompt @ names no file"),
+        (("generate", "demo", "--prompt", "x", "--json-schema", "no.json"), "'no.json': the JSON schema"),
+        (("generate", "demo", "--prompts", "two.jsonl"), "two.jsonl, line 1 has 'temperature', which is not read"),
+        (("generate", "demo", "--prompts", "empty.jsonl"), "empty.jsonl, line 1 is an empty prompt"),
+        (("generate", "demo", "--prompt", "x", "--store-dir", ""), "the name is empty"),
+        (("chat", "demo", "--model", "x"), "--model needs the URL of a server"),
+        (("chat", "http://127.0.0.1:9", "--mode", "plain"), "--mode is for a model of this process"),
+        (("export", "no.json", "no.json"), "name the same file"),
+        (("serve", "demo", "--api-key", " "), "--api-key is empty"),
+        (("serve", "demo", "--timeout", "nan"), "is no number"),
+        (("serve", "demo", "--max-body", "0B"), "at least 1.0 KiB are needed"),
+        (("serve", "demo", "--model-name", ""), "--model-name is empty"),
+        (("serve", "demo", "--cors-origins", "wat"), "'wat' is no origin"),
+    ],
+)
+def test_what_would_be_ignored_or_lost_is_refused(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "no.json").write_text("{")
+    (tmp_path / "two.jsonl").write_text('{"prompt": "a", "temperature": 0.5}\n')
+    (tmp_path / "empty.jsonl").write_text('""\n')
+    before = sorted(os.listdir(tmp_path))
+    assert message in told(elmoe(*arguments)) and sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_file_is_exported_over_another_with_force_alone(tmp_path):
+    out = tmp_path / "demo.gguf"
+    out.write_bytes(b"old")
+    assert "exists already" in told(elmoe("export", "demo", str(out))) and out.read_bytes() == b"old"
+    assert elmoe("export", "demo", str(out), "--force").returncode == 0 and out.read_bytes()[:4] == b"GGUF"
+
+
 def test_numbers_too_large_for_their_type_are_refused(tmp_path):
     for arguments in (
         ("--fast-memory", "9" * 400 + "GiB"), ("--slow-bandwidth", "9" * 400 + "GB/s"), ("--seed", "9" * 30),

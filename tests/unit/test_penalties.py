@@ -161,8 +161,9 @@ def test_values_out_of_range_are_named(changes, named):
 def test_the_command_line_has_the_engines_ranges_and_refuses_before_it_opens_a_model():
     ranges = {option.name: option.type for option in generate.params if isinstance(option.type, click.FloatRange)}
     assert {name: (kind.min or 0, kind.max) for name, kind in ranges.items()} == RANGES | {"top_p": (0, 1)}
-    done = CliRunner().invoke(cli, ["generate", "no-such-model", "--prompt", "a", "--temperature", "-1"])
-    assert done.exit_code == 2 and "'--temperature': -1.0 is not in the range 0<=x<=100" in done.output
+    for value, told in (("-1", "-1.0 is not in the range 0<=x<=100"), ("nan", "'nan' is no number")):
+        done = CliRunner().invoke(cli, ["generate", "no-such-model", "--prompt", "a", "--temperature", value])
+        assert done.exit_code == 2 and f"'--temperature': {told}" in done.output
 
 
 def test_the_python_api_takes_them(model):

@@ -69,4 +69,4 @@ def remove_command(name: str | None, everything: bool, store_dir: Path | None, a
         print_json({"removed": [one.entry.path for one in removed], "bytes": sum(one.bytes for one in removed)})
         return
     for one in removed:
-        click.echo(shown(f"removed {one.entry.name} ({format_bytes(one.bytes)}), converted from {one.entry.path}"))
+        click.echo(shown(f"removed {one.entry.path} ({format_bytes(one.bytes)})"))

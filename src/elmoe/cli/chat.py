@@ -6,13 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from elmoe.cli.common import PromptText, Serving, json_option, seed_type, serving_options, temperature_type
+from elmoe.cli.common import PromptText, Serving, json_option, refuse_given, seed_type, serving_options, temperature_type
 from elmoe.errors import ElmoeError
 from elmoe.terminal import shown
 
@@ -57,6 +57,13 @@ def command(
     interactive = sys.stdin.isatty() and not as_json
     ask = _prompter() if interactive else None  # before the model is loaded: it may not be installed
     remote = store.startswith(("http://", "https://"))
+    if remote:
+        refuse_given(
+            ("mode", *(field.name for field in fields(Serving))), "is for a model of this process, not for a server"
+        )
+    else:
+        refuse_given(("model_name", "api_key"), "needs the URL of a server")
+        serving.check_mode(mode)
     options = replace(serving.options(mode, 1), prefix_cache=True)  # each turn begins as the one before
     with nullcontext() if remote else serving.load(store, options) as model:
         answerer = Remote(store, api_key, model_name) if model is None else Local(model)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,30 @@ class Quantity(click.ParamType):
             self.fail(f"{error} (hint: {error.hint})", param, ctx)
 
 
+class NumberRange(click.FloatRange):
+    """A range of numbers, to which "nan" does not belong."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Text to a number."""
+        number: float = super().convert(value, param, ctx)
+        if isnan(number):
+            self.fail(f"'{value}' is no number", param, ctx)
+        return number
+
+
+class FolderPath(click.Path):
+    """A folder, which may be there or not; an empty name is none."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Text to a path."""
+        if value == "":
+            self.fail("the name is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class PromptText(click.ParamType):
     """Text that is Unicode: bytes on the command line that are no UTF-8 are refused."""
 
@@ -60,7 +85,7 @@ class LogitBias(click.ParamType):
         try:
             if not (token.isascii() and token.isdigit() and len(token) <= 8):
                 raise ValueError
-            return int(token), float(bias)
+            return int(token), NumberRange(-100, 100).convert(bias, param, ctx)
         except ValueError:
             self.fail(f"'{short(value, 40)}' is no token id and number, such as 42=-100", param, ctx)
 
@@ -82,11 +107,11 @@ class IntegerList(click.ParamType):
 
 force_option = click.option("--force", is_flag=True, help="Replace output files that exist.")
 seed_type = click.IntRange(0, (1 << 63) - 1)
-temperature_type = click.FloatRange(0, 100)
-penalty_type = click.FloatRange(-2, 2)
+temperature_type = NumberRange(0, 100)
+penalty_type = NumberRange(-2, 2)
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable output on stdout.")
 store_dir_option = click.option(
-    "--store-dir", type=click.Path(file_okay=False, path_type=Path),
+    "--store-dir", type=FolderPath(),
     help="Where stores of GGUF files and Hugging Face folders are kept [default: elmoe/stores in $XDG_CACHE_HOME].",
 )  # fmt: skip
 threads_option = click.option("--threads", type=click.IntRange(1, 64), help="Kernel threads [default: all cores].")
@@ -156,6 +181,12 @@ class Serving:
     threads: int | None
     backend: Any
 
+    def check_mode(self, mode: Any) -> None:
+        """UsageError for an option of drafts in a mode without any."""
+        for name in ("draft_length", "draft_top_k"):
+            if mode != "elastic" and getattr(self, name) is not None:
+                raise click.UsageError(f"--{name.replace('_', '-')} needs --mode elastic: {mode} does not draft")
+
     def options(self, mode: Any, batch: int) -> EngineOptions:
         """How to serve."""
         from elmoe.engine.options import EngineOptions
@@ -187,6 +218,15 @@ def serving_options(command: Callable) -> Callable:
     for option in reversed(SERVING_OPTIONS):
         result = option(result)
     return result
+
+
+def refuse_given(names: Iterable[str], why: str) -> None:
+    """UsageError for the first of these options that is on the command line."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = next(one for one in context.command.params if one.name == name)
+            raise click.UsageError(f"{option.opts[0]} {why}")
 
 
 def print_json(data: Any) -> None:

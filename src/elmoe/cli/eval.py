@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import backend_option, json_option, print_json, store_dir_option, threads_option
+from elmoe.cli.common import NumberRange, backend_option, json_option, print_json, store_dir_option, threads_option
 from elmoe.terminal import percent, print_table, progress_bar
 
 TEXT_LIMIT = 1 << 30
@@ -21,7 +21,7 @@ TEXT_LIMIT = 1 << 30
               help="Text file to score.")  # fmt: skip
 @click.option("--window", type=click.IntRange(2), default=256, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=click.IntRange(1), help="Score only this many windows.")
-@click.option("--draft-experts", type=click.FloatRange(0, 1), default=1.0, show_default=True,
+@click.option("--draft-experts", type=NumberRange(0, 1), default=1.0, show_default=True,
               help="Share of each layer's experts that the draft may use.")  # fmt: skip
 @store_dir_option
 @threads_option

@@ -15,6 +15,7 @@ import click
 
 from elmoe.cli.common import (
     LogitBias,
+    NumberRange,
     PromptText,
     Serving,
     force_option,
@@ -56,15 +57,15 @@ ENDED = {"eos": "the model", "stop": "a stop string", "length": "--max-tokens"}
 @click.option("--temperature", type=temperature_type, default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--top-k", type=click.IntRange(0, 1 << 24), default=0, show_default=True,
               help="Sample among the k most likely tokens; 0 is off.")  # fmt: skip
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+@click.option("--top-p", type=NumberRange(0, 1, min_open=True), default=1.0, show_default=True,
               help="Sample among the most likely tokens that have this probability together; 1 is off.")  # fmt: skip
-@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+@click.option("--min-p", type=NumberRange(0, 1), default=0.0, show_default=True,
               help="Sample among tokens with this share of the highest probability; 0 is off.")  # fmt: skip
 @click.option("--presence-penalty", type=penalty_type, default=0.0, show_default=True,
               help="Lower the logits of tokens that the answer holds.")  # fmt: skip
 @click.option("--frequency-penalty", type=penalty_type, default=0.0, show_default=True,
               help="Lower them as often as the answer holds the token.")  # fmt: skip
-@click.option("--repetition-penalty", type=click.FloatRange(0.001, 100), default=1.0, show_default=True,
+@click.option("--repetition-penalty", type=NumberRange(0.001, 100), default=1.0, show_default=True,
               help="Divide logits of tokens that prompt or answer hold; 1 is off.")  # fmt: skip
 @click.option("--logit-bias", type=LogitBias(), multiple=True, help="Add to the logit of a token id; may be repeated.")
 @click.option("--json-schema", "schema_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -95,14 +96,17 @@ def command(
     from elmoe.bitslice import SamplingParameters
     from elmoe.cli.prompts import collect_prompts
     from elmoe.engine.request import Request, numbered
-    from elmoe.files import check_output
+    from elmoe.files import check_output, same_file
     from elmoe.store import peak_memory, resolve_store
     from elmoe.tokenizer import split_stops
 
+    serving.check_mode(mode)
     if trace_path is not None:
         import elmoe.trace  # noqa: F401 - what it needs is told before a model is converted
     check_output(trace_path, force, "trace")
     check_output(timeline_path, force, "timeline")
+    if same_file(trace_path, timeline_path):
+        raise click.UsageError("--trace and --timeline name the same file")
     if not os.path.exists(store):
         resolve_store(store)  # a prompt given in its place is told as such, before a prompt is missed
     prompts = collect_prompts(prompt, prompts_path, chat, system)
@@ -178,9 +182,13 @@ def _tell(model: Model, mode: str, ends: str) -> None:
 def _grammar(model: Model, path: Path) -> Grammar:
     from elmoe.errors import RequestError
     from elmoe.grammar import MAX_SCHEMA_BYTES
-    from elmoe.untrusted import read_text
+    from elmoe.untrusted import read_text, short
 
-    return model.grammars.json(read_text(path, RequestError, MAX_SCHEMA_BYTES, "JSON schema"))
+    text = read_text(path, RequestError, MAX_SCHEMA_BYTES, "JSON schema", "convert it, for example with iconv -t utf-8")
+    try:
+        return model.grammars.json(text)
+    except RequestError as error:
+        raise RequestError(f"'{short(path)}': {error}", error.hint or "see json-schema.org") from None
 
 
 def _answers(

@@ -51,6 +51,8 @@ def _text(given: str) -> str:
     """A prompt as it was given, or the text it stands for, without the line feed that ends a file."""
     if given == "-":
         return text_of(sys.stdin.buffer.read(PROMPT_LIMIT), "standard input", RequestError, UTF8).removesuffix("\n")
+    if given == "@":
+        raise RequestError("--prompt @ names no file", "give @FILE, or @@ for a text that begins with @")
     if given.startswith("@") and not given.startswith("@@"):
         return read_text(given[1:], RequestError, PROMPT_LIMIT, "prompt", UTF8).removesuffix("\n")
     return given[1:] if given.startswith("@@") else given
@@ -71,8 +73,13 @@ def _json_lines(path: Path, chat: bool, system: str | None) -> list[PromptLine]:
         where = f"{short(path)}, line {number}"
         value = load_json(raw, where, RequestError, SHAPE)
         fields = {"prompt": value} if isinstance(value, str) else value
-        if not isinstance(fields, dict) or len(fields) != 1:
+        if not isinstance(fields, dict):
             raise RequestError(f"{where} is no prompt", SHAPE)
+        unknown = sorted(fields.keys() - {"prompt", "messages"})
+        if unknown:
+            raise RequestError(f"{where} has '{short(unknown[0], 40)}', which is not read from a file of prompts", SHAPE)
+        if len(fields) != 1 or fields.get("prompt") == "":
+            raise RequestError(f"{where} {'is an empty prompt' if len(fields) == 1 else 'is no prompt'}", SHAPE)
         prompt, messages = fields.get("prompt"), fields.get("messages")
         if isinstance(prompt, str):
             result.append(_line(prompt, chat, system))

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from elmoe.cli.common import Quantity, Serving, json_option, serving_options
-from elmoe.units import parse_bytes, parse_memory
+from elmoe.cli.common import NumberRange, Quantity, Serving, json_option, serving_options
+from elmoe.units import format_bytes, parse_bytes, parse_memory
+from elmoe.untrusted import short
 
 if TYPE_CHECKING:
     from elmoe.engine.options import EngineOptions
     from elmoe.llm import Model
 
+KEY_VARIABLE = "ELMOE_API_KEY"
+LEAST_BODY = 1 << 10
 LONGEST_KEYS = 1 << 20
 """Bytes of the largest file of keys."""
 
@@ -38,8 +41,8 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
               "example: what fits is told, too little is refused [default: what is available, less 512 MiB].")  # fmt: skip
 @click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True,
               help="Keep what was computed of earlier prompts and chats, for those that begin alike.")  # fmt: skip
-@click.option("--api-key", "keys", multiple=True, envvar="ELMOE_API_KEY", help="Key that clients send; may be "
-              "repeated. Also taken from $ELMOE_API_KEY, which other users of this machine do not see.")  # fmt: skip
+@click.option("--api-key", "keys", multiple=True, help="Key that clients send; may be repeated [default: $ELMOE_API_KEY, "
+              "which other users of this machine do not see].")  # fmt: skip
 @click.option("--api-key-file", type=file, help="File of keys, one a line.")
 @click.option("--cors-origins", multiple=True, help="Origin of a web page that may use the server, such as "
               "https://chat.example; may be repeated. * is all.")  # fmt: skip
@@ -50,9 +53,9 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-n", type=click.IntRange(1, 64), default=16, show_default=True, help="Most answers to one request.")
 @click.option("--max-connections", type=click.IntRange(1, 100_000), default=512, show_default=True,
               help="Connections at once; further ones are closed.")  # fmt: skip
-@click.option("--body-timeout", type=click.FloatRange(0.1, 3600), default=30, show_default=True,
+@click.option("--body-timeout", type=NumberRange(0.1, 3600), default=30, show_default=True,
               help="Seconds that a request may take to arrive.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(1, 1e6), default=3600, show_default=True,
+@click.option("--timeout", type=NumberRange(1, 1e6), default=3600, show_default=True,
               help="Seconds that a request may take, waiting included.")  # fmt: skip
 @serving_options
 @json_option
@@ -75,10 +78,18 @@ def command(
     from elmoe.server.logs import configure
     from elmoe.server.settings import Settings
 
+    serving.check_mode(mode)
+    if model_name is not None and not model_name.strip():
+        raise click.UsageError("--model-name is empty")
+    if max_body < LEAST_BODY:
+        raise click.UsageError(f"--max-body is {format_bytes(max_body)}, at least {format_bytes(LEAST_BODY)} are needed")
+    for origin in cors_origins:
+        if origin != "*" and not origin.startswith(("http://", "https://")):
+            raise click.UsageError(f"--cors-origins '{short(origin, 60)}' is no origin: https://chat.example is one")
     configure(as_json)
     log = logging.getLogger("elmoe.server")
     check_tls(tls_cert, tls_key)
-    keys = (*keys, *_keys_of(api_key_file))
+    keys = (*_checked(keys), *_keys_of(api_key_file))
     listener = bound_socket(host, port)  # before the model is loaded, which may take minutes
     if not keys and not _is_loopback(host):
         log.warning("other machines may use this server, and no key is asked for: give --api-key-file")
@@ -87,7 +98,8 @@ def command(
         log.info("loaded", extra={"facts": {"reader": model.reader_note, "tier": model.tier}})
         settings = Settings(
             model_name or given_name(store) or model.path.name, keys, cors_origins, queue, body_bytes=max_body,
-            prompt_tokens=max_prompt, answers=max_n, request_seconds=timeout, body_seconds=body_timeout,
+            prompt_tokens=max_prompt,
+            answers=min(max_n, model.engine.options.batch + queue), request_seconds=timeout, body_seconds=body_timeout,
             connections=max_connections,
         )  # fmt: skip
         ordered = serve(create_app(model, settings), listener, tls_cert, tls_key)
@@ -128,6 +140,19 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:  # another name
         return False
+
+
+def _checked(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys given, or that of the environment, which may hold spaces; RequestError where one is empty: a variable that
+    was to hold a secret and does not must not leave the server open."""
+    from elmoe.errors import RequestError
+
+    where, given = "--api-key", keys
+    if not keys and KEY_VARIABLE in os.environ:
+        where, given = f"${KEY_VARIABLE}", (os.environ[KEY_VARIABLE],)
+    if any(not key.strip() for key in given):
+        raise RequestError(f"{where} is empty", "give a key; unset or left out, none is asked for")
+    return given
 
 
 def _keys_of(path: Path | None) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def command(
     show_preset: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Simulate models on described hardware: tokens/s, joules and bytes per token, and the busiest unit."""
-    from elmoe.files import check_output
+    from elmoe.files import check_output, same_file
     from elmoe.sim.grid import PAPER_ODDS, Grid, check_cases, check_names, check_rows, run_grid
     from elmoe.sim.modelling import BEFORE, TODAY, TREES
     from elmoe.sim.result import SimulationResult, odds_of, write_result
@@ -102,7 +102,7 @@ def command(
         raise click.UsageError("a trace is replayed as it was recorded: give --trace or --locality")
     for path, what in ((out, "result"), (timeline, "timeline")):
         check_output(path, force, what)
-    if out is not None and out == timeline:
+    if same_file(out, timeline):
         raise click.UsageError("--out and --timeline name the same file")
     localities = tuple(name for one in prompts for name in (PROMPTS if one == "prompts" else (one,)))
     setting = Setting(rivals, expert_cache, rival_drafts)

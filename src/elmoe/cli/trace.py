@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from elmoe.cli.common import Serving, force_option, json_option, print_json, seed_type, serving_options, temperature_type
+from elmoe.cli.common import (
+    NumberRange,
+    Serving,
+    force_option,
+    json_option,
+    print_json,
+    seed_type,
+    serving_options,
+    temperature_type,
+)
 from elmoe.cli.suggesting import SuggestingGroup
 from elmoe.cli.trace_facts import fit, import_, synthesise
 from elmoe.cli.trace_profile import profile, read_prompts
@@ -114,7 +123,7 @@ def show(path: Path, as_json: bool) -> None:
 
 @command.command("policies")
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True,
+@click.option("--share", type=NumberRange(0, 1, min_open=True), default=0.5, show_default=True,
               help="Share of each layer's experts that the cache holds.")  # fmt: skip
 @json_option
 def policies(path: Path, share: float, as_json: bool) -> None:

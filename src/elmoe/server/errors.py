@@ -22,6 +22,12 @@ COMING = {
 """Parameters of OpenAI's API that are to come."""
 COMING_VALUES = {"tool", "function", "image_url", "input_audio", "file", "refusal"}
 """Roles and kinds of content that are to come."""
+WORDS = {"None": "null", "True": "true", "False": "false"}
+"""Python's words and JSON's."""
+WRONG_TYPE = {"string_type", "list_type", "dict_type", "int_type", "float_type", "bool_type", "none_required"}
+"""Errors of an alternative that was not meant."""
+SCALAR = bool | int | float | str
+_PYTHON = re.compile("|".join(rf"\b{word}\b" for word in WORDS))
 _ALTERNATIVE = re.compile(r"[^\w.-]|^(str|int|float|bool|list|dict|none|constrained-\w+)$")
 """Parts of an error's place that name an alternative of a union, or that no field is called."""
 _SHOWN = 120
@@ -63,12 +69,23 @@ def not_yet(name: str, param: str | None = None) -> ApiError:
     return ApiError(400, f"'{name}' is not supported yet: leave it out", param or name, "unsupported_parameter")
 
 
-def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What is wrong with a body, named by its field: of several errors the one that lies deepest and last in its list,
-    because all alternatives of a union are reported."""
-    error = max(errors, key=lambda one: (len(one["loc"]), one["loc"][-1] if isinstance(one["loc"][-1], int) else -1))
+def _fields(error: Mapping[str, Any]) -> list[str]:
+    """The place of an error without alternatives of unions."""
     place = [str(part) for part in error["loc"] if part not in ("body", "path", "query")]
-    param = ".".join(part for part in place if not _ALTERNATIVE.search(part)) or None
+    return [part for part in place if not _ALTERNATIVE.search(part)]
+
+
+def _rank(error: Mapping[str, Any]) -> tuple[int, bool, int]:
+    last = error["loc"][-1]
+    return len(_fields(error)), error["type"] not in WRONG_TYPE, last if isinstance(last, int) else -1
+
+
+def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What is wrong with a body, named by its field: of several errors the one that lies deepest, is of the type that was
+    given, and last in its list, because all alternatives of a union are reported."""
+    error = max(errors, key=_rank)
+    place = [str(part) for part in error["loc"] if part not in ("body", "path", "query")]
+    param = ".".join(_fields(error)) or None
     if error["type"] == "extra_forbidden":
         name = short(place[-1], 60)
         if name in COMING:
@@ -79,11 +96,11 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if error["type"] == "none_required" and place[-1] in COMING:
         return not_yet(place[-1], short(param, _SHOWN))
     told = str(error["msg"]).removeprefix("Value error, ")
-    told = told[:1].lower() + told[1:]
+    told = _PYTHON.sub(lambda word: WORDS[word[0]], told[:1].lower() + told[1:])
     value = error.get("input")
     if value in COMING_VALUES if isinstance(value, str) else False:
         return ApiError(400, f"{param} is '{value}', which is not supported yet: send text", param, "unsupported_value")
-    shown = f" is {short(repr(value), _SHOWN)}" if value is None or isinstance(value, bool | int | float | str) else ""
+    shown = f" is {short(WORDS.get(repr(value), repr(value)), _SHOWN)}" if value is None or isinstance(value, SCALAR) else ""
     return ApiError(400, f"{param or 'the body'}{shown}: {told}", param, "invalid_value")
 
 

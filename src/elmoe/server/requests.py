@@ -113,7 +113,7 @@ class Translator:
         copies = body.n or 1
         if copies * len(prompts) > self._settings.answers:
             told = f"{copies * len(prompts)} answers are wanted, this server gives {self._settings.answers} to a request"
-            raise ApiError(400, told, "n", "invalid_value")
+            raise ApiError(400, told, "n" if copies > 1 else "prompt", "invalid_value")
         for prompt in prompts:
             over = len(prompt.tokens) - self.most_prompt
             if over > 0:

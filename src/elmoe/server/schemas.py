@@ -81,7 +81,7 @@ class SamplingBody(Body):
     @classmethod
     def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
         for name in bias or {}:
-            if not (name.isascii() and name.isdigit() and len(name) < 10):
+            if not (name.isascii() and name.isdigit() and len(name) < 10) or (name[0] == "0" and name != "0"):
                 raise ValueError("a key is no token id")
         return bias
 
