@@ -133,7 +133,7 @@ def test_names_in_brackets_are_shown_as_they_are(tmp_path, name):
         (("generate", "demo", "--prompt", "x", "--logit-bias", "5=1e9"), "is not in the range -100<=x<=100"),
         (("generate", "demo", "--prompt", "@"), "--prompt @ names no file"),
         (("generate", "demo", "--prompt", "x", "--json-schema", "no.json"), "'no.json': the JSON schema"),
-        (("generate", "demo", "--prompts", "two.jsonl"), "two.jsonl, line 1 has 'temperature', which is not read"),
+        (("generate", "demo", "--prompts", "two.jsonl"), "two.jsonl, line 1 is no prompt: 'temperature' is not read"),
         (("generate", "demo", "--prompts", "empty.jsonl"), "empty.jsonl, line 1 is an empty prompt"),
         (("generate", "demo", "--prompt", "x", "--store-dir", ""), "the name is empty"),
         (("chat", "demo", "--model", "x"), "--model needs the URL of a server"),

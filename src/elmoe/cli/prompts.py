@@ -77,7 +77,7 @@ def _json_lines(path: Path, chat: bool, system: str | None) -> list[PromptLine]:
             raise RequestError(f"{where} is no prompt", SHAPE)
         unknown = sorted(fields.keys() - {"prompt", "messages"})
         if unknown:
-            raise RequestError(f"{where} has '{short(unknown[0], 40)}', which is not read from a file of prompts", SHAPE)
+            raise RequestError(f"{where} is no prompt: '{short(unknown[0], 40)}' is not read from a file of prompts", SHAPE)
         if len(fields) != 1 or fields.get("prompt") == "":
             raise RequestError(f"{where} {'is an empty prompt' if len(fields) == 1 else 'is no prompt'}", SHAPE)
         prompt, messages = fields.get("prompt"), fields.get("messages")
