@@ -66,7 +66,7 @@ class Request:
         check_within("alternatives", self.alternatives, 0, min(MOST_ALTERNATIVES, vocabulary))
         check_sampling(self.sampling, vocabulary)
         if any(not text for text in self.stop):
-            raise RequestError("a stop string is empty")
+            raise RequestError("a stop string is empty", "leave it out")
 
 
 def check_within(name: str, value: float, low: float, high: float) -> None:
