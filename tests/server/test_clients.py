@@ -100,7 +100,7 @@ def test_keys_are_asked_for(store, tmp_path):
 def test_a_key_of_the_environment_is_one_whatever_it_holds(store):
     import httpx
 
-    with LiveServer("demo", environment=os.environ | {"ELMOE_API_KEY": "long secret"}) as server:
+    with LiveServer("demo", environment=os.environ | {"ELMOE_API_KEY": " long secret\n"}) as server:
         for key, status in (("long secret", 200), ("long", 401), ("secret", 401)):
             headers = {"authorization": f"Bearer {key}"}
             assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == status

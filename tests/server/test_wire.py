@@ -227,6 +227,7 @@ def test_a_prompt_that_is_too_long_says_by_how_much(api):
     [
         ({"stop": ["a"] * 17}, "list should have at most 16 items"),
         ({"prompt": [-1]}, "input should be greater than or equal to 0"),
+        ({"prompt": ["a", None]}, "prompt.1 is null: input should be a valid string"),
         ({"echo": True}, "echo is true: input should be false"),
         ({"best_of": 2}, "best_of is 2: input should be null"),
         ({"logit_bias": {"05": 1.0}}, "a key is no token id"),

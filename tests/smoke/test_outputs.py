@@ -138,7 +138,11 @@ def test_names_in_brackets_are_shown_as_they_are(tmp_path, name):
         (("generate", "demo", "--prompt", "x", "--store-dir", ""), "the name is empty"),
         (("chat", "demo", "--model", "x"), "--model needs the URL of a server"),
         (("chat", "http://127.0.0.1:9", "--mode", "plain"), "--mode is for a model of this process"),
-        (("export", "no.json", "no.json"), "name the same file"),
+        (("export", "source.gguf", "source.gguf", "--force"), "is the file that is read"),
+        (("export", "store", "store/manifest.json", "--force"), "is a file of 'store' itself"),
+        (("bench", "demo", "--modes", "plain,cache", "--draft-length", "3"), "--draft-length needs --mode elastic"),
+        (("generate", "demo", "--prompt", "x", "--logit-bias", "5=abc"), "is no token id and number"),
+        (("serve", "demo", "--cors-origins", "https://a.b/"), "is no origin"),
         (("serve", "demo", "--api-key", " "), "--api-key is empty"),
         (("serve", "demo", "--timeout", "nan"), "is no number"),
         (("serve", "demo", "--max-body", "0B"), "at least 1.0 KiB are needed"),
@@ -149,6 +153,9 @@ def test_names_in_brackets_are_shown_as_they_are(tmp_path, name):
 def test_what_would_be_ignored_or_lost_is_refused(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "no.json").write_text("{")
+    (tmp_path / "source.gguf").write_bytes(b"GGUF")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
     (tmp_path / "two.jsonl").write_text('{"prompt": "a", "temperature": 0.5}\n')
     (tmp_path / "empty.jsonl").write_text('""\n')
     before = sorted(os.listdir(tmp_path))

@@ -28,6 +28,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
         ({"model": "t5"}, "tokenizer.ggml.model.*t5"),
         ({"eos": 300}, "end is 300"),
         ({"merges": None}, r"'tokenizer\.ggml\.merges' is missing"),
+        ({"merges": ["a"]}, r"'tokenizer\.ggml\.merges' has 'a', not two tokens"),
         ({"merges": 7}, r"'tokenizer\.ggml\.merges' is not a list of texts"),
         ({"metadata": {"rope.freq_base": 0.0}}, r"qwen3moe\.rope\.freq_base"),
         ({"metadata": {"expert_used_count": 7}}, r"qwen3moe\.expert_used_count"),

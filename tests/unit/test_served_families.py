@@ -9,6 +9,7 @@ from elmoe import bitslice, kernels
 from elmoe.bitslice import SamplingParameters
 from elmoe.convert import convert_checkpoint
 from elmoe.convert.gguf_export import export_store
+from elmoe.convert.gguf_file import GgufFile
 from elmoe.convert.source import open_source
 from elmoe.engine.engine import Engine
 from elmoe.engine.options import EngineOptions
@@ -87,6 +88,25 @@ def test_gguf_and_back(tmp_path, name):
             assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes(), file.name
     with open_store(path) as one, open_store(tmp_path / "back") as other:
         assert one.spec == other.spec
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "dots1", "deepseek_v3"])
+def test_groups_of_a_gguf_file_are_those_that_llama_cpp_takes(tmp_path, name):
+    """One or none whatever is kept of them, all kept as one; of several it must say how many are kept."""
+    config = CONFIGS[name] | {"n_group": 2, "topk_group": 2, "rope_scaling": None}
+    convert_checkpoint(write_checkpoint(tmp_path / "source", config), tmp_path / "store")
+    with open_store(tmp_path / "store") as reader:
+        export_store(reader, tmp_path / "model.gguf")
+    written = GgufFile(tmp_path / "model.gguf").metadata
+    count, kept = (f"{written['general.architecture']}.expert_group_{what}" for what in ("count", "used_count"))
+    assert written[count] == written[kept] == 1
+    for values in ((0, 0), (1, 0), (1, 4), (4, 2)):
+        other = rewritten(tmp_path / "model.gguf", tmp_path / "other.gguf", tuple(zip((count, kept), values, strict=True)))
+        router = open_source(other).spec.moe(2).router
+        assert (router.groups, router.kept_groups) == (values if values[0] > 1 else (1, 1))
+    rewritten(tmp_path / "model.gguf", tmp_path / "other.gguf", ((count, 4),), without=(kept,))
+    with pytest.raises(ConvertError, match=r"expert_group_used_count' is missing"):
+        open_source(tmp_path / "other.gguf")
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe_windows", "olmoe", "deepseek_v2_groups", "deepseek_v3"])

@@ -43,6 +43,8 @@ def command(
     for name in names:
         if name not in ("plain", "cache", "elastic"):
             raise RequestError(f"'{name}' is no mode", "use plain, cache or elastic")
+    if "elastic" not in names:
+        serving.check_mode(names[0])
     options = serving.options("elastic", max(batches))
     with serving.load(store, options) as model:
         label = model.tier

@@ -66,7 +66,7 @@ def command(
         serving.check_mode(mode)
     options = replace(serving.options(mode, 1), prefix_cache=True)  # each turn begins as the one before
     with nullcontext() if remote else serving.load(store, options) as model:
-        answerer = Remote(store, api_key, model_name) if model is None else Local(model)
+        answerer = Remote(store, api_key and api_key.strip(), model_name) if model is None else Local(model)
         settings = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
         chat = Conversation(answerer, system, {name: value for name, value in settings.items() if value is not None})
         if ask is not None:

@@ -85,7 +85,7 @@ class LogitBias(click.ParamType):
         try:
             if not (token.isascii() and token.isdigit() and len(token) <= 8):
                 raise ValueError
-            return int(token), NumberRange(-100, 100).convert(bias, param, ctx)
+            return int(token), NumberRange(-100, 100).convert(float(bias), param, ctx)
         except ValueError:
             self.fail(f"'{short(value, 40)}' is no token id and number, such as 42=-100", param, ctx)
 

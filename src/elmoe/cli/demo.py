@@ -163,6 +163,8 @@ def _talk(context: click.Context, threads: int | None, as_json: bool) -> None:
             option = "--" + name.replace("_", "-")
             raise RequestError(f"{option} is not for --chat", f"elmoe chat {demo_chat.FILE} has options of its own")
     file = demo_chat.public_model(Path.cwd())
+    if sys.stdin.isatty() and not as_json:
+        click.echo('a very small model: try "Hello" or "What is a whale?"', err=True)
     context.invoke(
         talk, store=str(file), temperature=demo_chat.TEMPERATURE, threads=threads, as_json=as_json
     )  # fmt: skip

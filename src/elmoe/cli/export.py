@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -20,11 +21,15 @@ def command(store: str, out: Path, force: bool, store_dir: Path | None, as_json:
     """Write STORE as the GGUF file OUT, which llama.cpp reads; every weight keeps its bits."""
     from elmoe.convert.cache import naming_mend, stored
     from elmoe.convert.gguf_export import export_store
+    from elmoe.convert.identity import part_paths
     from elmoe.files import check_output, same_file
     from elmoe.store import open_store
 
-    if same_file(store, out):
-        raise click.UsageError("STORE and OUT name the same file")
+    place = Path(os.path.realpath(store))
+    if place.is_dir() and Path(os.path.realpath(out)).is_relative_to(place):
+        raise click.UsageError(f"'{out}' is a file of '{store}' itself")
+    if place.is_file() and any(same_file(part, out) for part in part_paths(Path(store))):
+        raise click.UsageError(f"'{out}' is the file that is read")
     check_output(out, force, "file", folders=True)
     path = stored(store, store_dir)
     with naming_mend(store, path), open_store(path) as reader, progress_bar("writing", None, bytes_=True) as bar:

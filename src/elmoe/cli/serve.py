@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from elmoe.llm import Model
 
 KEY_VARIABLE = "ELMOE_API_KEY"
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
+"""What browsers send, and pages of desktop programs: app://obsidian.md, for example."""
 LEAST_BODY = 1 << 10
 LONGEST_KEYS = 1 << 20
 """Bytes of the largest file of keys."""
@@ -84,12 +87,12 @@ def command(
     if max_body < LEAST_BODY:
         raise click.UsageError(f"--max-body is {format_bytes(max_body)}, at least {format_bytes(LEAST_BODY)} are needed")
     for origin in cors_origins:
-        if origin != "*" and not origin.startswith(("http://", "https://")):
+        if not ORIGIN.fullmatch(origin):
             raise click.UsageError(f"--cors-origins '{short(origin, 60)}' is no origin: https://chat.example is one")
     configure(as_json)
     log = logging.getLogger("elmoe.server")
     check_tls(tls_cert, tls_key)
-    keys = (*_checked(keys), *_keys_of(api_key_file))
+    keys = (*_given_keys(keys, api_key_file), *_keys_of(api_key_file))
     listener = bound_socket(host, port)  # before the model is loaded, which may take minutes
     if not keys and not _is_loopback(host):
         log.warning("other machines may use this server, and no key is asked for: give --api-key-file")
@@ -142,17 +145,19 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _checked(keys: tuple[str, ...]) -> tuple[str, ...]:
-    """The keys given, or that of the environment, which may hold spaces; RequestError where one is empty: a variable that
-    was to hold a secret and does not must not leave the server open."""
+def _given_keys(keys: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
+    """The keys given, or that of the environment, without the space around them, which no header carries. RequestError where
+    one is empty: a variable that was to hold a secret and does not must not leave the server open."""
     from elmoe.errors import RequestError
 
-    where, given = "--api-key", keys
+    where, given = "--api-key", [key.strip() for key in keys]
     if not keys and KEY_VARIABLE in os.environ:
-        where, given = f"${KEY_VARIABLE}", (os.environ[KEY_VARIABLE],)
-    if any(not key.strip() for key in given):
+        where, given = f"${KEY_VARIABLE}", [os.environ[KEY_VARIABLE].strip()]
+        if file is not None and given == [""]:
+            return ()
+    if "" in given:
         raise RequestError(f"{where} is empty", "give a key; unset or left out, none is asked for")
-    return given
+    return tuple(given)
 
 
 def _keys_of(path: Path | None) -> tuple[str, ...]:

@@ -203,9 +203,12 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -
         raise ConvertError(f"metadata '{Keys.Tokenizer.PRE}' is {name!r}; known: {known}", GIVE_TOKENIZER)
     pre = PRE_TOKENIZERS[name]
     if not isinstance(merges, list) or not merges or not all(isinstance(text, str) for text in merges):
-        found = "missing" if merges is None else "not a list of texts"
+        found = "missing" if merges is None else "empty" if merges == [] else "not a list of texts"
         raise ConvertError(f"metadata '{Keys.Tokenizer.MERGES}' is {found}", GIVE_TOKENIZER)
     pairs = [tuple(text.split(" ")) for text in merges]
+    wrong = next((text for text, pair in zip(merges, pairs, strict=True) if len(pair) != 2 or not all(pair)), None)
+    if wrong is not None:
+        raise ConvertError(f"metadata '{Keys.Tokenizer.MERGES}' has '{short(wrong, 40)}', not two tokens", GIVE_TOKENIZER)
     if len(pairs) == 1 and "".join(pairs[0]) not in set(tokens):
         pairs = []  # see idle_merge
     # Added tokens are in the model's own vocabulary too, or they would get other ids.

@@ -236,8 +236,16 @@ def routed_metadata(spec: ModelSpec, architecture: str) -> dict[str, int | float
         "expert_feed_forward_length": moe.width, "expert_count": spec.experts, "expert_used_count": spec.top_k,
         "expert_shared_count": moe.shared_width // moe.width, "leading_dense_block_count": first,
         "expert_weights_scale": moe.router.scaling, "expert_weights_norm": moe.router.normalize, "expert_gating_func": 2,
-        "expert_group_count": moe.router.groups, "expert_group_used_count": moe.router.kept_groups,
-    }  # fmt: skip
+    } | group_metadata(moe.router)  # fmt: skip
+
+
+def group_metadata(router: Router) -> dict[str, int | float | str]:
+    """GGUF's metadata of groups of experts; all of them kept are as good as one, and llama.cpp stops at them."""
+    several = router.kept_groups < router.groups
+    return {
+        "expert_group_count": router.groups if several else 1,
+        "expert_group_used_count": router.kept_groups if several else 1,
+    }
 
 
 def experts_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:

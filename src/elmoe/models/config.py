@@ -98,6 +98,8 @@ class Config:
         keys = (
             [f"'{key}'" for key in KEYS_OF[about] if key in (self.values if written is None else written)] if about else []
         )
+        if about == "experts.width":  # the other one is that of dense layers
+            keys = keys[:1]
         return f"{', '.join(keys)} {'say' if len(keys) > 1 else 'says'} so" if keys else self.advice
 
     def defaulted(self, **values: Any) -> Config:

@@ -11,7 +11,7 @@ from math import log, sqrt
 from typing import Any
 
 from elmoe.errors import ModelError
-from elmoe.models.common import ROUTED_KEYS, ROUTED_REQUIRED
+from elmoe.models.common import ROUTED_KEYS, ROUTED_REQUIRED, group_metadata
 from elmoe.models.family import GgufFamily
 from elmoe.models.gguf_rope import scaling_metadata
 from elmoe.models.names import LATENT_GGUF
@@ -104,11 +104,10 @@ def _metadata(spec: ModelSpec) -> dict[str, int | float | str]:
         "expert_count": spec.experts, "expert_used_count": spec.top_k, "expert_shared_count": moe.shared_width // moe.width,
         "expert_weights_scale": router.scaling, "expert_weights_norm": router.normalize,
         "expert_gating_func": SIGMOID if router.score == "sigmoid" else SOFTMAX,
-        "expert_group_count": router.groups, "expert_group_used_count": router.kept_groups,
     }  # fmt: skip
     if attention.query_rank is not None:
         found["attention.q_lora_rank"] = attention.query_rank
-    return found | _scaling(attention.rope)
+    return found | group_metadata(router) | _scaling(attention.rope)
 
 
 def _scaling(rope: Rope) -> dict[str, int | float | str]:

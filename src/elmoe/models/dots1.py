@@ -37,7 +37,8 @@ def read_config(config: Config) -> ModelSpec:
     router = sigmoid_router(config, False, groups=1, kept=1, scaling=1.0, words=words)
     width = config.integer("moe_intermediate_size")
     moe = Moe(router=router, width=width, shared_width=width * config.integer("n_shared_experts"))
-    ffns = feed_forwards(config, sparse_layers(config.defaulted(first_k_dense_replace=0), layers), moe)
+    dense = config if config.has("mlp_layer_types") else config.defaulted(first_k_dense_replace=0)
+    ffns = feed_forwards(config, sparse_layers(dense, layers), moe)
     first = config.integer("max_window_layers", default=62, least=0)
     windows = config.windows(
         layers, ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]

@@ -51,12 +51,18 @@ def spec_of_metadata(
     gguf = family.gguf
     assert gguf is not None
     config: dict[str, Any] = {"vocab_size": vocabulary, "eos_token_id": eos, **gguf.config(metadata)}
+    written = set[str]()
     for ours, theirs in gguf.keys.items():
         value = metadata.get(f"{gguf.architecture}.{theirs}")
         if value is not None:
             config[ours] = value
+            written.add(ours)
         elif ours in gguf.required:
             raise ModelError(f"metadata '{gguf.architecture}.{theirs}' is missing", "the file is incomplete")
+    if "n_group" in written and config["n_group"] in (0, 1):  # llama.cpp does not look at those kept then
+        config |= {"n_group": 1, "topk_group": 1}
+    elif "n_group" in written and "topk_group" not in written:
+        raise ModelError(f"metadata '{gguf.architecture}.{gguf.keys['topk_group']}' is missing", "the file is incomplete")
     config.setdefault("num_key_value_heads", config["num_attention_heads"])  # as llama.cpp takes it
     layers = config["num_hidden_layers"]
     if isinstance(layers, bool) or not isinstance(layers, int) or not 0 < layers <= MOST["layers"]:
@@ -81,7 +87,7 @@ def spec_of_metadata(
         config["rope_scaling"] = (config.get("rope_scaling", {}) if scaling["rope_type"] == "yarn" else {}) | scaling
         spec = family.read_config(Config(config, "metadata", DAMAGED))
     except ModelError as error:
-        message, hint = str(error), error.hint or plain.hint(str(error), config.keys() & gguf.keys.keys())
+        message, hint = str(error), error.hint or plain.hint(str(error), written)
         for ours, theirs in gguf.keys.items():
             told = f"'{gguf.architecture}.{theirs}'"
             message, hint = message.replace(f"'{ours}'", told), hint.replace(f"'{ours}'", told)

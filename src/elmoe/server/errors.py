@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,15 +76,21 @@ def _fields(error: Mapping[str, Any]) -> list[str]:
     return [part for part in place if not _ALTERNATIVE.search(part)]
 
 
-def _rank(error: Mapping[str, Any]) -> tuple[int, bool, int]:
-    last = error["loc"][-1]
-    return len(_fields(error)), error["type"] not in WRONG_TYPE, last if isinstance(last, int) else -1
+def _alternative(error: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(part) for part in error["loc"] if _ALTERNATIVE.search(str(part)))
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """What is wrong with a body, named by its field: of several errors the one that lies deepest, is of the type that was
-    given, and last in its list, because all alternatives of a union are reported."""
-    error = max(errors, key=_rank)
+    given, of the alternative with the fewest, and last in its list, because all alternatives of a union are reported."""
+    wrong = Counter(map(_alternative, errors))
+
+    def rank(error: Mapping[str, Any]) -> tuple[int, bool, int, int]:
+        last = error["loc"][-1]
+        meant = error["type"] not in WRONG_TYPE
+        return len(_fields(error)), meant, -wrong[_alternative(error)], last if isinstance(last, int) else -1
+
+    error = max(errors, key=rank)
     place = [str(part) for part in error["loc"] if part not in ("body", "path", "query")]
     param = ".".join(_fields(error)) or None
     if error["type"] == "extra_forbidden":
