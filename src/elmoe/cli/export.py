@@ -26,9 +26,9 @@ def command(store: str, out: Path, force: bool, store_dir: Path | None, as_json:
     from elmoe.store import open_store
 
     place = Path(os.path.realpath(store))
-    if place.is_dir() and Path(os.path.realpath(out)).is_relative_to(place):
+    if os.path.isdir(place) and Path(os.path.realpath(out)).is_relative_to(place):
         raise click.UsageError(f"'{out}' is a file of '{store}' itself")
-    if place.is_file() and any(same_file(part, out) for part in part_paths(Path(store))):
+    if os.path.isfile(place) and any(same_file(part, out) for part in part_paths(Path(store))):
         raise click.UsageError(f"'{out}' is the file that is read")
     check_output(out, force, "file", folders=True)
     path = stored(store, store_dir)
