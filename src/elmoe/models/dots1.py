@@ -23,7 +23,7 @@ from elmoe.models.common import (
 )
 from elmoe.models.config import Config
 from elmoe.models.family import Family, GgufFamily
-from elmoe.models.names import EXPERTS, EXPERTS_GGUF, GROUPED, GROUPED_GGUF
+from elmoe.models.names import GROUPED, GROUPED_GGUF, ROUTED, ROUTED_GGUF
 from elmoe.models.spec import MOST, GroupedAttention, LayerSpec, ModelSpec, Moe
 
 
@@ -73,16 +73,11 @@ def _gguf_config(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"max_window_layers": MOST["layers"]}
 
 
-_PARTS = ("gate", "up", "down")
-_MLP = "model.layers.{layer}.mlp."
 FAMILY = Family(
     name="dots1",
     architectures=("Dots1ForCausalLM",),
     read_config=read_config,
-    names=GROUPED
-    | EXPERTS
-    | {"selection_bias": _MLP + "gate.e_score_correction_bias"}
-    | {f"shared_{part}": f"{_MLP}shared_experts.{part}_proj.weight" for part in _PARTS},
+    names=GROUPED | ROUTED,
     gguf=GgufFamily(
         architecture="dots1",
         keys=GROUPED_KEYS | ROUTED_KEYS,
@@ -94,10 +89,7 @@ FAMILY = Family(
             "n_shared_experts",
         ),
         config=_gguf_config,
-        names=GROUPED_GGUF
-        | EXPERTS_GGUF
-        | {"selection_bias": "blk.{layer}.exp_probs_b.bias"}
-        | {f"shared_{part}": f"blk.{{layer}}.ffn_{part}_shexp.weight" for part in _PARTS},
+        names=GROUPED_GGUF | ROUTED_GGUF,
         metadata=_gguf_metadata,
         fixed=lambda spec: attention_fixed(spec) | {"expert_gating_func": (2,)},
     ),

@@ -19,7 +19,7 @@ from elmoe.models.common import (
 )
 from elmoe.models.config import Config
 from elmoe.models.family import Family, GgufFamily
-from elmoe.models.names import EXPERTS, EXPERTS_GGUF, GROUPED, GROUPED_GGUF
+from elmoe.models.names import GROUPED, GROUPED_GGUF, ROUTED, ROUTED_GGUF
 from elmoe.models.spec import LayerSpec, ModelSpec
 
 
@@ -40,26 +40,18 @@ def _gguf_fixed(spec: ModelSpec) -> dict[str, tuple[object, ...]]:
     return attention_fixed(spec) | {"expert_gating_func": (2, 0)}
 
 
-_PARTS = ("gate", "up", "down")
-_MLP = "model.layers.{layer}.mlp."
 FAMILY = Family(
     name="glm4_moe",
     architectures=("Glm4MoeForCausalLM",),
     read_config=read_config,
-    names=GROUPED
-    | EXPERTS
-    | {"selection_bias": _MLP + "gate.e_score_correction_bias"}
-    | {f"shared_{part}": f"{_MLP}shared_experts.{part}_proj.weight" for part in _PARTS},
+    names=GROUPED | ROUTED,
     gguf=GgufFamily(
         architecture="glm4moe",
         flags={"attention_bias": "query_bias", "use_qk_norm": "query_norm"},
         keys=GROUPED_KEYS | ROUTED_KEYS,
         required=GROUPED_REQUIRED + ROUTED_REQUIRED,
         further="nextn_predict_layers",
-        names=GROUPED_GGUF
-        | EXPERTS_GGUF
-        | {"ffn_norm": "blk.{layer}.post_attention_norm.weight", "selection_bias": "blk.{layer}.exp_probs_b.bias"}
-        | {f"shared_{part}": f"blk.{{layer}}.ffn_{part}_shexp.weight" for part in _PARTS},
+        names=GROUPED_GGUF | ROUTED_GGUF | {"ffn_norm": "blk.{layer}.post_attention_norm.weight"},
         metadata=lambda spec: routed_metadata(spec, "glm4moe"),
         fixed=_gguf_fixed,
     ),

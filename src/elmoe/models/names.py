@@ -30,9 +30,15 @@ EXPERTS = {
 }
 """Of routers and experts there, as most families call them."""
 
+ROUTED = EXPERTS | {
+    "selection_bias": _LAYER + "mlp.gate.e_score_correction_bias",
+    **{f"shared_{name}": _LAYER + f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")},
+}
+"""Of DeepSeek's descendants: a bias of the choice, and shared experts."""
+
 LATENT = (
     GROUPED
-    | EXPERTS
+    | ROUTED
     | {
         "query_down": _LAYER + "self_attn.q_a_proj.weight",
         "query_norm": _LAYER + "self_attn.q_a_layernorm.weight",
@@ -41,8 +47,6 @@ LATENT = (
         "latent_norm": _LAYER + "self_attn.kv_a_layernorm.weight",
         "key_up": _LAYER + "self_attn.kv_b_proj.weight",
         "value_up": _LAYER + "self_attn.kv_b_proj.weight",
-        "selection_bias": _LAYER + "mlp.gate.e_score_correction_bias",
-        **{f"shared_{name}": _LAYER + f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")},
     }
 )
 """Of families with latent attention: one tensor holds the keys' and the values' projections, head by head."""
@@ -72,9 +76,14 @@ EXPERTS_GGUF = {
     **{f"expert_{name}": _BLOCK + f"ffn_{name}_exps.weight" for name in ("gate", "up", "down")},
 }
 """Of routers and experts there."""
+ROUTED_GGUF = EXPERTS_GGUF | {
+    "selection_bias": _BLOCK + "exp_probs_b.bias",
+    **{f"shared_{name}": _BLOCK + f"ffn_{name}_shexp.weight" for name in ("gate", "up", "down")},
+}
+"""Of DeepSeek's descendants there."""
 LATENT_GGUF = (
     GROUPED_GGUF
-    | EXPERTS_GGUF
+    | ROUTED_GGUF
     | {
         "query_down": _BLOCK + "attn_q_a.weight",
         "query_norm": _BLOCK + "attn_q_a_norm.weight",
@@ -84,8 +93,6 @@ LATENT_GGUF = (
         "key_up": _BLOCK + "attn_k_b.weight",
         "value_up": _BLOCK + "attn_v_b.weight",
         "fused_up": _BLOCK + "attn_kv_b.weight",
-        "selection_bias": _BLOCK + "exp_probs_b.bias",
-        **{f"shared_{name}": _BLOCK + f"ffn_{name}_shexp.weight" for name in ("gate", "up", "down")},
     }
 )
 """Of latent attention there; ``fused_up`` is what older files have in place of the two before it."""
